@@ -1,0 +1,3 @@
+"""Dense PyTorch math on pruned operands."""
+
+from nmcompile.backends.reference.backend import ReferenceBackend as ReferenceBackend

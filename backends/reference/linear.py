@@ -1,0 +1,29 @@
+"""The three GEMMs of a linear layer, with the operations that eager autograd uses, so that results match bit for bit."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Y = X Wᵀ + b, `(..., in)` to `(..., out)`."""
+    return F.linear(input, weight.t() if transposed else weight, bias)
+
+
+def linear_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """dX = dY W, `(..., out)` to `(..., in)`."""
+    matrix = weight.t() if transposed else weight
+    product = grad_output.reshape(-1, grad_output.shape[-1]).mm(matrix)
+    return product.view(*grad_output.shape[:-1], matrix.shape[1])
+
+
+def linear_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
+    """dW = dYᵀ X, `(out, in)`, or `(in, out)` for a transposed weight."""
+    rows = grad_output.reshape(-1, grad_output.shape[-1])
+    columns = input.reshape(-1, input.shape[-1])
+    return columns.t().mm(rows) if transposed else rows.t().mm(columns)
+
+
+def channel_sum(grad_output: Tensor, channel_dim: int) -> Tensor:
+    """db: the sum over every dim but channels."""
+    kept = channel_dim % grad_output.dim()
+    return grad_output.sum([dim for dim in range(grad_output.dim()) if dim != kept])

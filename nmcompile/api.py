@@ -1,0 +1,206 @@
+"""The front door: compile, analyze, inspect, decompile, finalize, in the order of the data flow."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from nmcompile.backends.cpu import CpuBackend
+from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.capture import capture_model
+from nmcompile.config import CompileConfig, preset
+from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, StateError, nearest
+from nmcompile.ir.modules import ThreeGemm, restore, turn_off_fast_path
+from nmcompile.ir.program import Program
+from nmcompile.ir.protocols import Backend
+from nmcompile.passes import training_passes
+from nmcompile.passes.plan_phases import plan_phases
+from nmcompile.passes.replace_modules import replace_modules
+from nmcompile.report import Observation, Report, build_report
+from nmcompile.training.binding import TripleFactory
+from nmcompile.training.state import masks_of, triples_of
+from nmcompile.training.steps import watch_optimizers
+
+RECORD = "_nmcompile"
+Model = nn.Module | ExportedProgram
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What a compiled model remembers of how it came about."""
+
+    program: Program
+    mode: str
+
+
+def compile(
+    model: Model,
+    mode: str = "training",
+    *,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    config: CompileConfig | None = None,
+    backend: str | Backend = "auto",
+    inplace: bool = False,
+) -> nn.Module:
+    """Rewrite every conv and linear node of a model into its three GEMMs, pruned as the paper's Table 1 says.
+
+    The result has the same parameters, buffers and `state_dict()` keys: an optimizer made before still trains it. Its
+    modules are copies of the model's that share every tensor, or with `inplace` the model's own.
+
+    Args:
+        model: a module, a `GraphModule`, an `ExportedProgram`, or a model that was compiled before: it is planned
+            anew, and a mask that already meets the new pattern is kept.
+        mode: `"training"`, a row of Table 1 (`"weights"`, `"t-weights"`, `"activations"`, `"gradients"`) or
+            `"dense"`, which rewrites everything and prunes nothing.
+        args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
+        config: anything finer than the mode.
+        backend: `"auto"`, `"reference"`, `"cpu"`, or a `Backend`; what it does not take the reference backend runs.
+        inplace: edit the given module tree.
+
+    Returns:
+        A module of the model's class.
+
+    Raises:
+        ConfigError: an unknown mode, pattern, layer name or backend.
+        CaptureError: nothing to compile, or the model refuses `args`.
+        PreconditionError: a layer named in `config` cannot be pruned as asked.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    source = _module(model)
+    plain = decompile(source) if is_compiled(source) else source
+    program = _program(plain, mode, args, kwargs, config, backend)
+    target = source if inplace else plain if plain is not source else share_copy(source)
+    factory = TripleFactory(target, program, config or CompileConfig(), torch.initial_seed(), masks_of(source))
+    triples = {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
+    _restore_all(target)
+    replace_modules(target, program, triples)
+    turn_off_fast_path(target)
+    target.__dict__[RECORD] = Compilation(program, mode)
+    watch_optimizers()
+    return target
+
+
+def analyze(
+    model: Model,
+    mode: str = "training",
+    *,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    config: CompileConfig | None = None,
+    backend: str | Backend = "auto",
+) -> Report:
+    """What `compile` would do, without changing anything, the random state included. Takes and raises the same."""
+    source = _module(model)
+    plain = decompile(source) if is_compiled(source) else source
+    program = _program(plain, mode, args, kwargs, config, backend)
+    return build_report(program, {}, model_name=type(plain).__name__, mode=mode)
+
+
+def inspect(compiled: nn.Module) -> Report:
+    """What was done to each layer, why, and what was seen of it at run time.
+
+    Args:
+        compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.
+
+    Raises:
+        StateError: the model is not compiled.
+    """
+    root, record = _record(compiled)
+    observed = {
+        triple.layer.name: Observation(triple.called, triple.positions, kernels_of(record.program, triple.layer.name))
+        for triple in triples_of(root)
+    }
+    return build_report(record.program, observed, model_name=type(root).__name__, mode=record.mode)
+
+
+def decompile(compiled: nn.Module) -> nn.Module:
+    """The plain model: the classes and forwards that it had, the same parameters and buffers, nothing masked."""
+    plain = share_copy(compiled)
+    _restore_all(plain)
+    return plain
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile` made this module, or one that it wraps."""
+    return any(RECORD in module.__dict__ for module in model.modules())
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor with it.
+
+    Raises:
+        CaptureError: a module cannot be copied; `inplace=True` needs no copy.
+    """
+    # deepcopy takes what its memo holds for already copied.
+    tensors = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if _is_tensor(leaf)]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to compile the model itself"
+        ) from error
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+def _module(model: Model) -> nn.Module:
+    if isinstance(model, ExportedProgram):
+        return model.module()
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"cannot compile a {type(model).__name__}; give an nn.Module or an ExportedProgram")
+    return model
+
+
+def _program(
+    model: nn.Module,
+    mode: str,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    config: CompileConfig | None,
+    backend: str | Backend,
+) -> Program:
+    default, backends = preset(mode), _backends(backend)
+    captured = capture_model(model, args, kwargs)
+    program = Program(captured, plan_phases(captured, default, config or CompileConfig()))
+    for one_pass in training_passes(backends):
+        one_pass.run(program)
+    return program
+
+
+def _backends(backend: str | Backend) -> tuple[Backend, ...]:
+    """The backends to ask, in this order; the reference backend takes what is left."""
+    reference, cpu = ReferenceBackend(), CpuBackend()
+    if not isinstance(backend, str):
+        return backend, reference
+    named: dict[str, tuple[Backend, ...]] = {
+        "auto": (cpu, reference) if cpu.available().ok else (reference,),
+        "cpu": (cpu, reference),
+        "reference": (reference,),
+    }
+    if backend not in named:
+        raise ConfigError(f"backend {backend!r} is unknown; {nearest(backend, named)}")
+    support = named[backend][0].available()
+    if not support.ok:
+        raise BackendUnavailable(f"backend {backend!r} cannot run here: {support.reason}; use backend='auto'")
+    return named[backend]
+
+
+def _record(compiled: nn.Module) -> tuple[nn.Module, Compilation]:
+    for module in compiled.modules():
+        if RECORD in module.__dict__:
+            return module, module.__dict__[RECORD]
+    raise StateError(f"{type(compiled).__name__} is not compiled; use nmcompile.analyze to see what compile would do")
+
+
+def _restore_all(model: nn.Module) -> None:
+    for module in model.modules():
+        restore(module)
+        module.__dict__.pop(RECORD, None)

@@ -1,0 +1,95 @@
+"""Which fx nodes are conv or linear calls, and the geometry that their arguments give."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
+
+aten = torch.ops.aten
+LINEAR = ("input", "weight", "bias")
+ADDMM = ("bias", "input", "weight")
+CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
+ADDMM_NAMES = {"self": "bias", "input": "bias", "mat1": "input", "mat2": "weight"}
+
+
+def _signatures() -> dict[Any, tuple[str, ...]]:
+    found: dict[Any, tuple[str, ...]] = {F.linear: LINEAR, torch.addmm: ADDMM}
+    found |= dict.fromkeys((aten.linear, aten.linear.default), LINEAR)
+    found |= dict.fromkeys((aten.addmm, aten.addmm.default), ADDMM)
+    found |= dict.fromkeys((aten.convolution, aten.convolution.default, torch.convolution), CONVOLUTION)
+    for function, op in ((F.conv1d, aten.conv1d), (F.conv2d, aten.conv2d), (F.conv3d, aten.conv3d)):
+        found |= dict.fromkeys((function, op, op.default, op.padding), CONV)
+    return found
+
+
+SIGNATURES = _signatures()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A conv or linear call: its node, its arguments by name, and whether the weight is stored (in, out)."""
+
+    node: fx.Node
+    arguments: dict[str, Any]
+    transposed: bool
+
+    @property
+    def input(self) -> Any:
+        return self.arguments.get("input")
+
+    @property
+    def weight(self) -> Any:
+        return self.arguments.get("weight")
+
+    @property
+    def label(self) -> str:
+        """The call as its author would know it, `F.linear` or `torch.addmm`."""
+        name = str(getattr(self.node.target, "__name__", self.node.target)).split(".")[0]
+        return f"torch.{name}" if self.transposed else f"F.{name}"
+
+    def refusal(self) -> str:
+        """Why the call is no Y = X Wᵀ + b, or nothing."""
+        if self.transposed and any(self.arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
+            return "addmm scales its product or its bias"
+        constant = (self.arguments.get(name) for name in ("stride", "padding", "dilation", "groups"))
+        if any(has_node(value) for value in constant):
+            return "its stride, padding, dilation or groups are computed"
+        return ""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """How many dims the weight may have."""
+        name = self.label.rpartition(".")[2]
+        return {"convolution": (3, 4, 5), "conv1d": (3,), "conv2d": (4,), "conv3d": (5,)}.get(name, (2,))
+
+    def layer(self, name: str, weight_shape: tuple[int, ...]) -> Layer:
+        """The layer that the call is, for a weight of this shape."""
+        has_bias = self.arguments.get("bias") is not None
+        if len(weight_shape) == 2:
+            return LinearLayer(name, weight_shape, has_bias, self.transposed)
+        given = {key: self.arguments[key] for key in CONV[3:] if self.arguments.get(key) is not None}
+        return conv_layer(name, weight_shape, has_bias, **given)
+
+
+def match_call(node: fx.Node) -> Call | None:
+    """The conv or linear call that a node is, if it is one."""
+    if node.op != "call_function" or node.target not in SIGNATURES:
+        return None
+    names = SIGNATURES[node.target]
+    given = {ADDMM_NAMES.get(key, key) if names is ADDMM else key: value for key, value in node.kwargs.items()}
+    arguments = dict(zip(names, node.args, strict=False)) | given
+    if arguments.get("transposed"):
+        return None
+    return Call(node, arguments, names is ADDMM)
+
+
+def has_node(value: Any) -> bool:
+    """Whether a node's argument holds another node."""
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(value, nodes.append)
+    return bool(nodes)

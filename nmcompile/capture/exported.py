@@ -1,0 +1,188 @@
+"""The whole model as `torch.export` sees it, mapped back to module names; used for analysis alone."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from nmcompile.capture.calls import match_call
+from nmcompile.capture.faithful import operator_name, own_copy, summary
+from nmcompile.capture.sites import FoundSite
+from nmcompile.capture.state import Memory
+from nmcompile.capture.stitch import SiteIndex
+from nmcompile.capture.weights import expression_of
+from nmcompile.errors import CaptureError
+from nmcompile.ir.captured import WholeGraph
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The whole graph and the positions at each layer, or why there is none."""
+
+    whole: WholeGraph | None
+    positions: Mapping[str, int] = field(default_factory=dict)
+    failure: str = ""
+
+
+def export_whole(model: nn.Module, found: list[FoundSite], args: Arguments, kwargs: dict[str, Any]) -> Exported:
+    """Export the model in its current mode.
+
+    Raises:
+        CaptureError: the model itself refuses the arguments.
+    """
+    try:
+        with _quiet():
+            program = torch.export.export(_TensorOutputs(model), args, kwargs, strict=False)
+    except Exception as error:
+        _check_runs(model, args, kwargs)
+        return Exported(None, failure=summary(error))
+    return _Reader(model, program, found).read()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export prints the graph that it could not finish; the reason that the report gives is enough."""
+    disabled = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+class _TensorOutputs(nn.Module):
+    """The model with nothing but tensors as outputs: export refuses caches and other classes that it does not know."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return list(_tensors_in(self.model(*args, **kwargs)))
+
+
+PREFIX = "model."
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors_in([getattr(value, one.name) for one in fields(value)])
+
+
+def _check_runs(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> None:
+    """Run the model once as it is; what it writes to its buffers is undone."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in Memory(model).tensors.values() if _is_state(tensor)]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not accept args={describe(args)}, kwargs={describe(kwargs)}: "
+            f"{summary(error)}; pass args= (and kwargs=) that the model runs on"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for tensor, copy in kept:
+                if not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
+
+
+def _is_state(tensor: Tensor) -> bool:
+    return not isinstance(tensor, nn.Parameter) and tensor.device.type != "meta"
+
+
+def describe(value: Any) -> str:
+    """Arguments with tensors as their shapes."""
+    return str(pytree.tree_map(lambda leaf: _Shown(leaf) if isinstance(leaf, Tensor) else leaf, value))
+
+
+class _Shown:
+    def __init__(self, tensor: Tensor) -> None:
+        self.text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class _Reader:
+    """Maps the nodes of an exported program to layers."""
+
+    def __init__(self, model: nn.Module, program: ExportedProgram, found: list[FoundSite]) -> None:
+        self.program = program
+        self.found = found
+        self.index = SiteIndex(found)
+        self.sites = {one.site.layer.name: one.site for one in found}
+        self.ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        signature = program.graph_signature
+        names = signature.inputs_to_parameters
+        self.parameters = {node: name.removeprefix(PREFIX) for node, name in names.items()}
+        self.constants = {
+            *self.parameters, *signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants
+        }  # fmt: skip
+
+    def read(self) -> Exported:
+        graph = own_copy(self.program.graph)
+        layers: dict[fx.Node, tuple[str, ...]] = {}
+        positions: dict[str, int] = {}
+        for node, original in zip(graph.nodes, self.program.graph.nodes, strict=True):
+            names = self._layers_of(original)
+            if names:
+                layers[node] = names
+            if len(names) == 1 and (count := self._positions(original, names[0])) is not None:
+                positions[names[0]] = positions.get(names[0], 0) + count
+        return Exported(WholeGraph(graph, layers, "export"), positions)
+
+    def _layers_of(self, node: fx.Node) -> tuple[str, ...]:
+        call = match_call(node)
+        if call is None:
+            return self._held_by(node)
+        return self.index.of_call(_innermost(node), self._parameters_behind(call.weight))
+
+    def _held_by(self, node: fx.Node) -> tuple[str, ...]:
+        """The layers of a fused operator that takes their weights, such as attention's fast path."""
+        if node.op != "call_function" or "embedding" in operator_name(node) or not self._depends_on_input(node):
+            return ()
+        return self.index.given(self.ids.get(self.parameters.get(i.name, ""), 0) for i in node.all_input_nodes)
+
+    def _depends_on_input(self, node: fx.Node) -> bool:
+        return any(n.op == "placeholder" and n.name not in self.constants for n in expression_of(node))
+
+    def _parameters_behind(self, weight: Any) -> frozenset[int]:
+        if not isinstance(weight, fx.Node) or self._depends_on_input(weight):
+            return frozenset()
+        names = (self.parameters.get(node.name) for node in expression_of(weight) if node.op == "placeholder")
+        return frozenset(self.ids[name] for name in names if name is not None)
+
+    def _positions(self, node: fx.Node, name: str) -> int | None:
+        value, layer = node.meta.get("val"), self.sites[name].layer
+        if not isinstance(value, Tensor):
+            return None
+        sizes = [int(size) for size in value.shape if isinstance(size, int)]
+        total = torch.Size(sizes).numel()
+        return total // layer.out_features if layer.out_features else None
+
+
+def _innermost(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return f"{paths[-1]}.".removeprefix(PREFIX).rstrip(".") if paths else ""

@@ -1,0 +1,160 @@
+"""What data flow says about each layer: first, last, fed by a non-negative input, positions."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from nmcompile.capture.calls import match_call
+from nmcompile.capture.faithful import operator_name
+from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
+from nmcompile.ir.captured import Facts, Site, WholeGraph
+from nmcompile.ir.layers import ConvLayer
+
+FEW_CHANNELS = 4
+MERGES = {"add", "iadd", "sub", "isub", "mul", "imul"}
+IN_ROLES = ("in_proj", "q_proj", "k_proj", "v_proj")
+
+
+def facts_without_graph(sites: Sequence[Site]) -> dict[str, Facts]:
+    """Facts by layer name where nothing is known of the data flow: by the order of the modules."""
+    first, last = guessed_ends(sites)
+    return {s.layer.name: Facts(first=s.layer.name == first, last=s.layer.name == last) for s in sites}
+
+
+def guessed_ends(sites: Sequence[Site]) -> tuple[str | None, str | None]:
+    """The first conv if it reads an image or a signal, and the last linear if it changes the width."""
+    convs = [site.layer for site in sites if isinstance(site.layer, ConvLayer)]
+    linears = [site.layer for site in sites if site.layer.kind == "linear"]
+    few = convs and convs[0].in_features * convs[0].groups <= FEW_CHANNELS
+    changes = linears and linears[-1].out_features != linears[-1].in_features
+    return convs[0].name if few else None, linears[-1].name if changes else None
+
+
+def facts_from_graph(
+    model: nn.Module, sites: Sequence[Site], whole: WholeGraph, positions: Mapping[str, int]
+) -> dict[str, Facts]:
+    """Facts by layer name from the whole graph."""
+    flow = _Flow(model, whole)
+    by_name = {site.layer.name: site for site in sites}
+    nodes: dict[str, list[fx.Node]] = {name: [] for name in by_name}
+    for node, names in whole.layers.items():
+        for name in names:
+            nodes[name].append(node)
+    proven = nonnegative_nodes(model, whole.graph)
+    return {
+        name: Facts(
+            first=any(flow.is_first(site, node, by_name) for node in nodes[name]),
+            last=any(flow.is_last(site, node, by_name) for node in nodes[name]),
+            nonnegative=bool(nodes[name]) and all(_reads_nonnegative(site, node, proven) for node in nodes[name]),
+            positions=positions.get(name),
+        )
+        for name, site in by_name.items()
+    }
+
+
+def _reads_nonnegative(site: Site, node: fx.Node, proven: set[fx.Node]) -> bool:
+    call = match_call(node)
+    if call is not None:
+        return is_nonnegative(call.input, proven)
+    if site.role in IN_ROLES:
+        return all(is_nonnegative(value, proven) for value in _queries(node))
+    is_layer_call = node.op == "call_module" and node.target == site.module and site.role == ""
+    given = [*node.args, *node.kwargs.values()]
+    return is_layer_call and bool(given) and is_nonnegative(given[0], proven)
+
+
+def _queries(node: fx.Node) -> list[Any]:
+    named = [node.kwargs[key] for key in ("query", "key", "value") if key in node.kwargs]
+    return [*node.args[:3], *named]
+
+
+class _Flow:
+    """Which layers stand before and after each node, as bit sets."""
+
+    def __init__(self, model: nn.Module, whole: WholeGraph) -> None:
+        self.model = model
+        self.whole = whole
+        self.nodes = list(whole.graph.nodes)
+        self.bits = {node: 1 << index for index, node in enumerate(n for n in self.nodes if self._is_barrier(n))}
+        self.before: dict[fx.Node, int] = {}
+        self.after: dict[fx.Node, int] = {}
+        self.fed: set[fx.Node] = set()
+        self.reaches: set[fx.Node] = set()
+        self._forward()
+        self._backward()
+
+    def _is_barrier(self, node: fx.Node) -> bool:
+        """A layer, or what stands for one: a functional call that is no site, an embedding."""
+        if node in self.whole.layers or match_call(node) is not None:
+            return True
+        if node.op == "call_module":
+            return any(isinstance(m, nn.Embedding) for m in self.model.get_submodule(str(node.target)).modules())
+        return node.op == "call_function" and operator_name(node) == "embedding"
+
+    def _forward(self) -> None:
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            self.before[node] = _union(self.before[i] | self.bits.get(i, 0) for i in inputs)
+            if node.op == "placeholder" or any(i in self.fed for i in inputs):
+                self.fed.add(node)
+
+    def _backward(self) -> None:
+        for node in reversed(self.nodes):
+            self.after[node] = _union(self.after[u] | self.bits.get(u, 0) for u in node.users)
+            if node.op == "output" or any(user in self.reaches for user in node.users):
+                self.reaches.add(node)
+
+    def is_first(self, site: Site, node: fx.Node, by_name: Mapping[str, Site]) -> bool:
+        if self.before[node] or node not in self.fed:
+            return False
+        inside = [by_name[name] for name in self.whole.layers[node]]
+        if len(inside) == 1 or (site.role in IN_ROLES and self._is_call_of(node, site.module)):
+            return True
+        return not self._has_embedding(node) and site.layer.name == guessed_ends(inside)[0]
+
+    def is_last(self, site: Site, node: fx.Node, by_name: Mapping[str, Site]) -> bool:
+        if site.layer.kind != "linear" or self.after[node] or node not in self.reaches:
+            return False
+        if self._is_merged(node):
+            return False
+        inside = [by_name[name] for name in self.whole.layers[node]]
+        if len(inside) == 1 or self._is_call_of(node, site.module):
+            return len(inside) == 1 or site.role == "out_proj"
+        return not self._is_torch_nn_call(node) and site.layer.name == guessed_ends(inside)[1]
+
+    def _is_merged(self, node: fx.Node) -> bool:
+        """Whether, on the way to the output, the node's result is added to another layer's."""
+        mine = {node}
+        for later in self.nodes:
+            inputs = later.all_input_nodes
+            if not any(i in mine for i in inputs):
+                continue
+            mine.add(later)
+            if _is_merge(later) and any(self.before[i] | self.bits.get(i, 0) for i in inputs if i not in mine):
+                return True
+        return False
+
+    def _is_call_of(self, node: fx.Node, module: str) -> bool:
+        return node.op == "call_module" and node.target == module
+
+    def _is_torch_nn_call(self, node: fx.Node) -> bool:
+        return node.op != "call_module" or type(self.model.get_submodule(str(node.target))).__module__.startswith(
+            "torch.nn."
+        )
+
+    def _has_embedding(self, node: fx.Node) -> bool:
+        if node.op != "call_module":
+            return True
+        return any(isinstance(m, nn.Embedding) for m in self.model.get_submodule(str(node.target)).modules())
+
+
+def _is_merge(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and operator_name(node) in MERGES
+
+
+def _union(sets: Iterable[int]) -> int:
+    total = 0
+    for one in sets:
+        total |= one
+    return total

@@ -1,0 +1,207 @@
+"""Whether the graph of a module may stand for its forward, and why not."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from nmcompile.capture.state import Memory
+from nmcompile.capture.tracer import SAME, ModuleTracer
+
+DRAWING = {
+    "alpha_dropout", "bernoulli", "cauchy", "dropout", "dropout1d", "dropout2d", "dropout3d", "exponential",
+    "feature_alpha_dropout", "feature_dropout", "fractional_max_pool2d", "fractional_max_pool3d", "geometric",
+    "gumbel_softmax", "log_normal", "multinomial", "native_dropout", "normal", "poisson", "rand", "rand_like",
+    "randint", "randint_like", "randn", "randn_like", "random", "randperm", "rrelu", "uniform",
+}  # fmt: skip
+"""Operators that draw random numbers, by name without a trailing underscore."""
+DRAWING_IF_POSITIVE = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of a module's forward and what its tracer complained of; only a part of it where tracing failed."""
+
+    graph: fx.Graph
+    complaints: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def trace_module(
+    module: nn.Module, protected: frozenset[int], bindings: Mapping[str, Any] | None = None, training: bool = False
+) -> Trace:
+    """Trace a module's forward; never raises.
+
+    The module that runs is a copy with its own attribute tables; its children and tensors are the module's.
+
+    Args:
+        module: what to trace; a GraphModule is its own trace.
+        protected: the storages that nothing may write to.
+        bindings: values that stand for arguments, by name.
+        training: the copy's mode, and whether gradients are on.
+    """
+    if isinstance(module, fx.GraphModule):
+        return Trace(module.graph)
+    clone, tracer = shallow_clone(module), ModuleTracer(bindings, protected)
+    clone.training = training
+    before = Memory(clone)
+    try:
+        with torch.set_grad_enabled(training):
+            graph = tracer.trace(clone)
+        complaints = [*tracer.complaints, *(["it changes its attributes"] if before.changed() else [])]
+        return Trace(graph, tuple(complaints))
+    except Exception as error:
+        return Trace(getattr(tracer, "graph", fx.Graph()), failure=summary(error))
+    finally:
+        before.restore()
+
+
+def shallow_clone(module: nn.Module) -> nn.Module:
+    """A module of the same class with its own tables of the same parameters, buffers and children."""
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        clone.__dict__[table] = copy.copy(module.__dict__[table])
+    return clone
+
+
+def unfaithful(module: nn.Module, trace: Trace, protected: frozenset[int]) -> str:
+    """Why a trace made in eval mode may not replace a module's forward, or nothing."""
+    if isinstance(module, fx.GraphModule):
+        return ""
+    if "forward" in module.__dict__:
+        return "its forward is set on the instance"
+    return (
+        trace.failure
+        or next(iter(trace.complaints), "")
+        or _drawing(trace.graph)
+        or _differing_mode(module, trace.graph, protected)
+        or _differing_argument(module, trace.graph, protected)
+    )
+
+
+def _drawing(graph: fx.Graph) -> str:
+    return next((f"it draws random numbers ({node.name})" for node in graph.nodes if draws(node)), "")
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; a call of an `nn.Dropout` is the child's affair."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = operator_name(node)
+    if name in DRAWING_IF_POSITIVE:
+        names = ("dropout_p",)
+        return any(node.kwargs.get(key, 0) for key in names) or (len(node.args) > 4 and bool(node.args[4]))
+    return name in DRAWING
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of a function, method or operator, without overload and trailing underscore."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target._schema.name.split("::")[-1]
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name.rstrip("_") if name.strip("_") else name
+
+
+def _differing_mode(module: nn.Module, graph: fx.Graph, protected: frozenset[int]) -> str:
+    trained = trace_module(module, protected, training=True)
+    if trained.failure:
+        return f"it cannot be traced in train(): {trained.failure}"
+    differs = "" if _same(graph, trained.graph, {}) else "its traces in train() and eval() differ"
+    return next(iter(trained.complaints), "") or _drawing(trained.graph) or differs
+
+
+def _differing_argument(module: nn.Module, graph: fx.Graph, protected: frozenset[int]) -> str:
+    """Whether None, a flag, or one tensor given twice sends the code down a branch that the proxy does not take."""
+    for probe in _probes(module):
+        probed = trace_module(module, protected, {probe.name: probe.value})
+        if probed.failure and not probe.is_default:
+            continue
+        if probed.failure or not _same(graph, probed.graph, {probe.name: probe.value}):
+            return probe.claim
+    return ""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A value for one argument, whether it is the argument's default, and what it shows if the trace differs."""
+
+    name: str
+    value: Any
+    is_default: bool
+    claim: str
+
+
+def _probes(module: nn.Module) -> Iterator[_Probe]:
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for parameter in named:
+        test, default = f"its code tests the argument {parameter.name!r}", parameter.default
+        yield _Probe(parameter.name, None, default is None, f"{test} for None")
+        if isinstance(default, bool):
+            yield _Probe(parameter.name, default, True, test)
+    for parameter in named[1:]:
+        claim = f"its code tests whether {parameter.name!r} is {named[0].name!r}"
+        yield _Probe(parameter.name, SAME, False, claim)
+
+
+def _same(graph: fx.Graph, other: fx.Graph, bindings: Mapping[str, Any]) -> bool:
+    """Whether two traces are equal once the bound arguments of the first have their values."""
+    return _shape_of(graph, bindings) == _shape_of(other, {})
+
+
+@dataclass(frozen=True)
+class _Reference:
+    index: int | str
+
+
+def _shape_of(graph: fx.Graph, bindings: Mapping[str, Any]) -> list[Any]:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    others = [node for node in graph.nodes if node.op != "placeholder"]
+    known: dict[fx.Node, Any] = {node: _Reference(index) for index, node in enumerate(others)}
+    for node in inputs:
+        known[node] = _Reference(str(node.target))
+        if str(node.target) in bindings:
+            value = bindings[str(node.target)]
+            known[node] = _Reference(str(inputs[0].target)) if value is SAME else value
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return known[value]
+        if isinstance(value, slice):
+            return ("slice", resolved(value.start), resolved(value.stop), resolved(value.step))
+        if isinstance(value, dict):
+            return {key: resolved(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [resolved(item) for item in value]
+        return (type(value), repr(value))
+
+    def settled(value: Any) -> Any:
+        return value if isinstance(value, _Reference) else resolved(value)
+
+    for node in inputs:
+        known[node] = settled(known[node])
+    return [(node.op, node.target, resolved(node.args), resolved(node.kwargs)) for node in others]
+
+
+def summary(error: BaseException) -> str:
+    """An error's class and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def own_copy(graph: fx.Graph) -> fx.Graph:
+    """A copy that belongs to nobody, with defaults and calling convention kept and annotations dropped."""
+    result, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    output = result.graph_copy(graph, copies)
+    if output is not None:
+        result.output(output)
+    result.set_codegen(graph._codegen)
+    for node in result.nodes:
+        node.type, node.meta = None, {}
+    return result

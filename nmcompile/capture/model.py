@@ -1,0 +1,91 @@
+"""Capture a model: its layers, where they run, and what is known about them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from nmcompile.capture.exported import export_whole
+from nmcompile.capture.facts import facts_from_graph, facts_without_graph
+from nmcompile.capture.regions import find_regions
+from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers
+from nmcompile.capture.state import unchanged
+from nmcompile.capture.stitch import stitch
+from nmcompile.capture.tracer import storage_key
+from nmcompile.errors import CaptureError
+from nmcompile.ir.captured import Captured, WholeGraph
+
+
+def capture_model(
+    model: nn.Module, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+) -> Captured:
+    """Find every conv and linear of a model, without changing the model or any random state.
+
+    Args:
+        model: any module; a `GraphModule` is captured from its own graph.
+        args: example inputs; with them `torch.export` gives the whole graph, also of models that fx cannot trace, and
+            the number of positions at each layer.
+        kwargs: example inputs by name.
+
+    Raises:
+        CaptureError: the model has no conv or linear layer, or refuses `args`.
+    """
+    with unchanged(model) as memory:
+        layers = find_module_layers(model)
+        protected = frozenset(map(storage_key, [*model.parameters(), *memory.tensors.values()]))
+        regions = find_regions(model, layers.found, protected)
+        found = _in_module_order(model, [*layers.found, *regions.found])
+        python = layers.python | regions.python
+        if not found:
+            raise CaptureError(_nothing_found(model, layers, python))
+        sites = [one.site for one in found]
+        whole, reason, positions = _whole(model, found, protected, args, kwargs)
+        facts = facts_from_graph(model, sites, whole, positions) if whole else facts_without_graph(sites)
+    return Captured(
+        sites=tuple(sites),
+        facts=facts,
+        skipped=layers.skipped,
+        python=python,
+        bypassed=regions.bypassed,
+        tied=_tied(model, found),
+        traces=regions.traces,
+        whole=whole,
+        whole_reason=reason,
+    )
+
+
+def _whole(
+    model: nn.Module,
+    found: list[FoundSite],
+    protected: frozenset[int],
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> tuple[WholeGraph | None, str, Mapping[str, int]]:
+    failure = ""
+    if args is not None or kwargs:
+        exported = export_whole(model, found, args or (), dict(kwargs or {}))
+        if exported.whole is not None:
+            return exported.whole, "", exported.positions
+        failure = f"torch.export failed ({exported.failure})"
+    whole, reason = stitch(model, found, protected)
+    if reason and not failure:
+        reason += "; passing args= helps"
+    return whole, "; ".join(filter(None, (failure, reason))), {}
+
+
+def _in_module_order(model: nn.Module, found: list[FoundSite]) -> list[FoundSite]:
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return sorted(found, key=lambda one: order[one.site.module])
+
+
+def _tied(model: nn.Module, found: Sequence[FoundSite]) -> dict[str, str]:
+    owners = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return {
+        one.site.layer.name: owners[parameter] for one in found for parameter in one.parameters if parameter in owners
+    }
+
+
+def _nothing_found(model: nn.Module, layers: ModuleLayers, python: Mapping[str, str]) -> str:
+    seen = {**layers.skipped, **python}
+    listed = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(seen.items())[:5])
+    return f"{type(model).__name__} has no conv or linear layer to compile" + (f" ({listed})" if listed else "")

@@ -1,0 +1,164 @@
+"""Functional layers: conv and linear calls in the forwards of modules, and code that reads a layer's weight."""
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from nmcompile.capture.calls import Call, match_call
+from nmcompile.capture.faithful import own_copy, trace_module, unfaithful
+from nmcompile.capture.sites import FoundSite, is_attention, is_layer, is_torch_nn, join, layer_base
+from nmcompile.capture.weights import Weight, find_weight
+from nmcompile.ir.captured import Site
+
+GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution"}
+METADATA = {"dtype", "device", "shape", "ndim", "requires_grad", "size", "dim", "numel", "is_cuda", "layout", "type"}
+
+
+@dataclass
+class Regions:
+    """What tracing every module by itself found."""
+
+    found: list[FoundSite] = field(default_factory=list)
+    traces: dict[str, fx.Graph] = field(default_factory=dict)
+    python: dict[str, str] = field(default_factory=dict)
+    bypassed: dict[str, str] = field(default_factory=dict)
+
+
+def find_regions(model: nn.Module, layers: list[FoundSite], protected: frozenset[int]) -> Regions:
+    """Trace every module that is not torch.nn's own.
+
+    Args:
+        model: the model.
+        layers: the layers that are modules.
+        protected: the storages that nothing may write to.
+    """
+    finder = _Finder(model, layers, protected)
+    for name, module in model.named_modules():
+        if is_traceable(module):
+            finder.visit(name, module)
+    finder.judge_readers()
+    return finder.regions
+
+
+def is_traceable(module: nn.Module) -> bool:
+    """Whether a module's forward is code of its own that could call layers."""
+    if is_layer(module) or is_attention(module) or is_torch_nn(module) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    return type(module).forward is not nn.Module.forward
+
+
+class _Finder:
+    def __init__(self, model: nn.Module, layers: list[FoundSite], protected: frozenset[int]) -> None:
+        self.regions = Regions()
+        self.protected = protected
+        self.used = {found.site.layer.name for found in layers}
+        self.owners = {found.site.weight: found.site for found in layers}
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.called: set[str] = set()
+        self.readers: dict[str, str] = {}
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        trace = trace_module(module, self.protected)
+        graph = own_copy(trace.graph)
+        self._note_uses(module, graph)
+        matched = [call for call in map(match_call, graph.nodes) if call]
+        calls = [(call, weight) for call in matched for weight in find_weight(module, call)]
+        reason = unfaithful(module, trace, self.protected) if calls else trace.failure
+        if reason:
+            if calls or might_call(module):
+                self._note_python(name, module, reason + _listed(calls))
+            return
+        self._add_sites(name, module, graph, calls)
+
+    def _add_sites(self, name: str, module: nn.Module, graph: fx.Graph, calls: list[tuple[Call, Weight]]) -> None:
+        for call, weight in calls:
+            refusal = weight.refusal or call.refusal()
+            if refusal:
+                self._note_python(name, module, f"{call.label} ({call.node.name}): {refusal}")
+                continue
+            is_only = len(calls) == 1 and layer_base(module) is not None
+            layer_name = self._unique(self._layer_name(name, call, weight, is_only))
+            full = [join(name, target) for target in weight.names]
+            site = Site(
+                call.layer(layer_name, weight.shape),
+                name,
+                call.node.name,
+                full[0] if len(full) == 1 else join(name, call.node.name),
+                weight.is_expression,
+            )
+            self.regions.found.append(FoundSite(site, weight.parameters))
+            self.regions.traces[name] = graph
+
+    def _layer_name(self, name: str, call: Call, weight: Weight, is_only: bool) -> str:
+        if not weight.is_expression and not (is_only and weight.names[0] == "weight"):
+            return join(name, weight.names[0])
+        return name if is_only else join(name, call.node.name)
+
+    def _unique(self, name: str) -> str:
+        candidates = (name if count == 0 else f"{name}.{count}" for count in range(len(self.used) + 1))
+        unique = next(candidate for candidate in candidates if candidate not in self.used)
+        self.used.add(unique)
+        return unique
+
+    def _note_python(self, name: str, module: nn.Module, reason: str) -> None:
+        earlier = self.regions.python.get(name)
+        self.regions.python[name] = f"{earlier}; {reason}" if earlier else reason
+
+    def _note_uses(self, module: nn.Module, graph: fx.Graph) -> None:
+        """Remember which layers the module calls, and whose weight it reads."""
+        for node in graph.nodes:
+            if node.op not in ("get_attr", "call_module"):
+                continue
+            target = str(node.target).replace(".parametrizations.", ".")
+            owner, _, attribute = target.rpartition(".")
+            if target == node.target and node.op == "call_module":
+                self.called.add(self._full_name(module, target))
+            elif owner and not all(_is_metadata(user) for user in node.users):
+                weight = join(self._full_name(module, owner), attribute)
+                if weight in self.owners:
+                    self.readers.setdefault(weight, type(module).__name__)
+
+    def _full_name(self, module: nn.Module, path: str) -> str:
+        return str(self.names.get(id(module.get_submodule(path)), path))
+
+    def judge_readers(self) -> None:
+        """A layer whose weight is read and that nobody calls is bypassed."""
+        sites = {found.site.weight: found.site.layer.name for found in self.regions.found}
+        for weight, reader in self.readers.items():
+            owner = self.owners[weight]
+            if owner.module in self.called:
+                continue
+            instead = f", where it is the layer {sites[weight]!r}" if weight in sites else ""
+            self.regions.bypassed[owner.layer.name] = f"its weight is read by {reader}.forward{instead}"
+
+
+def _is_metadata(user: fx.Node) -> bool:
+    if user.op == "call_function" and user.target is getattr:
+        return user.args[1] in METADATA
+    return user.op == "call_method" and user.target in METADATA
+
+
+def _listed(calls: list[tuple[Call, Weight]]) -> str:
+    if not calls:
+        return ""
+    listed = ", ".join(f"{call.label} on {' and '.join(weight.names or (call.node.name,))}" for call, weight in calls)
+    return f"; so it keeps {listed}"
+
+
+def might_call(module: nn.Module) -> bool:
+    """Whether code that cannot be traced might hold functional layers: it names one, or owns a matrix."""
+    if any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values()):
+        return True
+    written = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
+    functions = (function for cls in written for function in vars(cls).values())
+    return any(GEMM_NAMES & set(_names_in(f.__code__)) for f in functions if isinstance(f, types.FunctionType))
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)

@@ -1,0 +1,187 @@
+"""Which modules are layers: those that inherit a conv or linear forward, and attention with its projections."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.ir.captured import Site
+from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RECURRENT = "recurrent layer: its GEMMs run inside one fused kernel"
+NOT_GEMMS: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
+    (nn.Bilinear, "bilinear layer: its weight meets two inputs"),
+    (nn.RNNBase, RECURRENT),
+    (nn.RNNCellBase, RECURRENT),
+)
+UNINITIALISED = "run the model once to initialise lazy layers"
+
+
+@dataclass(frozen=True)
+class FoundSite:
+    """A site, and the ids of the parameters that its weight is, or is computed from."""
+
+    site: Site
+    parameters: frozenset[int]
+
+
+@dataclass
+class ModuleLayers:
+    """The layers that are modules, and the modules that look like layers but are none."""
+
+    found: list[FoundSite] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    python: dict[str, str] = field(default_factory=dict)
+
+
+def find_module_layers(model: nn.Module) -> ModuleLayers:
+    """The layers among a model's modules, each module once, in `named_modules` order."""
+    result = ModuleLayers()
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if is_attention(module):
+            inside.add(id(module.out_proj))
+            result.found.extend(_attention_sites(name, module))
+        elif isinstance(module, nn.MultiheadAttention):
+            result.python[name] = f"{type(module).__name__} has its own forward: its in_proj is not captured"
+        elif id(module) in inside:
+            continue
+        elif reason := _skip_reason(module):
+            result.skipped[name] = reason
+        elif is_layer(module):
+            result.found.append(_module_site(name, module))
+    return result
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class as its author wrote it, without what parametrizations or a GraphModule derive from it."""
+    return next(cls for cls in type(module).__mro__ if cls.__module__ != "torch.nn.utils.parametrize")
+
+
+def is_torch_nn(module: nn.Module) -> bool:
+    """Whether the module's class, and so its forward, belongs to torch.nn."""
+    return own_class(module).__module__.startswith("torch.nn.")
+
+
+def layer_base(module: nn.Module) -> type[nn.Module] | None:
+    """The conv or linear class that a module derives from, whether or not it inherits the forward."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    bases = (nn.Linear, *CONVS, *((transformers.Conv1D,) if transformers else ()))
+    return next((base for base in bases if isinstance(module, base)), None)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is a conv or linear that inherits its forward."""
+    base = layer_base(module)
+    if base is None or not _inherits(module, base, "forward"):
+        return False
+    return base not in CONVS or _inherits(module, base, "_conv_forward")
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the module is an `nn.MultiheadAttention` that inherits its forward."""
+    return isinstance(module, nn.MultiheadAttention) and _inherits(module, nn.MultiheadAttention, "forward")
+
+
+def _inherits(module: nn.Module, base: type[nn.Module], method: str) -> bool:
+    return getattr(type(module), method) is getattr(base, method) and method not in module.__dict__
+
+
+def _skip_reason(module: nn.Module) -> str:
+    for kind, reason in NOT_GEMMS:
+        if isinstance(module, kind):
+            return reason
+    origin = own_class(module).__module__
+    if origin.startswith(("torch.ao.nn.", "torch.nn.")) and ".quantized." in origin and hasattr(module, "weight"):
+        return "quantized layer"
+    if isinstance(module, torch.jit.ScriptModule):
+        owns_weight = "weight" in dict(module.named_parameters(recurse=False))
+        return "TorchScript code cannot be rewritten" if owns_weight else ""
+    if not is_layer(module):
+        return ""
+    tensors = [*module._parameters.values(), module.__dict__.get("weight")]
+    if any(isinstance(tensor, nn.UninitializedParameter) for tensor in tensors):
+        return UNINITIALISED
+    weight = next((tensor for tensor in tensors if tensor is not None), None)
+    if weight is None:
+        weight = next(module.parameters(), None)
+    return "" if weight is None or weight.is_floating_point() else f"its weight is {_short(weight.dtype)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def weight_parameters(module: nn.Module, attribute: str) -> tuple[frozenset[int], bool]:
+    """Ids of the parameters behind a weight, and whether it is computed from them rather than a parameter itself."""
+    plain = module._parameters.get(attribute)
+    if plain is not None:
+        return frozenset({id(plain)}), False
+    parametrized = getattr(module, "parametrizations", {})
+    if attribute in parametrized:
+        return frozenset(id(parameter) for parameter in parametrized[attribute].parameters()), True
+    prefix = f"{attribute}_"
+    return frozenset(id(p) for name, p in module._parameters.items() if name.startswith(prefix) and p is not None), True
+
+
+def _module_site(name: str, module: nn.Module) -> FoundSite:
+    parameters, is_expression = weight_parameters(module, "weight")
+    site = Site(_layer(name, module), name, "", join(name, "weight"), is_expression)
+    return FoundSite(site, parameters)
+
+
+def _layer(name: str, module: nn.Module) -> Layer:
+    has_bias = _has(module, "bias")
+    shape = _stored_shape(module, "weight")
+    if isinstance(module, nn.Linear):
+        return LinearLayer(name, shape or (module.out_features, module.in_features), has_bias)
+    if not isinstance(module, CONVS):
+        return LinearLayer(name, shape or (int(module.nx), int(module.nf)), has_bias, transposed=True)  # type: ignore[arg-type]
+    return conv_layer(
+        name,
+        shape or (module.out_channels, module.in_channels // module.groups, *module.kernel_size),
+        has_bias,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+    )
+
+
+def _stored_shape(module: nn.Module, attribute: str) -> tuple[int, ...] | None:
+    """The shape of a weight that can be read without computing it."""
+    stored = module._parameters.get(attribute)
+    stored = module.__dict__.get(attribute) if stored is None else stored
+    return tuple(stored.shape) if isinstance(stored, Tensor) else None
+
+
+def _has(module: nn.Module, attribute: str) -> bool:
+    if attribute in getattr(module, "parametrizations", {}):
+        return True
+    return module._parameters.get(attribute) is not None or module.__dict__.get(attribute) is not None
+
+
+def _attention_sites(name: str, module: nn.MultiheadAttention) -> Iterator[FoundSite]:
+    width, has_bias = module.embed_dim, _has(module, "in_proj_bias")
+    if module._qkv_same_embed_dim:
+        widths = {"in_proj": (3 * width, width)}
+    else:
+        widths = {"q_proj": (width, width), "k_proj": (width, module.kdim), "v_proj": (width, module.vdim)}
+    for role, shape in widths.items():
+        parameters, is_expression = weight_parameters(module, f"{role}_weight")
+        layer = LinearLayer(join(name, role), shape, has_bias)
+        yield FoundSite(Site(layer, name, role, join(name, f"{role}_weight"), is_expression), parameters)
+    parameters, is_expression = weight_parameters(module.out_proj, "weight")
+    layer = LinearLayer(join(name, "out_proj"), (width, width), _has(module.out_proj, "bias"))
+    yield FoundSite(Site(layer, name, "out_proj", join(name, "out_proj.weight"), is_expression), parameters)
+
+
+def join(module: str, attribute: str) -> str:
+    """The full name of a module's attribute; the root has no name."""
+    return f"{module}.{attribute}" if module else attribute

@@ -1,0 +1,169 @@
+"""The whole model as one fx graph: module graphs inlined into their callers, for analysis alone.
+
+A module that cannot be traced is rolled back and stays one call; so do torch.nn's own modules, layers and attention.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from nmcompile.capture.calls import match_call
+from nmcompile.capture.faithful import operator_name, own_copy, summary
+from nmcompile.capture.regions import is_traceable
+from nmcompile.capture.sites import FoundSite
+from nmcompile.capture.tracer import ModuleTracer
+from nmcompile.capture.weights import parameters_behind, read_attribute
+from nmcompile.ir.captured import WholeGraph
+
+SCOPE = "module"
+"""Key of `node.meta`: the name of the module whose code made the node."""
+
+
+def stitch(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) -> tuple[WholeGraph | None, str]:
+    """The stitched graph, or the reason why there is none."""
+    try:
+        graph = _graph_of(model, protected)
+    except Exception as error:
+        return None, f"{type(model).__name__}.forward cannot be traced ({summary(error)})"
+    return WholeGraph(graph, _layers_of(model, graph, SiteIndex(sites)), "fx"), ""
+
+
+class SiteIndex:
+    """Finds the layers that a node runs by the weight it is given, and by the module that it stands in."""
+
+    def __init__(self, sites: list[FoundSite]) -> None:
+        self.sites = sites
+        self.taken: dict[tuple[str, frozenset[int]], int] = {}
+
+    def of_call(self, module: str, parameters: frozenset[int]) -> tuple[str, ...]:
+        """The layer of a conv or linear call; the n-th call on the same weight in a module is its n-th site."""
+        same = [found.site for found in self.sites if parameters and found.parameters == parameters]
+        here = [site for site in same if site.module == module] or same[:1]
+        here = here or [found.site for found in self.sites if found.site.module == module and not found.site.role]
+        if not here:
+            return ()
+        count = self.taken.get((module, parameters), 0)
+        self.taken[module, parameters] = count + 1
+        return (here[count % len(here)].layer.name,)
+
+    def given(self, parameters: Iterable[int]) -> tuple[str, ...]:
+        """The layers whose weight is handed to an operator that is no conv or linear: fused attention, for one."""
+        given = frozenset(parameters)
+        plain = (found for found in self.sites if not found.site.is_expression)
+        return tuple(found.site.layer.name for found in plain if found.parameters <= given)
+
+    def within(self, module: str) -> tuple[str, ...]:
+        """Every layer at or below a module."""
+        sites = (found.site for found in self.sites)
+        return tuple(s.layer.name for s in sites if not module or f"{s.module}.".startswith(f"{module}."))
+
+
+def _graph_of(model: nn.Module, protected: frozenset[int]) -> fx.Graph:
+    if isinstance(model, fx.GraphModule):
+        return _scoped(own_copy(model.graph), {})
+    bound, failures = _optional(model), []
+    for bindings in (bound, {}) if bound else ({},):
+        tracer = StitchTracer(model, bindings, protected)
+        try:
+            return _scoped(tracer.trace(shadow_tree(model)), tracer.node_name_to_scope)
+        except Exception as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _optional(model: nn.Module) -> dict[str, Any]:
+    """The defaults of root arguments that have one, if others have none: what a plain call passes."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if not any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters):
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _scoped(graph: fx.Graph, scopes: Mapping[str, tuple[str, Any]]) -> fx.Graph:
+    result = own_copy(graph)
+    for node, original in zip(result.nodes, graph.nodes, strict=True):
+        node.meta[SCOPE] = scopes.get(original.name, ("", None))[0]
+    return result
+
+
+def shadow_tree(module: nn.Module, made: dict[int, nn.Module] | None = None) -> nn.Module:
+    """The module tree in eval mode, of other module objects that share every tensor."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    made = {} if made is None else made
+    if id(module) not in made:
+        clone = object.__new__(type(module))
+        made[id(module)] = clone
+        clone.__dict__.update(module.__dict__)
+        clone.__dict__["training"] = False
+        for table in ("_parameters", "_buffers"):
+            clone.__dict__[table] = dict(module.__dict__[table])
+        children = module._modules.items()
+        clone.__dict__["_modules"] = {name: m if m is None else shadow_tree(m, made) for name, m in children}
+    return made[id(module)]
+
+
+class StitchTracer(ModuleTracer):
+    """Traces through the children whose code can be traced."""
+
+    def __init__(self, model: nn.Module, bindings: Mapping[str, Any], protected: frozenset[int]) -> None:
+        super().__init__(bindings, protected)
+        self.originals = {id(module): name for name, module in model.named_modules()}
+        self.cache: dict[str, Any] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_plain_sequence = isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
+        return not (is_plain_sequence or is_traceable(m))
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        return self.originals[id(mod)] if id(mod) in self.originals else super().path_of_module(mod)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        self.cache = parameter_proxy_cache
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        length, stack = len(self.graph.nodes), dict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self._roll_back(length)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return self.create_proxy("call_module", name, args, kwargs)
+
+    def _roll_back(self, length: int) -> None:
+        """Drop the nodes that a failed call has made."""
+        for node in list(self.graph.nodes)[length:][::-1]:
+            for name in [name for name, proxy in self.cache.items() if proxy.node is node]:
+                del self.cache[name]
+            self.graph.erase_node(node)
+
+
+def _weights_given(node: fx.Node) -> list[fx.Node]:
+    """The attributes that a function takes beside activations; an embedding may share its weight with a layer."""
+    inputs = node.all_input_nodes
+    given = [i for i in inputs if i.op == "get_attr"]
+    takes_both = node.op == "call_function" and 0 < len(given) < len(inputs)
+    return given if takes_both and "embedding" not in operator_name(node) else []
+
+
+def _layers_of(model: nn.Module, graph: fx.Graph, index: SiteIndex) -> dict[fx.Node, tuple[str, ...]]:
+    layers: dict[fx.Node, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        call = match_call(node)
+        if call is not None:
+            names = index.of_call(node.meta[SCOPE], parameters_behind(model, call))
+        elif node.op == "call_module":
+            names = index.within(str(node.target))
+        else:
+            names = index.given(id(read_attribute(model, str(i.target))) for i in _weights_given(node))
+        if names:
+            layers[node] = names
+    return layers

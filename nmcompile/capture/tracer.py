@@ -1,0 +1,165 @@
+"""Trace one module with fx, its children being calls, and note what makes the trace differ from the code."""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Frames that pass a type test on; the code that asks stands behind them.
+RELAYS = {"abc", "_abc", "typing", "_collections_abc", "torch.nn.parameter"}
+TRUSTED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", __name__)
+CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
+
+
+class ModuleTracer(fx.Tracer):
+    """An fx tracer to which every child is a call.
+
+    Args:
+        bindings: values that stand for arguments instead of a proxy, by argument name.
+        protected: the storages that nothing may write to.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, bindings: Mapping[str, Any] | None = None, protected: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self.bindings = bindings or {}
+        self.protected = protected
+        self.complaints: dict[str, None] = {}
+
+    def complain(self, reason: str) -> None:
+        """Note why the trace may not stand for the code."""
+        self.complaints[reason] = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> "WatchedProxy":
+        return WatchedProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is WatchedProxy:
+            return a.node
+        before = len(self.tensor_attrs)
+        result = super().create_arg(a)
+        if len(self.tensor_attrs) != before:
+            self.complain("it computes a tensor constant while tracing")
+        return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if _modes() != self.modes:
+            self.complain("it changes the grad mode or autocast")
+        return node
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        placed = [str(arg.node.target) if type(arg) is WatchedProxy else "" for arg in args]
+        first = next((arg for arg in args if type(arg) is WatchedProxy), None)
+        values = {name: first if value is SAME else value for name, value in self.bindings.items()}
+        return function, [values.get(name, arg) for name, arg in zip(placed, args, strict=True)]
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        self.modes = _modes()
+        with warnings.catch_warnings(), _watch_calls(self), Guard(self, self.protected):
+            warnings.simplefilter("ignore")
+            return super().trace(root, concrete_args)
+
+
+SAME = object()
+"""A binding that stands for the first argument."""
+
+
+class WatchedProxy(fx.Proxy):
+    """A proxy that knows when its type is asked for: the answer sends the code down one branch unseen."""
+
+    tracer: ModuleTracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if _asker(sys._getframe(1)):
+            self.tracer.complain("its code tests the type of an argument")
+        return WatchedProxy
+
+
+def _asker(frame: FrameType | None) -> bool:
+    """Whether the frame that asks for a type is the model's own code."""
+    while frame is not None and _module_of(frame) in RELAYS:
+        frame = frame.f_back
+    return frame is not None and not _module_of(frame).startswith(TRUSTED)
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
+_READS = {
+    torch.is_autocast_enabled: "its code asks whether autocast is on",
+    torch.is_autocast_cpu_enabled: "its code asks whether autocast is on",
+    torch.is_grad_enabled: "its code asks whether gradients are on",
+}
+
+
+@contextmanager
+def _watch_calls(tracer: ModuleTracer) -> Iterator[None]:
+    """Notice calls that leave no node: activation checkpointing, and questions about autocast or the grad mode."""
+    previous = sys.getprofile()
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code is CHECKPOINT:
+            tracer.complain("it calls torch.utils.checkpoint, which a trace would lose")
+        elif event == "c_call" and arg in _READS and not _module_of(frame).startswith(("torch.", "nmcompile.")):
+            tracer.complain(_READS[arg])
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(previous)
+
+
+class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches what runs for real during a trace: no tensor of the model may change, no number be drawn unseen."""
+
+    def __init__(self, tracer: ModuleTracer, protected: frozenset[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tracer = tracer
+        self.protected = protected
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.tracer.complain("it draws random numbers")
+        if func._schema.is_mutable and self._writes_protected(func._schema.arguments, args, kwargs):
+            raise RuntimeError("it changes a tensor of the model in place")
+        return func(*args, **kwargs)
+
+    def _writes_protected(self, arguments: Any, args: Any, kwargs: Any) -> bool:
+        given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+        written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        return any(isinstance(tensor, Tensor) and storage_key(tensor) in self.protected for tensor in written)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """What tells storages apart; views of one tensor have the same."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return id(tensor)

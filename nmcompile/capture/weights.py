@@ -1,0 +1,146 @@
+"""The weight of a functional call: a parameter, or an expression of nothing but parameters and buffers."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+
+from nmcompile.capture.calls import Call
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a call's weight is.
+
+    Args:
+        names: of the parameters that it is computed from, relative to the module.
+        parameters: their ids.
+        shape: of the weight as it is given to the call.
+        is_expression: it is not the parameter itself.
+        refusal: why the call can be no layer, or nothing.
+    """
+
+    names: tuple[str, ...]
+    parameters: frozenset[int]
+    shape: tuple[int, ...]
+    is_expression: bool
+    refusal: str = ""
+
+
+def find_weight(module: nn.Module, call: Call, measure: bool = True) -> Iterator[Weight]:
+    """The call's weight, or nothing where it depends on activations.
+
+    `measure=False` leaves the shape out.
+    """
+    if not isinstance(call.weight, fx.Node):
+        return
+    expression = expression_of(call.weight)
+    named = dict(item for node in expression for item in _parameters_of(module, node))
+    if not all(_is_constant(module, node) for node in expression):
+        return
+    is_expression = call.weight.op != "get_attr"
+    if measure:
+        yield _weight(module, call, expression, named, is_expression)
+    else:
+        yield Weight(tuple(named), frozenset(map(id, named.values())), (), is_expression)
+
+
+def parameters_behind(module: nn.Module, call: Call) -> frozenset[int]:
+    """Ids of the parameters that a call's weight is computed from; none where it depends on activations."""
+    return next((weight.parameters for weight in find_weight(module, call, measure=False)), frozenset())
+
+
+def _weight(
+    module: nn.Module, call: Call, expression: list[fx.Node], named: dict[str, Tensor], is_expression: bool
+) -> Weight:
+    names, ids = tuple(named), frozenset(id(tensor) for tensor in named.values())
+    if not named:
+        return Weight((), ids, (), is_expression, "its weight is no parameter, nor computed from one")
+    try:
+        tensor = _fake_value(module, expression) if is_expression else next(iter(named.values()))
+    except Exception as error:
+        reason = f"the shape of its computed weight is unknown ({type(error).__name__})"
+        return Weight(names, ids, (), is_expression, reason)
+    refusal = "" if tensor.is_floating_point() else f"its weight is {str(tensor.dtype).removeprefix('torch.')}"
+    if not refusal and tensor.dim() not in call.ranks:
+        refusal = f"its weight has {tensor.dim()} dims"
+    return Weight(names, ids, tuple(tensor.shape), is_expression, refusal)
+
+
+def expression_of(weight: fx.Node) -> list[fx.Node]:
+    """The nodes that a weight is computed from, in graph order, itself last."""
+    seen: set[fx.Node] = set()
+    stack = [weight]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return sorted(seen)
+
+
+def read_attribute(module: nn.Module, target: str) -> Any:
+    """What a get_attr node reads, without running properties such as a parametrized weight."""
+    path, _, name = target.rpartition(".")
+    owner = module.get_submodule(path)
+    for table in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
+        if name in table:
+            return table[name]
+    return None
+
+
+def _parameters_of(module: nn.Module, node: fx.Node) -> list[tuple[str, Tensor]]:
+    target = str(node.target)
+    if node.op == "get_attr":
+        value = read_attribute(module, target)
+        return [(target, value)] if isinstance(value, nn.Parameter) else []
+    if node.op == "call_module":
+        return [(f"{target}.{name}", value) for name, value in module.get_submodule(target).named_parameters()]
+    return []
+
+
+def _is_constant(module: nn.Module, node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return isinstance(read_attribute(module, str(node.target)), Tensor)
+    return node.op != "placeholder"
+
+
+def _fake_value(module: nn.Module, expression: list[fx.Node]) -> Tensor:
+    """The expression's value without data: no arithmetic, no random numbers, no change to a buffer."""
+    values: dict[fx.Node, Any] = {}
+    with FakeTensorMode() as mode:
+        for node in expression:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = _run(module, node, args, kwargs, mode)
+    result = values[expression[-1]]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _run(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    if node.op == "get_attr":
+        return mode.from_tensor(read_attribute(module, str(node.target)))
+    if node.op == "call_module":
+        return _fake_clone(module.get_submodule(str(node.target)), mode)(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake_clone(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module tree with fake tensors in its place."""
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    for table in ("_parameters", "_buffers"):
+        tensors = module.__dict__[table]
+        clone.__dict__[table] = {k: None if t is None else mode.from_tensor(t) for k, t in tensors.items()}
+    clone.__dict__["_modules"] = {k: None if m is None else _fake_clone(m, mode) for k, m in module._modules.items()}
+    for name, value in module.__dict__.items():
+        if isinstance(value, Tensor):
+            clone.__dict__[name] = mode.from_tensor(value)
+        elif isinstance(value, list | dict) and not name.startswith("_"):
+            clone.__dict__[name] = copy.copy(value)
+    return clone

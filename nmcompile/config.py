@@ -1,0 +1,190 @@
+"""What to prune where: phases, the rows of the paper's Table 1, and per-layer overrides."""
+
+import enum
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from nmcompile.errors import ConfigError, nearest
+from nmcompile.pruning.pattern import NMPattern
+
+DEFAULT = "_default"
+WEIGHT_OPERATORS = frozenset({"greedy", "transposable", "transposable_greedy"})
+GRADIENT_OPERATORS = frozenset(
+    {"greedy", "mvue", "mvue_one_of_two", "mvue_pairs", "mvue_approx", "biased", "uniform", "unbiased", "sdgp"}
+)
+INPUT_OPERATORS = frozenset({"greedy", "greedy_by_value"})
+GROUPS = frozenset({"auto", "batch", "flat"})
+
+
+class Phase(enum.Enum):
+    """The three GEMMs of a training step."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """An operator and its pattern for one operand.
+
+    `group` says along what the update phase groups the gradient: `"batch"` (across the samples at each position),
+    `"flat"` (along the flattened contraction index) or `"auto"` (conv: batch where M divides it, else flat;
+    linear: flat).
+    """
+
+    operator: str
+    pattern: NMPattern
+    group: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", NMPattern.parse(self.pattern))
+        if self.group not in GROUPS:
+            raise ConfigError(f"group {self.group!r} is unknown; {nearest(self.group, GROUPS)}")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What is pruned in one layer; `None` leaves the operand dense.
+
+    `weight` acts on the forward GEMM, and on the backward GEMM too if its operator is transposable; `input` on the
+    forward GEMM; `backward_gradient` (SDGP) and `update_gradient` (MVUE) on the gradient of those GEMMs.
+    """
+
+    weight: Pruning | None = None
+    input: Pruning | None = None
+    backward_gradient: Pruning | None = None
+    update_gradient: Pruning | None = None
+
+    def __post_init__(self) -> None:
+        legal = {
+            "weight": WEIGHT_OPERATORS,
+            "input": INPUT_OPERATORS,
+            "backward_gradient": GRADIENT_OPERATORS,
+            "update_gradient": GRADIENT_OPERATORS,
+        }
+        for operand, operators in legal.items():
+            pruning = getattr(self, operand)
+            if pruning is not None and pruning.operator not in operators:
+                raise ConfigError(
+                    f"operator {pruning.operator!r} does not prune a {operand}; {nearest(pruning.operator, operators)}"
+                )
+
+
+def _pruned(operator: str, pattern: str) -> Pruning:
+    return Pruning(operator, NMPattern.parse(pattern))
+
+
+presets: Mapping[str, LayerConfig] = MappingProxyType(
+    {
+        "dense": LayerConfig(),
+        "weights": LayerConfig(weight=_pruned("greedy", "2:4")),
+        "t-weights": LayerConfig(weight=_pruned("transposable", "2:4")),
+        "activations": LayerConfig(input=_pruned("greedy_by_value", "4:8")),
+        "gradients": LayerConfig(update_gradient=_pruned("mvue", "1:2")),
+        "training": LayerConfig(weight=_pruned("transposable", "2:4"), update_gradient=_pruned("mvue", "2:4")),
+    }
+)
+"""The rows of the paper's Table 1 by mode name, and `"dense"`, which rewrites every layer and prunes nothing."""
+
+
+def preset(mode: str) -> LayerConfig:
+    """The preset of a mode; an unknown one is an error with the nearest name."""
+    if mode not in presets:
+        raise ConfigError(f"mode {mode!r} is unknown; {nearest(mode, presets)}")
+    return presets[mode]
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Everything finer than a mode.
+
+    Args:
+        layers: overrides by name, most specific first: a weight's exact name (`"fc.weight"`), a layer's exact name,
+            `"re:"` and a pattern that matches a whole weight name, then one that matches a whole layer name (first
+            match wins), and `"_default"` for all others. `None` leaves the layer dense.
+        refresh: optimizer steps between two computations of a mask; `None` freezes the first one.
+        sr_ste: SR-STE's λ, which adds λ (1 - mask) ∘ w to the gradient of pruned weights; 0 turns it off.
+        ends: `"dense"` keeps the first layer and the last linear dense unless `layers` names them; `"sparse"` treats
+            them like any other.
+    """
+
+    layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
+    refresh: int | None = 40
+    sr_ste: float = 0.0
+    ends: str = "dense"
+
+    def __post_init__(self) -> None:
+        if self.refresh is not None and self.refresh < 1:
+            raise ConfigError(f"refresh is {self.refresh}; give a number of optimizer steps >= 1, or None to freeze")
+        if self.sr_ste < 0:
+            raise ConfigError(f"sr_ste is {self.sr_ste}; SR-STE's λ cannot be negative")
+        if self.ends not in ("dense", "sparse"):
+            raise ConfigError(f"ends {self.ends!r} is unknown; {nearest(self.ends, ('dense', 'sparse'))}")
+        for key in self.layers:
+            if key.startswith("re:"):
+                _compiled(key)
+
+    def lookup(self, layer: str, weight: str) -> tuple[str, LayerConfig | None] | None:
+        """The key and config that hold for a layer and its weight's name; `None` where nothing is said."""
+        for name in (weight, layer):
+            if name in self.layers:
+                return name, self.layers[name]
+        for name in (weight, layer):
+            for key, value in self.layers.items():
+                if key.startswith("re:") and _compiled(key).fullmatch(name):
+                    return key, value
+        return (DEFAULT, self.layers[DEFAULT]) if DEFAULT in self.layers else None
+
+    def check_names(self, layers: Iterable[tuple[str, str]]) -> None:
+        """Raise for a key that no (layer, weight) name answers to."""
+        names = {name for pair in layers for name in pair}
+        for key in self.layers:
+            if key.startswith("re:"):
+                if not any(_compiled(key).fullmatch(name) for name in names):
+                    raise ConfigError(f"{key!r} in CompileConfig.layers matches no layer; {nearest(key[3:], names)}")
+            elif key != DEFAULT and key not in names:
+                raise ConfigError(f"{key!r} in CompileConfig.layers is no layer of the model; {nearest(key, names)}")
+
+    def to_json(self) -> str:
+        """The config as JSON text that `from_json` reads back."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["layers"] = {name: None if c is None else _layer_json(c) for name, c in self.layers.items()}
+        return json.dumps(data, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "CompileConfig":
+        """Read what `to_json` wrote; an unknown key is an error with the nearest name."""
+        data = json.loads(text)
+        data["layers"] = {
+            name: None if layer is None else _read(LayerConfig, {k: v and _read(Pruning, v) for k, v in layer.items()})
+            for name, layer in data.get("layers", {}).items()
+        }
+        return _read(cls, data)
+
+
+T = TypeVar("T")
+
+
+def _read(kind: type[T], data: Mapping[str, Any]) -> T:
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r} for {kind.__name__}; {nearest(key, known)}")
+    return kind(**data)
+
+
+def _layer_json(layer: LayerConfig) -> dict[str, Any]:
+    operands = {f.name: getattr(layer, f.name) for f in fields(layer)}
+    return {name: asdict(p) | {"pattern": str(p.pattern)} for name, p in operands.items() if p is not None}
+
+
+def _compiled(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(key[3:])
+    except re.error as error:
+        raise ConfigError(f"{key!r} in CompileConfig.layers is not a regular expression: {error}") from error

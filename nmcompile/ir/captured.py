@@ -1,0 +1,76 @@
+"""What capture hands to the planner: where each layer stands, and what is known about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from nmcompile.ir.layers import Layer
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a conv/linear node runs.
+
+    Args:
+        layer: the node's geometry; its name is the module's, or the weight parameter's for a functional call.
+        module: name of the module whose forward runs the node.
+        role: `""` where the module itself is the layer; the fx node's name for a functional call in the module's
+            forward; `"in_proj"`, `"q_proj"`, `"k_proj"`, `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`.
+        weight: full name of the weight (a parameter, or `<module>.weight` where it is computed).
+        is_expression: the weight is computed in forward (a parametrization, a standardized weight).
+    """
+
+    layer: Layer
+    module: str
+    role: str
+    weight: str
+    is_expression: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What data-flow analysis says about one layer. `positions` is the number of output positions of one example run
+    (tokens, or samples times pixels), None where no shapes are known."""
+
+    first: bool = False
+    last: bool = False
+    nonnegative: bool = False
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class WholeGraph:
+    """One graph of the whole model: each node that is (or holds) layers, with the names of those layers."""
+
+    graph: fx.Graph
+    layers: Mapping[fx.Node, tuple[str, ...]]
+    source: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as the compiler sees it.
+
+    Args:
+        sites: every conv/linear node that can become three GEMMs.
+        facts: by layer name.
+        skipped: by module name, conv/linear-like modules that are no GEMM node, with the reason.
+        python: by module name, modules whose forward stays Python although it holds functional layers, or whose code
+            could not be traced, with the reason.
+        bypassed: by layer name, the code that reads the layer's weight without calling the layer.
+        tied: by layer name, the embedding that owns the same weight.
+        traces: by module name, the graph from which forward is generated (modules with functional sites only).
+        whole: the whole model's graph, or None.
+        whole_reason: why there is none.
+    """
+
+    sites: tuple[Site, ...]
+    facts: Mapping[str, Facts]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    python: Mapping[str, str] = field(default_factory=dict)
+    bypassed: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    traces: Mapping[str, fx.Graph] = field(default_factory=dict)
+    whole: WholeGraph | None = None
+    whole_reason: str = ""

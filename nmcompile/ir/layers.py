@@ -1,0 +1,165 @@
+"""What a conv or linear node is: its name, its geometry, and which weight dims are out and in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmcompile.pruning.pattern import NMPattern
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What conv and linear nodes share. `weight_shape` is the shape of the weight as it is stored."""
+
+    name: str
+    weight_shape: tuple[int, ...]
+    has_bias: bool
+
+    groups = 1
+    out_dim = 0
+    in_dim = 1
+
+    @property
+    def kind(self) -> str:
+        """`linear`, `conv1d`, `conv2d` or `conv3d`."""
+        raise NotImplementedError
+
+    @property
+    def channel_dim(self) -> int:
+        """The dim of the input and of the output that holds channels or features."""
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        """Out-features or out-channels, all groups together."""
+        return self.weight_shape[self.out_dim]
+
+    @property
+    def in_features(self) -> int:
+        """In-features or in-channels of one group: the length of the forward GEMM's contraction per kernel position."""
+        return self.weight_shape[self.in_dim]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weight."""
+        return torch.Size(self.weight_shape).numel()
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.in_features == 1
+
+    def fits_forward(self, pattern: NMPattern) -> bool:
+        """Whether blocks of the pattern divide the in-channels of each group."""
+        return self.in_features % pattern.block == 0
+
+    def fits_backward(self, pattern: NMPattern) -> bool:
+        """Whether blocks of the pattern divide the out-channels of each group."""
+        return (self.out_features // self.groups) % pattern.block == 0
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
+        """The input as the GEMM takes it, and whether a batch dim was added."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LinearLayer(Layer):
+    """Y = X Wᵀ + b. `transposed` is for weights stored (in, out), as `addmm` and Hugging Face's Conv1D keep them."""
+
+    transposed: bool = False
+
+    kind = "linear"
+    channel_dim = -1
+
+    @property
+    def out_dim(self) -> int:  # type: ignore[override]
+        return 1 if self.transposed else 0
+
+    @property
+    def in_dim(self) -> int:  # type: ignore[override]
+        return 0 if self.transposed else 1
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
+        return (x.unsqueeze(0), True) if x.dim() == 1 else (x, False)
+
+
+@dataclass(frozen=True)
+class ConvLayer(Layer):
+    """Convolution of 1 to 3 spatial dims; weight (out, in / groups, *kernel).
+
+    `padding` is symmetric zero padding done by the GEMM; `pad_before` (in `F.pad`'s order) is applied first,
+    with `padding_mode`, for what a convolution cannot pad by itself.
+    """
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "constant"
+    pad_before: tuple[int, ...] = field(default=())
+
+    channel_dim = 1
+
+    @property
+    def kind(self) -> str:
+        return f"conv{self.spatial_dims}d"
+
+    @property
+    def spatial_dims(self) -> int:
+        return len(self.weight_shape) - 2
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
+        unbatched = x.dim() == self.spatial_dims + 1
+        if unbatched:
+            x = x.unsqueeze(0)
+        if self.pad_before:
+            x = F.pad(x, self.pad_before, mode=self.padding_mode)
+        return x, unbatched
+
+
+def conv_layer(
+    name: str,
+    weight_shape: Sequence[int],
+    has_bias: bool,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> ConvLayer:
+    """A `ConvLayer` from the arguments that `F.conv2d` and `nn.Conv2d` take, `"same"` and `"valid"` included."""
+    dims = len(weight_shape) - 2
+    stride, dilation = _per_dim(stride, dims), _per_dim(dilation, dims)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, weight_shape[2:], strict=True)]
+        left, right = [t // 2 for t in totals], [t - t // 2 for t in totals]
+    else:
+        left = right = list(_per_dim(0 if isinstance(padding, str) else padding, dims))
+    if padding_mode == "zeros":
+        # What a convolution pads is symmetric; the rest of an uneven "same" goes to the far side first, as in ATen.
+        pad_before = [n for a, b in zip(reversed(left), reversed(right), strict=True) for n in (0, b - a)]
+        symmetric = tuple(left)
+    else:
+        pad_before = [n for a, b in zip(reversed(left), reversed(right), strict=True) for n in (a, b)]
+        symmetric = (0,) * dims
+    return ConvLayer(
+        name,
+        tuple(weight_shape),
+        has_bias,
+        stride=stride,
+        padding=symmetric,
+        dilation=dilation,
+        groups=groups,
+        padding_mode="constant" if padding_mode == "zeros" else padding_mode,
+        pad_before=tuple(pad_before) if any(pad_before) else (),
+    )
+
+
+def _per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    values = tuple(int(v) for v in value)
+    return values * dims if len(values) == 1 else values

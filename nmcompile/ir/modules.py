@@ -1,0 +1,150 @@
+"""The modules that call three-GEMM triples: same object, same parameters, same class and one more.
+
+A module is rewritten by giving it a subclass of its own class; `restore` gives the class back. So hooks, references to
+the module, `isinstance` and `state_dict` keys stay what they were.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from nmcompile.config import Phase
+from nmcompile.errors import PassError
+from nmcompile.ir.three_gemm import GemmTriple
+
+
+class ThreeGemm:
+    """Mixin of every module that runs three-GEMM graphs; `three_gemms` holds them by role.
+
+    A conv or linear layer has one triple, with role `""`; its graphs are the three properties below. A module whose
+    forward calls several (attention, functional calls) has one for each.
+    """
+
+    three_gemms: dict[str, GemmTriple]
+
+    @property
+    def forward_graph(self) -> fx.GraphModule:
+        """Y = X Wᵀ + b with what the plan prunes in the forward GEMM."""
+        return self._only_graph(Phase.FORWARD)
+
+    @property
+    def backward_graph(self) -> fx.GraphModule:
+        """dX = dY W with what the plan prunes in the backward GEMM."""
+        return self._only_graph(Phase.BACKWARD)
+
+    @property
+    def update_graph(self) -> fx.GraphModule:
+        """dW = dYᵀ X and db with what the plan prunes in the update GEMM."""
+        return self._only_graph(Phase.UPDATE)
+
+    def _only_graph(self, phase: Phase) -> fx.GraphModule:
+        if len(self.three_gemms) != 1:
+            roles = ", ".join(self.three_gemms)
+            raise AttributeError(f"this module runs several layers ({roles}); use three_gemms[role].graphs[phase]")
+        return next(iter(self.three_gemms.values())).graphs[phase]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        for triple in self.three_gemms.values():
+            if triple.mask is not None:
+                triple.mask.mark_stale()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        for triple in self.three_gemms.values():
+            if triple.mask is not None:
+                triple.mask.move(fn(triple.mask.tensor))
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so what is pickled (and copied) is what it is made from.
+        mixin, base = type(self).__bases__
+        return _rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
+
+
+class ThreeGemmLayer(ThreeGemm):
+    """A conv or linear module."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.three_gemms[""](input, self.weight, self.bias)
+
+
+class ThreeGemmRegion(ThreeGemm):
+    """A module whose forward is generated from its graph, because it calls a functional conv or linear."""
+
+    three_gemm_graph: fx.Graph
+
+
+class ThreeGemmGraph(ThreeGemmRegion):
+    """The same for a GraphModule, whose own deepcopy would keep nothing but what its graph names."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ThreeGemmGraph":
+        replica = object.__new__(type(self))
+        memo[id(self)] = replica
+        replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return replica
+
+
+def install(module: nn.Module, mixin: type[ThreeGemm], triples: dict[str, GemmTriple]) -> None:
+    """Let `module` run `triples` through the forward of a mixin."""
+    module.__dict__["three_gemms"] = triples
+    module.__class__ = _layer_class(mixin, type(module))
+
+
+def install_graph(module: nn.Module, graph: fx.Graph, triples: dict[str, GemmTriple]) -> None:
+    """Let `module` run `triples` through a forward generated from a graph of its own."""
+    module.__dict__.update(three_gemms=triples, three_gemm_graph=graph)
+    mixin = ThreeGemmGraph if isinstance(module, fx.GraphModule) else ThreeGemmRegion
+    module.__class__ = _region_class(mixin, type(module), module, graph)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a rewritten module its own class back; others stay as they are.
+
+    Raises:
+        PassError: something else has changed the class since (a parametrization, FSDP).
+    """
+    if not isinstance(module, ThreeGemm):
+        return
+    if len(type(module).__bases__) != 2 or not issubclass(type(module).__bases__[0], ThreeGemm):
+        raise PassError(
+            f"{type(module).__name__} was changed again after nmcompile.compile (by a parametrization or FSDP?); undo "
+            "that before decompiling or compiling again"
+        )
+    for name in ("three_gemms", "three_gemm_graph"):
+        module.__dict__.pop(name, None)
+    module.__class__ = type(module).__bases__[1]
+
+
+def run_three_gemm(
+    three_gemms: dict[str, GemmTriple], role: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The target of a functional conv/linear node in a generated forward."""
+    return three_gemms[role](input, weight, bias)
+
+
+@cache
+def _layer_class(mixin: type[ThreeGemm], base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"ThreeGemm{base.__name__}", (mixin, base), {"__module__": base.__module__})
+
+
+def _region_class(
+    mixin: type[ThreeGemm], base: type[nn.Module], root: nn.Module, graph: fx.Graph
+) -> type[nn.Module]:
+    members = {"__module__": base.__module__, "forward": type(fx.GraphModule(root, graph)).forward}
+    return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
+
+
+def _rebuild(mixin: type[ThreeGemm], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
+    plain = base.__new__(base)
+    if graph is not None:
+        plain.__class__ = _region_class(mixin, base, nn.Module(), graph)
+    else:
+        plain.__class__ = _layer_class(mixin, base)
+    return plain

@@ -1,0 +1,102 @@
+"""The targets of the nodes in the three graphs.
+
+`apply_mask` and `prune` compute; the GEMM and bias operations only name what is to be computed, and a backend replaces
+them (`LoweringError` if it did not). `node.meta` holds the `kind` (`gemm`, `prune`, `bias`, `view`), the `layer`, the
+`phase`, and for a prune node the plan `row`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from nmcompile.config import Phase
+from nmcompile.errors import LoweringError
+from nmcompile.ir.grouping import grouped
+from nmcompile.ir.layers import Layer
+from nmcompile.pruning import OPERATORS, NMPattern
+
+KINDS = ("prune", "quantize", "gemm", "bias", "view")
+
+
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where the mask holds, else zero; a pruned NaN or infinity becomes zero too."""
+    return torch.where(mask, x, 0.0)
+
+
+@torch.library.custom_op("nmcompile::prune", mutates_args=())
+def prune(
+    x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
+) -> Tensor:
+    """`x` pruned by a named operator along an axis (see `grouped`), with the reference operators.
+
+    A custom operator, so that `torch.compile` neither traces through it nor changes how it rounds.
+    """
+    view, dim, restore = grouped(x, axis, channel_dim, block)
+    pruned = restore(OPERATORS[operator].prune(view, NMPattern(n_keep, block), dim, key))
+    return like(pruned, x)
+
+
+@prune.register_fake
+def _(
+    x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("nmcompile::prune_mask", mutates_args=())
+def prune_mask(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
+    """The mask, bool of the shape of `x`, that a greedy operator keeps along channels."""
+    return like(OPERATORS[operator].mask(x, NMPattern(n_keep, block), channel_dim), x)
+
+
+@prune_mask.register_fake
+def _(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bool)
+
+
+def like(result: Tensor, x: Tensor) -> Tensor:
+    """`result` with the strides that `torch.empty_like(x)` has."""
+    wanted = torch.empty_like(x, dtype=result.dtype)
+    return result if result.stride() == wanted.stride() else wanted.copy_(result)
+
+
+def gemm_forward(input: Tensor, weight: Tensor) -> Tensor:
+    """Y = X Wᵀ, or the convolution of X with W."""
+    raise LoweringError("a gemm_forward node was executed, but no backend has lowered it")
+
+
+def gemm_backward(grad_output: Tensor, weight: Tensor, input: Tensor | None = None) -> Tensor:
+    """dX = dY W; a convolution also takes its input, for the shape and memory format of dX."""
+    raise LoweringError("a gemm_backward node was executed, but no backend has lowered it")
+
+
+def gemm_update(grad_output: Tensor, input: Tensor) -> Tensor:
+    """dW = dYᵀ X."""
+    raise LoweringError("a gemm_update node was executed, but no backend has lowered it")
+
+
+def add_bias(output: Tensor, bias: Tensor) -> Tensor:
+    """Y + b."""
+    raise LoweringError("an add_bias node was executed, but no backend has lowered it")
+
+
+def bias_gradient(grad_output: Tensor) -> Tensor:
+    """db = the sum of the unpruned dY over everything but channels."""
+    raise LoweringError("a bias_gradient node was executed, but no backend has lowered it")
+
+
+def add_node(
+    graph: fx.Graph, kind: str, layer: Layer, phase: Phase, name: str, target: Any, args: tuple[Any, ...], row: Any = None
+) -> fx.Node:
+    """Append a node with the meta that later passes, backends and reports read."""
+    node = graph.create_node("call_function", target, args, {}, name=name)
+    node.meta.update(kind=kind, layer=layer, phase=phase, row=row)
+    return node
+
+
+def replace_node(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """Give a node another target and arguments; name, users and meta stay."""
+    node.target = target
+    node.args = args
+    node.kwargs = {}

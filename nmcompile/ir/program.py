@@ -1,0 +1,47 @@
+"""The unit that passes work on: a plan and, layer by layer, its three graphs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from nmcompile.config import Phase
+from nmcompile.ir.captured import Captured, Site
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.plan import LayerPlan, Plan
+
+
+@dataclass
+class ThreeGraphs:
+    """The forward, backward and update graph of one layer.
+
+    Placeholders are matched by name: `input`, `weight`, `bias`, `weight_mask` come from the caller, `grad_output` and
+    `key` from autograd and the random stream; any other name that the backward or update graph asks for is an extra
+    output of the forward graph, listed in `saved` in output order.
+    """
+
+    plan: LayerPlan
+    graphs: dict[Phase, fx.GraphModule]
+    saved: tuple[str, ...] = ()
+
+    @property
+    def layer(self) -> Layer:
+        return self.plan.layer
+
+    def __getitem__(self, phase: Phase) -> fx.GraphModule:
+        return self.graphs[phase]
+
+    def __iter__(self) -> Iterator[tuple[Phase, fx.GraphModule]]:
+        return iter(self.graphs.items())
+
+
+@dataclass
+class Program:
+    """A captured model, its plan, and the three graphs of every planned layer by name."""
+
+    captured: Captured
+    plan: Plan
+    layers: dict[str, ThreeGraphs] = field(default_factory=dict)
+
+    def site(self, layer: str) -> Site:
+        return next(site for site in self.captured.sites if site.layer.name == layer)

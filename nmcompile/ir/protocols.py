@@ -1,0 +1,52 @@
+"""The two contracts that others implement: a pass and a backend."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import fx
+
+from nmcompile.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a backend can do a thing, and why (not)."""
+
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: whether it changed anything, and what it left alone with the reason, by layer name."""
+
+    modified: bool
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class Pass(Protocol):
+    """One rewrite of a `Program`. Fields of the frozen dataclass are its options."""
+
+    name: ClassVar[str]
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite the program in place.
+
+        Raises:
+            PreconditionError: the program is not in the state that the pass needs.
+        """
+
+
+class Backend(Protocol):
+    """Replaces nodes of the three graphs by its own, one node at a time."""
+
+    name: str
+
+    def available(self) -> Support:
+        """Whether this machine can run the backend; never raises, imports nothing heavy at module level."""
+
+    def supports(self, node: fx.Node) -> Support:
+        """Whether `lower` can take this node (kind `gemm`, `prune` or `bias`)."""
+
+    def lower(self, node: fx.Node) -> None:
+        """Replace the node in its graph; kind and plan row in `node.meta` move to the replacement."""

@@ -1,0 +1,44 @@
+"""The random stream of one layer: keys for the pruning operators, counted by backward calls.
+
+A key is drawn from (seed, layer name, rank, draw), so that layers, ranks and micro-batches draw independently, while a
+resumed run and a run with other layers frozen draw the same. Global generators are never advanced.
+"""
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class DrawStream:
+    """Yields Philox keys. `draw` (0-d int64, on the CPU) is the only state."""
+
+    def __init__(self, seed: int, layer: str) -> None:
+        self.seed = seed
+        self.layer = layer
+        self.draw = torch.zeros((), dtype=torch.int64)
+
+    def next_keys(self) -> Tensor:
+        """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
+        return next_keys(self.draw, self.seed, self.layer)
+
+
+@torch.library.custom_op("nmcompile::next_keys", mutates_args=("draw",))
+def next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
+    """Keys for the current draw; advances it. A custom operator, so that a compiled step draws anew each time."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    bases = [_base(seed, layer, rank, phase) for phase in ("backward", "update")]
+    keys = torch.tensor(bases, dtype=torch.int64) + draw
+    draw.add_(1)
+    return keys
+
+
+@next_keys.register_fake
+def _(draw: Tensor, seed: int, layer: str) -> Tensor:
+    return draw.new_empty(2)
+
+
+def _base(seed: int, layer: str, rank: int, phase: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{layer}/{rank}/{phase}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

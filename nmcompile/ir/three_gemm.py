@@ -1,0 +1,151 @@
+"""Three graphs behind one autograd function, and the mixin for the modules that call them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from nmcompile.config import Phase
+from nmcompile.errors import GradientError
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.program import ThreeGraphs
+from nmcompile.ir.stream import DrawStream
+
+
+class MaskSource(Protocol):
+    """Where the current mask of a weight comes from."""
+
+    tensor: Tensor
+
+    def current(self, weight: Tensor) -> Tensor:
+        """The mask, bool of the weight's shape; rebuilt from `weight` if it is stale."""
+
+    def mark_stale(self) -> None:
+        """Have the next `current` rebuild the mask."""
+
+    def move(self, tensor: Tensor) -> None:
+        """Put another tensor (on another device) in the mask's place."""
+
+    def note_backward(self) -> None:
+        """Hear of a backward call of a layer that uses the mask."""
+
+
+class GemmTriple:
+    """One conv/linear call: runs the forward graph now, the backward and update graphs when autograd asks.
+
+    `called` and `positions` (output positions of the last call) are what reports show of a run.
+    """
+
+    def __init__(self, graphs: ThreeGraphs, mask: MaskSource | None, stream: DrawStream) -> None:
+        self.graphs = graphs
+        self.mask = mask
+        self.stream = stream
+        self.called = False
+        self.positions: int | None = None
+        self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
+
+    @property
+    def layer(self) -> Layer:
+        return self.graphs.layer
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        """The layer's output.
+
+        Args:
+            input: what the layer's module takes, floating point.
+            weight: the dense weight, of the layer's shape.
+            bias: `(out,)`, given exactly if the layer has one.
+            rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
+        """
+        mask = None if self.mask is None else self.mask.current(weight)
+        if rows is not None:
+            weight, mask, bias = weight[rows], None if mask is None else mask[rows], None if bias is None else bias[rows]
+        input, weight, bias = _autocast(input, weight, bias)
+        input, unbatched = self.layer.prepare(input)
+        output: Tensor = _ThreeGemmFunction.apply(self, input, weight, bias, mask)  # type: ignore[no-untyped-call]
+        self._observe(output)
+        return output.squeeze(0) if unbatched else output
+
+    def run(self, phase: Phase, values: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Run one graph on values by name, outside autocast: the operands have the dtype that they shall have."""
+        device = next(v for v in values.values() if v is not None).device.type
+        with torch.autocast(device, enabled=False):
+            result: tuple[Tensor | None, ...] = self.graphs[phase](*(values[n] for n in self.placeholders[phase]))
+        return result
+
+    def asks(self, phase: Phase, name: str) -> bool:
+        return name in self.placeholders[phase]
+
+    def _observe(self, output: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.called = True
+        self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
+
+
+class _ThreeGemmFunction(torch.autograd.Function):
+    """Y = X W by the forward graph; dX and (dW, db) by the backward and the update graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, triple: GemmTriple, input: Tensor, weight: Tensor, bias: Tensor | None, weight_mask: Tensor | None
+    ) -> Tensor:
+        values = {"input": input, "weight": weight, "bias": bias, "weight_mask": weight_mask}
+        output, *extra = triple.run(Phase.FORWARD, values)
+        values.update(zip(triple.graphs.saved, extra, strict=True))
+        wanted = set(triple.placeholders[Phase.BACKWARD]) if ctx.needs_input_grad[1] else set()
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            wanted |= set(triple.placeholders[Phase.UPDATE])
+        ctx.triple = triple
+        ctx.names = tuple(name for name in values if name in wanted)
+        ctx.save_for_backward(*(values[name] for name in ctx.names))
+        assert output is not None
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        triple: GemmTriple = ctx.triple
+        _refuse_double_backward(triple)
+        values = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | {"grad_output": grad_output}
+        if triple.mask is not None and not torch.compiler.is_compiling():
+            triple.mask.note_backward()
+        backward_key, update_key = _keys(triple)
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            (grad_input,) = triple.run(Phase.BACKWARD, values | {"key": backward_key})
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            grad_weight, *rest = triple.run(Phase.UPDATE, values | {"key": update_key})
+            grad_bias = rest[0] if rest else None
+        return None, grad_input, grad_weight, grad_bias, None
+
+
+def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:
+    if not (triple.asks(Phase.BACKWARD, "key") or triple.asks(Phase.UPDATE, "key")):
+        return None, None
+    keys = triple.stream.next_keys()
+    return keys[0], keys[1]
+
+
+def _refuse_double_backward(triple: GemmTriple) -> None:
+    # Under torch.compile grad mode says nothing here, and AOTAutograd refuses double backward by itself.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise GradientError(
+            f"layer {triple.layer.name!r}: backward was called with create_graph=True, but a pruned GEMM has no second "
+            "derivative; compute the penalty on nmcompile.decompile(model), or leave the layer out of "
+            "CompileConfig.layers"
+        )
+
+
+def _placeholders(graph: fx.GraphModule) -> tuple[str, ...]:
+    return tuple(str(node.target) for node in graph.graph.nodes if node.op == "placeholder")
+
+
+def _autocast(*tensors: Tensor | None) -> Sequence[Any]:
+    """What autocast does to the operands of `F.linear` and `F.conv2d`."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
+    return [t.to(dtype) if ok and t is not None else t for t, ok in zip(tensors, eligible, strict=True)]

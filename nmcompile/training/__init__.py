@@ -1,0 +1,3 @@
+"""What training adds to the graphs: masks that follow the optimizer, and their saved state."""
+
+from nmcompile.training.steps import step as step

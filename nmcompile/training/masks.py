@@ -1,0 +1,181 @@
+"""The mask of one weight: derived state, rebuilt by the first forward after it became stale."""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile import pruning
+from nmcompile.ir.layers import Layer
+from nmcompile.pruning import NMPattern
+
+NEVER_SEEN = -1
+STALE, VERSION = 0, 1
+SILENT_BACKWARDS = 1000
+
+live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
+"""Every mask in the process: the optimizer hooks look here for the weights that a step changed."""
+
+
+class WeightMask:
+    """The current mask of one weight, shared by the layers that share the weight.
+
+    It becomes stale by an optimizer step (every `refresh`-th), by `load_state_dict`, and by any write to the weight
+    that no optimizer step explains, such as an EMA update. The mask itself, its step count and whether it is stale are
+    what `sparse_state_dict` keeps.
+
+    Args:
+        name: the weight's name.
+        layer: which dims of the weight are out and in, and its groups.
+        operator: `greedy` (row-wise), `transposable` or `transposable_greedy`.
+        pattern: N:M.
+        refresh: optimizer steps between two computations, None to keep the first mask.
+        sr_ste: SR-STE's λ.
+        weight: for shape and device of the mask.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: Layer,
+        operator: str,
+        pattern: NMPattern,
+        refresh: int | None,
+        sr_ste: float,
+        weight: Tensor,
+    ) -> None:
+        self.name = name
+        self.layer = layer
+        self.operator = operator
+        self.pattern = pattern
+        self.refresh = refresh
+        self.sr_ste = sr_ste
+        self.steps = 0
+        self.backwards = 0
+        self.tensor = torch.zeros_like(weight, dtype=torch.bool, requires_grad=False)
+        # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
+        self.clock = torch.tensor([1, NEVER_SEEN])
+        self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+        live_masks.add(self)
+
+    def current(self, weight: Tensor) -> Tensor:
+        """The mask, rebuilt from `weight` (bool, its shape) if it is stale."""
+        if self.tensor.device != weight.device:
+            self.tensor = self.tensor.to(weight.device)
+        if self.backwards and not torch.compiler.is_compiling() and self.was_written():
+            self._warn("its weight changed after backward")
+        layer = self.layer
+        refresh_mask(
+            weight, self.tensor, self.clock, self.operator, str(self.pattern), layer.out_dim, layer.in_dim, layer.groups
+        )
+        return self.tensor
+
+    def note_backward(self) -> None:
+        """Count a backward call, to notice an optimizer whose steps nobody sees."""
+        self.backwards += 1
+        if self.backwards == SILENT_BACKWARDS and self.refresh is not None:
+            self._warn(f"{SILENT_BACKWARDS} backward calls")
+
+    def _warn(self, evidence: str) -> None:
+        self.backwards = 0
+        warnings.warn(
+            f"{self.name}: {evidence} and no optimizer step was seen, so its mask does not follow the refresh period. "
+            "If the optimizer is not a torch.optim.Optimizer, call nmcompile.training.step(model) after each step.",
+            stacklevel=3,
+        )
+
+    def mark_stale(self) -> None:
+        self.clock[STALE] = 1
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the weight is made of, as they are registered now (sharded ones under FSDP2)."""
+        for owner, path in self.owners.items():
+            if path is None:
+                yield from owner.parameters()
+            elif isinstance(weight := reduce(getattr, path.split("."), owner), nn.Parameter):
+                yield weight
+
+    def weight(self) -> nn.Parameter | None:
+        """The parameter that is the weight, or None where the weight is computed from others."""
+        paths = set(self.owners.values())
+        return next(self.parameters(), None) if paths and None not in paths else None
+
+    def accept_version(self) -> None:
+        """Take the weight as it is now for known: a later write that no step explains makes the mask stale."""
+        weight = self.weight()
+        # A sharded parameter is not the tensor that forward sees, so its version says nothing.
+        self.clock[VERSION] = weight._version if weight is not None and type(weight) is nn.Parameter else NEVER_SEEN
+
+    def was_written(self) -> bool:
+        """Whether the weight was written since it was last accepted."""
+        weight = self.weight()
+        seen = int(self.clock[VERSION])
+        return seen != NEVER_SEEN and weight is not None and weight._version != seen
+
+    def after_step(self) -> None:
+        """Count an optimizer step that may have changed the weight."""
+        self.backwards = 0
+        self.steps += 1
+        if self.refresh is not None and self.steps % self.refresh == 0:
+            self.mark_stale()
+        self.accept_version()
+
+    def move(self, tensor: Tensor) -> None:
+        """Put another tensor in the mask's place: the module moved to another device."""
+        if self.tensor.is_meta and not tensor.is_meta:
+            self.mark_stale()
+        self.tensor = tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"owners": list(self.owners.items())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
+        self.clock[VERSION] = NEVER_SEEN
+        live_masks.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightMask":
+        replica = type(self).__new__(type(self))
+        memo[id(self)] = replica
+        replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # A copied parameter starts at version 0; from there an EMA update shows.
+        replica.clock[VERSION] = 0 if int(self.clock[VERSION]) != NEVER_SEEN else NEVER_SEEN
+        return replica
+
+
+@torch.library.custom_op("nmcompile::refresh_mask", mutates_args=("mask", "clock"))
+def refresh_mask(
+    weight: Tensor, mask: Tensor, clock: Tensor, operator: str, pattern: str, out_dim: int, in_dim: int, groups: int
+) -> None:
+    """Rebuild `mask` from `weight` if the clock says that it is stale, or that the weight was written unseen."""
+    version = NEVER_SEEN if weight.is_inference() else weight._version
+    written = NEVER_SEEN not in (int(clock[VERSION]), version) and int(clock[VERSION]) != version
+    if int(clock[STALE]) or written:
+        mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups))
+        clock[STALE] = 0
+        if int(clock[VERSION]) != NEVER_SEEN:
+            clock[VERSION] = version
+
+
+@refresh_mask.register_fake
+def _(
+    weight: Tensor, mask: Tensor, clock: Tensor, operator: str, pattern: str, out_dim: int, in_dim: int, groups: int
+) -> None:
+    return None
+
+
+def compute_mask(
+    weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int
+) -> Tensor:
+    """The mask of a weight: row-wise along `in_dim`, or transposable over tiles of (out, in) that cross no group."""
+    if operator == "greedy":
+        return pruning.mask(weight, pattern, dim=in_dim)
+    method = "exact" if operator == "transposable" else "greedy"
+    split = weight.unflatten(out_dim, (groups, -1))
+    dims = out_dim + 1, in_dim + (in_dim > out_dim)
+    return pruning.transposable_mask(split, pattern, dims=dims, method=method).flatten(out_dim, out_dim + 1)

@@ -1,0 +1,78 @@
+"""How masks learn of optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from nmcompile.training.masks import WeightMask, live_masks
+
+@cache
+def watch_optimizers() -> None:
+    """Register the two hooks, once for the process; they look at nothing but the masks that are alive."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def step(model: nn.Module) -> None:
+    """Tell a compiled model that an optimizer step was made, for optimizers that are not `torch.optim.Optimizer`s.
+
+    Call it once after each step; the hooks do the same for optimizers of torch.optim.
+    """
+    parameters = {id(p) for p in model.parameters()}
+    for mask in _masks_of(parameters):
+        mask.after_step()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for mask in _masks_of(_held(optimizer)):
+        if mask.was_written():
+            mask.mark_stale()
+        if mask.sr_ste:
+            _add_sr_ste(mask)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for mask in _masks_of(_held(optimizer)):
+        mask.after_step()
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _masks_of(parameters: set[int]) -> Iterator[WeightMask]:
+    for mask in list(live_masks):
+        if any(id(p) in parameters for p in mask.parameters()):
+            yield mask
+
+
+@torch.no_grad()
+def _add_sr_ste(mask: WeightMask) -> None:
+    """g += λ (1 - mask) ∘ w: the pruned weights decay (Zhou et al. 2021, SR-STE).
+
+    Added here, right before the step, so that neither gradient accumulation nor a GradScaler can scale it.
+    """
+    weight = mask.weight()
+    if weight is not None and weight.grad is not None:
+        kept = _sharded_like(mask.tensor, weight)
+        weight.grad.add_(torch.where(kept, torch.zeros_like(weight), weight), alpha=mask.sr_ste)
+
+
+def _sharded_like(mask: Tensor, weight: nn.Parameter) -> Tensor:
+    """The mask as the weight is sharded (FSDP2); masks are equal on all ranks, so nothing is sent."""
+    if not hasattr(weight, "device_mesh"):
+        return mask
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = weight.device_mesh
+    whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    sharded: Tensor = whole.redistribute(placements=weight.placements)
+    return sharded

@@ -1,0 +1,16 @@
+"""Graph passes, one file each; the order in which `nmcompile.compile` runs them is `training_passes`."""
+
+from collections.abc import Sequence
+
+from nmcompile.ir.protocols import Backend, Pass
+from nmcompile.passes.expand_gemms import ExpandGemms as ExpandGemms
+from nmcompile.passes.lower_nodes import LowerNodes as LowerNodes
+from nmcompile.passes.prune_gradients import PruneGradients as PruneGradients
+from nmcompile.passes.prune_inputs import PruneInputs as PruneInputs
+from nmcompile.passes.prune_weights import PruneWeights as PruneWeights
+from nmcompile.passes.verify_graphs import verify_graphs as verify_graphs
+
+
+def training_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:
+    """From planned layers to lowered three-GEMM graphs."""
+    return (ExpandGemms(), PruneWeights(), PruneInputs(), PruneGradients(), LowerNodes(tuple(backends)))

@@ -1,0 +1,149 @@
+"""Decide, layer by layer and phase by phase, what is pruned, and say why where nothing is.
+
+The plan follows from the captured model and the configuration alone, never from a clock, so that every rank, every
+machine and every resumed run plans the same.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nmcompile.config import DEFAULT, CompileConfig, LayerConfig, Phase, Pruning
+from nmcompile.errors import PreconditionError
+from nmcompile.ir.captured import Captured, Site
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.plan import LayerPlan, Plan, PlanRow
+
+NOT_ASKED = "the mode leaves this GEMM dense"
+
+
+def plan_phases(captured: Captured, default: LayerConfig, config: CompileConfig) -> Plan:
+    """The plan of a captured model.
+
+    Args:
+        captured: sites and facts.
+        default: what the mode asks for in layers that `config` does not name.
+        config: overrides by layer name; a layer that it names exactly must fit its pattern.
+
+    Raises:
+        ConfigError: a key of `config.layers` that names no layer.
+        PreconditionError: a layer named exactly cannot take what it was given.
+    """
+    config.check_names((site.layer.name, site.weight) for site in captured.sites)
+    return Plan(tuple(_LayerPlanner(captured, default, config, site).plan() for site in captured.sites))
+
+
+@dataclass(frozen=True)
+class _LayerPlanner:
+    captured: Captured
+    default: LayerConfig
+    config: CompileConfig
+    site: Site
+
+    @property
+    def layer(self) -> Layer:
+        return self.site.layer
+
+    def plan(self) -> LayerPlan:
+        key, asked = self.config.lookup(self.layer.name, self.site.weight) or ("", self.default)
+        is_named = key not in ("", DEFAULT)
+        reason = self._dense_reason(asked, is_named)
+        if reason:
+            rows = [PlanRow(self.layer.name, phase, reason=reason) for phase in Phase]
+        else:
+            assert asked is not None
+            rows = [row for phase in Phase for row in self._phase_rows(phase, asked)]
+        self._check_exact(key, asked, rows)
+        rewrites_all = asked is not None and asked == LayerConfig() and not reason
+        return LayerPlan(self.layer, tuple(rows), rewrites_all or any(row.is_sparse for row in rows))
+
+    def _dense_reason(self, asked: LayerConfig | None, is_named: bool) -> str:
+        """Why the whole layer stays as it is, or nothing."""
+        name, facts = self.layer.name, self.captured.facts[self.layer.name]
+        if asked is None:
+            return "left dense by CompileConfig.layers"
+        if name in self.captured.bypassed:
+            return f"bypassed: {self.captured.bypassed[name]}"
+        if asked == LayerConfig():
+            return ""
+        if name in self.captured.tied:
+            return f"its weight is tied to the embedding {self.captured.tied[name]!r}"
+        if self.layer.is_depthwise:
+            return "depthwise convolution: one in-channel per group leaves nothing to prune along"
+        if self.config.ends == "dense" and not is_named:
+            if facts.first:
+                return "first layer, kept dense (paper §6.1); CompileConfig(ends='sparse') changes that"
+            if facts.last:
+                return "last linear, kept dense (paper §6.4); CompileConfig(ends='sparse') changes that"
+        return ""
+
+    def _phase_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
+        rows = {Phase.FORWARD: self._forward_rows, Phase.BACKWARD: self._backward_rows, Phase.UPDATE: self._update_rows}
+        found = list(rows[phase](asked))
+        yield from [row for row in found if row.is_sparse] or found[:1] or [self._dense(phase, NOT_ASKED)]
+
+    def _forward_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
+        facts = self.captured.facts[self.layer.name]
+        for operand, pruning in (("weight", asked.weight), ("input", asked.input)):
+            if pruning is None:
+                continue
+            if not self.layer.fits_forward(pruning.pattern):
+                yield self._dense(Phase.FORWARD, _misfit("in", self.layer, pruning))
+            elif operand == "input" and pruning.operator == "greedy_by_value" and not facts.nonnegative:
+                yield self._dense(Phase.FORWARD, "its input is not proven non-negative, so it is not pruned by value")
+            else:
+                yield self._sparse(Phase.FORWARD, operand, self._weight_operator(pruning), "in")
+
+    def _weight_operator(self, pruning: Pruning) -> Pruning:
+        """Row-wise where the out-channels do not take tiles: the forward GEMM is sparse, the backward GEMM is not."""
+        if pruning.operator.startswith("transposable") and not self.layer.fits_backward(pruning.pattern):
+            return Pruning("greedy", pruning.pattern)
+        return pruning
+
+    def _backward_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
+        gradient, weight = asked.backward_gradient, asked.weight
+        if gradient is not None:
+            if self.layer.fits_backward(gradient.pattern):
+                yield self._sparse(Phase.BACKWARD, "grad_output", gradient, "out")
+            else:
+                yield self._dense(Phase.BACKWARD, _misfit("out", self.layer, gradient))
+        if weight is not None and weight.operator.startswith("transposable"):
+            if not self.layer.fits_forward(weight.pattern):
+                yield self._dense(Phase.BACKWARD, _misfit("in", self.layer, weight))
+            elif not self.layer.fits_backward(weight.pattern):
+                yield self._dense(Phase.BACKWARD, f"{_misfit('out', self.layer, weight)}; the mask is row-wise")
+            else:
+                yield self._sparse(Phase.BACKWARD, "weight", weight, "out")
+        elif weight is not None:
+            yield self._dense(Phase.BACKWARD, "a row-wise mask is not N:M along out-channels: dense on the masked weight")
+
+    def _update_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
+        gradient = asked.update_gradient
+        if gradient is not None:
+            yield self._sparse(Phase.UPDATE, "grad_output", gradient, gradient.group)
+
+    def _sparse(self, phase: Phase, operand: str, pruning: Pruning, axis: str) -> PlanRow:
+        return PlanRow(self.layer.name, phase, operand, pruning.operator, pruning.pattern, axis)
+
+    def _dense(self, phase: Phase, reason: str) -> PlanRow:
+        return PlanRow(self.layer.name, phase, reason=reason)
+
+    def _check_exact(self, key: str, asked: LayerConfig | None, rows: list[PlanRow]) -> None:
+        """A layer that is named exactly gets what was asked, or an error: no silent dense."""
+        if asked is None or key not in (self.layer.name, self.site.weight):
+            return
+        wanted = {Phase.FORWARD: asked.weight or asked.input, Phase.UPDATE: asked.update_gradient}
+        for row in rows:
+            if not row.is_sparse and wanted.get(row.phase) is not None:
+                raise PreconditionError(
+                    f"layer {self.layer.name!r} (weight {self.layer.weight_shape}) cannot be pruned as CompileConfig"
+                    f".layers[{key!r}] asks in the {row.phase.value} GEMM: {row.reason}; give it another pattern or None"
+                )
+
+
+def _misfit(axis: str, layer: Layer, pruning: Pruning) -> str:
+    size = layer.in_features if axis == "in" else layer.out_features // layer.groups
+    kind = "features" if layer.kind == "linear" else "channels"
+    per_group = " per group" if layer.groups > 1 else ""
+    return f"{size} {axis}-{kind}{per_group} are no multiple of {pruning.pattern.block}"
+
+

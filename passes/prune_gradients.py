@@ -1,0 +1,46 @@
+"""Prune the gradient of the backward GEMM (SDGP) and of the update GEMM (MVUE).
+
+    gemm_update(grad_output, input)  ->  gemm_update(prune(grad_output, "mvue", 2, 4, "auto", 1, key), input)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nmcompile.config import Phase
+from nmcompile.ir import operations as ops
+from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.ir.protocols import PassResult
+from nmcompile.passes.rewriting import placeholder, prune_operand
+from nmcompile.pruning import OPERATORS
+
+
+@dataclass(frozen=True)
+class PruneGradients:
+    """Put the planned operator in front of dY. The bias gradient keeps reading the unpruned dY.
+
+    Random operators take a `key` placeholder, which the layer's random stream fills anew at each backward call.
+    """
+
+    name: ClassVar[str] = "prune-gradients"
+
+    def run(self, program: Program) -> PassResult:
+        modified = False
+        for three in program.layers.values():
+            for phase in (Phase.BACKWARD, Phase.UPDATE):
+                if row := three.plan.find(phase, "grad_output"):
+                    _prune_gradient(three, phase, row)
+                    modified = True
+        return PassResult(modified=modified)
+
+
+def _prune_gradient(three: ThreeGraphs, phase: Phase, row: PlanRow) -> None:
+    graph = three[phase].graph
+    assert row.pattern is not None and row.operator is not None
+    axis = "channels" if row.axis == "out" else row.axis
+    options = row.operator, row.pattern.n_keep, row.pattern.block, axis, three.layer.channel_dim
+    dense = placeholder(graph, "grad_output")
+    key = (placeholder(graph, "key"),) if OPERATORS[row.operator].needs_key else ()
+    args = (dense, *options, *key)
+    prune_operand(three, phase, "grad_output", "prune", "grad_output_pruned", ops.prune, args, row)
+    three[phase].recompile()

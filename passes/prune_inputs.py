@@ -1,0 +1,69 @@
+"""Prune the input of the forward GEMM (the paper's sparse activations).
+
+    gemm_forward(input, weight)      ->  input_mask = prune_mask(input); gemm_forward(apply_mask(input, input_mask), ...)
+    gemm_update(grad_output, input)  ->  gemm_update(grad_output, input_pruned)
+    dX = gemm_backward(...)          ->  apply_mask(gemm_backward(...), input_mask)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nmcompile.config import Phase
+from nmcompile.ir import operations as ops
+from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.ir.protocols import PassResult
+from nmcompile.passes.rewriting import gemm_node, placeholder, prune_operand
+
+
+@dataclass(frozen=True)
+class PruneInputs:
+    """Prune X per sample along its channels; the gradients share X's mask (§7 of the paper).
+
+    Forward hands the pruned input and its mask on, so that the dense input need not be kept for this layer.
+    """
+
+    name: ClassVar[str] = "prune-inputs"
+
+    def run(self, program: Program) -> PassResult:
+        rows = [(three, three.plan.find(Phase.FORWARD, "input")) for three in program.layers.values()]
+        sparse = [(three, row) for three, row in rows if row is not None]
+        for three, row in sparse:
+            _prune_forward(three, row)
+            _mask_gradient(three)
+            _rename_input(three, Phase.BACKWARD)
+            _rename_input(three, Phase.UPDATE)
+        return PassResult(modified=bool(sparse))
+
+
+def _prune_forward(three: ThreeGraphs, row: PlanRow) -> None:
+    graph = three[Phase.FORWARD].graph
+    assert row.pattern is not None
+    dense = placeholder(graph, "input")
+    args = dense, row.operator, row.pattern.n_keep, row.pattern.block, three.layer.channel_dim
+    with graph.inserting_before(gemm_node(three, Phase.FORWARD)):
+        mask = ops.add_node(graph, "prune", three.layer, Phase.FORWARD, "input_mask", ops.prune_mask, args, row)
+    masked = (dense, mask)
+    pruned = prune_operand(three, Phase.FORWARD, "input", "view", "input_pruned", ops.apply_mask, masked, row)
+    output = graph.output_node()
+    output.args = ((*output.args[0], pruned, mask),)  # type: ignore[misc]
+    three.saved = (*three.saved, "input_pruned", "input_mask")
+    three[Phase.FORWARD].recompile()
+
+
+def _mask_gradient(three: ThreeGraphs) -> None:
+    graph, gemm = three[Phase.BACKWARD].graph, gemm_node(three, Phase.BACKWARD)
+    mask = placeholder(graph, "input_mask")
+    with graph.inserting_after(gemm):
+        args = (gemm, mask)
+        masked = ops.add_node(graph, "view", three.layer, Phase.BACKWARD, "grad_input_masked", ops.apply_mask, args)
+    gemm.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
+    three[Phase.BACKWARD].recompile()
+
+
+def _rename_input(three: ThreeGraphs, phase: Phase) -> None:
+    graph = three[phase].graph
+    for dense in [node for node in graph.nodes if node.op == "placeholder" and node.target == "input"]:
+        dense.replace_all_uses_with(placeholder(graph, "input_pruned"))
+        graph.erase_node(dense)
+    three[phase].recompile()

@@ -1,0 +1,41 @@
+"""Prune the weight of the forward and backward GEMM with its current mask.
+
+    gemm_forward(input, weight)         ->  gemm_forward(input, apply_mask(weight, weight_mask))
+    gemm_backward(grad_output, weight)  ->  gemm_backward(grad_output, apply_mask(weight, weight_mask))
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nmcompile.config import Phase
+from nmcompile.ir import operations as ops
+from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.ir.protocols import PassResult
+from nmcompile.passes.rewriting import placeholder, prune_operand
+
+
+@dataclass(frozen=True)
+class PruneWeights:
+    """Apply the mask to the weight of both GEMMs that read it; the update GEMM never does.
+
+    The backward GEMM is sparse only where the mask is transposable. With a row-wise mask it runs dense on the same
+    masked weight: that is the derivative of what forward computed. The mask comes from outside the graph, since it is
+    refreshed by optimizer steps and not by calls.
+    """
+
+    name: ClassVar[str] = "prune-weights"
+
+    def run(self, program: Program) -> PassResult:
+        sparse = [three for three in program.layers.values() if three.plan.find(Phase.FORWARD, "weight")]
+        for three in sparse:
+            _mask_weight(three, Phase.FORWARD)
+            _mask_weight(three, Phase.BACKWARD)
+        return PassResult(modified=bool(sparse))
+
+
+def _mask_weight(three: ThreeGraphs, phase: Phase) -> None:
+    graph, row = three[phase].graph, three.plan.find(phase, "weight")
+    args = placeholder(graph, "weight"), placeholder(graph, "weight_mask")
+    kind = "prune" if row else "view"
+    prune_operand(three, phase, "weight", kind, "weight_pruned", ops.apply_mask, args, row)
+    three[phase].recompile()

@@ -1,0 +1,44 @@
+"""What the pruning passes share: placeholders, and a node put in front of a GEMM's operand."""
+
+from typing import Any
+
+from torch import fx
+
+from nmcompile.config import Phase
+from nmcompile.errors import PreconditionError
+from nmcompile.ir import operations as ops
+from nmcompile.ir.program import ThreeGraphs
+
+GEMMS = (ops.gemm_forward, ops.gemm_backward, ops.gemm_update)
+
+
+def gemm_node(three: ThreeGraphs, phase: Phase) -> fx.Node:
+    """The one GEMM of a graph that is not lowered yet."""
+    found = [node for node in three[phase].graph.nodes if node.target in GEMMS]
+    if len(found) != 1:
+        raise PreconditionError(
+            f"layer {three.layer.name!r}: its {phase.value} graph has {len(found)} GEMM nodes that are not lowered, "
+            "expected 1; run the pruning passes after expand-gemms and before lower-nodes"
+        )
+    return found[0]
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """The placeholder of that name, made behind the others if it does not exist."""
+    existing = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in existing:
+        if node.target == name:
+            return node
+    with graph.inserting_after(existing[-1]):
+        return graph.placeholder(name)
+
+
+def prune_operand(
+    three: ThreeGraphs, phase: Phase, operand: str, kind: str, name: str, target: Any, args: tuple[Any, ...], row: Any
+) -> fx.Node:
+    """Insert `target(*args)` before the GEMM and let it stand for the placeholder `operand` in the GEMM's arguments."""
+    graph, gemm = three[phase].graph, gemm_node(three, phase)
+    with graph.inserting_before(gemm):
+        pruned = ops.add_node(graph, kind, three.layer, phase, name, target, args, row)
+    gemm.replace_input_with(placeholder(graph, operand), pruned)
+    return pruned
