@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, preset
@@ -60,7 +59,7 @@ def compile(
             `"dense"`, which rewrites everything and prunes nothing.
         args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
         config: anything finer than the mode.
-        backend: `"auto"`, `"reference"`, `"cpu"`, or a `Backend`; what it does not take the reference backend runs.
+        backend: `"auto"`, `"reference"`, or a `Backend`; what it does not take the reference backend runs.
         inplace: edit the given module tree.
 
     Returns:
@@ -113,7 +112,7 @@ def inspect(compiled: nn.Module) -> Report:
     """
     root, record = _record(compiled)
     observed = {
-        triple.layer.name: Observation(triple.called, triple.positions, kernels_of(record.program, triple.layer.name))
+        triple.layer.name: Observation(triple.called, triple.positions, triple.graphs.kernels())
         for triple in triples_of(root)
     }
     return build_report(record.program, observed, model_name=type(root).__name__, mode=record.mode)
@@ -138,17 +137,14 @@ def share_copy(model: nn.Module) -> nn.Module:
         CaptureError: a module cannot be copied; `inplace=True` needs no copy.
     """
     # deepcopy takes what its memo holds for already copied.
-    tensors = [leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)) if _is_tensor(leaf)]
+    leaves = (leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to compile the model itself"
         ) from error
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
 
 
 def _module(model: Model) -> nn.Module:
@@ -177,19 +173,15 @@ def _program(
 
 def _backends(backend: str | Backend) -> tuple[Backend, ...]:
     """The backends to ask, in this order; the reference backend takes what is left."""
-    reference, cpu = ReferenceBackend(), CpuBackend()
+    reference = ReferenceBackend()
     if not isinstance(backend, str):
+        support = backend.available()
+        if not support.ok:
+            raise BackendUnavailable(f"backend {backend.name!r} cannot run here: {support.reason}; use backend='auto'")
         return backend, reference
-    named: dict[str, tuple[Backend, ...]] = {
-        "auto": (cpu, reference) if cpu.available().ok else (reference,),
-        "cpu": (cpu, reference),
-        "reference": (reference,),
-    }
+    named: dict[str, tuple[Backend, ...]] = {"auto": (reference,), "reference": (reference,)}
     if backend not in named:
         raise ConfigError(f"backend {backend!r} is unknown; {nearest(backend, named)}")
-    support = named[backend][0].available()
-    if not support.ok:
-        raise BackendUnavailable(f"backend {backend!r} cannot run here: {support.reason}; use backend='auto'")
     return named[backend]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -46,6 +47,10 @@ class WholeGraph:
     graph: fx.Graph
     layers: Mapping[fx.Node, tuple[str, ...]]
     source: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WholeGraph":
+        # Read-only, and its keys are nodes: copies of a model share it.
+        return self
 
 
 @dataclass(frozen=True)

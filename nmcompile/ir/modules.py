@@ -110,6 +110,8 @@ def restore(module: nn.Module) -> None:
     Raises:
         PassError: something else has changed the class since (a parametrization, FSDP).
     """
+    if "three_gemm_fast_path" in module.__dict__:
+        module.activation_relu_or_gelu = module.__dict__.pop("three_gemm_fast_path")
     if not isinstance(module, ThreeGemm):
         return
     if len(type(module).__bases__) != 2 or not issubclass(type(module).__bases__[0], ThreeGemm):
@@ -120,6 +122,14 @@ def restore(module: nn.Module) -> None:
     for name in ("three_gemms", "three_gemm_graph"):
         module.__dict__.pop(name, None)
     module.__class__ = type(module).__bases__[1]
+
+
+def turn_off_fast_path(model: nn.Module) -> None:
+    """Keep `nn.TransformerEncoderLayer` from its inference kernel, which reads the dense weights of its children."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, ThreeGemm) for m in module.modules()):
+            module.__dict__.setdefault("three_gemm_fast_path", module.activation_relu_or_gelu)
+            module.activation_relu_or_gelu = 0
 
 
 def run_three_gemm(

@@ -25,7 +25,7 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("nmcompile::prune", mutates_args=())
-def prune(
+def _prune(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:
     """`x` pruned by a named operator along an axis (see `grouped`), with the reference operators.
@@ -37,7 +37,7 @@ def prune(
     return like(pruned, x)
 
 
-@prune.register_fake
+@_prune.register_fake
 def _(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:
@@ -45,14 +45,19 @@ def _(
 
 
 @torch.library.custom_op("nmcompile::prune_mask", mutates_args=())
-def prune_mask(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
+def _prune_mask(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
     """The mask, bool of the shape of `x`, that a greedy operator keeps along channels."""
     return like(OPERATORS[operator].mask(x, NMPattern(n_keep, block), channel_dim), x)
 
 
-@prune_mask.register_fake
+@_prune_mask.register_fake
 def _(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.bool)
+
+
+# What graphs name is the operator behind the Python function.
+prune = torch.ops.nmcompile.prune.default
+prune_mask = torch.ops.nmcompile.prune_mask.default
 
 
 def like(result: Tensor, x: Tensor) -> Tensor:

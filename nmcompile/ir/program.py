@@ -31,6 +31,11 @@ class ThreeGraphs:
     def __getitem__(self, phase: Phase) -> fx.GraphModule:
         return self.graphs[phase]
 
+    def kernels(self) -> dict[Phase, str]:
+        """Which backend runs which kind of node, phase by phase: `"prune: cpu, gemm: reference"`."""
+        marked = {phase: [node.meta for node in graph.graph.nodes if "backend" in node.meta] for phase, graph in self}
+        return {phase: ", ".join(f"{m['kind']}: {m['backend']}" for m in metas) for phase, metas in marked.items()}
+
     def __iter__(self) -> Iterator[tuple[Phase, fx.GraphModule]]:
         return iter(self.graphs.items())
 

@@ -1,0 +1,243 @@
+"""What was (or would be) done to each layer, why, and what was seen of it: text, JSON and markdown."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+from torch import fx
+
+from nmcompile.config import Phase
+from nmcompile.errors import ConfigError, nearest
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.plan import LayerPlan, PlanRow
+from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.report_graphs import format_three_graphs, inline_forward
+
+SCHEMA_VERSION = 1
+BITS = 32
+OPERANDS = {"weight": "W", "input": "X", "grad_output": "dY"}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run showed of one layer: whether it was called, its output positions, and the backend of each phase."""
+
+    called: bool
+    positions: int | None
+    kernels: Mapping[Phase, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. `macs` is for one of its three GEMMs (all take the same), None where no shape is known."""
+
+    plan: LayerPlan
+    graphs: "PrintableGraphs"
+    status: str
+    positions: int | None
+    kernels: Mapping[Phase, str]
+
+    @property
+    def layer(self) -> Layer:
+        return self.plan.layer
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    @property
+    def macs(self) -> int | None:
+        return None if self.positions is None else self.positions * self.layer.parameters
+
+    def density(self, phase: Phase) -> float:
+        """Expected share of the dense MACs: the product of the operands' densities (Equation 26 of the paper)."""
+        result = 1.0
+        for row in self.plan.rows_of(phase):
+            result *= row.pattern.density if row.pattern is not None and self.status == "sparse" else 1.0
+        return result
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why phases are dense, each reason once."""
+        return tuple(dict.fromkeys(row.reason for row in self.plan.rows if row.reason))
+
+
+class PrintableGraphs:
+    """The three graphs of a layer by phase; `str()` prints them one node a line."""
+
+    def __init__(self, graphs: ThreeGraphs) -> None:
+        self.three = graphs
+
+    def __getitem__(self, phase: Phase) -> fx.GraphModule:
+        return self.three[phase]
+
+    def __str__(self) -> str:
+        return format_three_graphs(self.three)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The plan and what came of it, layer by layer."""
+
+    model_name: str
+    mode: str
+    layers: tuple[LayerReport, ...]
+    program: Program
+
+    def layer(self, name: str) -> LayerReport:
+        """One layer by name; an unknown one is an error with the nearest name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise ConfigError(f"the model has no layer {name!r}; {nearest(name, (layer.name for layer in self.layers))}")
+
+    @property
+    def graph(self) -> fx.Graph | None:
+        """The whole model with every rewritten layer as its forward nodes, or None (see `graph_reason`)."""
+        return inline_forward(self.program)
+
+    @property
+    def graph_reason(self) -> str:
+        """Why there is no whole graph."""
+        return self.program.captured.whole_reason
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Totals: layers, parameters, and per phase the share of MACs in sparse GEMMs, expected MACs and BOPs."""
+        sparse = [layer for layer in self.layers if layer.status == "sparse"]
+        known = [layer for layer in self.layers if layer.macs is not None]
+        total = sum(layer.macs or 0 for layer in known)
+        parameters = sum(layer.layer.parameters for layer in self.layers)
+        phases = {}
+        for phase in Phase:
+            expected = sum((layer.macs or 0) * layer.density(phase) for layer in known)
+            covered = sum(layer.macs or 0 for layer in known if layer.density(phase) < 1)
+            phases[phase.value] = {
+                "sparse_share": covered / total if total else None,
+                "macs": total or None,
+                "expected_macs": expected if total else None,
+                "bops": expected * BITS * BITS if total else None,
+            }
+        return {
+            "layers": len(self.layers),
+            "sparse_layers": len(sparse),
+            "parameters": parameters,
+            "sparse_parameters": sum(layer.layer.parameters for layer in sparse),
+            "phases": phases,
+        }
+
+    def __str__(self) -> str:
+        return "\n\n".join(part for part in (self._title(), self._table("simple"), self._notes(), self._totals()) if part)
+
+    def to_markdown(self) -> str:
+        """The same as GitHub-flavoured markdown."""
+        notes = self._notes()
+        parts = (f"# {self._title()}", self._table("github"), f"```\n{notes}\n```" if notes else "", self._totals())
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def to_json(self) -> str:
+        """Versioned JSON: `schema_version` 1."""
+        captured = self.program.captured
+        return json.dumps(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "model": self.model_name,
+                "mode": self.mode,
+                "layers": [_layer_json(layer) for layer in self.layers],
+                "python": dict(captured.python),
+                "skipped": dict(captured.skipped),
+                "whole_graph": captured.whole.source if captured.whole else None,
+                "summary": self.summary,
+            },
+            indent=2,
+        )
+
+    def _title(self) -> str:
+        totals = self.summary
+        return f"{self.model_name}, mode {self.mode!r}: {totals['sparse_layers']} of {totals['layers']} layers sparse"
+
+    def _table(self, style: str) -> str:
+        rows = [
+            [
+                layer.name or "(model)",
+                layer.layer.kind,
+                "×".join(map(str, layer.layer.weight_shape)),
+                *(_cell(layer.plan.rows_of(phase)) for phase in Phase),
+                "–" if layer.macs is None else f"{layer.macs / 1e6:.2f} M",
+                layer.status if layer.status not in ("sparse", "dense") else "; ".join(layer.reasons),
+            ]
+            for layer in self.layers
+        ]
+        headers = ["layer", "kind", "weight", *(phase.value for phase in Phase), "MACs", "note"]
+        return tabulate(rows, headers=headers, tablefmt=style, maxcolwidths=[None] * 7 + [60])
+
+    def _notes(self) -> str:
+        captured = self.program.captured
+        sections = {"stays Python": captured.python, "skipped": captured.skipped}
+        lines = [f"{title}: {name or '(model)'}: {why}" for title, found in sections.items() for name, why in found.items()]
+        if captured.whole is None:
+            lines.append(f"no whole graph: {captured.whole_reason}")
+        return "\n".join(lines)
+
+    def _totals(self) -> str:
+        totals = self.summary
+        share = totals["sparse_parameters"] / max(1, totals["parameters"])
+        lines = [f"parameters in sparse layers: {share:.1%} of {totals['parameters'] / 1e6:.3f} M"]
+        for phase, values in totals["phases"].items():
+            if values["macs"]:
+                rest = values["expected_macs"] / values["macs"]
+                lines.append(
+                    f"{phase}: {values['sparse_share']:.1%} of {values['macs'] / 1e6:.1f} M MACs in sparse GEMMs; "
+                    f"expected MACs {rest:.1%} of dense, {values['bops'] / 1e9:.2f} G BOPs at {BITS}x{BITS} bits"
+                )
+        if not totals["phases"]["forward"]["macs"]:
+            lines.append("MACs are unknown: pass args=, or run the model once")
+        lines.append("The reference backend runs dense kernels on the pruned operands; no speed-up is claimed.")
+        return "\n".join(lines)
+
+
+def build_report(program: Program, observed: Mapping[str, Observation], *, model_name: str, mode: str) -> Report:
+    """The report of a program; `observed` is empty where nothing was compiled."""
+    ran = any(seen.called for seen in observed.values())
+    layers = tuple(_layer_report(program, plan, observed, ran) for plan in program.plan)
+    return Report(model_name, mode, layers, program)
+
+
+def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Observation], ran: bool) -> LayerReport:
+    name = plan.layer.name
+    seen = observed.get(name, Observation(False, None))
+    status = "sparse" if any(row.is_sparse for row in plan.rows) else "dense"
+    if observed and plan.rewritten and not seen.called:
+        status = "bypassed: the model ran without calling it" if ran else "not called yet"
+    positions = seen.positions if seen.positions is not None else program.captured.facts[name].positions
+    graphs = PrintableGraphs(program.layers[name])
+    return LayerReport(plan, graphs, status, positions, seen.kernels or program.layers[name].kernels())
+
+
+def _cell(rows: tuple[PlanRow, ...]) -> str:
+    sparse = [f"{OPERANDS[row.operand]} {row.pattern} {row.operator}" for row in rows if row.operand is not None]
+    return " + ".join(sparse) or "dense"
+
+
+def _layer_json(layer: LayerReport) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.layer.kind,
+        "weight_shape": list(layer.layer.weight_shape),
+        "status": layer.status,
+        "macs": layer.macs,
+        "rows": [
+            {
+                "phase": row.phase.value,
+                "operand": row.operand,
+                "operator": row.operator,
+                "pattern": None if row.pattern is None else str(row.pattern),
+                "axis": row.axis,
+                "reason": row.reason,
+                "kernels": layer.kernels.get(row.phase, ""),
+            }
+            for row in layer.plan.rows
+        ],
+    }

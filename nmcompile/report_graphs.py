@@ -1,0 +1,64 @@
+"""Graphs as text, and the whole model's graph with its layers opened."""
+
+from typing import Any
+
+from torch import fx
+
+from nmcompile.config import Phase
+from nmcompile.ir.program import Program, ThreeGraphs
+
+
+def format_three_graphs(three: ThreeGraphs) -> str:
+    """One node a line: its name, kind, target with arguments, and what the plan says of it."""
+    return "\n".join(_format(phase, module.graph) for phase, module in three)
+
+
+def _format(phase: Phase, graph: fx.Graph) -> str:
+    names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    outputs: Any = graph.output_node().args[0]
+    lines = [f"{phase.value}({', '.join(names)}) -> {', '.join(str(node) for node in outputs)}"]
+    for node in graph.nodes:
+        if node.op == "call_function":
+            call = f"{getattr(node.target, '__name__', node.target)}({', '.join(map(str, node.args))})"
+            row = node.meta.get("row")
+            lines.append(f"  {node.name:<20} {node.meta.get('kind', ''):<6} {call}" + (f"    # {row}" if row else ""))
+    return "\n".join(lines)
+
+
+def inline_forward(program: Program) -> fx.Graph | None:
+    """The whole graph with each rewritten layer replaced by the nodes of its forward graph.
+
+    Nodes that hold several layers (attention) stay one call.
+    """
+    whole = program.captured.whole
+    if whole is None:
+        return None
+    rewritten = {plan.layer.name for plan in program.plan if plan.rewritten}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in whole.graph.nodes:
+        names = whole.layers.get(node, ())
+        if len(names) == 1 and names[0] in rewritten and node.op in ("call_module", "call_function"):
+            copies[node] = _inline(graph, program, names[0], node, copies)
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    return graph
+
+
+def _inline(
+    graph: fx.Graph, program: Program, name: str, node: fx.Node, copies: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    site = program.site(name)
+    forward = program.layers[name][Phase.FORWARD].graph
+    prefix = site.weight.rpartition(".")[0]
+    targets = {"weight": site.weight, "weight_mask": f"{site.weight}_mask", "bias": f"{prefix}.bias".lstrip(".")}
+    inner: dict[fx.Node, fx.Node] = {}
+    source = next(n for n in node.all_input_nodes if n.op != "get_attr")
+    for step in forward.nodes:
+        if step.op == "placeholder":
+            target = targets.get(str(step.target))
+            inner[step] = copies[source] if target is None else graph.create_node("get_attr", target)
+        elif step.op != "output":
+            inner[step] = graph.node_copy(step, lambda n: inner[n])
+    result: Any = forward.output_node().args[0]
+    return inner[result[0]]

@@ -1,0 +1,157 @@
+"""Count the blocks that break their pattern, in the weights of a model and in the operands of a training step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from nmcompile.capture import capture_model
+from nmcompile.config import Phase
+from nmcompile.errors import ConfigError
+from nmcompile.finalization import FINALIZED, effective_weight, named_weight
+from nmcompile.ir.grouping import grouped
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.pruning import NMPattern
+from nmcompile.training.binding import count_violations
+from nmcompile.training.masks import WeightMask
+from nmcompile.training.state import masks_of, triples_of
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One tensor along one axis: how many of its blocks hold more than N non-zeros."""
+
+    name: str
+    operand: str
+    axis: str
+    pattern: NMPattern
+    blocks: int
+    violations: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All tensors that were checked; `ok` if none breaks its pattern."""
+
+    checks: tuple[TensorCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.violations == 0 for check in self.checks)
+
+    def __str__(self) -> str:
+        rows = [[c.name, c.operand, str(c.pattern), c.axis, c.blocks, c.violations] for c in self.checks]
+        table = tabulate(rows, headers=["tensor", "operand", "pattern", "along", "blocks", "violations"])
+        broken = sum(check.violations > 0 for check in self.checks)
+        verdict = "every block holds" if self.ok else f"{broken} of {len(self.checks)} checks fail"
+        return f"{table}\n\n{verdict}"
+
+
+def verify(
+    target: nn.Module, pattern: str | NMPattern | None = None, *, step: Callable[[], Any] | None = None
+) -> VerifyReport:
+    """Check a model against its patterns.
+
+    Args:
+        target: a compiled model, judged by its effective weights and its own plan; a finalized model, judged by what
+            it was finalized from; or any other module, whose conv and linear weights are checked against `pattern`
+            along in-channels.
+        pattern: for a module that is neither compiled nor finalized.
+        step: runs one forward and backward of a compiled model; every pruned operand of every GEMM that it runs is
+            then checked too.
+
+    Raises:
+        ConfigError: a plain module without a pattern.
+    """
+    masks = masks_of(target) or target.__dict__.get(FINALIZED, {})
+    if pattern is not None:
+        checks = list(_plain_checks(target, NMPattern.parse(pattern)))
+    elif masks or any(triples_of(target)):
+        checks = [check for mask in masks.values() for check in _mask_checks(target, mask)]
+    else:
+        raise ConfigError(f"{type(target).__name__} is neither compiled nor finalized; give the pattern to check it for")
+    if step is not None:
+        checks += _step_checks(target, step)
+    return VerifyReport(tuple(checks))
+
+
+def _plain_checks(model: nn.Module, pattern: NMPattern) -> Iterator[TensorCheck]:
+    for site in capture_model(model).sites:
+        weight = named_weight(model, site.weight)
+        if weight is not None:
+            yield _check(site.weight, "weight", "in", weight.detach(), pattern, site.layer.in_dim)
+
+
+def _mask_checks(model: nn.Module, mask: WeightMask) -> Iterator[TensorCheck]:
+    is_plain = FINALIZED in model.__dict__
+    weight = named_weight(model, mask.name) if is_plain else effective_weight(model, mask)
+    if weight is None:
+        return
+    layer: Layer = mask.layer
+    yield _check(mask.name, "weight", "in", weight.detach(), mask.pattern, layer.in_dim)
+    if mask.operator.startswith("transposable"):
+        by_group = weight.detach().unflatten(layer.out_dim, (layer.groups, -1))
+        yield _check(mask.name, "weight", "out", by_group, mask.pattern, layer.out_dim + 1)
+
+
+def _check(name: str, operand: str, axis: str, x: Tensor, pattern: NMPattern, dim: int) -> TensorCheck:
+    blocks = -(-x.shape[dim] // pattern.block) * (x.numel() // max(1, x.shape[dim]))
+    return TensorCheck(name, operand, axis, pattern, blocks, count_violations(x, pattern, dim))
+
+
+def _step_checks(model: nn.Module, step: Callable[[], Any]) -> list[TensorCheck]:
+    """Run `step` with every graph interpreted node by node, and look at what its prune nodes hand to the GEMM."""
+    checks: list[TensorCheck] = []
+    triples = list(triples_of(model))
+    for triple in triples:
+        triple.__dict__["run"] = _Watched(triple, checks).run
+    try:
+        step()
+    finally:
+        for triple in triples:
+            del triple.__dict__["run"]
+    return checks
+
+
+class _Watched:
+    """Runs the graphs of a layer as the layer does, and checks every pruned operand on the way."""
+
+    def __init__(self, triple: GemmTriple, checks: list[TensorCheck]) -> None:
+        self.triple = triple
+        self.checks = checks
+
+    def run(self, phase: Phase, values: dict[str, Tensor | None]) -> Any:
+        device = next(v for v in values.values() if v is not None).device.type
+        with torch.autocast(device, enabled=False):
+            arguments = (values[name] for name in self.triple.placeholders[phase])
+            return _Checker(self.triple, phase, self.checks).run(*arguments)
+
+
+class _Checker(fx.Interpreter):
+    def __init__(self, triple: GemmTriple, phase: Phase, checks: list[TensorCheck]) -> None:
+        super().__init__(triple.graphs[phase])
+        self.layer = triple.layer
+        self.phase = phase
+        self.checks = checks
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        row = n.meta.get("row")
+        if row is not None and isinstance(result, Tensor):
+            name = f"{self.layer.name} ({self.phase.value})"
+            view, dim = _along(result, row.operand, row.axis, self.layer, row.pattern)
+            self.checks.append(_check(name, row.operand, row.axis, view, row.pattern, dim))
+        return result
+
+
+def _along(x: Tensor, operand: str, axis: str, layer: Layer, pattern: NMPattern) -> tuple[Tensor, int]:
+    if operand != "weight":
+        view, dim, _ = grouped(x, "channels" if axis in ("in", "out") else axis, layer.channel_dim, pattern.block)
+        return view, dim
+    if axis == "in":
+        return x, layer.in_dim
+    return x.unflatten(layer.out_dim, (layer.groups, -1)), layer.out_dim + 1
