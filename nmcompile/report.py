@@ -129,7 +129,9 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return "\n\n".join(part for part in (self._title(), self._table("simple"), self._notes(), self._totals()) if part)
+        return "\n\n".join(
+            part for part in (self._title(), self._table("simple"), self._notes(), self._totals()) if part
+        )
 
     def to_markdown(self) -> str:
         """The same as GitHub-flavoured markdown."""
@@ -176,7 +178,9 @@ class Report:
     def _notes(self) -> str:
         captured = self.program.captured
         sections = {"stays Python": captured.python, "skipped": captured.skipped}
-        lines = [f"{title}: {name or '(model)'}: {why}" for title, found in sections.items() for name, why in found.items()]
+        lines = [
+            f"{title}: {name or '(model)'}: {why}" for title, found in sections.items() for name, why in found.items()
+        ]
         if captured.whole is None:
             lines.append(f"no whole graph: {captured.whole_reason}")
         return "\n".join(lines)

@@ -45,9 +45,7 @@ def inline_forward(program: Program) -> fx.Graph | None:
     return graph
 
 
-def _inline(
-    graph: fx.Graph, program: Program, name: str, node: fx.Node, copies: dict[fx.Node, fx.Node]
-) -> fx.Node:
+def _inline(graph: fx.Graph, program: Program, name: str, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     site = program.site(name)
     forward = program.layers[name][Phase.FORWARD].graph
     prefix = site.weight.rpartition(".")[0]

@@ -73,7 +73,9 @@ def verify(
     elif masks or any(triples_of(target)):
         checks = [check for mask in masks.values() for check in _mask_checks(target, mask)]
     else:
-        raise ConfigError(f"{type(target).__name__} is neither compiled nor finalized; give the pattern to check it for")
+        raise ConfigError(
+            f"{type(target).__name__} is neither compiled nor finalized; give the pattern to check it for"
+        )
     if step is not None:
         checks += _step_checks(target, step)
     return VerifyReport(tuple(checks))

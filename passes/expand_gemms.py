@@ -1,8 +1,8 @@
 """Expand each planned conv/linear node into its forward, backward and update GEMM.
 
-    y = layer(x)   ->   forward   add_bias(gemm_forward(input, weight), bias)
-                        backward  gemm_backward(grad_output, weight)
-                        update    gemm_update(grad_output, input), bias_gradient(grad_output)
+y = layer(x)   ->   forward   add_bias(gemm_forward(input, weight), bias)
+                    backward  gemm_backward(grad_output, weight)
+                    update    gemm_update(grad_output, input), bias_gradient(grad_output)
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Replace GEMM, prune and bias nodes by those of a backend.
 
-    gemm_forward(input, weight_pruned)  ->  torch.nn.functional.linear(input, weight_pruned, bias)
+gemm_forward(input, weight_pruned)  ->  torch.nn.functional.linear(input, weight_pruned, bias)
 """
 
 from collections.abc import Sequence

@@ -114,7 +114,9 @@ class _LayerPlanner:
             else:
                 yield self._sparse(Phase.BACKWARD, "weight", weight, "out")
         elif weight is not None:
-            yield self._dense(Phase.BACKWARD, "a row-wise mask is not N:M along out-channels: dense on the masked weight")
+            yield self._dense(
+                Phase.BACKWARD, "a row-wise mask is not N:M along out-channels: dense on the masked weight"
+            )
 
     def _update_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
         gradient = asked.update_gradient
@@ -145,5 +147,3 @@ def _misfit(axis: str, layer: Layer, pruning: Pruning) -> str:
     kind = "features" if layer.kind == "linear" else "channels"
     per_group = " per group" if layer.groups > 1 else ""
     return f"{size} {axis}-{kind}{per_group} are no multiple of {pruning.pattern.block}"
-
-

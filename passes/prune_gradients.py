@@ -1,6 +1,6 @@
 """Prune the gradient of the backward GEMM (SDGP) and of the update GEMM (MVUE).
 
-    gemm_update(grad_output, input)  ->  gemm_update(prune(grad_output, "mvue", 2, 4, "auto", 1, key), input)
+gemm_update(grad_output, input)  ->  gemm_update(prune(grad_output, "mvue", 2, 4, "auto", 1, key), input)
 """
 
 from dataclasses import dataclass

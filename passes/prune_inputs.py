@@ -1,8 +1,8 @@
 """Prune the input of the forward GEMM (the paper's sparse activations).
 
-    gemm_forward(input, weight)      ->  input_mask = prune_mask(input); gemm_forward(apply_mask(input, input_mask), ...)
-    gemm_update(grad_output, input)  ->  gemm_update(grad_output, input_pruned)
-    dX = gemm_backward(...)          ->  apply_mask(gemm_backward(...), input_mask)
+gemm_forward(input, weight)      ->  input_mask = prune_mask(input); gemm_forward(apply_mask(input, input_mask), ...)
+gemm_update(grad_output, input)  ->  gemm_update(grad_output, input_pruned)
+dX = gemm_backward(...)          ->  apply_mask(gemm_backward(...), input_mask)
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Prune the weight of the forward and backward GEMM with its current mask.
 
-    gemm_forward(input, weight)         ->  gemm_forward(input, apply_mask(weight, weight_mask))
-    gemm_backward(grad_output, weight)  ->  gemm_backward(grad_output, apply_mask(weight, weight_mask))
+gemm_forward(input, weight)         ->  gemm_forward(input, apply_mask(weight, weight_mask))
+gemm_backward(grad_output, weight)  ->  gemm_backward(grad_output, apply_mask(weight, weight_mask))
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Put the three-GEMM graphs of a program to work in a module tree.
 
-    nn.Linear          ->  ThreeGemmLinear, the same object with another class
-    y = F.linear(...)  ->  y = run_three_gemm(self.three_gemms, "linear", ...) in a generated forward
+nn.Linear          ->  ThreeGemmLinear, the same object with another class
+y = F.linear(...)  ->  y = run_three_gemm(self.three_gemms, "linear", ...) in a generated forward
 """
 
 from collections.abc import Mapping

@@ -144,9 +144,7 @@ def _layer_class(mixin: type[ThreeGemm], base: type[nn.Module]) -> type[nn.Modul
     return type(f"ThreeGemm{base.__name__}", (mixin, base), {"__module__": base.__module__})
 
 
-def _region_class(
-    mixin: type[ThreeGemm], base: type[nn.Module], root: nn.Module, graph: fx.Graph
-) -> type[nn.Module]:
+def _region_class(mixin: type[ThreeGemm], base: type[nn.Module], root: nn.Module, graph: fx.Graph) -> type[nn.Module]:
     members = {"__module__": base.__module__, "forward": type(fx.GraphModule(root, graph)).forward}
     return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
 

@@ -92,7 +92,14 @@ def bias_gradient(grad_output: Tensor) -> Tensor:
 
 
 def add_node(
-    graph: fx.Graph, kind: str, layer: Layer, phase: Phase, name: str, target: Any, args: tuple[Any, ...], row: Any = None
+    graph: fx.Graph,
+    kind: str,
+    layer: Layer,
+    phase: Phase,
+    name: str,
+    target: Any,
+    args: tuple[Any, ...],
+    row: Any = None,
 ) -> fx.Node:
     """Append a node with the meta that later passes, backends and reports read."""
     node = graph.create_node("call_function", target, args, {}, name=name)

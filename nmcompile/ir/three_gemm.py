@@ -60,7 +60,11 @@ class GemmTriple:
         """
         mask = None if self.mask is None else self.mask.current(weight)
         if rows is not None:
-            weight, mask, bias = weight[rows], None if mask is None else mask[rows], None if bias is None else bias[rows]
+            weight, mask, bias = (
+                weight[rows],
+                None if mask is None else mask[rows],
+                None if bias is None else bias[rows],
+            )
         input, weight, bias = _autocast(input, weight, bias)
         input, unbatched = self.layer.prepare(input)
         output: Tensor = _ThreeGemmFunction.apply(self, input, weight, bias, mask)  # type: ignore[no-untyped-call]

@@ -169,9 +169,7 @@ def _(
     return None
 
 
-def compute_mask(
-    weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int
-) -> Tensor:
+def compute_mask(weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int) -> Tensor:
     """The mask of a weight: row-wise along `in_dim`, or transposable over tiles of (out, in) that cross no group."""
     if operator == "greedy":
         return pruning.mask(weight, pattern, dim=in_dim)

@@ -78,7 +78,9 @@ def _check(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             f"sparse state of format {state.get('format', 'none')} cannot be read; this version reads up to {FORMAT}"
         )
     for name in expected.keys() - state.keys():
-        raise StateError(f"the sparse state lacks {name!r}; {nearest(name, state)}; compile with the mode it was saved in")
+        raise StateError(
+            f"the sparse state lacks {name!r}; {nearest(name, state)}; compile with the mode it was saved in"
+        )
     for name in state.keys() - expected.keys():
         raise StateError(f"the model has nothing for {name!r} of the sparse state; {nearest(name, expected)}")
     for name, tensor in expected.items():

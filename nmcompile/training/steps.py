@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
 
 from nmcompile.training.masks import WeightMask, live_masks
 
+
 @cache
 def watch_optimizers() -> None:
     """Register the two hooks, once for the process; they look at nothing but the masks that are alive."""

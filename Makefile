@@ -1,0 +1,52 @@
+# Commands of a checkout. Everything lives in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt backends/cpu/csrc/*)
+
+.PHONY: help demo test slow lint types wheel clean
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+demo: $(VENV)/.demo  ## install, then train a small ResNet dense and sparse and compare
+	$(BIN)/nmcompile demo
+
+test: $(VENV)/.test  ## install, then run the tests
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/.test  ## the sweeps that `make test` leaves out
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.lint  ## ruff, rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.lint  ## mypy, strict
+	$(BIN)/mypy
+
+wheel: $(VENV)/.venv  ## build a wheel into dist/
+	$(BIN)/pip wheel -q --no-deps -w dist .
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first and by its exact version: a range could pull the CUDA build.
+$(VENV)/.torch: $(VENV)/.venv constraints.txt
+	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test,lint]'
+	touch $@
