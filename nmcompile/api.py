@@ -14,7 +14,7 @@ from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, StateError, nearest
-from nmcompile.ir.modules import ThreeGemm, restore, turn_off_fast_path
+from nmcompile.ir.modules import restore, turn_off_fast_path
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.passes import training_passes

@@ -114,9 +114,7 @@ class _LayerPlanner:
             else:
                 yield self._sparse(Phase.BACKWARD, "weight", weight, "out")
         elif weight is not None:
-            yield self._dense(
-                Phase.BACKWARD, "a row-wise mask is not N:M along out-channels: dense on the masked weight"
-            )
+            yield self._dense(Phase.BACKWARD, "a row-wise mask is not N:M along out: dense on the masked weight")
 
     def _update_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
         gradient = asked.update_gradient
@@ -138,7 +136,7 @@ class _LayerPlanner:
             if not row.is_sparse and wanted.get(row.phase) is not None:
                 raise PreconditionError(
                     f"layer {self.layer.name!r} (weight {self.layer.weight_shape}) cannot be pruned as CompileConfig"
-                    f".layers[{key!r}] asks in the {row.phase.value} GEMM: {row.reason}; give it another pattern or None"
+                    f".layers[{key!r}] asks in the {row.phase.value} GEMM: {row.reason}; give another pattern or None"
                 )
 
 

@@ -20,12 +20,13 @@ def gemm_node(three: ThreeGraphs, phase: Phase) -> fx.Node:
             f"layer {three.layer.name!r}: its {phase.value} graph has {len(found)} GEMM nodes that are not lowered, "
             "expected 1; run the pruning passes after expand-gemms and before lower-nodes"
         )
-    return found[0]
+    gemm: fx.Node = found[0]
+    return gemm
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     """The placeholder of that name, made behind the others if it does not exist."""
-    existing = [node for node in graph.nodes if node.op == "placeholder"]
+    existing: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
     for node in existing:
         if node.target == name:
             return node

@@ -1,4 +1,4 @@
-"""The three GEMMs of a linear layer, with the operations that eager autograd uses, so that results match bit for bit."""
+"""The three GEMMs of a linear layer, with eager autograd's operations: results match bit for bit."""
 
 from torch import Tensor
 from torch.nn import functional as F

@@ -27,7 +27,7 @@ def unchanged(model: nn.Module) -> Iterator["Memory"]:
 def random_states() -> dict[str, Any]:
     """The state of every global generator in use: torch's, Python's and NumPy's."""
     states: dict[str, Any] = {"torch": torch.random.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     if numpy := sys.modules.get("numpy.random"):
         states["numpy"] = numpy.get_state()

@@ -135,7 +135,7 @@ def _watch_calls(tracer: ModuleTracer) -> Iterator[None]:
         sys.setprofile(previous)
 
 
-class Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Guard(TorchDispatchMode):
     """Watches what runs for real during a trace: no tensor of the model may change, no number be drawn unseen."""
 
     def __init__(self, tracer: ModuleTracer, protected: frozenset[int]) -> None:

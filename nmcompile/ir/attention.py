@@ -158,4 +158,5 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _unpack(packed: Tensor, parts: int) -> tuple[Tensor, ...]:
     """(L, N, parts * E) into contiguous thirds, laid out as eager lays them out."""
     stacked = packed.unflatten(-1, (parts, -1)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
-    return stacked.unbind(0)
+    thirds: tuple[Tensor, ...] = stacked.unbind(0)
+    return thirds

@@ -6,7 +6,6 @@ the module, `isinstance` and `state_dict` keys stay what they were.
 
 import copy
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -139,9 +138,15 @@ def run_three_gemm(
     return three_gemms[role](input, weight, bias)
 
 
-@cache
+_classes: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def _layer_class(mixin: type[ThreeGemm], base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"ThreeGemm{base.__name__}", (mixin, base), {"__module__": base.__module__})
+    """One class for each mixin and base, so that equal layers share it."""
+    if (mixin, base) not in _classes:
+        members = {"__module__": base.__module__}
+        _classes[mixin, base] = type(f"ThreeGemm{base.__name__}", (mixin, base), members)
+    return _classes[mixin, base]
 
 
 def _region_class(mixin: type[ThreeGemm], base: type[nn.Module], root: nn.Module, graph: fx.Graph) -> type[nn.Module]:

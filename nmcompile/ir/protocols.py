@@ -40,7 +40,9 @@ class Pass(Protocol):
 class Backend(Protocol):
     """Replaces nodes of the three graphs by its own, one node at a time."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """How plans, reports and `compile(backend=...)` call it."""
 
     def available(self) -> Support:
         """Whether this machine can run the backend; never raises, imports nothing heavy at module level."""

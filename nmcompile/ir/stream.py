@@ -21,7 +21,8 @@ class DrawStream:
 
     def next_keys(self) -> Tensor:
         """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
-        return next_keys(self.draw, self.seed, self.layer)
+        keys: Tensor = next_keys(self.draw, self.seed, self.layer)
+        return keys
 
 
 @torch.library.custom_op("nmcompile::next_keys", mutates_args=("draw",))

@@ -108,7 +108,7 @@ class _ThreeGemmFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         triple: GemmTriple = ctx.triple
         _refuse_double_backward(triple)
         values = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | {"grad_output": grad_output}

@@ -74,6 +74,7 @@ def _sharded_like(mask: Tensor, weight: nn.Parameter) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh: Any = weight.device_mesh
+    sharding: Any = weight.placements  # type: ignore[attr-defined]
     whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    sharded: Tensor = whole.redistribute(placements=weight.placements)
+    sharded: Tensor = whole.redistribute(placements=sharding)
     return sharded
