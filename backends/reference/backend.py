@@ -106,7 +106,12 @@ def _lower_add_bias(node: fx.Node) -> None:
 
 
 def _lower_bias_gradient(node: fx.Node) -> None:
-    ops.replace_node(node, linear.channel_sum, (*node.args, node.meta["layer"].channel_dim))
+    if _is_conv(node):
+        ops.replace_node(node, conv.conv_bias_gradient, node.args)
+        return
+    # Eager sums in another order where the input is not contiguous.
+    input = next(n for n in node.graph.nodes if n.op == "placeholder" and n.target in ("input", "input_pruned"))
+    ops.replace_node(node, linear.linear_bias_gradient, (*node.args, input))
 
 
 def add_channels(output: Tensor, bias: Tensor, channel_dim: int) -> Tensor:

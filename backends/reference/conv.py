@@ -37,6 +37,11 @@ def conv_parameter_gradients(
     return gradients[1], gradients[2]
 
 
+def conv_bias_gradient(grad_output: Tensor) -> Tensor:
+    """db: the sum over samples and positions."""
+    return grad_output.sum([0, *range(2, grad_output.dim())])
+
+
 def _backward(
     grad_output: Tensor,
     input: Tensor,

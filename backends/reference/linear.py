@@ -23,7 +23,8 @@ def linear_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool)
     return columns.t().mm(rows) if transposed else rows.t().mm(columns)
 
 
-def channel_sum(grad_output: Tensor, channel_dim: int) -> Tensor:
-    """db: the sum over every dim but channels."""
-    kept = channel_dim % grad_output.dim()
-    return grad_output.sum([dim for dim in range(grad_output.dim()) if dim != kept])
+def linear_bias_gradient(grad_output: Tensor, input: Tensor) -> Tensor:
+    """db: the sum over all tokens, in the order in which eager sums them."""
+    if input.is_contiguous():
+        return grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+    return grad_output.sum(list(range(grad_output.dim() - 1)))
