@@ -173,7 +173,7 @@ class Report:
             for layer in self.layers
         ]
         headers = ["layer", "kind", "weight", *(phase.value for phase in Phase), "MACs", "note"]
-        return tabulate(rows, headers=headers, tablefmt=style, maxcolwidths=[None] * 7 + [60])
+        return tabulate(rows, headers=headers, tablefmt=style, maxcolwidths=[None] * 7 + [60], disable_numparse=True)
 
     def _notes(self) -> str:
         captured = self.program.captured

@@ -1,0 +1,66 @@
+"""Real images that are already on disk: an IDX folder such as Fashion-MNIST, or scikit-learn's digits."""
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmcompile.errors import ConfigError
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (N, 1, H, W) float32 of zero mean and unit variance, labels (N,) int64, for training and test."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load_images(folder: Path | None) -> Images:
+    """The images of `folder`, else Fashion-MNIST where Debian puts it, else the digits. Nothing is downloaded."""
+    if folder is None and FASHION_MNIST.is_dir():
+        folder = FASHION_MNIST
+    if folder is None:
+        return _digits()
+    arrays = [_read_idx(folder, name, dims) for name, dims in zip(FILES, (3, 1, 3, 1), strict=True)]
+    return _images(str(folder), *arrays)
+
+
+def _digits() -> Images:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("no images: pip install 'nmcompile[demo]' for the digits, or give --data DIR") from error
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = images.reshape(-1, 8, 8)[order], labels[order]
+    return _images("scikit-learn's digits", images[:1297], labels[:1297], images[1297:], labels[1297:])
+
+
+def _images(name: str, *arrays: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]") -> Images:
+    train_images, train_labels, test_images, test_labels = (torch.from_numpy(array.copy()) for array in arrays)
+    std, mean = torch.std_mean(train_images.float())
+    scaled = [((x.float() - mean) / std).unsqueeze(1) for x in (train_images, test_images)]
+    return Images(name, scaled[0], train_labels.long(), scaled[1], test_labels.long())
+
+
+def _read_idx(folder: Path, name: str, dims: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
+    """An IDX file of unsigned bytes, plain or gzipped; its header is checked against its size."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise ConfigError(f"{folder} has no {name} (or {name}.gz); give a folder with the four MNIST-style IDX files")
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    header = 4 + 4 * dims
+    shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
+    if data[:4] != bytes((0, 0, 8, dims)) or len(data) - header != int(np.prod(shape, dtype=object)):
+        raise ConfigError(f"{path} is no IDX file of {dims}-dimensional bytes: its header does not match its size")
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
