@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, preset
@@ -26,6 +27,8 @@ from nmcompile.training.state import masks_of, triples_of
 from nmcompile.training.steps import watch_optimizers
 
 RECORD = "_nmcompile"
+ACCELERATED: tuple[Backend, ...] = (CpuBackend(),)
+"""What `backend="auto"` asks before the reference backend, in this order, where it is available."""
 Model = nn.Module | ExportedProgram
 
 
@@ -59,7 +62,8 @@ def compile(
             `"dense"`, which rewrites everything and prunes nothing.
         args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
         config: anything finer than the mode.
-        backend: `"auto"`, `"reference"`, or a `Backend`; what it does not take the reference backend runs.
+        backend: `"auto"` (what runs here), `"cpu"`, `"reference"`, or a `Backend`; what it does not take the reference
+            backend runs.
         inplace: edit the given module tree.
 
     Returns:
@@ -174,15 +178,22 @@ def _program(
 def _backends(backend: str | Backend) -> tuple[Backend, ...]:
     """The backends to ask, in this order; the reference backend takes what is left."""
     reference = ReferenceBackend()
-    if not isinstance(backend, str):
-        support = backend.available()
-        if not support.ok:
-            raise BackendUnavailable(f"backend {backend.name!r} cannot run here: {support.reason}; use backend='auto'")
-        return backend, reference
-    named: dict[str, tuple[Backend, ...]] = {"auto": (reference,), "reference": (reference,)}
-    if backend not in named:
-        raise ConfigError(f"backend {backend!r} is unknown; {nearest(backend, named)}")
-    return named[backend]
+    if backend == "auto":
+        return *(one for one in ACCELERATED if one.available().ok), reference
+    if backend == reference.name:
+        return (reference,)
+    chosen = _named(backend) if isinstance(backend, str) else backend
+    support = chosen.available()
+    if not support.ok:
+        raise BackendUnavailable(f"backend {chosen.name!r} cannot run here: {support.reason}; or use backend='auto'")
+    return chosen, reference
+
+
+def _named(name: str) -> Backend:
+    known = {one.name: one for one in ACCELERATED}
+    if name not in known:
+        raise ConfigError(f"backend {name!r} is unknown; {nearest(name, ('auto', 'reference', *known))}")
+    return known[name]
 
 
 def _record(compiled: nn.Module) -> tuple[nn.Module, Compilation]:

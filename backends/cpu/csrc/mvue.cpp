@@ -124,7 +124,7 @@ class Pruner {
         bool redo[kLanes];
         uniforms(key_, number, static_cast<std::uint64_t>(lanes.number), count, u);
         load(in, count, x);
-        const bool any_redo = prune_strip(x, grid_.block, n_keep_, u, y, redo);
+        const bool any_redo = prune_strip<Real>(x, y, u, redo, n_keep_, grid_.block);
         store(y, count, out);
         if (!any_redo) return;
         for (int l = 0; l < count; ++l) {

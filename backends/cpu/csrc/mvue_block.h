@@ -97,6 +97,7 @@ template <class T>
 void prune_block(const T* in, std::ptrdiff_t in_stride, T* out, std::ptrdiff_t out_stride, int block, int n_keep,
                  typename Arithmetic<T>::Real u) {
     using Real = typename Arithmetic<T>::Real;
+    if (block < 1) __builtin_unreachable();
     Real a[kMaxBlock];
     for (int i = 0; i < block; ++i) a[i] = std::fabs(widen(in[i * in_stride]));
     const Drawn<Real> drawn = draw(a, block, n_keep, u);

@@ -26,6 +26,12 @@ struct Arithmetic<BFloat16> {
     using Real = float;
 };
 
+// `yes` or `no` without a branch: which one it is looks random to the processor.
+inline std::uint32_t select(bool condition, std::uint32_t yes, std::uint32_t no) {
+    const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+    return (yes & mask) | (no & ~mask);
+}
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
@@ -35,7 +41,7 @@ inline float widen(Half x) {
     const std::uint32_t sign = (x.bits & 0x8000u) << 16;
     const std::uint32_t finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
     const std::uint32_t special = magnitude | 0x7F800000u;
-    return std::bit_cast<float>(sign | (magnitude >= (0x7C00u << 13) ? special : finite));
+    return std::bit_cast<float>(sign | select(magnitude >= (0x7C00u << 13), special, finite));
 }
 
 // To the nearest value of the type, ties to even; too large ones become infinite. `x` is no NaN.
@@ -63,8 +69,8 @@ inline Half narrow<Half>(float x) {
     const std::uint32_t normal = (rebiased + 0xFFFu + ((rebiased >> 13) & 1)) >> 13;
     // Adding 1/2 aligns a subnormal result with the lowest bits of the sum, which rounds it.
     const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - (126u << 23);
-    const std::uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-    const std::uint32_t result = magnitude < (143u << 23) ? finite : 0x7C00u;
+    const std::uint32_t finite = select(magnitude < (113u << 23), subnormal, normal);
+    const std::uint32_t result = select(magnitude < (143u << 23), finite, 0x7C00u);
     return {static_cast<std::uint16_t>(((bits >> 16) & 0x8000u) | result)};
 }
 

@@ -1,0 +1,38 @@
+"""The CPU backend: MVUE pruning by a native kernel; every GEMM stays with the backends that are asked next."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from nmcompile.backends.cpu.kernels import block_support, cpu_mvue, kernel_support
+from nmcompile.ir import operations as ops
+from nmcompile.ir.grouping import grouped
+from nmcompile.ir.protocols import Support
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """Takes the prune nodes whose operator is `mvue`. On another device than the CPU they run as the reference does."""
+
+    name: str = "cpu"
+
+    def available(self) -> Support:
+        return kernel_support()
+
+    def supports(self, node: fx.Node) -> Support:
+        if node.target is not ops.prune:
+            return Support(False, "no native kernel but that of the mvue operator")
+        operator, block = node.args[1], node.args[3]
+        if operator != "mvue":
+            return Support(False, f"no native kernel for operator {operator!r}, only for 'mvue'")
+        assert isinstance(block, int)
+        return block_support(block)
+
+    def lower(self, node: fx.Node) -> None:
+        ops.replace_node(node, prune_mvue, node.args)
+
+
+def prune_mvue(x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor) -> Tensor:
+    """What `nmcompile.ir.operations.prune` gives for the operator `mvue`, bit for bit, with the native kernel."""
+    view, dim, restore = grouped(x, axis, channel_dim, block)
+    return ops.like(restore(cpu_mvue(view, n_keep, block, dim, key)), x)
