@@ -15,7 +15,7 @@ from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, StateError, nearest
-from nmcompile.ir.modules import restore, turn_off_fast_path
+from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.passes import training_passes
@@ -26,7 +26,6 @@ from nmcompile.training.binding import TripleFactory
 from nmcompile.training.state import masks_of, triples_of
 from nmcompile.training.steps import watch_optimizers
 
-RECORD = "_nmcompile"
 ACCELERATED: tuple[Backend, ...] = (CpuBackend(),)
 """What `backend="auto"` asks before the reference backend, in this order, where it is available."""
 Model = nn.Module | ExportedProgram

@@ -125,9 +125,11 @@ class CompileConfig:
             raise ConfigError(f"sr_ste is {self.sr_ste}; SR-STE's λ cannot be negative")
         if self.ends not in ("dense", "sparse"):
             raise ConfigError(f"ends {self.ends!r} is unknown; {nearest(self.ends, ('dense', 'sparse'))}")
-        for key in self.layers:
+        for key, value in self.layers.items():
             if key.startswith("re:"):
                 _compiled(key)
+            if value is not None and not isinstance(value, LayerConfig):
+                raise ConfigError(f"CompileConfig.layers[{key!r}] is {value!r}; give a LayerConfig, or None for dense")
 
     def lookup(self, layer: str, weight: str) -> tuple[str, LayerConfig | None] | None:
         """The key and config that hold for a layer and its weight's name; `None` where nothing is said."""
@@ -159,23 +161,39 @@ class CompileConfig:
     @classmethod
     def from_json(cls, text: str) -> "CompileConfig":
         """Read what `to_json` wrote; an unknown key is an error with the nearest name."""
-        data = json.loads(text)
-        data["layers"] = {
-            name: None if layer is None else _read(LayerConfig, {k: v and _read(Pruning, v) for k, v in layer.items()})
-            for name, layer in data.get("layers", {}).items()
-        }
-        return _read(cls, data)
+        try:
+            data = _object(json.loads(text), "CompileConfig")
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the config is no JSON text: {error}") from error
+        layers = _object(data.get("layers", {}), "CompileConfig.layers")
+        return _read(cls, data | {"layers": {name: _read_layer(layer) for name, layer in layers.items()}})
 
 
 T = TypeVar("T")
 
 
-def _read(kind: type[T], data: Mapping[str, Any]) -> T:
+def _read_layer(data: Any) -> LayerConfig | None:
+    if data is None:
+        return None
+    operands = _object(data, "LayerConfig").items()
+    return _read(LayerConfig, {name: None if value is None else _read(Pruning, value) for name, value in operands})
+
+
+def _read(kind: type[T], data: Any) -> T:
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for key in data:
+    for key in _object(data, kind.__name__):
         if key not in known:
             raise ConfigError(f"unknown key {key!r} for {kind.__name__}; {nearest(key, known)}")
-    return kind(**data)
+    try:
+        return kind(**data)
+    except TypeError as error:
+        raise ConfigError(f"{data} cannot be read as {kind.__name__}: {error}") from error
+
+
+def _object(data: Any, name: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{name} is {data!r}, expected a JSON object")
+    return data
 
 
 def _layer_json(layer: LayerConfig) -> dict[str, Any]:

@@ -51,6 +51,14 @@ class StateError(NMCompileError, ValueError):
     """A saved sparse state that does not fit the compiled model."""
 
 
+class FileError(NMCompileError, ValueError):
+    """A file that is damaged, hostile, or not what its sidecar says."""
+
+
+class CalibrationError(NMCompileError, ValueError):
+    """A quantized input without a clip, or data that gives none."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown `name`: the nearest known name, or all of them."""
     choices = sorted(known)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nmcompile.errors import PassError
-from nmcompile.ir.modules import restore
+from nmcompile.ir.modules import RECORD, restore
 from nmcompile.ir.operations import apply_mask
 from nmcompile.training.masks import WeightMask
 from nmcompile.training.state import masks_of
@@ -30,7 +30,7 @@ def finalize(compiled: nn.Module) -> nn.Module:
     effective = {name: _effective(plain, mask) for name, mask in masks.items()}
     for module in plain.modules():
         restore(module)
-        module.__dict__.pop("_nmcompile", None)
+        module.__dict__.pop(RECORD, None)
     for name, weight in effective.items():
         _write(plain, name, weight)
     plain.__dict__[FINALIZED] = _claims(masks)
@@ -39,6 +39,9 @@ def finalize(compiled: nn.Module) -> nn.Module:
 
 def effective_weight(model: nn.Module, mask: WeightMask) -> Tensor | None:
     """The weight as the forward GEMM reads it; None where it is computed inside a forward."""
+    path, _, attribute = mask.name.rpartition(".")
+    if mask.is_computed and not parametrize.is_parametrized(model.get_submodule(path), attribute):
+        return None
     weight = named_weight(model, mask.name)
     return None if weight is None else apply_mask(weight.detach(), mask.current(weight))
 
@@ -67,7 +70,9 @@ def _write(model: nn.Module, name: str, weight: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if parametrize.is_parametrized(module, attribute):
-        parametrize.remove_parametrizations(module, attribute)
+        # Without gradients torch would leave a plain tensor instead of a parameter.
+        with torch.enable_grad():
+            parametrize.remove_parametrizations(module, attribute)
     getattr(module, attribute).copy_(weight)
 
 

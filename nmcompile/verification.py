@@ -14,6 +14,7 @@ from nmcompile.errors import ConfigError
 from nmcompile.finalization import FINALIZED, effective_weight, named_weight
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.layers import Layer
+from nmcompile.ir.modules import RECORD
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
 from nmcompile.training.binding import count_violations
@@ -70,7 +71,7 @@ def verify(
     masks = masks_of(target) or target.__dict__.get(FINALIZED, {})
     if pattern is not None:
         checks = list(_plain_checks(target, NMPattern.parse(pattern)))
-    elif masks or any(triples_of(target)):
+    elif FINALIZED in target.__dict__ or any(RECORD in module.__dict__ for module in target.modules()):
         checks = [check for mask in masks.values() for check in _mask_checks(target, mask)]
     else:
         raise ConfigError(
@@ -143,7 +144,8 @@ class _Checker(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         row = n.meta.get("row")
-        if row is not None and isinstance(result, Tensor):
+        # The mask of an input carries the row too, but is no operand.
+        if row is not None and isinstance(result, Tensor) and result.dtype != torch.bool:
             name = f"{self.layer.name} ({self.phase.value})"
             view, dim = _along(result, row.operand, row.axis, self.layer, row.pattern)
             self.checks.append(_check(name, row.operand, row.axis, view, row.pattern, dim))

@@ -77,9 +77,13 @@ class _LayerPlanner:
         return ""
 
     def _phase_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
-        rows = {Phase.FORWARD: self._forward_rows, Phase.BACKWARD: self._backward_rows, Phase.UPDATE: self._update_rows}
-        found = list(rows[phase](asked))
+        found = list(self._operand_rows(phase, asked))
         yield from [row for row in found if row.is_sparse] or found[:1] or [self._dense(phase, NOT_ASKED)]
+
+    def _operand_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
+        """A row for each operand that is asked for, dense ones included."""
+        rows = {Phase.FORWARD: self._forward_rows, Phase.BACKWARD: self._backward_rows, Phase.UPDATE: self._update_rows}
+        return rows[phase](asked)
 
     def _forward_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
         facts = self.captured.facts[self.layer.name]
@@ -131,13 +135,21 @@ class _LayerPlanner:
         """A layer that is named exactly gets what was asked, or an error: no silent dense."""
         if asked is None or key not in (self.layer.name, self.site.weight):
             return
-        wanted = {Phase.FORWARD: asked.weight or asked.input, Phase.UPDATE: asked.update_gradient}
-        for row in rows:
-            if not row.is_sparse and wanted.get(row.phase) is not None:
-                raise PreconditionError(
-                    f"layer {self.layer.name!r} (weight {self.layer.weight_shape}) cannot be pruned as CompileConfig"
-                    f".layers[{key!r}] asks in the {row.phase.value} GEMM: {row.reason}; give another pattern or None"
-                )
+        wanted = (
+            (Phase.FORWARD, "weight", asked.weight),
+            (Phase.FORWARD, "input", asked.input),
+            (Phase.BACKWARD, "grad_output", asked.backward_gradient),
+            (Phase.UPDATE, "grad_output", asked.update_gradient),
+        )
+        for phase, operand, pruning in wanted:
+            if pruning is None or any(row.phase is phase and row.operand == operand for row in rows):
+                continue
+            candidates = (*rows, *self._operand_rows(phase, asked))
+            reason = next(row.reason for row in candidates if row.phase is phase and row.reason)
+            raise PreconditionError(
+                f"layer {self.layer.name!r} (weight {self.layer.weight_shape}) cannot be pruned as CompileConfig"
+                f".layers[{key!r}] asks in the {phase.value} GEMM: {reason}; give another pattern or None"
+            )
 
 
 def _misfit(axis: str, layer: Layer, pruning: Pruning) -> str:

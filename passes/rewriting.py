@@ -39,7 +39,13 @@ def prune_operand(
 ) -> fx.Node:
     """Insert `target(*args)` before the GEMM and let it stand for the placeholder `operand` in the GEMM's arguments."""
     graph, gemm = three[phase].graph, gemm_node(three, phase)
+    dense = placeholder(graph, operand)
+    if dense not in gemm.all_input_nodes:
+        raise PreconditionError(
+            f"layer {three.layer.name!r}: the GEMM of its {phase.value} graph does not read the dense {operand}; "
+            "run each pruning pass once"
+        )
     with graph.inserting_before(gemm):
         pruned = ops.add_node(graph, kind, three.layer, phase, name, target, args, row)
-    gemm.replace_input_with(placeholder(graph, operand), pruned)
+    gemm.replace_input_with(dense, pruned)
     return pruned

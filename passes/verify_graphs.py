@@ -1,13 +1,20 @@
 """The rules that every three-GEMM graph keeps between passes; tests run it after each of them."""
 
+from typing import Any
+
 from torch import fx
 
 from nmcompile.config import Phase
 from nmcompile.errors import PostconditionError
+from nmcompile.ir import operations as ops
 from nmcompile.ir.operations import KINDS
+from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 
 CALLER = {"input", "weight", "bias", "weight_mask"}
+OPERANDS = ("weight", "input", "grad_output")
+PRUNED = {"expand-gemms": (), "prune-weights": ("weight",), "prune-inputs": ("weight", "input")}
+"""The operands that are pruned once a pass has run; after every later pass all are."""
 
 
 def verify_graphs(program: Program, after: str) -> None:
@@ -18,23 +25,28 @@ def verify_graphs(program: Program, after: str) -> None:
     3. A placeholder of forward comes from the caller; one of backward or update is `grad_output`, `key`, something
        that forward was given, or something that forward saved.
     4. Forward returns its output and what it saved; backward one gradient; update dW and, with a bias, db.
+    5. The GEMM reads through prune nodes exactly what the plan prunes, with the planned operator, pattern and axis.
 
     Args:
         program: with its graphs expanded; one without passes.
-        after: name of the pass that ran last, for the message.
+        after: name of the pass that ran last.
 
     Raises:
-        PostconditionError: naming the pass, the layer and the rule.
+        PostconditionError: naming the pass, the layer, the graph and the rule.
     """
+    operands = PRUNED.get(after, OPERANDS)
     for three in program.layers.values():
         for phase, module in three:
-            problem = _problem(three, phase, module.graph)
+            problem = _problem(three, phase, module.graph) or _pruning_problem(three, phase, module.graph, operands)
             if problem:
                 raise PostconditionError(f"after {after}: layer {three.layer.name!r}, {phase.value} graph: {problem}")
 
 
 def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
-    graph.lint()
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        return f"fx's lint fails: {error}"
     calls = [node for node in graph.nodes if node.op == "call_function"]
     unmarked = [node.name for node in calls if node.meta.get("kind") not in KINDS or "layer" not in node.meta]
     if unmarked:
@@ -49,3 +61,40 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
     expected = {Phase.FORWARD: 1 + len(three.saved), Phase.BACKWARD: 1, Phase.UPDATE: 1 + three.layer.has_bias}[phase]
     returned = len(graph.output_node().args[0])  # type: ignore[arg-type]
     return "" if returned == expected else f"{returned} outputs, expected {expected}"
+
+
+def _pruning_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, operands: tuple[str, ...]) -> str:
+    gemm = next(node for node in graph.nodes if node.meta.get("kind") == "gemm")
+    prunes = [node for node in _sources(gemm) if node.meta.get("kind") == "prune"]
+    planned = {row for row in three.plan.rows_of(phase) if row.is_sparse and row.operand in operands}
+    found = {node.meta["row"] for node in prunes}
+    for row in planned - found:
+        return f"the GEMM does not read what is planned: {row}"
+    for row in found - planned:
+        return f"the GEMM reads what is not planned: {row}"
+    different = [node for node in prunes if _options(node) not in (None, _planned_options(node.meta["row"]))]
+    return f"node {different[0].name!r} is not what is planned: {different[0].meta['row']}" if different else ""
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """Every node that `node` depends on."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting.extend(new)
+    return found
+
+
+def _options(node: fx.Node) -> tuple[Any, ...] | None:
+    """Operator, N, M and axis of a prune node; None where they are no arguments: masks, and a backend's own nodes."""
+    if node.target is ops.prune:
+        return node.args[1:5]
+    return (*node.args[1:4], "channels") if node.target is ops.prune_mask else None
+
+
+def _planned_options(row: PlanRow) -> tuple[Any, ...]:
+    assert row.pattern is not None
+    axis = "channels" if row.axis in ("in", "out") else row.axis
+    return row.operator, row.pattern.n_keep, row.pattern.block, axis

@@ -1,6 +1,7 @@
 """Real images that are already on disk: an IDX folder such as Fashion-MNIST, or scikit-learn's digits."""
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +59,16 @@ def _read_idx(folder: Path, name: str, dims: int) -> "np.ndarray[tuple[int, ...]
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise ConfigError(f"{folder} has no {name} (or {name}.gz); give a folder with the four MNIST-style IDX files")
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = _unpack(path) if path.suffix == ".gz" else path.read_bytes()
     header = 4 + 4 * dims
     shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
     if data[:4] != bytes((0, 0, 8, dims)) or len(data) - header != int(np.prod(shape, dtype=object)):
         raise ConfigError(f"{path} is no IDX file of {dims}-dimensional bytes: its header does not match its size")
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def _unpack(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path} is no gzip file: {error}") from error

@@ -14,6 +14,9 @@ from nmcompile.config import Phase
 from nmcompile.errors import PassError
 from nmcompile.ir.three_gemm import GemmTriple
 
+RECORD = "_nmcompile"
+"""Under this name a compiled model remembers how it came about."""
+
 
 class ThreeGemm:
     """Mixin of every module that runs three-GEMM graphs; `three_gemms` holds them by role.
@@ -100,7 +103,7 @@ def install_graph(module: nn.Module, graph: fx.Graph, triples: dict[str, GemmTri
     """Let `module` run `triples` through a forward generated from a graph of its own."""
     module.__dict__.update(three_gemms=triples, three_gemm_graph=graph)
     mixin = ThreeGemmGraph if isinstance(module, fx.GraphModule) else ThreeGemmRegion
-    module.__class__ = _region_class(mixin, type(module), module, graph)
+    module.__class__ = _region_class(mixin, type(module), graph)
 
 
 def restore(module: nn.Module) -> None:
@@ -149,15 +152,19 @@ def _layer_class(mixin: type[ThreeGemm], base: type[nn.Module]) -> type[nn.Modul
     return _classes[mixin, base]
 
 
-def _region_class(mixin: type[ThreeGemm], base: type[nn.Module], root: nn.Module, graph: fx.Graph) -> type[nn.Module]:
-    members = {"__module__": base.__module__, "forward": type(fx.GraphModule(root, graph)).forward}
+def _region_class(mixin: type[ThreeGemm], base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
+    # Only the generated code is wanted; what it names, the module itself will hold. The graph that is kept gets no
+    # owner, which would be pickled with it.
+    attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    generated = type(fx.GraphModule(attributes, copy.deepcopy(graph)))
+    members = {"__module__": base.__module__, "forward": generated.forward}
     return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
 
 
 def _rebuild(mixin: type[ThreeGemm], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
     plain = base.__new__(base)
     if graph is not None:
-        plain.__class__ = _region_class(mixin, base, nn.Module(), graph)
+        plain.__class__ = _region_class(mixin, base, graph)
     else:
         plain.__class__ = _layer_class(mixin, base)
     return plain

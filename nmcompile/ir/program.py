@@ -1,9 +1,13 @@
 """The unit that passes work on: a plan and, layer by layer, its three graphs."""
 
+import copy
+import copyreg
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from nmcompile.config import Phase
 from nmcompile.ir.captured import Captured, Site
@@ -39,6 +43,15 @@ class ThreeGraphs:
     def __iter__(self) -> Iterator[tuple[Phase, fx.GraphModule]]:
         return iter(self.graphs.items())
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled GraphModule, also as the owner of a graph, is traced again when it is loaded: through the backends'
+        # kernels, and without meta. A copy of its graph has no owner.
+        return self.__dict__ | {"graphs": {phase: copy.deepcopy(module.graph) for phase, module in self}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = {phase: fx.GraphModule(nn.Module(), graph) for phase, graph in state["graphs"].items()}
+        self.__dict__.update(state | {"graphs": modules})
+
 
 @dataclass
 class Program:
@@ -50,3 +63,12 @@ class Program:
 
     def site(self, layer: str) -> Site:
         return next(site for site in self.captured.sites if site.layer.name == layer)
+
+
+def _operator(qualified_name: str, overload: str) -> Any:
+    namespace, name = qualified_name.split("::")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+# Nodes name operators, which torch cannot pickle by itself.
+copyreg.pickle(torch._ops.OpOverload, lambda op: (_operator, (op._schema.name, op._overloadname)))

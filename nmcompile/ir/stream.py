@@ -15,7 +15,8 @@ class DrawStream:
     """Yields Philox keys. `draw` (0-d int64, on the CPU) is the only state."""
 
     def __init__(self, seed: int, layer: str) -> None:
-        self.seed = seed
+        # torch.initial_seed() is unsigned (any 64 bits in a process that was not seeded); operators take int64.
+        self.seed = (seed + 2**63) % 2**64 - 2**63
         self.layer = layer
         self.draw = torch.zeros((), dtype=torch.int64)
 

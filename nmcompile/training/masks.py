@@ -69,10 +69,10 @@ class WeightMask:
             self.tensor = self.tensor.to(weight.device)
         if self.backwards and not torch.compiler.is_compiling() and self.was_written():
             self._warn("its weight changed after backward")
-        layer = self.layer
-        refresh_mask(
-            weight, self.tensor, self.clock, self.operator, str(self.pattern), layer.out_dim, layer.in_dim, layer.groups
-        )
+        # Not for nothing: a call counts as a write to a mask that an earlier forward may have saved for its backward.
+        if torch.compiler.is_compiling() or is_outdated(weight, self.clock):
+            dims = self.layer.out_dim, self.layer.in_dim
+            refresh_mask(weight, self.tensor, self.clock, self.operator, str(self.pattern), *dims, self.layer.groups)
         return self.tensor
 
     def note_backward(self) -> None:
@@ -100,10 +100,14 @@ class WeightMask:
             elif isinstance(weight := reduce(getattr, path.split("."), owner), nn.Parameter):
                 yield weight
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether the weight is no tensor of its own, but computed from others in forward."""
+        return None in self.owners.values()
+
     def weight(self) -> nn.Parameter | None:
         """The parameter that is the weight, or None where the weight is computed from others."""
-        paths = set(self.owners.values())
-        return next(self.parameters(), None) if paths and None not in paths else None
+        return None if self.is_computed else next(self.parameters(), None)
 
     def accept_version(self) -> None:
         """Take the weight as it is now for known: a later write that no step explains makes the mask stale."""
@@ -152,14 +156,12 @@ class WeightMask:
 def refresh_mask(
     weight: Tensor, mask: Tensor, clock: Tensor, operator: str, pattern: str, out_dim: int, in_dim: int, groups: int
 ) -> None:
-    """Rebuild `mask` from `weight` if the clock says that it is stale, or that the weight was written unseen."""
-    version = NEVER_SEEN if weight.is_inference() else weight._version
-    written = NEVER_SEEN not in (int(clock[VERSION]), version) and int(clock[VERSION]) != version
-    if int(clock[STALE]) or written:
+    """Rebuild `mask` from `weight` if it is outdated."""
+    if is_outdated(weight, clock):
         mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups))
         clock[STALE] = 0
         if int(clock[VERSION]) != NEVER_SEEN:
-            clock[VERSION] = version
+            clock[VERSION] = _version(weight)
 
 
 @refresh_mask.register_fake
@@ -167,6 +169,16 @@ def _(
     weight: Tensor, mask: Tensor, clock: Tensor, operator: str, pattern: str, out_dim: int, in_dim: int, groups: int
 ) -> None:
     return None
+
+
+def is_outdated(weight: Tensor, clock: Tensor) -> bool:
+    """Whether the clock of a mask says that it is stale, or that the weight was written unseen."""
+    seen, version = int(clock[VERSION]), _version(weight)
+    return bool(clock[STALE]) or (NEVER_SEEN not in (seen, version) and seen != version)
+
+
+def _version(weight: Tensor) -> int:
+    return NEVER_SEEN if weight.is_inference() else weight._version
 
 
 def compute_mask(weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int) -> Tensor:

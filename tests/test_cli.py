@@ -1,0 +1,94 @@
+"""The command line."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import nmcompile
+from nmcompile.cli import cli, main
+
+FACTORY = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 4))
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with a factory, importable under this name."""
+    (tmp_path / "cli_models.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cli_models", raising=False)
+    return "cli_models"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+def test_help_lists_the_commands() -> None:
+    shown = run("--help").output
+    assert all(f"\n  {name} " in shown for name in cli.commands)
+
+
+@pytest.mark.parametrize("command", cli.commands)
+def test_every_command_has_help(command: str) -> None:
+    result, text = run(command, "--help"), cli.commands[command].help
+    assert result.exit_code == 0
+    assert text is not None and text[:20] in result.output
+
+
+def test_demo_help_says_its_defaults() -> None:
+    shown = run("demo", "--help").output
+    assert "--data" in shown and "12000" in shown and "Never downloads" in shown
+
+
+def test_analyze_prints_the_report(package: str) -> None:
+    result = run("analyze", f"{package}:build", "--input", "f32[2, 3,6,6]", "--mode", "weights")
+    model = importlib.import_module(package).build()
+    expected = nmcompile.analyze(model, "weights", args=(torch.zeros(2, 3, 6, 6),))
+    assert (result.exit_code, result.output) == (0, f"{expected}\n")
+
+
+def test_analyze_prints_json_and_markdown(package: str) -> None:
+    data = json.loads(run("analyze", f"{package}:build", "--json").output)
+    assert data["mode"] == "training" and [layer["name"] for layer in data["layers"]] == ["0", "2", "4"]
+    assert run("analyze", f"{package}:build", "--markdown").output.startswith("# Sequential, mode 'training'")
+
+
+def test_doctor_shows_versions() -> None:
+    shown = run("doctor").output
+    assert f"torch: {torch.__version__}" in shown and f"nmcompile: {nmcompile.__version__}" in shown
+    assert "CUDA: " in shown
+
+
+BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "no module": (("analyze", "nowhere_at_all:build"), ("'nowhere_at_all:build'", "package.module:factory")),
+    "no factory": (("analyze", "cli_models:bild"), ("'cli_models:bild'", "package.module:factory")),
+    "no colon": (("analyze", "cli_models"), ("'cli_models'", "package.module:factory")),
+    "nothing": (("analyze", ""), ("package.module:factory",)),
+    "mode": (("analyze", "cli_models:build", "--mode", "weight"), ("did you mean 'weights'",)),
+    "input": (("analyze", "cli_models:build", "--input", "f33[2,3]"), ("'f33[2,3]'", "f32[8,3,224,224]", "bf16")),
+    "input shape": (("analyze", "cli_models:build", "--input", "f32[2,5,6,6]"), ("float32[2, 5, 6, 6]", "pass args=")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_are_one_line_without_a_traceback(
+    case: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, fragments = BAD[case]
+    monkeypatch.setattr(sys, "argv", ["nmcompile", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    shown = capsys.readouterr()
+    assert left.value.code == 1 and not shown.out
+    assert shown.err.startswith("nmcompile: ") and shown.err.count("\n") == 1
+    assert [text for text in fragments if text not in shown.err] == []

@@ -1,0 +1,157 @@
+"""What can be asked for: presets, overrides by name and their precedence, JSON."""
+
+import json
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import Any
+
+import pytest
+
+from nmcompile import CompileConfig, LayerConfig, NMPattern, Pruning, presets
+from nmcompile.errors import ConfigError
+
+A, B, C, D, E = (LayerConfig(weight=Pruning("greedy", NMPattern(n, 8))) for n in range(1, 6))
+
+TABLE_1: dict[str, dict[str, tuple[str, str]]] = {
+    "dense": {},
+    "weights": {"weight": ("greedy", "2:4")},
+    "t-weights": {"weight": ("transposable", "2:4")},
+    "activations": {"input": ("greedy_by_value", "4:8")},
+    "gradients": {"update_gradient": ("mvue", "1:2")},
+    "training": {"weight": ("transposable", "2:4"), "update_gradient": ("mvue", "2:4")},
+}
+"""The paper's Table 1: which tensor is pruned, by the least square error (greedy) or without bias (mvue)."""
+
+BAD_JSON: dict[str, tuple[str, str]] = {
+    "option": ('{"refesh": 3}', "'refresh'"),
+    "operand": ('{"layers": {"fc": {"weigth": null}}}', "'weight'"),
+    "pruning key": ('{"layers": {"fc": {"weight": {"operator": "greedy", "patern": "2:4"}}}}', "'pattern'"),
+    "missing key": ('{"layers": {"fc": {"weight": {"operator": "greedy"}}}}', "pattern"),
+    "pattern": ('{"layers": {"fc": {"weight": {"operator": "greedy", "pattern": "2of4"}}}}', "N:M"),
+    "operator": ('{"layers": {"fc": {"weight": {"operator": "gredy", "pattern": "2:4"}}}}', "'greedy'"),
+    "no JSON": ("{", "no JSON"),
+    "no object": ("[]", "JSON object"),
+    "no layers": ('{"layers": 3}', "layers"),
+    "no layer": ('{"layers": {"fc": 3}}', "LayerConfig"),
+}
+
+
+@pytest.mark.parametrize("mode", TABLE_1)
+def test_presets_are_table_1(mode: str) -> None:
+    pruned = {f.name: getattr(presets[mode], f.name) for f in fields(LayerConfig)}
+    found = {name: (pruning.operator, str(pruning.pattern)) for name, pruning in pruned.items() if pruning is not None}
+    assert found == TABLE_1[mode]
+
+
+def test_there_are_no_other_presets() -> None:
+    assert set(presets) == set(TABLE_1)
+
+
+LADDER: list[tuple[str, LayerConfig | None]] = [
+    ("block.fc.weight", A),
+    ("block.fc", None),
+    ("re:.*fc\\.weight", B),
+    ("re:.*fc", C),
+    ("_default", D),
+]
+"""Every key that answers for the layer `block.fc`, the strongest first."""
+
+
+@pytest.mark.parametrize("strongest", range(len(LADDER)))
+@pytest.mark.parametrize("backwards", [False, True])
+def test_precedence(strongest: int, backwards: bool) -> None:
+    """Exact weight, exact layer, pattern of the weight, pattern of the layer, default: in whatever order they stand."""
+    entries = LADDER[strongest:]
+    config = CompileConfig(layers=dict(reversed(entries) if backwards else entries))
+    assert config.lookup("block.fc", "block.fc.weight") == LADDER[strongest]
+
+
+def test_first_matching_pattern_wins() -> None:
+    config = CompileConfig(layers={"re:.*": A, "re:fc": B})
+    assert config.lookup("fc", "fc.weight") == ("re:.*", A)
+    assert CompileConfig(layers={"re:f.": B, "re:fc": A}).lookup("fc", "fc.weight") == ("re:f.", B)
+
+
+@pytest.mark.parametrize("key", ["re:fc", "re:block", "re:fc.*", "fc", "block.fc.bias"])
+def test_names_and_patterns_match_whole_names(key: str) -> None:
+    assert CompileConfig(layers={key: A}).lookup("block.fc", "block.fc.weight") is None
+
+
+def test_nothing_said_is_not_the_same_as_dense() -> None:
+    assert CompileConfig().lookup("fc", "fc.weight") is None
+    assert CompileConfig(layers={"fc": None}).lookup("fc", "fc.weight") == ("fc", None)
+
+
+@pytest.mark.parametrize("key", ["fc1", "fc1.weight", "re:fc\\d", "_default"])
+def test_names_that_exist_pass(key: str) -> None:
+    CompileConfig(layers={key: A}).check_names([("fc1", "fc1.weight"), ("fc2", "fc2.weight")])
+
+
+@pytest.mark.parametrize("key", ["fc3", "fc1.weigth", "re:fx1"])
+def test_names_that_do_not_exist_are_errors_with_the_nearest(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'fc\d") as caught:
+        CompileConfig(layers={key: A}).check_names([("fc1", "fc1.weight"), ("fc2", "fc2.weight")])
+    assert repr(key) in str(caught.value)
+
+
+CONFIGS = [
+    CompileConfig(),
+    CompileConfig(refresh=None, sr_ste=2e-4, ends="sparse"),
+    CompileConfig(layers={"fc": None, "re:.*": E, "_default": presets["training"]}),
+    CompileConfig(layers={"fc": LayerConfig(update_gradient=Pruning("mvue", NMPattern(1, 2), group="batch"))}),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_json_round_trip(config: CompileConfig) -> None:
+    text = config.to_json()
+    assert CompileConfig.from_json(text) == config
+    assert set(json.loads(text)) == {f.name for f in fields(CompileConfig)}
+    assert list(CompileConfig.from_json(text).layers) == list(config.layers)
+
+
+def test_empty_json_is_the_default() -> None:
+    assert CompileConfig.from_json("{}") == CompileConfig()
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_bad_json_is_an_error_that_says_what(case: str) -> None:
+    text, hint = BAD_JSON[case]
+    with pytest.raises(ConfigError) as caught:
+        CompileConfig.from_json(text)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values", [{"refresh": 0}, {"sr_ste": -1.0}, {"ends": "dens"}, {"layers": {"re:(": A}}, {"layers": {"fc": "2:4"}}]
+)
+def test_bad_values_are_errors_that_name_the_field(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CompileConfig(**values)
+    assert next(iter(values)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("operand", "operator"), [("weight", "mvue"), ("input", "transposable"), ("update_gradient", "greedy_by_value")]
+)
+def test_operators_belong_to_operands(operand: str, operator: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LayerConfig(**{operand: Pruning(operator, NMPattern(2, 4))})
+    assert operand in str(caught.value) and operator in str(caught.value)
+
+
+def test_unknown_group_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="'batch'"):
+        Pruning("mvue", NMPattern(2, 4), group="bacth")
+
+
+@pytest.mark.parametrize("frozen", [CompileConfig(), A, Pruning("greedy", NMPattern(2, 4)), NMPattern(2, 4)])
+def test_frozen(frozen: Any) -> None:
+    name = fields(frozen)[0].name
+    with pytest.raises(FrozenInstanceError):
+        setattr(frozen, name, None)
+    assert replace(frozen) == frozen
+
+
+def test_presets_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        presets["training"] = LayerConfig()  # type: ignore[index]

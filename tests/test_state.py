@@ -1,0 +1,148 @@
+"""Saved and resumed training equals uninterrupted training, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nmcompile
+from nmcompile import CompileConfig
+from nmcompile.errors import StateError
+
+STEPS = 10
+CONFIG = CompileConfig(refresh=4, ends="sparse")
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), 0.05, momentum=0.9),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), 0.01),
+    "fused adam": lambda model: torch.optim.AdamW(model.parameters(), 0.01, fused=True),
+}
+Store = tuple[Callable[[dict[str, Tensor], Path], None], Callable[[Path], dict[str, Tensor]]]
+STORES: dict[str, Store] = {
+    "safetensors": (save_file, load_file),
+    "torch": (torch.save, lambda path: torch.load(path, weights_only=True)),
+}
+
+
+def fresh(seed: int = 0, mode: str = "training", config: CompileConfig = CONFIG) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
+    return nmcompile.compile(model, mode, config=config)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 4, 5, 5, generator=generator)
+        y = torch.randint(4, (8,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    return {name: mask for name, mask in nmcompile.sparse_state_dict(model).items() if name.endswith(".mask")}
+
+
+def assert_equal_states(first: nn.Module, second: nn.Module) -> None:
+    states = [model.state_dict() | nmcompile.sparse_state_dict(model) for model in (first, second)]
+    assert list(states[0]) == list(states[1])
+    assert [name for name, value in states[0].items() if not torch.equal(value, states[1][name])] == []
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(("kind", "stop"), [("momentum", 3), ("adam", 4), ("fused adam", 6)])
+def test_resumed_equals_uninterrupted(stop: int, kind: str, store: str, tmp_path: Path) -> None:
+    """Stopped just before a refresh of the masks, right at one, and between two; resumed in a model of another seed."""
+    whole = fresh()
+    train(whole, OPTIMIZERS[kind](whole), 0, STEPS)
+
+    first = fresh()
+    optimizer = OPTIMIZERS[kind](first)
+    train(first, optimizer, 0, stop)
+    save, load = STORES[store]
+    save(first.state_dict(), tmp_path / "model")
+    save(nmcompile.sparse_state_dict(first), tmp_path / "sparse")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer")
+
+    second = fresh(seed=1)
+    optimizer = OPTIMIZERS[kind](second)
+    second.load_state_dict(load(tmp_path / "model"))
+    nmcompile.load_sparse_state_dict(second, load(tmp_path / "sparse"))
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer", weights_only=True))
+    train(second, optimizer, stop, STEPS)
+    assert_equal_states(whole, second)
+
+
+def test_without_the_sparse_state_training_goes_another_way() -> None:
+    """So the test above would notice a state that is lost."""
+    whole, first, second = fresh(), fresh(), fresh(seed=1)
+    train(whole, OPTIMIZERS["momentum"](whole), 0, STEPS)
+    optimizer = OPTIMIZERS["momentum"](first)
+    train(first, optimizer, 0, 6)
+    second.load_state_dict(first.state_dict())
+    resumed = OPTIMIZERS["momentum"](second)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(second, resumed, 6, STEPS)
+    assert not torch.equal(whole.state_dict()["0.weight"], second.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize(("refresh", "frozen"), [(None, True), (STEPS + 1, True), (1, False)])
+def test_masks_are_frozen_until_they_are_refreshed(refresh: int | None, frozen: bool) -> None:
+    model = fresh(config=CompileConfig(refresh=refresh, ends="sparse"))
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    train(model, optimizer, 0, 1)
+    first = masks(model)
+    train(model, optimizer, 1, STEPS)
+    assert all(torch.equal(mask, first[name]) for name, mask in masks(model).items()) == frozen
+
+
+def test_restored_masks_win_over_the_loaded_weights() -> None:
+    model, other = fresh(config=CompileConfig(refresh=None, ends="sparse")), fresh(seed=1)
+    train(model, torch.optim.SGD(model.parameters(), 1.0), 0, STEPS)
+    other.load_state_dict(model.state_dict())
+    nmcompile.load_sparse_state_dict(other, nmcompile.sparse_state_dict(model))
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+    assert all(torch.equal(mask, masks(model)[name]) for name, mask in masks(other).items())
+
+
+def test_the_state_is_a_snapshot() -> None:
+    model = fresh()
+    train(model, OPTIMIZERS["adam"](model), 0, 1)
+    state = nmcompile.sparse_state_dict(model)
+    kept = {name: value.clone() for name, value in state.items()}
+    train(model, OPTIMIZERS["adam"](model), 1, STEPS)
+    assert all(torch.equal(value, kept[name]) for name, value in state.items())
+
+
+Edit = Callable[[dict[str, Tensor]], object]
+MISFITS: dict[str, tuple[Edit, str]] = {
+    "missing mask": (lambda state: state.pop("0.weight.mask"), "lacks '0.weight.mask'"),
+    "stranger": (lambda state: state.update({"5.weight.mask": torch.ones(1)}), "nothing for '5.weight.mask'"),
+    "shape": (lambda state: state.update({"0.weight.mask": torch.ones(2, 2)}), r"\(2, 2\).*\(8, 4, 3, 3\)"),
+    "no format": (lambda state: state.pop("format"), "format none"),
+    "newer format": (lambda state: state.update(format=torch.tensor(99)), "99"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_state_that_does_not_fit_is_refused_whole(case: str) -> None:
+    edit, message = MISFITS[case]
+    model, other = fresh(), fresh(seed=1)
+    train(other, OPTIMIZERS["adam"](other), 0, 5)
+    state, before = nmcompile.sparse_state_dict(other), nmcompile.sparse_state_dict(model)
+    edit(state)
+    with pytest.raises(StateError, match=message):
+        nmcompile.load_sparse_state_dict(model, state)
+    after = nmcompile.sparse_state_dict(model)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_a_state_of_another_mode_is_refused() -> None:
+    with pytest.raises(StateError, match="compile with the mode it was saved in"):
+        nmcompile.load_sparse_state_dict(fresh(), nmcompile.sparse_state_dict(fresh(mode="gradients")))
