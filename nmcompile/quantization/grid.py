@@ -1,0 +1,53 @@
+"""The integers that a quantized tensor can hold."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nmcompile.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Zero-aligned integers: [-(2^(bits-1) - 1), 2^(bits-1) - 1] if signed, [0, 2^bits - 1] if not.
+
+    A signed grid leaves the lowest two's complement value out, so that it is symmetric: the zeros of a pruned weight
+    stay zeros, and its zero-point is 0, which sparse integer kernels need.
+
+    Raises:
+        ConfigError: bits outside 2 to 8.
+    """
+
+    bits: int
+    signed: bool
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ConfigError(f"a grid of {self.bits} bits is not supported; give 2 to 8 bits")
+
+    @property
+    def high(self) -> int:
+        return int(2 ** (self.bits - self.signed)) - 1
+
+    @property
+    def low(self) -> int:
+        return -self.high if self.signed else 0
+
+    def __str__(self) -> str:
+        return f"{'s' if self.signed else 'u'}{self.bits}"
+
+
+def integers(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
+    """The grid's integer next to `x / scale`, ties to even, in the dtype that arithmetic uses.
+
+    Args:
+        x: any shape, floating point.
+        scale: the step between two grid points, positive, 0-d or broadcastable to `x`.
+        grid: what to round and clamp to.
+
+    Returns:
+        A tensor of the shape of `x`, float64 for float64 and else float32. A NaN stays one.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.clamp(torch.round(wide / scale), grid.low, grid.high)

@@ -1,0 +1,79 @@
+"""Choose the clip of an activation grid from what was observed, in bounded memory."""
+
+import torch
+from torch import Tensor
+
+from nmcompile.errors import CalibrationError
+from nmcompile.quantization.grid import Grid, integers
+
+BINS = 4096
+CANDIDATES = 256
+
+
+class Histogram:
+    """Counts |x| in equal bins from 0 to a top that doubles as larger values come. Zeros are counted apart."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.top = 0.0
+        self.largest = 0.0
+        self.zeros = 0
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Add the elements of a tensor, any shape.
+
+        Raises:
+            CalibrationError: a NaN or an infinity.
+        """
+        magnitudes = x.detach().abs().flatten().to(torch.promote_types(x.dtype, torch.float32))
+        if not magnitudes.isfinite().all():
+            raise CalibrationError("the calibration data gives NaN or infinity here; remove such samples")
+        self.zeros += int((magnitudes == 0).sum())
+        magnitudes = magnitudes[magnitudes > 0]
+        if not magnitudes.numel():
+            return
+        self._reach(float(magnitudes.max()))
+        bins = (magnitudes / self.top * BINS).long().clamp_(max=BINS - 1)
+        self.counts += torch.bincount(bins, minlength=BINS).cpu()
+
+    def percentile(self, percent: float) -> float:
+        """The magnitude that `percent` of all elements do not exceed, to one bin; at least one bin.
+
+        Raises:
+            CalibrationError: nothing but zeros was observed.
+        """
+        self._check()
+        reached = self.zeros + self.counts.cumsum(0)
+        index = int(torch.searchsorted(reached, percent / 100 * reached[-1]))
+        return min((index + 1) * self.top / BINS, self.largest)
+
+    def best_clip(self, grid: Grid) -> float:
+        """The clip whose grid has the least mean squared error, each bin standing at its centre.
+
+        Raises:
+            CalibrationError: nothing but zeros was observed.
+        """
+        self._check()
+        centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.top / BINS)
+        clips = torch.linspace(1 / CANDIDATES, 1, CANDIDATES, dtype=torch.float64) * self.largest
+        errors = [_error(centres, self.counts, float(clip) / grid.high, grid) for clip in clips]
+        return float(clips[int(torch.stack(errors).argmin())])
+
+    def _reach(self, largest: float) -> None:
+        """Double the top, two bins becoming one, until `largest` fits."""
+        self.largest = max(self.largest, largest)
+        if self.top == 0:
+            self.top = largest
+        while self.top < largest:
+            self.counts = torch.cat([self.counts.view(-1, 2).sum(1), torch.zeros(BINS // 2, dtype=torch.float64)])
+            self.top *= 2
+
+    def _check(self) -> None:
+        if not self.counts.any():
+            what = "only zeros" if self.zeros else "nothing"
+            raise CalibrationError(f"calibration saw {what} here; give data that reaches it with non-zero values")
+
+
+def _error(centres: Tensor, counts: Tensor, scale: float, grid: Grid) -> Tensor:
+    return (counts * (integers(centres, scale, grid) * scale - centres).square()).sum()

@@ -1,0 +1,39 @@
+"""PACT (Choi et al. 2018): activations clipped at a learned value, then quantized."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmcompile.quantization.grid import Grid, integers
+
+
+def pact_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
+    """`x` clipped to [0, clip] and rounded to 2^bits − 1 steps.
+
+    dy/dx is 1 inside [0, clip] and 0 outside; dy/dclip is 1 where x >= clip, else 0.
+
+    Args:
+        x: any shape, floating point.
+        clip: 0-d, positive.
+        bits: 2 to 8.
+
+    Returns:
+        A tensor of the shape, dtype and strides of `x`.
+    """
+    result: Tensor = _Pact.apply(x, clip, Grid(bits, signed=False))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Pact(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, clip)
+        scale = clip / grid.high
+        return (integers(x, scale, grid) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, clip = ctx.saved_tensors
+        above = x >= clip
+        return torch.where((x >= 0) & ~above, grad, 0.0), torch.where(above, grad, 0.0).sum().to(clip), None
