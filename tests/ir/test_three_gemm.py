@@ -1,0 +1,75 @@
+"""The autograd function around the three graphs, where a layer is called more than once before backward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nmcompile
+from nmcompile import CompileConfig
+from nmcompile.errors import GradientError
+
+SPARSE = CompileConfig(ends="sparse")
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def twice_in_a_row(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.tanh(model(torch.tanh(model(x))))
+
+
+def on_two_inputs(model: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = model(x) * model(x.square())
+    return y
+
+
+def sparse_weight(layer: nn.Module) -> Tensor:
+    plain = nmcompile.finalize(layer)
+    assert isinstance(plain, nn.Linear)
+    return plain.weight.detach()
+
+
+@pytest.mark.parametrize("mode", ["weights", "t-weights"])
+@pytest.mark.parametrize("use", [twice_in_a_row, on_two_inputs])
+def test_a_layer_that_is_called_twice(use: Callable[[nn.Module, Tensor], Tensor], mode: str) -> None:
+    torch.manual_seed(0)
+    compiled = nmcompile.compile(nn.Linear(8, 8), mode, config=SPARSE)
+    eager = nn.Linear(8, 8)
+    eager.load_state_dict(compiled.state_dict())
+    got, expected = X.clone().requires_grad_(), X.clone().requires_grad_()
+    loss = use(compiled, got).square().sum()
+    eager.weight.data = sparse_weight(compiled)
+    use(eager, expected).square().sum().backward()
+    loss.backward()
+    assert got.grad is not None and expected.grad is not None
+    assert torch.equal(got.grad, expected.grad)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))  # type: ignore[arg-type]
+
+
+def test_a_weight_that_changed_between_forward_and_backward_is_an_error() -> None:
+    compiled = nmcompile.compile(nn.Linear(8, 8), "training", config=SPARSE)
+    loss = compiled(X.clone().requires_grad_()).sum()
+    with torch.no_grad():
+        next(compiled.parameters()).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["dense", "training"])
+def test_double_backward_is_refused(mode: str) -> None:
+    compiled = nmcompile.compile(nn.Sequential(nn.Linear(8, 8)), mode, config=SPARSE)
+    x = X.clone().requires_grad_()
+    with pytest.raises(GradientError, match="layer '0': backward was called with create_graph=True"):
+        torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
+def test_only_the_gradients_that_are_wanted_are_computed(frozen: str) -> None:
+    layer = nn.Linear(8, 8)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name != frozen)
+    compiled, x = nmcompile.compile(layer, "dense"), X.clone().requires_grad_(frozen != "input")
+    leaves = {name: leaf for name, leaf in (("input", x), *layer.named_parameters()) if leaf.requires_grad}
+    got = torch.autograd.grad(compiled(x).square().sum(), list(leaves.values()))
+    eager = torch.autograd.grad(layer(x).square().sum(), list(leaves.values()))
+    assert len(leaves) == 2 and all(torch.equal(*pair) for pair in zip(got, eager, strict=True))
