@@ -20,9 +20,9 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with the four MNIST-style IDX files.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Default: 12 for small data, 3 otherwise.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Default: 30 for small data, 4 otherwise.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--train-images", default=12_000, show_default=True, type=click.IntRange(min=1))
+@click.option("--train-images", default=60_000, show_default=True, type=click.IntRange(min=1))
 def demo(data: Path | None, epochs: int | None, seed: int, train_images: int) -> None:
     """Train a small ResNet dense and sparse on real images, compare and verify. Never downloads."""
     from nmcompile.demo.training import run_demo

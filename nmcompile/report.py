@@ -221,7 +221,9 @@ def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Obse
     status = "sparse" if any(row.is_sparse for row in plan.rows) else "dense"
     if observed and plan.rewritten and not seen.called:
         status = "bypassed: the model ran without calling it" if ran else "not called yet"
-    positions = seen.positions if seen.positions is not None else program.captured.facts[name].positions
+    # The example's positions are known for all layers alike; those of a run only for layers that were rewritten.
+    example = program.captured.facts[name].positions
+    positions = seen.positions if example is None else example
     graphs = PrintableGraphs(program.layers[name])
     return LayerReport(plan, graphs, status, positions, seen.kernels or program.layers[name].kernels())
 

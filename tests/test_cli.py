@@ -47,7 +47,7 @@ def test_every_command_has_help(command: str) -> None:
 
 def test_demo_help_says_its_defaults() -> None:
     shown = run("demo", "--help").output
-    assert "--data" in shown and "12000" in shown and "Never downloads" in shown
+    assert "--data" in shown and "60000" in shown and "Never downloads" in shown
 
 
 def test_analyze_prints_the_report(package: str) -> None:

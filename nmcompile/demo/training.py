@@ -22,11 +22,11 @@ def run_demo(data: Path | None, epochs: int | None, seed: int, train_images: int
     """Train, compare and verify; returns whether every pattern held."""
     images = load_images(data)
     count = min(train_images, len(images.train_images))
-    epochs = epochs or (12 if count < 5000 else 3)
+    epochs = epochs or (30 if count < 5000 else 4)
     print(f"images: {images.name}, {count} for training, {len(images.test_images)} for test, {epochs} epochs\n")
     torch.manual_seed(seed)
     dense = ResNet(images.train_images.shape[-1], int(images.train_labels.max()) + 1)
-    sparse = nmcompile.compile(copy.deepcopy(dense), mode="training")
+    sparse = nmcompile.compile(copy.deepcopy(dense), mode="training", args=(images.test_images[:1],))
     results = []
     for name, model in (("dense", dense), ("sparse", sparse)):
         train(model, images, count, epochs, seed, name)
