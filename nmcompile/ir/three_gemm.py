@@ -1,6 +1,7 @@
 """Three graphs behind one autograd function, and the mixin for the modules that call them."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -73,9 +74,12 @@ class GemmTriple:
 
     def run(self, phase: Phase, values: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """Run one graph on values by name, outside autocast: the operands have the dtype that they shall have."""
+        arguments = [values[name] for name in self.placeholders[phase]]
         device = next(v for v in values.values() if v is not None).device.type
-        with torch.autocast(device, enabled=False):
-            result: tuple[Tensor | None, ...] = self.graphs[phase](*(values[n] for n in self.placeholders[phase]))
+        # Dynamo takes autocast for off behind such a block; operands that are cast already lose nothing without it.
+        quiet = nullcontext() if torch.compiler.is_compiling() else torch.autocast(device, enabled=False)
+        with quiet:
+            result: tuple[Tensor | None, ...] = self.graphs[phase](*arguments)
         return result
 
     def asks(self, phase: Phase, name: str) -> bool:

@@ -15,7 +15,8 @@ from nmcompile.ir.layers import Layer
 from nmcompile.pruning import NMPattern
 
 NEVER_SEEN = -1
-STALE, VERSION = 0, 1
+STALE, VERSION, ADDRESS = 0, 1, 2
+ANY_ADDRESS = 0
 SILENT_BACKWARDS = 1000
 
 live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
@@ -59,7 +60,7 @@ class WeightMask:
         self.backwards = 0
         self.tensor = torch.zeros_like(weight, dtype=torch.bool, requires_grad=False)
         # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
-        self.clock = torch.tensor([1, NEVER_SEEN])
+        self.clock = torch.tensor([1, NEVER_SEEN, ANY_ADDRESS])
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
         live_masks.add(self)
 
@@ -113,7 +114,10 @@ class WeightMask:
         """Take the weight as it is now for known: a later write that no step explains makes the mask stale."""
         weight = self.weight()
         # A sharded parameter is not the tensor that forward sees, so its version says nothing.
-        self.clock[VERSION] = weight._version if weight is not None and type(weight) is nn.Parameter else NEVER_SEEN
+        if weight is None or type(weight) is not nn.Parameter:
+            self.clock[VERSION], self.clock[ADDRESS] = NEVER_SEEN, ANY_ADDRESS
+        else:
+            self.clock[VERSION], self.clock[ADDRESS] = weight._version, weight.data_ptr()
 
     def was_written(self) -> bool:
         """Whether the weight was written since it was last accepted."""
@@ -149,6 +153,7 @@ class WeightMask:
         replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         # A copied parameter starts at version 0; from there an EMA update shows.
         replica.clock[VERSION] = 0 if int(self.clock[VERSION]) != NEVER_SEEN else NEVER_SEEN
+        replica.clock[ADDRESS] = ANY_ADDRESS
         return replica
 
 
@@ -160,8 +165,8 @@ def refresh_mask(
     if is_outdated(weight, clock):
         mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups))
         clock[STALE] = 0
-        if int(clock[VERSION]) != NEVER_SEEN:
-            clock[VERSION] = _version(weight)
+        if _has_version(weight, clock):
+            clock[VERSION] = weight._version
 
 
 @refresh_mask.register_fake
@@ -173,12 +178,14 @@ def _(
 
 def is_outdated(weight: Tensor, clock: Tensor) -> bool:
     """Whether the clock of a mask says that it is stale, or that the weight was written unseen."""
-    seen, version = int(clock[VERSION]), _version(weight)
-    return bool(clock[STALE]) or (NEVER_SEEN not in (seen, version) and seen != version)
+    return bool(clock[STALE]) or (_has_version(weight, clock) and int(clock[VERSION]) != weight._version)
 
 
-def _version(weight: Tensor) -> int:
-    return NEVER_SEEN if weight.is_inference() else weight._version
+def _has_version(weight: Tensor, clock: Tensor) -> bool:
+    """Whether the version of this tensor tells of writes: inductor may hand a copy over, which counts from 0."""
+    if weight.is_inference() or int(clock[VERSION]) == NEVER_SEEN:
+        return False
+    return int(clock[ADDRESS]) in (ANY_ADDRESS, weight.data_ptr())
 
 
 def compute_mask(weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int) -> Tensor:

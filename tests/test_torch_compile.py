@@ -1,0 +1,89 @@
+"""torch.compile of a compiled model: one graph, the same numbers, no compilation from step to step."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import nmcompile
+from nmcompile import CompileConfig
+
+STEPS = 6
+EXACT = ["eager", "aot_eager"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 8))
+
+
+def attention() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Flatten(2), nn.Linear(25, 8), layer, nn.Flatten())
+
+
+def trained(make: Callable[[], nn.Module], mode: str, backend: CompileCounterWithBackend | None) -> list[Tensor]:
+    """Losses and final parameters after some steps, with masks computed anew on the way."""
+    torch.manual_seed(0)
+    model = nmcompile.compile(make(), mode, config=CompileConfig(refresh=2, ends="sparse"))
+    run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(8, 4, 5, 5, generator=generator), torch.randint(8, (8,), generator=generator)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(run(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return [*losses, *(parameter.detach() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("mode", ["dense", "training", "t-weights", "activations", "gradients"])
+def test_steps_are_the_same_bit_for_bit(mode: str, backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
+    compiled = trained(network, mode, counter)
+    expected = trained(network, mode, None)
+    assert counter.frame_count == 1
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_attention_is_one_graph_too(backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
+    compiled = trained(attention, "training", counter)
+    assert counter.frame_count == 1
+    for ours, expected in zip(compiled, trained(attention, "training", None), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_inductor_trains_alike() -> None:
+    """Without draws: its kernels sum in another order, which would move single ones."""
+    counter = CompileCounterWithBackend("inductor")
+    compiled = trained(network, "t-weights", counter)
+    assert counter.frame_count == 1
+    for ours, expected in zip(compiled, trained(network, "t-weights", None), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["dense", "training"])
+def test_autocast_around_a_compiled_step(mode: str) -> None:
+    torch.manual_seed(0)
+    model = nmcompile.compile(network(), mode, config=CompileConfig(ends="sparse"))
+    run, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(8, 4, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled, expected = run(x), model(x)
+    assert compiled.dtype == torch.bfloat16 and torch.equal(compiled, expected)
+    compiled.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())

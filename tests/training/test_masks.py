@@ -1,0 +1,188 @@
+"""Masks follow optimizer steps, and nothing else but writes that no step explains."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import nmcompile
+from nmcompile import CompileConfig
+from nmcompile.training import step as tell_step
+from nmcompile.training.state import masks_of
+
+REFRESH = 3
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=False),
+    "sgd foreach": lambda p: torch.optim.SGD(p, 0.1, foreach=True),
+    "sgd fused": lambda p: torch.optim.SGD(p, 0.1, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.1, foreach=False),
+    "adam foreach": lambda p: torch.optim.Adam(p, 0.1, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+}
+X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def compiled_linear(refresh: int | None = REFRESH, mode: str = "t-weights") -> nn.Linear:
+    torch.manual_seed(1)
+    model = nmcompile.compile(nn.Linear(8, 8), mode, config=CompileConfig(refresh=refresh, ends="sparse"))
+    assert isinstance(model, nn.Linear)
+    return model
+
+
+def mask_of(model: nn.Module) -> Tensor:
+    (mask,) = masks_of(model).values()
+    return mask.tensor.clone()
+
+
+def valid_tiles() -> Iterator[Tensor]:
+    """All 4x4 masks with two in every row and column."""
+    rows = [[i in pair for i in range(4)] for pair in itertools.combinations(range(4), 2)]
+    for choice in itertools.product(rows, repeat=4):
+        tile = torch.tensor(choice)
+        if (tile.sum(0) == 2).all():
+            yield tile
+
+
+def best_mask(weight: Tensor) -> Tensor:
+    """The transposable 2:4 mask of a matrix by enumeration."""
+    tiles = torch.stack(list(valid_tiles()))
+    blocks = weight.abs().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2)
+    scores = torch.einsum("abij,tij->abt", blocks, tiles.to(weight.dtype))
+    return tiles[scores.argmax(-1)].transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[Tensor]:
+    """The mask that each step's forward used."""
+    used = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        used.append(mask_of(model))
+        optimizer.step()
+    return used
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masks_are_computed_anew_every_few_steps(name: str) -> None:
+    model = compiled_linear()
+    optimizer = OPTIMIZERS[name](list(model.parameters()))
+    weights, used = [], []
+    for _ in range(2 * REFRESH + 1):
+        weights.append(model.weight.detach().clone())
+        used += train(model, optimizer, 1)
+    for index, mask in enumerate(used):
+        assert torch.equal(mask, best_mask(weights[index - index % REFRESH]))
+    assert not torch.equal(used[0], used[REFRESH])
+
+
+def test_frozen_masks_stay() -> None:
+    model = compiled_linear(refresh=None)
+    used = train(model, torch.optim.SGD(model.parameters(), 0.5), 50)
+    assert all(torch.equal(mask, used[0]) for mask in used)
+    assert not torch.equal(used[0], best_mask(model.weight.detach()))
+
+
+def test_an_optimizer_that_does_not_hold_the_weight_is_no_clock() -> None:
+    model, other = compiled_linear(refresh=1), nn.Linear(2, 2)
+    model(X)
+    other(torch.ones(2)).sum().backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    assert next(iter(masks_of(model).values())).steps == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_forward_counts_once(reentrant: bool) -> None:
+    model = compiled_linear()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(REFRESH - 1):
+        optimizer.zero_grad()
+        x = X.clone().requires_grad_()
+        y = checkpoint(model, checkpoint(model, x, use_reentrant=reentrant), use_reentrant=reentrant)
+        assert isinstance(y, Tensor)
+        y.square().sum().backward()
+        optimizer.step()
+    (mask,) = masks_of(model).values()
+    assert mask.steps == REFRESH - 1
+    assert torch.equal(mask.tensor, best_mask(compiled_linear().weight.detach()))
+
+
+def load_other(model: nn.Linear) -> None:
+    model.load_state_dict(nn.Linear(8, 8).state_dict())
+
+
+def write_in_place(model: nn.Linear) -> None:
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(8, 8))
+
+
+@pytest.mark.parametrize("change", [load_other, write_in_place])
+def test_other_writes_renew_the_mask(change: Callable[[nn.Linear], None]) -> None:
+    model = compiled_linear()
+    model(X)
+    change(model)
+    model(X)
+    assert torch.equal(mask_of(model), best_mask(model.weight.detach()))
+
+
+def test_an_averaged_copy_has_the_mask_of_its_own_weight() -> None:
+    model = compiled_linear(refresh=1)
+    model(X)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(5):
+        train(model, optimizer, 1)
+        average.update_parameters(model)
+    average(X)
+    averaged = average.module
+    assert isinstance(averaged, nn.Linear) and not torch.equal(averaged.weight, model.weight)
+    assert torch.equal(mask_of(averaged), best_mask(averaged.weight.detach()))
+
+
+def test_copies_have_masks_of_their_own() -> None:
+    model = compiled_linear(refresh=1)
+    model(X)
+    before, replica = mask_of(model), copy.deepcopy(model)
+    train(replica, torch.optim.SGD(replica.parameters(), 0.5), 6)
+    assert torch.equal(mask_of(model), before) and not torch.equal(mask_of(replica), before)
+
+
+def plain_update(model: nn.Module) -> None:
+    """An optimizer that torch.optim knows nothing of."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter -= 0.5 * parameter.grad
+            parameter.grad = None
+
+
+def test_other_optimizers_can_tell_their_steps() -> None:
+    model, weights = compiled_linear(), []
+    for index in range(2 * REFRESH):
+        weights.append(model.weight.detach().clone())
+        model(X).square().sum().backward()
+        assert torch.equal(mask_of(model), best_mask(weights[index - index % REFRESH]))
+        plain_update(model)
+        tell_step(model)
+
+
+def test_steps_that_nobody_told_of_are_noticed() -> None:
+    model = compiled_linear()
+    model(X).square().sum().backward()
+    plain_update(model)
+    with pytest.warns(UserWarning, match=r"weight.*no optimizer step was seen.*nmcompile\.training\.step"):
+        model(X)
+    assert torch.equal(mask_of(model), best_mask(compiled_linear_after_update()))
+
+
+def compiled_linear_after_update() -> Tensor:
+    """The weight after one plain update, computed with the masked weight alone."""
+    model = compiled_linear()
+    dense = model.weight.detach().clone()
+    masked = (dense * best_mask(dense)).requires_grad_()
+    torch.nn.functional.linear(X, masked, model.bias.detach()).square().sum().backward()
+    assert masked.grad is not None
+    return dense - 0.5 * masked.grad

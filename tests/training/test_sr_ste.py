@@ -1,0 +1,50 @@
+"""SR-STE: the optimizer sees g + λ (1 - mask) ∘ w, whatever else scales or accumulates gradients."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nmcompile
+from nmcompile import CompileConfig
+from nmcompile.training.state import masks_of
+
+LAMBDA = 0.25
+X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def compiled(sr_ste: float) -> nn.Linear:
+    torch.manual_seed(1)
+    model = nmcompile.compile(nn.Linear(8, 8), "weights", config=CompileConfig(sr_ste=sr_ste, ends="sparse"))
+    assert isinstance(model, nn.Linear)
+    return model
+
+
+def weight_change(model: nn.Linear, micro_batches: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    """What one SGD step with rate 1 adds to the weight."""
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    for part in X.chunk(micro_batches):
+        loss = model(part).square().sum()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+    return model.weight.detach() - before
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_pruned_weights_decay_by_lambda(micro_batches: int, scaled: bool) -> None:
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None for _ in range(2)]
+    decayed, plain = compiled(LAMBDA), compiled(0.0)
+    weight = decayed.weight.detach().clone()
+    difference = weight_change(decayed, micro_batches, scalers[0]) - weight_change(plain, micro_batches, scalers[1])
+    (mask,) = masks_of(decayed).values()
+    expected = torch.where(mask.tensor, 0.0, -LAMBDA * weight)
+    torch.testing.assert_close(difference, expected)
+
+
+def test_a_skipped_step_decays_nothing() -> None:
+    model, scaler = compiled(LAMBDA), torch.amp.GradScaler("cpu", init_scale=float(torch.finfo(torch.float32).max))
+    assert not weight_change(model, 1, scaler).any()
