@@ -122,8 +122,10 @@ class WeightMask:
     def was_written(self) -> bool:
         """Whether the weight was written since it was last accepted."""
         weight = self.weight()
-        seen = int(self.clock[VERSION])
-        return seen != NEVER_SEEN and weight is not None and weight._version != seen
+        # A shard, or what FSDP2 gathers from shards, is not the tensor whose version was accepted.
+        if weight is None or type(weight) is not nn.Parameter:
+            return False
+        return _has_version(weight, self.clock) and weight._version != int(self.clock[VERSION])
 
     def after_step(self) -> None:
         """Count an optimizer step that may have changed the weight."""

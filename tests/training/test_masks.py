@@ -155,7 +155,7 @@ def plain_update(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None
-            parameter -= 0.5 * parameter.grad
+            parameter.sub_(parameter.grad, alpha=0.5)
             parameter.grad = None
 
 

@@ -35,7 +35,7 @@ def made(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     masked = LAYERS[name][0]().double()
     masked.load_state_dict(layer.state_dict())
     (mask,) = masks_of(compiled).values()
-    masked.weight.data *= mask.tensor  # type: ignore[union-attr,operator]
+    masked.weight.data *= mask.tensor  # type: ignore[operator]
     return compiled, masked, x, grad_output
 
 

@@ -1,0 +1,109 @@
+"""Two processes on gloo: masks equal on all ranks, draws not, DDP and FSDP2."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import nmcompile
+from nmcompile import CompileConfig
+from nmcompile.training.state import masks_of
+
+WORLD = 2
+STEPS = 5
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+
+def compiled(mode: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(block(), nn.ReLU(), block())
+    return nmcompile.compile(model, mode, config=CompileConfig(refresh=2, ends="sparse", sr_ste=0.01))
+
+
+def data(rank: int, step: int) -> Tensor:
+    return torch.randn(8, 8, generator=torch.Generator().manual_seed(2 * step + rank))
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for child in model:  # type: ignore[attr-defined]
+        if isinstance(child, nn.Sequential):
+            fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": sharded}
+
+
+def train(model: nn.Module, batches: Callable[[int], list[Tensor]]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        parts = batches(step)
+        for x in parts:
+            (model(x).square().sum() / len(parts)).backward()
+        optimizer.step()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+
+def worker(rank: int, folder: str, wrapper: str, mode: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        model = compiled(mode)
+        last = dict(model.named_parameters())["2.2.weight"]
+        drawn = torch.autograd.grad(model(data(0, 0)).square().sum(), [last])[0]
+        wrapped = WRAPPERS[wrapper](model)
+        train(wrapped, lambda step: [data(rank, step)])
+        inner = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+        state = {f"{name}.mask": mask.tensor for name, mask in masks_of(inner).items()}
+        state |= {name: whole(parameter) for name, parameter in inner.named_parameters()}
+        torch.save(state | {"drawn": drawn}, f"{folder}/{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(wrapper: str, mode: str) -> list[dict[str, Tensor]]:
+    """What every rank ended with."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (folder, wrapper, mode), nprocs=WORLD)  # type: ignore[attr-defined,no-untyped-call]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_ranks_agree_on_masks_and_weights_but_draw_on_their_own(wrapper: str) -> None:
+    first, second = run(wrapper, "training")
+    names = set(first) - {"drawn"}
+    assert sum(name.endswith(".mask") for name in names) == 4
+    assert all(torch.equal(first[name], second[name]) for name in names)
+    assert not torch.equal(first["drawn"], second["drawn"])
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_masked_training_is_that_of_one_process(wrapper: str) -> None:
+    """Without draws two ranks compute what one computes on both halves of the batch, masks and SR-STE included."""
+    (found, _), alone = run(wrapper, "t-weights"), compiled("t-weights")
+    alone(data(0, 0))
+    train(alone, lambda step: [data(rank, step) for rank in range(WORLD)])
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach())
+    assert all(torch.equal(found[f"{name}.mask"], mask.tensor) for name, mask in masks_of(alone).items())
