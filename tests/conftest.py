@@ -9,4 +9,4 @@ try:
         if not hasattr(torch.ops.torchvision, name):
             LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 except RuntimeError:
-    LIBRARY = None
+    pass  # torchvision is not installed, or is built for this torch

@@ -14,7 +14,13 @@ import nmcompile
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
-SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 GEMMS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 
@@ -61,10 +67,10 @@ def scores(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def gemm_layers(model: nn.Module) -> set[str]:
-    """The names under which reports list the layers: of modules, and of attention's packed weight."""
+    """The names under which reports list the layers: of modules, and of attention's packed projection."""
     names = {name for name, module in model.named_modules() if isinstance(module, GEMMS)}
     attentions = (name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    return names | {f"{name}.in_proj_weight" for name in attentions}
+    return names | {f"{name}.in_proj" for name in attentions}
 
 
 def train(model: nn.Module, x: Tensor) -> None:

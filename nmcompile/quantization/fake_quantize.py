@@ -20,6 +20,6 @@ def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
         A tensor of the shape, dtype and strides of `x`. Zero stays zero, NaN stays NaN.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inside = wide.clamp(grid.low * scale, grid.high * scale)
+    inside = torch.clamp(wide, grid.low * torch.as_tensor(scale), grid.high * torch.as_tensor(scale))
     quantized = inside + (integers(x, scale, grid) * scale - inside).detach()
     return quantized.to(x.dtype)

@@ -73,6 +73,8 @@ class Addmm(nn.Module):
 class Expressions(nn.Module):
     """A permuted weight, a scaled one of two parameters, a filter that is a buffer, and attention's matmul."""
 
+    blur: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.p, self.q, self.s = parameter(4, 8), parameter(4, 8), parameter(4, 1)

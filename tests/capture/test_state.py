@@ -30,7 +30,7 @@ class Meddles(nn.Module):
         self.seen.append(2)
         self.table["a"].append(2)
         self.config.steps += 1
-        self.fc.extra = 1
+        self.fc.extra = 1  # type: ignore[assignment]
         self.count = torch.ones(())
         torch.rand(3), random.random(), np.random.rand()
         return self.fc(F.linear(x, self.w))

@@ -85,7 +85,7 @@ def worker(rank: int, folder: str, wrapper: str, mode: str) -> None:
 def run(wrapper: str, mode: str) -> list[dict[str, Tensor]]:
     """What every rank ended with."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (folder, wrapper, mode), nprocs=WORLD)  # type: ignore[attr-defined,no-untyped-call]
+        mp.spawn(worker, (folder, wrapper, mode), nprocs=WORLD)  # type: ignore[attr-defined]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -1,0 +1,29 @@
+"""The Python blocks of each guide are one program that runs and keeps its own assertions."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+GUIDES = sorted(DOCS.glob("writing_*.md"))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_the_guide_runs(guide: Path, tmp_path: Path) -> None:
+    program = "\n".join(re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL))
+    assert "assert" in program
+    script = tmp_path / "guide.py"
+    script.write_text(program)
+    runpy.run_path(str(script))
+
+
+def test_every_kind_of_extension_has_a_guide() -> None:
+    assert [guide.stem for guide in GUIDES] == ["writing_backends", "writing_operators", "writing_passes"]
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
