@@ -110,15 +110,15 @@ class _LayerPlanner:
                 yield self._sparse(Phase.BACKWARD, "grad_output", gradient, "out")
             else:
                 yield self._dense(Phase.BACKWARD, _misfit("out", self.layer, gradient))
-        if weight is not None and weight.operator.startswith("transposable"):
+        if weight is not None:
             if not self.layer.fits_forward(weight.pattern):
                 yield self._dense(Phase.BACKWARD, _misfit("in", self.layer, weight))
+            elif not weight.operator.startswith("transposable"):
+                yield self._dense(Phase.BACKWARD, "a row-wise mask is not N:M along out: dense on the masked weight")
             elif not self.layer.fits_backward(weight.pattern):
                 yield self._dense(Phase.BACKWARD, f"{_misfit('out', self.layer, weight)}; the mask is row-wise")
             else:
                 yield self._sparse(Phase.BACKWARD, "weight", weight, "out")
-        elif weight is not None:
-            yield self._dense(Phase.BACKWARD, "a row-wise mask is not N:M along out: dense on the masked weight")
 
     def _update_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
         gradient = asked.update_gradient

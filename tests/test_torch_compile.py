@@ -87,3 +87,27 @@ def test_autocast_around_a_compiled_step(mode: str) -> None:
     assert compiled.dtype == torch.bfloat16 and torch.equal(compiled, expected)
     compiled.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def load_other(model: nn.Module) -> None:
+    model.load_state_dict(nn.Linear(8, 8).state_dict())
+
+
+def write_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        next(model.parameters()).normal_()
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "inductor"])
+def test_masks_follow_other_writes_too(backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
+    torch.manual_seed(0)
+    model = nmcompile.compile(nn.Linear(8, 8), "t-weights", config=CompileConfig(refresh=None, ends="sparse"))
+    run, x = torch.compile(model, backend=counter, fullgraph=True), torch.randn(4, 8)
+    run(x)
+    for change in (load_other, write_in_place):
+        change(model)
+        output = run(x)  # Before the copy below, which would notice the write.
+        fresh = nmcompile.compile(nmcompile.decompile(model), "t-weights", config=CompileConfig(ends="sparse"))
+        torch.testing.assert_close(output, fresh(x))
+    assert counter.frame_count == 1

@@ -55,10 +55,12 @@ class ThreeGemm:
                 triple.mask.mark_stale()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        masks = [triple.mask for triple in self.three_gemms.values() if triple.mask is not None]
+        for mask in masks:
+            mask.notice_write()
         result = super()._apply(fn, recurse)  # type: ignore[misc]
-        for triple in self.three_gemms.values():
-            if triple.mask is not None:
-                triple.mask.move(fn(triple.mask.tensor))
+        for mask in masks:
+            mask.move(fn(mask.tensor))
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -25,8 +25,11 @@ class MaskSource(Protocol):
     def mark_stale(self) -> None:
         """Have the next `current` rebuild the mask."""
 
+    def notice_write(self) -> None:
+        """Look whether the weight was written, before something else changes it."""
+
     def move(self, tensor: Tensor) -> None:
-        """Put another tensor (on another device) in the mask's place."""
+        """Put another tensor (on another device) in the mask's place, the weight having moved too."""
 
     def note_backward(self) -> None:
         """Hear of a backward call of a layer that uses the mask."""

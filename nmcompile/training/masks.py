@@ -16,7 +16,6 @@ from nmcompile.pruning import NMPattern
 
 NEVER_SEEN = -1
 STALE, VERSION, ADDRESS = 0, 1, 2
-ANY_ADDRESS = 0
 SILENT_BACKWARDS = 1000
 
 live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
@@ -58,9 +57,10 @@ class WeightMask:
         self.sr_ste = sr_ste
         self.steps = 0
         self.backwards = 0
+        self.accepted: int | None = None  # The id of the parameter whose version and address the clock has.
         self.tensor = torch.zeros_like(weight, dtype=torch.bool, requires_grad=False)
         # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
-        self.clock = torch.tensor([1, NEVER_SEEN, ANY_ADDRESS])
+        self.clock = torch.tensor([1, NEVER_SEEN, 0])
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
         live_masks.add(self)
 
@@ -68,13 +68,22 @@ class WeightMask:
         """The mask, rebuilt from `weight` (bool, its shape) if it is stale."""
         if self.tensor.device != weight.device:
             self.tensor = self.tensor.to(weight.device)
-        if self.backwards and not torch.compiler.is_compiling() and self.was_written():
-            self._warn("its weight changed after backward")
+        if not torch.compiler.is_compiling():
+            self.notice_write()
         # Not for nothing: a call counts as a write to a mask that an earlier forward may have saved for its backward.
-        if torch.compiler.is_compiling() or is_outdated(weight, self.clock):
+        if torch.compiler.is_compiling() or int(self.clock[STALE]):
             dims = self.layer.out_dim, self.layer.in_dim
             refresh_mask(weight, self.tensor, self.clock, self.operator, str(self.pattern), *dims, self.layer.groups)
         return self.tensor
+
+    def notice_write(self) -> None:
+        """Become stale if the weight was written since it was last accepted."""
+        if not self.was_written():
+            return
+        if self.backwards:
+            self._warn("its weight changed after backward")
+        self.mark_stale()
+        self.accept_version()
 
     def note_backward(self) -> None:
         """Count a backward call, to notice an optimizer whose steps nobody sees."""
@@ -112,20 +121,25 @@ class WeightMask:
 
     def accept_version(self) -> None:
         """Take the weight as it is now for known: a later write that no step explains makes the mask stale."""
-        weight = self.weight()
+        self._accept(self.weight())
+
+    def _accept(self, weight: nn.Parameter | None) -> None:
         # A sharded parameter is not the tensor that forward sees, so its version says nothing.
-        if weight is None or type(weight) is not nn.Parameter:
-            self.clock[VERSION], self.clock[ADDRESS] = NEVER_SEEN, ANY_ADDRESS
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            self.accepted = None
+            self.clock[VERSION] = NEVER_SEEN
         else:
+            self.accepted = id(weight)
             self.clock[VERSION], self.clock[ADDRESS] = weight._version, weight.data_ptr()
 
     def was_written(self) -> bool:
         """Whether the weight was written since it was last accepted."""
         weight = self.weight()
         # A shard, or what FSDP2 gathers from shards, is not the tensor whose version was accepted.
-        if weight is None or type(weight) is not nn.Parameter:
+        if weight is None or id(weight) != self.accepted:
             return False
-        return _has_version(weight, self.clock) and weight._version != int(self.clock[VERSION])
+        # `weight.data = ...` changes the address and no version.
+        return [weight._version, weight.data_ptr()] != self.clock[VERSION:].tolist()
 
     def after_step(self) -> None:
         """Count an optimizer step that may have changed the weight."""
@@ -140,22 +154,24 @@ class WeightMask:
         if self.tensor.is_meta and not tensor.is_meta:
             self.mark_stale()
         self.tensor = tensor
+        self.accept_version()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.notice_write()
         return self.__dict__ | {"owners": list(self.owners.items())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
         self.clock[VERSION] = NEVER_SEEN
+        self.accepted = None
         live_masks.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightMask":
         replica = type(self).__new__(type(self))
         memo[id(self)] = replica
         replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        # A copied parameter starts at version 0; from there an EMA update shows.
-        replica.clock[VERSION] = 0 if int(self.clock[VERSION]) != NEVER_SEEN else NEVER_SEEN
-        replica.clock[ADDRESS] = ANY_ADDRESS
+        # The module that owns the copied parameter may not be complete yet.
+        replica._accept(copy.deepcopy(self.weight(), memo))
         return replica
 
 
@@ -187,7 +203,7 @@ def _has_version(weight: Tensor, clock: Tensor) -> bool:
     """Whether the version of this tensor tells of writes: inductor may hand a copy over, which counts from 0."""
     if weight.is_inference() or int(clock[VERSION]) == NEVER_SEEN:
         return False
-    return int(clock[ADDRESS]) in (ANY_ADDRESS, weight.data_ptr())
+    return int(clock[ADDRESS]) == weight.data_ptr()
 
 
 def compute_mask(weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int) -> Tensor:

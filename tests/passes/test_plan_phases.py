@@ -306,3 +306,10 @@ def test_functional_layers_are_planned_by_their_weights_name() -> None:
             return F.relu(F.linear(x, self.w))
 
     assert list(plan(Functional(), "weights", SPARSE)) == ["w"]
+
+
+@pytest.mark.parametrize("mode", ["weights", "t-weights"])
+def test_a_weight_that_no_block_divides_has_no_mask_in_any_phase(mode: str) -> None:
+    size = "6 in-features are no multiple of 4"
+    planned = rows(plan(nn.Sequential(nn.Linear(6, 8)), mode, SPARSE)["0"])
+    assert planned == {"forward": size, "backward": size, "update": NOT_ASKED}

@@ -43,6 +43,18 @@ def test_training_under_autocast_prunes_what_the_masters_say(dtype: torch.dtype)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("mode", ["dense", "training"])
+def test_backward_inside_autocast_has_the_precision_of_its_forward(mode: str) -> None:
+    """Here autocast says nothing about the operands, which forward has cast or not."""
+    gradients = []
+    for inside in (False, True):
+        model = nmcompile.compile(network(), mode, config=CompileConfig(ends="sparse"))
+        loss = model(X).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_an_overflow_reaches_the_scaler(bad: float, sparse: bool) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,17 +13,16 @@ from torch.utils.checkpoint import checkpoint
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.training import step as tell_step
+from nmcompile.training.masks import SILENT_BACKWARDS
 from nmcompile.training.state import masks_of
 
 REFRESH = 3
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, foreach=False),
-    "sgd foreach": lambda p: torch.optim.SGD(p, 0.1, foreach=True),
-    "sgd fused": lambda p: torch.optim.SGD(p, 0.1, fused=True),
-    "adam": lambda p: torch.optim.Adam(p, 0.1, foreach=False),
-    "adam foreach": lambda p: torch.optim.Adam(p, 0.1, foreach=True),
-    "adamw fused": lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
+LOOPS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -66,10 +66,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> lis
     return used
 
 
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_masks_are_computed_anew_every_few_steps(name: str) -> None:
+def test_masks_are_computed_anew_every_few_steps(name: str, loop: str) -> None:
     model = compiled_linear()
-    optimizer = OPTIMIZERS[name](list(model.parameters()))
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=0.1, **LOOPS[loop])
     weights, used = [], []
     for _ in range(2 * REFRESH + 1):
         weights.append(model.weight.detach().clone())
@@ -114,18 +115,89 @@ def load_other(model: nn.Linear) -> None:
     model.load_state_dict(nn.Linear(8, 8).state_dict())
 
 
+def assign_other(model: nn.Linear) -> None:
+    model.load_state_dict(nn.Linear(8, 8).state_dict(), assign=True)
+
+
 def write_in_place(model: nn.Linear) -> None:
     with torch.no_grad():
         model.weight.copy_(torch.randn(8, 8))
 
 
-@pytest.mark.parametrize("change", [load_other, write_in_place])
-def test_other_writes_renew_the_mask(change: Callable[[nn.Linear], None]) -> None:
-    model = compiled_linear()
+def point_elsewhere(model: nn.Linear) -> None:
+    """Sets `weight.data`, which counts no version."""
+    nn.utils.vector_to_parameters(torch.randn(72), model.parameters())
+
+
+def write_after_a_move(model: nn.Linear) -> None:
+    model.double().float()
+    write_in_place(model)
+
+
+def write_before_a_move(model: nn.Linear) -> None:
+    write_in_place(model)
+    model.double().float()
+
+
+def write_before_a_step(model: nn.Linear) -> None:
+    write_in_place(model)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+WRITES = [
+    load_other, assign_other, write_in_place, point_elsewhere,
+    write_after_a_move, write_before_a_move, write_before_a_step,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRITES)
+@pytest.mark.parametrize("refresh", [REFRESH, None])
+def test_other_writes_renew_the_mask(change: Callable[[nn.Linear], None], refresh: int | None) -> None:
+    model = compiled_linear(refresh)
     model(X)
     change(model)
     model(X)
     assert torch.equal(mask_of(model), best_mask(model.weight.detach()))
+
+
+@pytest.mark.parametrize("change", WRITES)
+def test_a_copy_renews_the_mask_of_a_weight_written_before(change: Callable[[nn.Linear], None]) -> None:
+    model = compiled_linear(refresh=None)
+    model(X)
+    change(model)
+    replica = copy.deepcopy(model)
+    replica(X)
+    assert torch.equal(mask_of(replica), best_mask(model.weight.detach()))
+
+
+@pytest.mark.parametrize("change", WRITES)
+def test_a_copy_renews_the_mask_of_its_own_weight(change: Callable[[nn.Linear], None]) -> None:
+    model = compiled_linear(refresh=None)
+    model(X)
+    before, replica = mask_of(model), copy.deepcopy(model)
+    change(replica)
+    replica(X)
+    model(X)
+    assert torch.equal(mask_of(replica), best_mask(replica.weight.detach())) and torch.equal(mask_of(model), before)
+
+
+def test_a_frozen_mask_moves_with_its_module() -> None:
+    """A move is no write, though it puts the weight elsewhere."""
+    model = compiled_linear(refresh=None)
+    train(model, torch.optim.SGD(model.parameters(), 0.5), 50)
+    before = mask_of(model)
+    moved = copy.deepcopy(model).double()
+    moved(X.double())
+    model.double().float()(X)
+    assert torch.equal(mask_of(model), before) and torch.equal(mask_of(moved), before)
+    assert not torch.equal(before, best_mask(model.weight.detach()))
+
+
+def test_a_weight_made_in_inference_mode_has_a_mask() -> None:
+    with torch.inference_mode():
+        model = compiled_linear()
+        model(X)
+        assert torch.equal(mask_of(model), best_mask(model.weight))
 
 
 def test_an_averaged_copy_has_the_mask_of_its_own_weight() -> None:
@@ -176,6 +248,19 @@ def test_steps_that_nobody_told_of_are_noticed() -> None:
     with pytest.warns(UserWarning, match=r"weight.*no optimizer step was seen.*nmcompile\.training\.step"):
         model(X)
     assert torch.equal(mask_of(model), best_mask(compiled_linear_after_update()))
+
+
+@pytest.mark.parametrize(("refresh", "told", "warns"), [(REFRESH, False, 1), (REFRESH, True, 0), (None, False, 0)])
+def test_many_backwards_without_a_step_are_noticed(refresh: int | None, told: bool, warns: int) -> None:
+    """Once: a write that hides from versions gives no other hint."""
+    model = compiled_linear(refresh)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in range(SILENT_BACKWARDS + 1):
+            model(X).sum().backward()
+            if told and index == SILENT_BACKWARDS // 2:
+                tell_step(model)
+    assert sum("no optimizer step was seen" in str(warning.message) for warning in caught) == warns
 
 
 def compiled_linear_after_update() -> Tensor:
