@@ -55,6 +55,10 @@ class FileError(NMCompileError, ValueError):
     """A file that is damaged, hostile, or not what its sidecar says."""
 
 
+class ExportError(NMCompileError):
+    """A model that cannot be exported as asked, a file that cannot be written, or one that does not compute the same."""
+
+
 class CalibrationError(NMCompileError, ValueError):
     """A quantized input without a clip, or data that gives none."""
 

@@ -1,0 +1,3 @@
+"""ONNX Runtime, a runtime of exported files."""
+
+from nmcompile.backends.onnxruntime.model import OnnxRuntimeModel as OnnxRuntimeModel

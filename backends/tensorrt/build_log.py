@@ -1,0 +1,64 @@
+"""What TensorRT says while it builds.
+
+TensorRT keeps the first logger that a process gives it and ignores every later one, so there is one for the process,
+and each build takes its own messages from it.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+LOGGER = logging.getLogger("nmcompile.tensorrt")
+LEVELS = {
+    "INTERNAL_ERROR": logging.ERROR,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "INFO": logging.DEBUG,  # TensorRT's INFO is hundreds of lines a build
+    "VERBOSE": logging.DEBUG,
+}
+TROUBLE = {"INTERNAL_ERROR", "ERROR", "WARNING"}
+
+
+class BuildLog:
+    """Messages of one build: `lines` of all severities, `troubles` of warnings and errors."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.troubles: list[str] = []
+
+    def add(self, severity: str, message: str) -> None:
+        self.lines.append(message)
+        if severity in TROUBLE:
+            self.troubles.append(message)
+
+    def last_troubles(self, count: int = 3) -> str:
+        return "\n".join(self.troubles[-count:]) or "TensorRT gave no reason"
+
+
+@contextmanager
+def recorded(trt: ModuleType) -> Iterator[tuple[Any, BuildLog]]:
+    """TensorRT's logger, and the log that it fills meanwhile; builds of several threads wait for each other."""
+    logger, lock = _process_logger(trt)
+    with lock:
+        logger.build_log = BuildLog()
+        try:
+            yield logger, logger.build_log
+        finally:
+            logger.build_log = None
+
+
+@functools.cache
+def _process_logger(trt: ModuleType) -> tuple[Any, threading.Lock]:
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        build_log: BuildLog | None = None
+
+        def log(self, severity: Any, message: str) -> None:
+            if self.build_log is not None:
+                self.build_log.add(severity.name, message)
+            LOGGER.log(LEVELS[severity.name], message)
+
+    return Logger(), threading.Lock()

@@ -1,0 +1,169 @@
+"""Which layers run sparse in a TensorRT engine, and why the others do not.
+
+Eligible is not chosen: TensorRT times sparse and dense tactics and takes the faster.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from nmcompile.backends.tensorrt.engine_layers import EngineLayer
+from nmcompile.backends.tensorrt.onnx_gemms import OnnxGemm
+from nmcompile.backends.tensorrt.sidecar import Sidecar
+from nmcompile.backends.tensorrt.sparsity_log import Listed, SparsityLog
+
+ALIGNMENT = {"FLOAT16": (16, 8), "INT8": (32, 32)}  # of in- and out-channels; precisions that have sparse tactics
+WORTHWHILE = 256  # channels from which sparse tactics begin to win, kernel positions counted on the inner side
+
+FASTER = "eligible, but a dense tactic was timed as faster"
+NOT_FOUND = "TensorRT did not find its weight eligible, though it is 2:4"
+SWITCHED_OFF = "built with sparse=False"
+UNKNOWN = "eligible; which tactic runs is known once the plan is loaded"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One conv, Gemm or MatMul node of the ONNX file.
+
+    Attributes:
+        eligible: whether its weight can use a sparse tactic, by the builder's word or else by the weight itself.
+        sparse: whether it got one; None if that is only known once the plan is loaded.
+        tactic: the kernel, if known.
+        reason: why it is not known to run sparse; "" where it does.
+    """
+
+    name: str
+    op: str
+    in_channels: int
+    out_channels: int
+    precision: str
+    eligible: bool
+    sparse: bool | None
+    tactic: str | None
+    reason: str
+
+    @property
+    def channels(self) -> str:
+        return f"{self.in_channels}->{self.out_channels}"
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """A built plan: where it is, what it was built from and with, and its layers."""
+
+    path: Path
+    sidecar: Sidecar
+    layers: tuple[LayerReport, ...]
+
+    def to_json(self) -> str:
+        return json.dumps({"version": 1, **asdict(self), "path": str(self.path)}, indent=1)
+
+    def __str__(self) -> str:
+        mark = {True: "yes", False: "no", None: "?"}
+        rows = [
+            [row.name, row.op, row.channels, row.precision, mark[row.eligible], mark[row.sparse], row.reason]
+            for row in self.layers
+        ]
+        table = tabulate(rows, headers=["layer", "op", "channels", "precision", "eligible", "sparse", "reason"])
+        sparse = sum(layer.sparse is True for layer in self.layers)
+        eligible = sum(layer.eligible for layer in self.layers)
+        return (
+            f"{table}\n\n{len(self.layers)} layers: {eligible} eligible for sparse tactics, {sparse} known to have one"
+        )
+
+
+def explain(
+    gemms: Iterable[OnnxGemm], layers: Sequence[EngineLayer], log: SparsityLog, sparse: bool
+) -> list[LayerReport]:
+    """Join what the file holds, what the engine lists and what the builder said.
+
+    Args:
+        gemms: of the ONNX file.
+        layers: of the engine; empty if it lists none.
+        log: the builder's lines on sparsity.
+        sparse: whether sparse tactics were allowed.
+    """
+    return [_explained(gemm, _layer_of(gemm, layers), log, sparse) for gemm in gemms]
+
+
+def _explained(gemm: OnnxGemm, layer: EngineLayer | None, log: SparsityLog, sparse: bool) -> LayerReport:
+    obstacle = _obstacle(gemm)
+    names = [gemm.name] + ([layer.name] if layer else [])
+    found = _among(log.eligible, names)
+    chosen = _among(log.chosen, names) if sparse else False
+    if chosen is None and layer is not None:
+        chosen = layer.is_sparse
+    if chosen is None and obstacle:
+        chosen = False
+    reason = ""
+    if not sparse:
+        reason = SWITCHED_OFF
+    elif not chosen:
+        reason = obstacle or (NOT_FOUND if found is False else _odds(gemm, layer, chosen))
+    return LayerReport(
+        name=gemm.name,
+        op=gemm.op,
+        in_channels=gemm.in_channels,
+        out_channels=gemm.out_channels,
+        precision=gemm.precision,
+        eligible=not obstacle if found is None else found,
+        sparse=chosen,
+        tactic=layer.tactic if layer else None,
+        reason=reason,
+    )
+
+
+def _layer_of(gemm: OnnxGemm, layers: Iterable[EngineLayer]) -> EngineLayer | None:
+    """The engine layer that holds the node; where its epilogue became a layer too, the one that has its name."""
+    holders = [layer for layer in layers if gemm.name in layer.nodes]
+    return max(holders, key=lambda layer: gemm.name in layer.name, default=None)
+
+
+def _among(listed: Listed | None, names: Iterable[str]) -> bool | None:
+    if listed is None or (listed.names is None and listed.count):
+        return None
+    return any(listed.has(name) for name in names)
+
+
+def _obstacle(gemm: OnnxGemm) -> str:
+    """Why no TensorRT could run the node sparse, or ""."""
+    if gemm.hidden_by:
+        return f"its weight comes out of a {gemm.hidden_by} node; write the zeros into the initializer itself"
+    if gemm.in_channels % 4:
+        return f"{gemm.in_channels} in-channels{' a group' * (gemm.groups > 1)}: no multiple of 4"
+    if gemm.violations:
+        return f"its weight is not 2:4 along in-channels: {gemm.violations} blocks hold more than two non-zeros"
+    if gemm.precision not in ALIGNMENT:
+        return f"computed in {gemm.precision}; sparse tactics are for {' and '.join(ALIGNMENT)}"
+    return ""
+
+
+def _odds(gemm: OnnxGemm, layer: EngineLayer | None, chosen: bool | None) -> str:
+    """Why an eligible node did not get a sparse tactic, or may not."""
+    hint = _misaligned(gemm) or _neighbours(gemm, layer) or _small(gemm)
+    known = UNKNOWN if chosen is None else FASTER
+    return f"{known}; {hint}" if hint else known
+
+
+def _misaligned(gemm: OnnxGemm) -> str:
+    inner, outer = ALIGNMENT[gemm.precision]
+    if gemm.in_channels % inner == 0 and gemm.out_channels % outer == 0:
+        return ""
+    return f"{gemm.in_channels} in- and {gemm.out_channels} out-channels: multiples of {inner} and {outer} do best"
+
+
+def _neighbours(gemm: OnnxGemm, layer: EngineLayer | None) -> str:
+    types = [] if layer is None else [kind for kind in layer.output_types if "int8" not in kind.lower()]
+    if gemm.precision != "INT8" or not types:
+        return ""
+    return f"it writes {types[0]}; INT8 sparse tactics write INT8: quantize its output too"
+
+
+def _small(gemm: OnnxGemm) -> str:
+    inner = gemm.in_channels * gemm.kernel
+    if min(inner, gemm.out_channels) >= WORTHWHILE:
+        return ""
+    return f"{inner} by {gemm.out_channels} is small: sparse tactics begin to win at about {WORTHWHILE}"

@@ -1,0 +1,39 @@
+"""TensorRT's build progress as bars, where someone is watching."""
+
+import threading
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_monitor(trt: ModuleType) -> Any:
+    """An `IProgressMonitor` with one bar a phase, nested as the phases are; no bars where stderr is no terminal.
+
+    After Ctrl-C it stops the build, and its `interrupted` is set.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.interrupted = False
+            self.bars: dict[str, Any] = {}
+            self.lock = threading.Lock()  # several threads of TensorRT's report
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            with self.lock:
+                self.bars[phase] = tqdm(desc=phase, total=steps, leave=parent is None, disable=None)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            try:
+                with self.lock:
+                    self.bars[phase].update(step + 1 - self.bars[phase].n)
+            except KeyboardInterrupt:  # raised here, since the build itself runs without Python
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, phase: str) -> None:
+            with self.lock:
+                self.bars.pop(phase).close()
+
+    return Monitor()

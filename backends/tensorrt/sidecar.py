@@ -1,0 +1,97 @@
+"""What is known of a plan, in a JSON file beside it.
+
+A plan holds native code that TensorRT runs without asking. So a plan is only loaded if it is, bit for bit, the one
+that its sidecar was written for, and with the TensorRT and the GPU that it was built for.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nmcompile.errors import FileError
+from nmcompile.files import sha256, write_atomically
+
+LARGEST = 2**20  # bytes
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a plan was built from and with.
+
+    Attributes:
+        flavour: the module, "tensorrt" or "tensorrt_rtx".
+        version: of that module; other versions cannot load the plan.
+        gpu: that it was built on; None if there was none.
+        sparse: whether sparse tactics were allowed.
+        shapes: smallest, typical and largest shape of every input.
+        plan_bytes: size of the plan.
+        plan_sha256: hash of the plan.
+        onnx_sha256: hash of the ONNX file; weights in files beside it are not in it.
+    """
+
+    flavour: str
+    version: str
+    gpu: str | None
+    sparse: bool
+    shapes: dict[str, list[list[int]]]
+    plan_bytes: int
+    plan_sha256: str
+    onnx_sha256: str
+
+
+def sidecar_path(plan: Path) -> Path:
+    return plan.with_name(plan.name + ".json")
+
+
+def write_plan(path: Path, plan: bytes, sidecar: Sidecar) -> None:
+    """Both files. Between the two the pair does not match and is refused."""
+    write_atomically(path, plan)
+    document = json.dumps({"format": VERSION, **asdict(sidecar)}, indent=1)
+    write_atomically(sidecar_path(path), document.encode())
+
+
+def read_plan(path: Path, pinned: str | None = None) -> tuple[bytes, Sidecar]:
+    """A plan that is the one of its sidecar.
+
+    Args:
+        path: of the plan.
+        pinned: its SHA-256 from elsewhere: who can replace the plan can replace the sidecar too.
+
+    Raises:
+        FileError: a file is missing or damaged, or the two do not belong together.
+    """
+    sidecar = _read_sidecar(sidecar_path(path))
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(plan) != sidecar.plan_bytes:
+        raise FileError(f"{path}: {len(plan)} bytes, its sidecar says {sidecar.plan_bytes}; truncated? build it again")
+    if sha256(plan) != sidecar.plan_sha256:
+        raise FileError(f"{path}: not the plan that its sidecar was written for, and so not loaded; build it again")
+    if pinned not in (None, sidecar.plan_sha256):
+        raise FileError(f"{path}: its SHA-256 is {sidecar.plan_sha256}, not {pinned}, and so it is not loaded")
+    return plan, sidecar
+
+
+def _read_sidecar(path: Path) -> Sidecar:
+    try:
+        with open(path, "rb") as file:
+            document = json.loads(file.read(LARGEST))
+    except OSError as error:
+        raise FileError(f"{path}: the plan's sidecar cannot be read ({error.strerror}); build it again") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: not JSON of at most {LARGEST} bytes ({error})") from error
+    return _sidecar(path, document)
+
+
+def _sidecar(path: Path, document: Any) -> Sidecar:
+    version = document.get("format") if isinstance(document, dict) else None
+    if version != VERSION:
+        raise FileError(f"{path}: sidecar format {version!r}; this nmcompile reads {VERSION}")
+    names = {field.name for field in fields(Sidecar)}
+    if set(document) != names | {"format"}:
+        raise FileError(f"{path}: fields {sorted(set(document) ^ names ^ {'format'})} are missing or unknown")
+    return Sidecar(**{name: document[name] for name in names})

@@ -1,0 +1,65 @@
+"""Small ONNX models with 2:4 weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
+
+SCALE = 0.125  # of the activations
+STEP = 0.0625  # of the weights
+
+
+def sparse_integers(out_channels: int, channels: int) -> Any:
+    """A weight of small integers, int8 (out, in, 3, 3); the first two of every four in-channels are kept."""
+    weight = np.arange(out_channels * channels * 9).reshape(out_channels, channels, 3, 3) % 7 + 1
+    weight[:, [c for c in range(channels) if c % 4 >= 2]] = 0
+    return weight.astype(np.int8)
+
+
+def conv_model(
+    precision: str = "FLOAT", channels: int = 8, out_channels: int = 8, mask_node: bool = False
+) -> ModelProto:
+    """A 3x3 convolution and a ReLU, dynamic batch, 4x4 pixels; INT8 has Q/DQ on the input and DQ on the weight."""
+    integers = sparse_integers(out_channels, channels)
+    dtype = TensorProto.FLOAT16 if precision == "FLOAT16" else TensorProto.FLOAT
+    numbers = np.float16 if precision == "FLOAT16" else np.float32
+    tensors = {"weight": (integers * STEP).astype(numbers)}
+    nodes: list[NodeProto] = []
+    x, weight = "x", "weight"
+    if precision == "INT8":
+        tensors = {
+            "integers": integers,
+            "steps": np.full(out_channels, STEP, np.float32),
+            "zeros": np.zeros(out_channels, np.int8),
+            "scale": np.array(SCALE, np.float32),
+            "zero": np.array(0, np.int8),
+        }
+        nodes = [
+            helper.make_node("DequantizeLinear", ["integers", "steps", "zeros"], ["weight"], name="weight_dq", axis=0),
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x_q"], name="x_q"),
+            helper.make_node("DequantizeLinear", ["x_q", "scale", "zero"], ["x_dq"], name="x_dq"),
+        ]
+        x = "x_dq"
+    if mask_node:
+        tensors["mask"] = (integers != 0).astype(numbers)
+        nodes.append(helper.make_node("Mul", [weight, "mask"], ["masked"], name="masking"))
+        weight = "masked"
+    nodes.append(helper.make_node("Conv", [x, weight], ["c"], name="conv", pads=[1, 1, 1, 1]))
+    nodes.append(helper.make_node("Relu", ["c"], ["y"], name="relu"))
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", dtype, ["batch", channels, 4, 4])],
+        [helper.make_tensor_value_info("y", dtype, ["batch", out_channels, 4, 4])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.fixture(name="conv_model")
+def _conv_model() -> Callable[..., ModelProto]:
+    return conv_model
