@@ -4,6 +4,7 @@ from nmcompile.api import analyze as analyze
 from nmcompile.api import compile as compile
 from nmcompile.api import decompile as decompile
 from nmcompile.api import inspect as inspect
+from nmcompile.calibration import calibrate as calibrate
 from nmcompile.config import CompileConfig as CompileConfig
 from nmcompile.config import LayerConfig as LayerConfig
 from nmcompile.config import Phase as Phase

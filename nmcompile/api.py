@@ -1,8 +1,9 @@
 """The front door: compile, analyze, inspect, decompile, finalize, in the order of the data flow."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,20 +11,23 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from nmcompile.accuracy import Reverted, revert_layers
 from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.calibration import calibrate
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, StateError, nearest
 from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
+from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.passes import training_passes
 from nmcompile.passes.plan_phases import plan_phases
 from nmcompile.passes.replace_modules import replace_modules
 from nmcompile.report import Observation, Report, build_report
 from nmcompile.training.binding import TripleFactory
-from nmcompile.training.state import masks_of, triples_of
+from nmcompile.training.state import triples_of
 from nmcompile.training.steps import watch_optimizers
 
 ACCELERATED: tuple[Backend, ...] = (CpuBackend(),)
@@ -37,6 +41,7 @@ class Compilation:
 
     program: Program
     mode: str
+    reverted: Reverted | None = None
 
 
 def compile(
@@ -47,6 +52,9 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     config: CompileConfig | None = None,
     backend: str | Backend = "auto",
+    calibration: Iterable[Any] | None = None,
+    validation: Callable[[nn.Module], float] | None = None,
+    max_drop: float | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Rewrite every conv and linear node of a model into its three GEMMs, pruned as the paper's Table 1 says.
@@ -57,35 +65,46 @@ def compile(
     Args:
         model: a module, a `GraphModule`, an `ExportedProgram`, or a model that was compiled before: it is planned
             anew, and a mask that already meets the new pattern is kept.
-        mode: `"training"`, a row of Table 1 (`"weights"`, `"t-weights"`, `"activations"`, `"gradients"`) or
-            `"dense"`, which rewrites everything and prunes nothing.
+        mode: `"training"`, `"inference"`, a row of Table 1 (`"weights"`, `"t-weights"`, `"activations"`,
+            `"gradients"`) or `"dense"`, which rewrites everything and prunes nothing.
         args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
         config: anything finer than the mode.
         backend: `"auto"` (what runs here), `"cpu"`, `"reference"`, or a `Backend`; what it does not take the reference
             backend runs.
+        calibration: batches for the clips of quantized inputs (see `calibrate`); a clip that an earlier compilation
+            found for the same grid is kept without it.
+        validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers
+            that hurt most are left dense until it does not fall further. Each layer costs one validation.
         inplace: edit the given module tree.
 
     Returns:
         A module of the model's class.
 
     Raises:
-        ConfigError: an unknown mode, pattern, layer name or backend.
+        ConfigError: an unknown mode, pattern, layer name or backend; `validation` without `max_drop` or the reverse.
         CaptureError: nothing to compile, or the model refuses `args`.
         PreconditionError: a layer named in `config` cannot be pruned as asked.
         BackendUnavailable: the backend asked for cannot run here.
+        CalibrationError: calibration data that no clip can be found from.
     """
-    source = _module(model)
-    plain = decompile(source) if is_compiled(source) else source
-    program = _program(plain, mode, args, kwargs, config, backend)
-    target = source if inplace else plain if plain is not source else share_copy(source)
-    factory = TripleFactory(target, program, config or CompileConfig(), torch.initial_seed(), masks_of(source))
-    triples = {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
-    _restore_all(target)
-    replace_modules(target, program, triples)
-    turn_off_fast_path(target)
-    target.__dict__[RECORD] = Compilation(program, mode)
-    watch_optimizers()
-    return target
+    if (validation is None) != (max_drop is None):
+        raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
+    source, chosen, reverted = _module(model), config or CompileConfig(), None
+    rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
+    kept = list(triples_of(source))
+    if calibration is not None or validation is not None:
+        # On a copy, so that a failure leaves the model as it is; its masks and clips are taken over.
+        trial = rewrite(source, config=chosen, kept=kept)
+        if calibration is not None:
+            calibrate(trial, calibration)
+        kept = list(triples_of(trial))
+        if validation is not None and max_drop is not None:
+            score = validation(decompile(source))
+            names = [triple.layer.name for triple in kept]
+            build = lambda layers: rewrite(source, config=_without(chosen, layers), kept=kept)  # noqa: E731
+            reverted = revert_layers(score, names, build, validation, max_drop)
+            chosen = _without(chosen, reverted.layers)
+    return rewrite(source, config=chosen, kept=kept, inplace=inplace, reverted=reverted)
 
 
 def analyze(
@@ -118,7 +137,8 @@ def inspect(compiled: nn.Module) -> Report:
         triple.layer.name: Observation(triple.called, triple.positions, triple.graphs.kernels())
         for triple in triples_of(root)
     }
-    return build_report(record.program, observed, model_name=type(root).__name__, mode=record.mode)
+    name = type(root).__name__
+    return build_report(record.program, observed, model_name=name, mode=record.mode, reverted=record.reverted)
 
 
 def decompile(compiled: nn.Module) -> nn.Module:
@@ -193,6 +213,37 @@ def _named(name: str) -> Backend:
     if name not in known:
         raise ConfigError(f"backend {name!r} is unknown; {nearest(name, ('auto', 'reference', *known))}")
     return known[name]
+
+
+def _rewrite(
+    source: nn.Module,
+    *,
+    mode: str,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    config: CompileConfig,
+    backend: str | Backend,
+    kept: Iterable[GemmTriple],
+    inplace: bool = False,
+    reverted: Reverted | None = None,
+) -> nn.Module:
+    """Capture, plan and lower, then change the module tree; what can fail comes first."""
+    plain = decompile(source) if is_compiled(source) else source
+    program = _program(plain, mode, args, kwargs, config, backend)
+    target = source if inplace else plain if plain is not source else share_copy(source)
+    factory = TripleFactory(target, program, config, torch.initial_seed(), kept)
+    triples = {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
+    _restore_all(target)
+    replace_modules(target, program, triples)
+    turn_off_fast_path(target)
+    target.__dict__[RECORD] = Compilation(program, mode, reverted)
+    watch_optimizers()
+    return target
+
+
+def _without(config: CompileConfig, layers: tuple[str, ...]) -> CompileConfig:
+    """The config with more layers left dense."""
+    return replace(config, layers={**config.layers, **dict.fromkeys(layers)})
 
 
 def _record(compiled: nn.Module) -> tuple[nn.Module, Compilation]:

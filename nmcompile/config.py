@@ -18,6 +18,10 @@ GRADIENT_OPERATORS = frozenset(
 )
 INPUT_OPERATORS = frozenset({"greedy", "greedy_by_value"})
 GROUPS = frozenset({"auto", "batch", "flat"})
+BITS = (2, 3, 4, 8)
+ENDS = ("dense", "sparse", "int8")
+CLIPS = ("mse", "percentile", "pact")
+GRANULARITIES = ("tensor", "channel")
 
 
 class Phase(enum.Enum):
@@ -49,18 +53,24 @@ class Pruning:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What is pruned in one layer; `None` leaves the operand dense.
+    """What is pruned and quantized in one layer; `None` leaves the operand dense, or in full precision.
 
     `weight` acts on the forward GEMM, and on the backward GEMM too if its operator is transposable; `input` on the
     forward GEMM; `backward_gradient` (SDGP) and `update_gradient` (MVUE) on the gradient of those GEMMs.
+    `weight_bits` (SAWB) and `input_bits` are 2, 3, 4 or 8; an input that is proven non-negative gets an unsigned grid.
     """
 
     weight: Pruning | None = None
     input: Pruning | None = None
     backward_gradient: Pruning | None = None
     update_gradient: Pruning | None = None
+    weight_bits: int | None = None
+    input_bits: int | None = None
 
     def __post_init__(self) -> None:
+        for bits in (self.weight_bits, self.input_bits):
+            if bits is not None and bits not in BITS:
+                raise ConfigError(f"{bits} bits have no grid; give one of {', '.join(map(str, BITS))}, or None")
         legal = {
             "weight": WEIGHT_OPERATORS,
             "input": INPUT_OPERATORS,
@@ -87,6 +97,12 @@ presets: Mapping[str, LayerConfig] = MappingProxyType(
         "activations": LayerConfig(input=_pruned("greedy_by_value", "4:8")),
         "gradients": LayerConfig(update_gradient=_pruned("mvue", "1:2")),
         "training": LayerConfig(weight=_pruned("transposable", "2:4"), update_gradient=_pruned("mvue", "2:4")),
+        "inference": LayerConfig(
+            weight=_pruned("greedy", "2:4"),
+            input=_pruned("greedy_by_value", "4:8"),
+            weight_bits=4,
+            input_bits=4,
+        ),
     }
 )
 """The rows of the paper's Table 1 by mode name, and `"dense"`, which rewrites every layer and prunes nothing."""
@@ -110,21 +126,27 @@ class CompileConfig:
         refresh: optimizer steps between two computations of a mask; `None` freezes the first one.
         sr_ste: SR-STE's λ, which adds λ (1 - mask) ∘ w to the gradient of pruned weights; 0 turns it off.
         ends: `"dense"` keeps the first layer and the last linear dense unless `layers` names them; `"sparse"` treats
-            them like any other.
+            them like any other; `"int8"` stores their weights with 8 bits where the mode quantizes.
+        clip: how the input grids find their clip: `"mse"` or `"percentile"` over the calibration data, or `"pact"`,
+            learned from the `"mse"` clip on (`nmcompile.training.clips` are the parameters to give to the optimizer).
+        granularity: one weight scale for each `"tensor"` or for each out-`"channel"`.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
     refresh: int | None = 40
     sr_ste: float = 0.0
     ends: str = "dense"
+    clip: str = "mse"
+    granularity: str = "tensor"
 
     def __post_init__(self) -> None:
         if self.refresh is not None and self.refresh < 1:
             raise ConfigError(f"refresh is {self.refresh}; give a number of optimizer steps >= 1, or None to freeze")
         if self.sr_ste < 0:
             raise ConfigError(f"sr_ste is {self.sr_ste}; SR-STE's λ cannot be negative")
-        if self.ends not in ("dense", "sparse"):
-            raise ConfigError(f"ends {self.ends!r} is unknown; {nearest(self.ends, ('dense', 'sparse'))}")
+        for name, known in (("ends", ENDS), ("clip", CLIPS), ("granularity", GRANULARITIES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
         for key, value in self.layers.items():
             if key.startswith("re:"):
                 _compiled(key)
@@ -176,7 +198,7 @@ def _read_layer(data: Any) -> LayerConfig | None:
     if data is None:
         return None
     operands = _object(data, "LayerConfig").items()
-    return _read(LayerConfig, {name: None if value is None else _read(Pruning, value) for name, value in operands})
+    return _read(LayerConfig, {name: _read_operand(name, value) for name, value in operands})
 
 
 def _read(kind: type[T], data: Any) -> T:
@@ -196,9 +218,16 @@ def _object(data: Any, name: str) -> dict[str, Any]:
     return data
 
 
+def _read_operand(name: str, value: Any) -> Any:
+    return value if value is None or name.endswith("_bits") else _read(Pruning, value)
+
+
 def _layer_json(layer: LayerConfig) -> dict[str, Any]:
-    operands = {f.name: getattr(layer, f.name) for f in fields(layer)}
-    return {name: asdict(p) | {"pattern": str(p.pattern)} for name, p in operands.items() if p is not None}
+    values = {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
+    return {
+        name: asdict(value) | {"pattern": str(value.pattern)} if isinstance(value, Pruning) else value
+        for name, value in values.items()
+    }
 
 
 def _compiled(key: str) -> re.Pattern[str]:

@@ -56,7 +56,7 @@ class FileError(NMCompileError, ValueError):
 
 
 class ExportError(NMCompileError):
-    """A model that cannot be exported as asked, a file that cannot be written, or one that does not compute the same."""
+    """A model that cannot be exported as asked, or a file that cannot be written or does not compute the same."""
 
 
 class CalibrationError(NMCompileError, ValueError):

@@ -1,4 +1,4 @@
-"""The plain model with its pruning made real in the weights."""
+"""The plain model with its pruning and quantization made real in the weights."""
 
 import copy
 from collections.abc import Mapping
@@ -9,9 +9,10 @@ from torch.nn.utils import parametrize
 
 from nmcompile.errors import PassError
 from nmcompile.ir.modules import RECORD, restore
-from nmcompile.ir.operations import apply_mask
+from nmcompile.ir.operations import apply_mask, to_grid
+from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training.masks import WeightMask
-from nmcompile.training.state import masks_of
+from nmcompile.training.state import masks_of, triples_of
 
 FINALIZED = "_nmcompile_finalized"
 """Under this name a finalized model remembers which weight obeys which pattern, for `verify`."""
@@ -19,7 +20,7 @@ FINALIZED = "_nmcompile_finalized"
 
 @torch.no_grad()
 def finalize(compiled: nn.Module) -> nn.Module:
-    """The plain model, a copy, whose pruned weights are zero where the current masks say so.
+    """The plain model, a copy, whose weights are zero where the current masks say so, and on their grid if quantized.
 
     Raises:
         PassError: a pruned weight is computed in forward (a standardized weight, say), so that no parameter can hold
@@ -27,7 +28,7 @@ def finalize(compiled: nn.Module) -> nn.Module:
     """
     plain = copy.deepcopy(compiled)
     masks = masks_of(plain)
-    effective = {name: _effective(plain, mask) for name, mask in masks.items()}
+    effective = {triple.site.weight: _effective(plain, triple) for triple in triples_of(plain) if _changes(triple)}
     for module in plain.modules():
         restore(module)
         module.__dict__.pop(RECORD, None)
@@ -37,13 +38,23 @@ def finalize(compiled: nn.Module) -> nn.Module:
     return plain
 
 
-def effective_weight(model: nn.Module, mask: WeightMask) -> Tensor | None:
+@torch.no_grad()
+def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
     """The weight as the forward GEMM reads it; None where it is computed inside a forward."""
-    path, _, attribute = mask.name.rpartition(".")
-    if mask.is_computed and not parametrize.is_parametrized(model.get_submodule(path), attribute):
+    weight = stored_weight(model, triple)
+    if weight is None:
         return None
-    weight = named_weight(model, mask.name)
-    return None if weight is None else apply_mask(weight.detach(), mask.current(weight))
+    pruned = weight if triple.mask is None else apply_mask(weight, triple.mask.current(weight))
+    step, grid = triple.steps.of_weight(weight), triple.steps.weight_grid
+    return pruned if step is None or grid is None else to_grid(pruned, step, grid.bits, grid.signed)
+
+
+def stored_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
+    """The dense weight of a layer, parametrizations computed; None where it is computed inside a forward."""
+    path, _, attribute = triple.site.weight.rpartition(".")
+    if triple.site.is_expression and not parametrize.is_parametrized(model.get_submodule(path), attribute):
+        return None
+    return named_weight(model, triple.site.weight)
 
 
 def named_weight(model: nn.Module, name: str) -> Tensor | None:
@@ -56,12 +67,16 @@ def named_weight(model: nn.Module, name: str) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def _effective(model: nn.Module, mask: WeightMask) -> Tensor:
-    weight = effective_weight(model, mask)
+def _changes(triple: GemmTriple) -> bool:
+    return triple.mask is not None or triple.steps.weight_grid is not None
+
+
+def _effective(model: nn.Module, triple: GemmTriple) -> Tensor:
+    weight = effective_weight(model, triple)
     if weight is None:
         raise PassError(
-            f"layer {mask.layer.name!r}: its weight is computed in forward, so finalize cannot write zeros into a "
-            f"parameter; leave it dense with CompileConfig(layers={{{mask.layer.name!r}: None}})"
+            f"layer {triple.layer.name!r}: its weight is computed in forward, so finalize cannot write zeros into a "
+            f"parameter; leave it dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
     return weight
 

@@ -1,13 +1,15 @@
 """What was (or would be) done to each layer, why, and what was seen of it: text, JSON and markdown."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 from torch import fx
 
+from nmcompile.accuracy import Reverted
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.ir.layers import Layer
@@ -58,6 +60,12 @@ class LayerReport:
             result *= row.pattern.density if row.pattern is not None and self.status == "sparse" else 1.0
         return result
 
+    def bit_products(self, phase: Phase) -> int:
+        """Bits of one operand times bits of the other: what a MAC costs in BOPs."""
+        rows = self.plan.rows_of(phase) if self.status == "sparse" else ()
+        grids = [row.grid for row in rows if row.grid is not None]
+        return int(math.prod(grid.bits for grid in grids) * BITS ** (2 - len(grids)))
+
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why phases are dense, each reason once."""
@@ -85,6 +93,7 @@ class Report:
     mode: str
     layers: tuple[LayerReport, ...]
     program: Program
+    reverted: Reverted | None = None
 
     def layer(self, name: str) -> LayerReport:
         """One layer by name; an unknown one is an error with the nearest name."""
@@ -117,11 +126,12 @@ class Report:
         for phase in Phase:
             expected = sum((layer.macs or 0) * layer.density(phase) for layer in known)
             covered = sum(layer.macs or 0 for layer in known if layer.density(phase) < 1)
+            bops = sum((layer.macs or 0) * layer.density(phase) * layer.bit_products(phase) for layer in known)
             phases[phase.value] = {
                 "sparse_share": covered / total if total else None,
                 "macs": total or None,
                 "expected_macs": expected if total else None,
-                "bops": expected * BITS * BITS if total else None,
+                "bops": bops if total else None,
             }
         return {
             "layers": len(self.layers),
@@ -156,6 +166,7 @@ class Report:
                 "skipped": dict(captured.skipped),
                 "whole_graph": captured.whole.source if captured.whole else None,
                 "summary": self.summary,
+                "reverted": None if self.reverted is None else asdict(self.reverted),
             },
             indent=2,
         )
@@ -189,6 +200,8 @@ class Report:
         ]
         if captured.whole is None:
             lines.append(f"no whole graph: {captured.whole_reason}")
+        if self.reverted is not None:
+            lines.append(str(self.reverted))
         return "\n".join(lines)
 
     def _totals(self) -> str:
@@ -200,7 +213,7 @@ class Report:
                 rest = values["expected_macs"] / values["macs"]
                 lines.append(
                     f"{phase}: {values['sparse_share']:.1%} of {values['macs'] / 1e6:.1f} M MACs in sparse GEMMs; "
-                    f"expected MACs {rest:.1%} of dense, {values['bops'] / 1e9:.2f} G BOPs at {BITS}x{BITS} bits"
+                    f"expected MACs {rest:.1%} of dense, BOPs {values['bops'] / (values['macs'] * BITS**2):.1%}"
                 )
         if totals["uncounted_layers"]:
             lines.append(f"MACs of {totals['uncounted_layers']} layers are unknown and not counted: pass args=")
@@ -208,17 +221,24 @@ class Report:
         return "\n".join(lines)
 
 
-def build_report(program: Program, observed: Mapping[str, Observation], *, model_name: str, mode: str) -> Report:
+def build_report(
+    program: Program,
+    observed: Mapping[str, Observation],
+    *,
+    model_name: str,
+    mode: str,
+    reverted: Reverted | None = None,
+) -> Report:
     """The report of a program; `observed` is empty where nothing was compiled."""
     ran = any(seen.called for seen in observed.values())
     layers = tuple(_layer_report(program, plan, observed, ran) for plan in program.plan)
-    return Report(model_name, mode, layers, program)
+    return Report(model_name, mode, layers, program, reverted)
 
 
 def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Observation], ran: bool) -> LayerReport:
     name = plan.layer.name
     seen = observed.get(name, Observation(False, None))
-    status = "sparse" if any(row.is_sparse for row in plan.rows) else "dense"
+    status = "sparse" if any(row.is_sparse or row.is_quantized for row in plan.rows) else "dense"
     if observed and plan.rewritten and not seen.called:
         status = "bypassed: the model ran without calling it" if ran else "not called yet"
     # The example's positions are known for all layers alike; those of a run only for layers that were rewritten.
@@ -229,8 +249,12 @@ def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Obse
 
 
 def _cell(rows: tuple[PlanRow, ...]) -> str:
-    sparse = [f"{OPERANDS[row.operand]} {row.pattern} {row.operator}" for row in rows if row.operand is not None]
-    return " + ".join(sparse) or "dense"
+    cells: dict[str, str] = {}
+    for row in rows:
+        if row.operand is not None:
+            cell = cells.get(row.operand, OPERANDS[row.operand])
+            cells[row.operand] = f"{cell} {row.pattern or row.grid} {row.operator}"
+    return ", ".join(cells.values()) or "dense"
 
 
 def _layer_json(layer: LayerReport) -> dict[str, Any]:
@@ -247,6 +271,7 @@ def _layer_json(layer: LayerReport) -> dict[str, Any]:
                 "operator": row.operator,
                 "pattern": None if row.pattern is None else str(row.pattern),
                 "axis": row.axis,
+                "grid": None if row.grid is None else str(row.grid),
                 "reason": row.reason,
                 "kernels": layer.kernels.get(row.phase, ""),
             }

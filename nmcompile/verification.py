@@ -13,6 +13,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.finalization import FINALIZED, effective_weight, named_weight
 from nmcompile.ir.grouping import grouped
+from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.three_gemm import GemmTriple
@@ -72,7 +73,8 @@ def verify(
     if pattern is not None:
         checks = list(_plain_checks(target, NMPattern.parse(pattern)))
     elif FINALIZED in target.__dict__ or any(RECORD in module.__dict__ for module in target.modules()):
-        checks = [check for mask in masks.values() for check in _mask_checks(target, mask)]
+        effective = dict(_weights(target))
+        checks = [check for name, mask in masks.items() for check in _mask_checks(effective.get(name), mask)]
     else:
         raise ConfigError(
             f"{type(target).__name__} is neither compiled nor finalized; give the pattern to check it for"
@@ -89,9 +91,15 @@ def _plain_checks(model: nn.Module, pattern: NMPattern) -> Iterator[TensorCheck]
             yield _check(site.weight, "weight", "in", weight.detach(), pattern, site.layer.in_dim)
 
 
-def _mask_checks(model: nn.Module, mask: WeightMask) -> Iterator[TensorCheck]:
-    is_plain = FINALIZED in model.__dict__
-    weight = named_weight(model, mask.name) if is_plain else effective_weight(model, mask)
+def _weights(target: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """The weights by name as the forward GEMM reads them."""
+    for name in target.__dict__.get(FINALIZED, ()):
+        yield name, named_weight(target, name)
+    for triple in triples_of(target):
+        yield triple.site.weight, effective_weight(target, triple)
+
+
+def _mask_checks(weight: Tensor | None, mask: WeightMask) -> Iterator[TensorCheck]:
     if weight is None:
         return
     layer: Layer = mask.layer
@@ -109,29 +117,9 @@ def _check(name: str, operand: str, axis: str, x: Tensor, pattern: NMPattern, di
 def _step_checks(model: nn.Module, step: Callable[[], Any]) -> list[TensorCheck]:
     """Run `step` with every graph interpreted node by node, and look at what its prune nodes hand to the GEMM."""
     checks: list[TensorCheck] = []
-    triples = list(triples_of(model))
-    for triple in triples:
-        triple.__dict__["run"] = _Watched(triple, checks).run
-    try:
+    with interpreted(triples_of(model), lambda triple, phase: _Checker(triple, phase, checks)):
         step()
-    finally:
-        for triple in triples:
-            del triple.__dict__["run"]
     return checks
-
-
-class _Watched:
-    """Runs the graphs of a layer as the layer does, and checks every pruned operand on the way."""
-
-    def __init__(self, triple: GemmTriple, checks: list[TensorCheck]) -> None:
-        self.triple = triple
-        self.checks = checks
-
-    def run(self, phase: Phase, values: dict[str, Tensor | None]) -> Any:
-        device = next(v for v in values.values() if v is not None).device.type
-        with torch.autocast(device, enabled=False):
-            arguments = (values[name] for name in self.triple.placeholders[phase])
-            return _Checker(self.triple, phase, self.checks).run(*arguments)
 
 
 class _Checker(fx.Interpreter):
@@ -145,7 +133,7 @@ class _Checker(fx.Interpreter):
         result = super().run_node(n)
         row = n.meta.get("row")
         # The mask of an input carries the row too, but is no operand.
-        if row is not None and isinstance(result, Tensor) and result.dtype != torch.bool:
+        if row is not None and row.is_sparse and isinstance(result, Tensor) and result.dtype != torch.bool:
             name = f"{self.layer.name} ({self.phase.value})"
             view, dim = _along(result, row.operand, row.axis, self.layer, row.pattern)
             self.checks.append(_check(name, row.operand, row.axis, view, row.pattern, dim))

@@ -8,9 +8,19 @@ from nmcompile.passes.lower_nodes import LowerNodes as LowerNodes
 from nmcompile.passes.prune_gradients import PruneGradients as PruneGradients
 from nmcompile.passes.prune_inputs import PruneInputs as PruneInputs
 from nmcompile.passes.prune_weights import PruneWeights as PruneWeights
+from nmcompile.passes.quantize_inputs import QuantizeInputs as QuantizeInputs
+from nmcompile.passes.quantize_weights import QuantizeWeights as QuantizeWeights
 from nmcompile.passes.verify_graphs import verify_graphs as verify_graphs
 
 
 def training_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:
     """From planned layers to lowered three-GEMM graphs."""
-    return (ExpandGemms(), PruneWeights(), PruneInputs(), PruneGradients(), LowerNodes(tuple(backends)))
+    return (
+        ExpandGemms(),
+        PruneWeights(),
+        PruneInputs(),
+        PruneGradients(),
+        QuantizeWeights(),
+        QuantizeInputs(),
+        LowerNodes(tuple(backends)),
+    )

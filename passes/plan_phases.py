@@ -12,8 +12,12 @@ from nmcompile.errors import PreconditionError
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import LayerPlan, Plan, PlanRow
+from nmcompile.quantization import Grid
 
 NOT_ASKED = "the mode leaves this GEMM dense"
+FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"
+LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') changes that"
+STORED = Grid(8, signed=True)
 
 
 def plan_phases(captured: Captured, default: LayerConfig, config: CompileConfig) -> Plan:
@@ -48,13 +52,17 @@ class _LayerPlanner:
         is_named = key not in ("", DEFAULT)
         reason = self._dense_reason(asked, is_named)
         if reason:
-            rows = [PlanRow(self.layer.name, phase, reason=reason) for phase in Phase]
+            rows = [self._dense(phase, reason) for phase in Phase]
+            if self.config.ends == "int8" and reason in (FIRST, LAST) and asked is not None and asked.weight_bits:
+                # Of the pruned modes only those that quantize have something to store.
+                rows[0] = PlanRow(self.layer.name, Phase.FORWARD, "weight", "sawb", grid=STORED, reason=reason)
         else:
             assert asked is not None
-            rows = [row for phase in Phase for row in self._phase_rows(phase, asked)]
+            rows = [row for phase in Phase for row in self._phase_rows(phase, asked)] + list(self._grid_rows(asked))
         self._check_exact(key, asked, rows)
         rewrites_all = asked is not None and asked == LayerConfig() and not reason
-        return LayerPlan(self.layer, tuple(rows), rewrites_all or any(row.is_sparse for row in rows))
+        changed = any(row.is_sparse or row.is_quantized for row in rows)
+        return LayerPlan(self.layer, tuple(rows), rewrites_all or changed)
 
     def _dense_reason(self, asked: LayerConfig | None, is_named: bool) -> str:
         """Why the whole layer stays as it is, or nothing."""
@@ -69,16 +77,15 @@ class _LayerPlanner:
             return f"its weight is tied to the embedding {self.captured.tied[name]!r}"
         if self.layer.is_depthwise:
             return "depthwise convolution: one in-channel per group leaves nothing to prune along"
-        if self.config.ends == "dense" and not is_named:
+        if self.config.ends != "sparse" and not is_named:
             if facts.first:
-                return "first layer, kept dense (paper §6.1); CompileConfig(ends='sparse') changes that"
+                return FIRST
             if facts.last:
-                return "last linear, kept dense (paper §6.4); CompileConfig(ends='sparse') changes that"
+                return LAST
         return ""
 
     def _phase_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
-        found = list(self._operand_rows(phase, asked))
-        yield from [row for row in found if row.is_sparse] or found[:1] or [self._dense(phase, NOT_ASKED)]
+        yield from list(self._operand_rows(phase, asked)) or [self._dense(phase, NOT_ASKED)]
 
     def _operand_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
         """A row for each operand that is asked for, dense ones included."""
@@ -124,6 +131,14 @@ class _LayerPlanner:
         gradient = asked.update_gradient
         if gradient is not None:
             yield self._sparse(Phase.UPDATE, "grad_output", gradient, gradient.group)
+
+    def _grid_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
+        name, is_unsigned = self.layer.name, self.captured.facts[self.layer.name].nonnegative
+        if asked.weight_bits is not None:
+            yield PlanRow(name, Phase.FORWARD, "weight", "sawb", grid=Grid(asked.weight_bits, signed=True))
+        if asked.input_bits is not None:
+            grid = Grid(asked.input_bits, signed=not is_unsigned)
+            yield PlanRow(name, Phase.FORWARD, "input", self.config.clip, grid=grid)
 
     def _sparse(self, phase: Phase, operand: str, pruning: Pruning, axis: str) -> PlanRow:
         return PlanRow(self.layer.name, phase, operand, pruning.operator, pruning.pattern, axis)

@@ -1,4 +1,4 @@
-"""What the pruning passes share: placeholders, and a node put in front of a GEMM's operand."""
+"""What the pruning and quantization passes share: placeholders, and a node put in front of a GEMM's operand."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import ThreeGraphs
 
 GEMMS = (ops.gemm_forward, ops.gemm_backward, ops.gemm_update)
@@ -49,3 +50,22 @@ def prune_operand(
         pruned = ops.add_node(graph, kind, three.layer, phase, name, target, args, row)
     gemm.replace_input_with(dense, pruned)
     return pruned
+
+
+def quantize_operand(three: ThreeGraphs, phase: Phase, operand: str, row: PlanRow) -> tuple[fx.Node, fx.Node]:
+    """Put what the GEMM reads as `operand`, pruned or not, on its grid; returns it as it was and as it is then."""
+    gemm = gemm_node(three, phase)
+    position = ("input", "weight").index(operand) if phase is Phase.FORWARD else 1
+    before = gemm.args[position]
+    assert isinstance(before, fx.Node) and row.grid is not None
+    if before.meta.get("kind") == "quantize":
+        raise PreconditionError(
+            f"layer {three.layer.name!r}: the GEMM of its {phase.value} graph reads a quantized {operand} already; run "
+            "each quantization pass once"
+        )
+    graph = three[phase].graph
+    args = before, placeholder(graph, f"{operand}_step"), row.grid.bits, row.grid.signed
+    with graph.inserting_before(gemm):
+        after = ops.add_node(graph, "quantize", three.layer, phase, f"{operand}_quantized", ops.to_grid, args, row)
+    gemm.update_arg(position, after)
+    return before, after

@@ -1,5 +1,6 @@
 """The rules that every three-GEMM graph keeps between passes; tests run it after each of them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
@@ -11,10 +12,15 @@ from nmcompile.ir.operations import KINDS
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 
-CALLER = {"input", "weight", "bias", "weight_mask"}
+CALLER = {"input", "weight", "bias", "weight_mask", "weight_step", "input_step"}
 OPERANDS = ("weight", "input", "grad_output")
 PRUNED = {"expand-gemms": (), "prune-weights": ("weight",), "prune-inputs": ("weight", "input")}
 """The operands that are pruned once a pass has run; after every later pass all are."""
+BEFORE = ("expand-gemms", "prune-weights", "prune-inputs", "prune-gradients")
+QUANTIZED = dict.fromkeys(BEFORE, ()) | {"quantize-weights": ("weight",)}
+"""The same of quantized operands."""
+READS = {Phase.FORWARD: ("weight", "input"), Phase.BACKWARD: ("weight",), Phase.UPDATE: ()}
+"""What the GEMM of each phase quantizes by itself; the update GEMM is handed the quantized input."""
 
 
 def verify_graphs(program: Program, after: str) -> None:
@@ -24,8 +30,10 @@ def verify_graphs(program: Program, after: str) -> None:
     2. There is exactly one GEMM in each graph.
     3. A placeholder of forward comes from the caller; one of backward or update is `grad_output`, `key`, something
        that forward was given, or something that forward saved.
-    4. Forward returns its output and what it saved; backward one gradient; update dW and, with a bias, db.
-    5. The GEMM reads through prune nodes exactly what the plan prunes, with the planned operator, pattern and axis.
+    4. Forward returns its output and what it saved; backward dX and, with a quantized input, the gradient of its
+       step; update dW and, with a bias, db.
+    5. The GEMM reads through prune and quantize nodes exactly what the plan prunes and quantizes, with the planned
+       operator, pattern and axis, or grid.
 
     Args:
         program: with its graphs expanded; one without passes.
@@ -34,10 +42,9 @@ def verify_graphs(program: Program, after: str) -> None:
     Raises:
         PostconditionError: naming the pass, the layer, the graph and the rule.
     """
-    operands = PRUNED.get(after, OPERANDS)
     for three in program.layers.values():
         for phase, module in three:
-            problem = _problem(three, phase, module.graph) or _pruning_problem(three, phase, module.graph, operands)
+            problem = _problem(three, phase, module.graph) or _plan_problem(three, phase, module.graph, after)
             if problem:
                 raise PostconditionError(f"after {after}: layer {three.layer.name!r}, {phase.value} graph: {problem}")
 
@@ -58,22 +65,33 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
     unknown = [node.name for node in graph.nodes if node.op == "placeholder" and node.target not in known]
     if unknown:
         return f"nothing provides placeholder {unknown[0]!r}"
-    expected = {Phase.FORWARD: 1 + len(three.saved), Phase.BACKWARD: 1, Phase.UPDATE: 1 + three.layer.has_bias}[phase]
+    expected = {
+        Phase.FORWARD: 1 + len(three.saved),
+        Phase.BACKWARD: 1 + ("input_beyond" in three.saved),
+        Phase.UPDATE: 1 + three.layer.has_bias,
+    }[phase]
     returned = len(graph.output_node().args[0])  # type: ignore[arg-type]
     return "" if returned == expected else f"{returned} outputs, expected {expected}"
 
 
-def _pruning_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, operands: tuple[str, ...]) -> str:
+def _plan_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, after: str) -> str:
     gemm = next(node for node in graph.nodes if node.meta.get("kind") == "gemm")
-    prunes = [node for node in _sources(gemm) if node.meta.get("kind") == "prune"]
-    planned = {row for row in three.plan.rows_of(phase) if row.is_sparse and row.operand in operands}
-    found = {node.meta["row"] for node in prunes}
+    marked = [node for node in _sources(gemm) if node.meta.get("kind") in ("prune", "quantize")]
+    planned = set(_planned(three, phase, after))
+    found = {node.meta["row"] for node in marked}
     for row in planned - found:
         return f"the GEMM does not read what is planned: {row}"
     for row in found - planned:
         return f"the GEMM reads what is not planned: {row}"
-    different = [node for node in prunes if _options(node) not in (None, _planned_options(node.meta["row"]))]
+    different = [node for node in marked if _options(node) not in (None, _planned_options(node.meta["row"]))]
     return f"node {different[0].name!r} is not what is planned: {different[0].meta['row']}" if different else ""
+
+
+def _planned(three: ThreeGraphs, phase: Phase, after: str) -> Iterator[PlanRow]:
+    pruned, quantized = PRUNED.get(after, OPERANDS), QUANTIZED.get(after, OPERANDS)
+    yield from (row for row in three.plan.rows_of(phase) if row.is_sparse and row.operand in pruned)
+    grids = (three.plan.grid_row(operand) for operand in READS[phase] if operand in quantized)
+    yield from (row for row in grids if row is not None)
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:
@@ -88,13 +106,17 @@ def _sources(node: fx.Node) -> set[fx.Node]:
 
 
 def _options(node: fx.Node) -> tuple[Any, ...] | None:
-    """Operator, N, M and axis of a prune node; None where they are no arguments: masks, and a backend's own nodes."""
+    """Operator, N, M and axis, or bits and sign; None where they are no arguments: masks, and a backend's own nodes."""
+    if node.target is ops.to_grid:
+        return node.args[2:]
     if node.target is ops.prune:
         return node.args[1:5]
     return (*node.args[1:4], "channels") if node.target is ops.prune_mask else None
 
 
 def _planned_options(row: PlanRow) -> tuple[Any, ...]:
+    if row.grid is not None:
+        return row.grid.bits, row.grid.signed
     assert row.pattern is not None
     axis = "channels" if row.axis in ("in", "out") else row.axis
     return row.operator, row.pattern.n_keep, row.pattern.block, axis

@@ -110,7 +110,7 @@ def test_update_reads_an_unbiased_pruned_gradient(mode: str, n_keep: int, block:
 
 @pytest.mark.parametrize("mode", presets)
 def test_every_mode_trains(mode: str, net: Net, x: Tensor) -> None:
-    sparse = nmcompile.compile(net, mode)
+    sparse = nmcompile.compile(net, mode, calibration=[x] if mode == "inference" else None)
     optimizer = torch.optim.SGD(net.parameters(), 0.05)
     losses = []
     for _ in range(8):

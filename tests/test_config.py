@@ -18,6 +18,7 @@ TABLE_1: dict[str, dict[str, tuple[str, str]]] = {
     "activations": {"input": ("greedy_by_value", "4:8")},
     "gradients": {"update_gradient": ("mvue", "1:2")},
     "training": {"weight": ("transposable", "2:4"), "update_gradient": ("mvue", "2:4")},
+    "inference": {"weight": ("greedy", "2:4"), "input": ("greedy_by_value", "4:8")},
 }
 """The paper's Table 1: which tensor is pruned, by the least square error (greedy) or without bias (mvue)."""
 
@@ -38,8 +39,10 @@ BAD_JSON: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("mode", TABLE_1)
 def test_presets_are_table_1(mode: str) -> None:
     pruned = {f.name: getattr(presets[mode], f.name) for f in fields(LayerConfig)}
-    found = {name: (pruning.operator, str(pruning.pattern)) for name, pruning in pruned.items() if pruning is not None}
+    found = {name: (p.operator, str(p.pattern)) for name, p in pruned.items() if isinstance(p, Pruning)}
     assert found == TABLE_1[mode]
+    bits = 4 if mode == "inference" else None
+    assert pruned["weight_bits"] == pruned["input_bits"] == bits
 
 
 def test_there_are_no_other_presets() -> None:
@@ -135,7 +138,7 @@ def test_bad_values_are_errors_that_name_the_field(values: dict[str, Any]) -> No
 )
 def test_operators_belong_to_operands(operand: str, operator: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        LayerConfig(**{operand: Pruning(operator, NMPattern(2, 4))})
+        LayerConfig(**{operand: Pruning(operator, NMPattern(2, 4))})  # type: ignore[arg-type]
     assert operand in str(caught.value) and operator in str(caught.value)
 
 

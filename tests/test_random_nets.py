@@ -184,6 +184,9 @@ def test_every_pruned_operand_holds_its_pattern(mode: str, drawn: tuple[nn.Modul
     net, x = drawn
     config = CompileConfig(ends="sparse", layers={"_default": CONFIGS[mode]})
     compiled = nmcompile.compile(net, "dense", config=config)
+    is_quantized = mode == "inference"
+    if is_quantized:
+        nmcompile.calibrate(compiled, [x])
     steps = list(recorded_step(compiled, x))
     plans = [layer.plan for layer in nmcompile.inspect(compiled).layers]
     assert {row for _, row, _ in steps} == {row for plan in plans for row in plan.rows if row.is_sparse}
@@ -191,8 +194,8 @@ def test_every_pruned_operand_holds_its_pattern(mode: str, drawn: tuple[nn.Modul
         counts = kept(layer, row, operand)
         assert row.pattern is not None
         assert max(counts) <= row.pattern.n_keep
-        # The weights are drawn without zeros, so a mask keeps all that it may.
-        assert row.operand != "weight" or min(counts) == row.pattern.n_keep
+        # The weights are drawn without zeros, so a mask keeps all that it may; a grid rounds some of it to zero.
+        assert row.operand != "weight" or is_quantized or min(counts) == row.pattern.n_keep
 
 
 UNDONE: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -110,7 +110,8 @@ def _lower_bias_gradient(node: fx.Node) -> None:
         ops.replace_node(node, conv.conv_bias_gradient, node.args)
         return
     # Eager sums in another order where the input is not contiguous.
-    input = next(n for n in node.graph.nodes if n.op == "placeholder" and n.target in ("input", "input_pruned"))
+    names = ("input", "input_pruned", "input_quantized")
+    input = next(n for n in node.graph.nodes if n.op == "placeholder" and n.target in names)
     ops.replace_node(node, linear.linear_bias_gradient, (*node.args, input))
 
 

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from nmcompile.config import Phase
@@ -61,6 +62,11 @@ class ThreeGemm:
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         for mask in masks:
             mask.move(fn(mask.tensor))
+        for triple in self.three_gemms.values():
+            if triple.steps.input is not None:
+                # Of a bool tensor only the device changes; the clip stays float32.
+                device = triple.steps.input.clip.device
+                triple.steps.input.move(fn(torch.empty(0, dtype=torch.bool, device=device)).device)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -1,8 +1,8 @@
 """The targets of the nodes in the three graphs.
 
-`apply_mask` and `prune` compute; the GEMM and bias operations only name what is to be computed, and a backend replaces
-them (`LoweringError` if it did not). `node.meta` holds the `kind` (`gemm`, `prune`, `bias`, `view`), the `layer`, the
-`phase`, and for a prune node the plan `row`.
+`apply_mask`, `prune` and `to_grid` compute; the GEMM and bias operations only name what is to be computed, and a
+backend replaces them (`LoweringError` if it did not). `node.meta` holds the `kind` (`gemm`, `prune`, `quantize`,
+`bias`, `view`), the `layer`, the `phase`, and for a prune or quantize node the plan `row`.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from nmcompile.errors import LoweringError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.layers import Layer
 from nmcompile.pruning import OPERATORS, NMPattern
+from nmcompile.quantization import Grid, integers
 
 KINDS = ("prune", "quantize", "gemm", "bias", "view")
 
@@ -58,6 +59,28 @@ def _(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Te
 # What graphs name is the operator behind the Python function.
 prune = torch.ops.nmcompile.prune.default
 prune_mask = torch.ops.nmcompile.prune_mask.default
+
+
+def to_grid(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
+    """`x` on its grid, in its own dtype: the nearest integer multiple of `step` that the grid has."""
+    grid = Grid(bits, signed)
+    return like((integers(x, step, grid) * step).to(x.dtype), x)
+
+
+def beyond_grid(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
+    """int8: 1 where `x` is clipped from above, -1 where from below, 0 elsewhere."""
+    grid = Grid(bits, signed)
+    return (x > grid.high * step).to(torch.int8) - (x < grid.low * step).to(torch.int8)
+
+
+def inside_grid(gradient: Tensor, beyond: Tensor) -> Tensor:
+    """The straight-through gradient: zero where the grid clips."""
+    return apply_mask(gradient, beyond == 0)
+
+
+def step_gradient(gradient: Tensor, beyond: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
+    """The gradient of the step, 0-d: that of the clip (PACT: the sum over what is clipped) times clip / step."""
+    return (gradient * beyond).sum().to(step) * Grid(bits, signed).high
 
 
 def like(result: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plan: for every layer and phase, which operand is pruned how, and why not where it is not."""
+"""The plan: for every layer and phase, which operand is pruned or quantized how, and why not where it is not."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from nmcompile.config import Phase
 from nmcompile.ir.layers import Layer
 from nmcompile.pruning.pattern import NMPattern
+from nmcompile.quantization import Grid
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One pruned operand of one GEMM, or the reason why that GEMM runs dense (`operand` is then None).
+    """One operator on one operand of a GEMM, or the reason why that GEMM runs dense (`operand` is then None).
 
-    `axis` says along what the blocks run: `in` or `out` (channels or features), `batch`, `flat` or `auto`.
+    A pruning row has a `pattern` and an `axis`, which says along what the blocks run: `in` or `out` (channels or
+    features), `batch`, `flat` or `auto`. A quantization row has a `grid`.
     """
 
     layer: str
@@ -21,15 +23,22 @@ class PlanRow:
     operator: str | None = None
     pattern: NMPattern | None = None
     axis: str | None = None
+    grid: Grid | None = None
     reason: str = ""
 
     @property
     def is_sparse(self) -> bool:
-        return self.operand is not None
+        return self.pattern is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.grid is not None
 
     def __str__(self) -> str:
-        if not self.is_sparse:
+        if self.operand is None:
             return "dense"
+        if self.grid is not None:
+            return f"{self.operand} {self.grid} {self.operator}"
         return f"{self.operand} {self.pattern} {self.operator} along {self.axis}"
 
 
@@ -49,7 +58,12 @@ class LayerPlan:
 
     def find(self, phase: Phase, operand: str) -> PlanRow | None:
         """The row that prunes `operand` (`weight`, `input`, `grad_output`) in a phase, if there is one."""
-        return next((row for row in self.rows_of(phase) if row.operand == operand), None)
+        return next((row for row in self.rows_of(phase) if row.operand == operand and row.is_sparse), None)
+
+    def grid_row(self, operand: str) -> PlanRow | None:
+        """The row that quantizes `weight` or `input` in the forward GEMM, if there is one."""
+        rows = self.rows_of(Phase.FORWARD)
+        return next((row for row in rows if row.operand == operand and row.is_quantized), None)
 
 
 @dataclass(frozen=True)

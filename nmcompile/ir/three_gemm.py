@@ -9,6 +9,8 @@ from torch import Tensor, fx
 
 from nmcompile.config import Phase
 from nmcompile.errors import GradientError
+from nmcompile.ir.captured import Site
+from nmcompile.ir.grid_steps import GridSteps
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.ir.stream import DrawStream
@@ -38,13 +40,24 @@ class MaskSource(Protocol):
 class GemmTriple:
     """One conv/linear call: runs the forward graph now, the backward and update graphs when autograd asks.
 
+    Args:
+        graphs: lowered.
+        site: where the layer stands, and the name of its weight.
+        mask: of that weight, or None.
+        stream: of the keys for random operators.
+        steps: of its grids.
+
     `called` and `positions` (output positions of the last call) are what reports show of a run.
     """
 
-    def __init__(self, graphs: ThreeGraphs, mask: MaskSource | None, stream: DrawStream) -> None:
+    def __init__(
+        self, graphs: ThreeGraphs, site: Site, mask: MaskSource | None, stream: DrawStream, steps: GridSteps
+    ) -> None:
         self.graphs = graphs
+        self.site = site
         self.mask = mask
         self.stream = stream
+        self.steps = steps
         self.called = False
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
@@ -63,20 +76,19 @@ class GemmTriple:
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
         """
         mask = None if self.mask is None else self.mask.current(weight)
+        weight_step, input_step = self.steps.of_weight(weight), self.steps.of_input()
         if rows is not None:
-            weight, mask, bias = (
-                weight[rows],
-                None if mask is None else mask[rows],
-                None if bias is None else bias[rows],
-            )
+            weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
         input, weight, bias = _autocast(input, weight, bias)
         input, unbatched = self.layer.prepare(input)
-        output: Tensor = _ThreeGemmFunction.apply(self, input, weight, bias, mask)  # type: ignore[no-untyped-call]
+        operands = input, weight, bias, mask, weight_step, input_step
+        output: Tensor = _ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
         self._observe(output)
         return output.squeeze(0) if unbatched else output
 
     def run(self, phase: Phase, values: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """Run one graph on values by name, outside autocast: the operands have the dtype that they shall have."""
+        self.steps.check()
         arguments = [values[name] for name in self.placeholders[phase]]
         device = next(v for v in values.values() if v is not None).device.type
         # Dynamo takes autocast for off behind such a block; operands that are cast already lose nothing without it.
@@ -100,12 +112,20 @@ class _ThreeGemmFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, triple: GemmTriple, input: Tensor, weight: Tensor, bias: Tensor | None, weight_mask: Tensor | None
+        ctx: Any,
+        triple: GemmTriple,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_mask: Tensor | None,
+        weight_step: Tensor | None,
+        input_step: Tensor | None,
     ) -> Tensor:
         values = {"input": input, "weight": weight, "bias": bias, "weight_mask": weight_mask}
+        values |= {"weight_step": weight_step, "input_step": input_step}
         output, *extra = triple.run(Phase.FORWARD, values)
         values.update(zip(triple.graphs.saved, extra, strict=True))
-        wanted = set(triple.placeholders[Phase.BACKWARD]) if ctx.needs_input_grad[1] else set()
+        wanted = set(triple.placeholders[Phase.BACKWARD]) if _needs_backward(ctx) else set()
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             wanted |= set(triple.placeholders[Phase.UPDATE])
         ctx.triple = triple
@@ -122,13 +142,24 @@ class _ThreeGemmFunction(torch.autograd.Function):
         if triple.mask is not None and not torch.compiler.is_compiling():
             triple.mask.note_backward()
         backward_key, update_key = _keys(triple)
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            (grad_input,) = triple.run(Phase.BACKWARD, values | {"key": backward_key})
+        grad_input = grad_step = grad_weight = grad_bias = None
+        if _needs_backward(ctx):
+            grad_input, *rest = triple.run(Phase.BACKWARD, values | {"key": backward_key})
+            grad_step = rest[0] if rest else None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             grad_weight, *rest = triple.run(Phase.UPDATE, values | {"key": update_key})
             grad_bias = rest[0] if rest else None
-        return None, grad_input, grad_weight, grad_bias, None
+        return None, grad_input, grad_weight, grad_bias, None, None, grad_step
+
+
+def _needs_backward(ctx: Any) -> bool:
+    """Whether anyone asks for dX, or for the gradient of the step that comes with it."""
+    return bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[6])
+
+
+def _rows(x: Tensor | None, rows: slice) -> Any:
+    """Those rows of an operand; a scalar holds for all."""
+    return x if x is None or x.dim() == 0 else x[rows]
 
 
 def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:

@@ -18,17 +18,15 @@ class Histogram:
         self.top = 0.0
         self.largest = 0.0
         self.zeros = 0
+        self.is_finite = True
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Add the elements of a tensor, any shape.
-
-        Raises:
-            CalibrationError: a NaN or an infinity.
-        """
+        """Add the elements of a tensor, any shape; what is not finite is only noted."""
         magnitudes = x.detach().abs().flatten().to(torch.promote_types(x.dtype, torch.float32))
-        if not magnitudes.isfinite().all():
-            raise CalibrationError("the calibration data gives NaN or infinity here; remove such samples")
+        finite = magnitudes.isfinite()
+        self.is_finite = self.is_finite and bool(finite.all())
+        magnitudes = magnitudes[finite]
         self.zeros += int((magnitudes == 0).sum())
         magnitudes = magnitudes[magnitudes > 0]
         if not magnitudes.numel():
@@ -41,7 +39,7 @@ class Histogram:
         """The magnitude that `percent` of all elements do not exceed, to one bin; at least one bin.
 
         Raises:
-            CalibrationError: nothing but zeros was observed.
+            CalibrationError: nothing but zeros was observed, or a NaN or an infinity.
         """
         self._check()
         reached = self.zeros + self.counts.cumsum(0)
@@ -52,7 +50,7 @@ class Histogram:
         """The clip whose grid has the least mean squared error, each bin standing at its centre.
 
         Raises:
-            CalibrationError: nothing but zeros was observed.
+            CalibrationError: nothing but zeros was observed, or a NaN or an infinity.
         """
         self._check()
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.top / BINS)
@@ -70,6 +68,8 @@ class Histogram:
             self.top *= 2
 
     def _check(self) -> None:
+        if not self.is_finite:
+            raise CalibrationError("the calibration data gives NaN or infinity here; remove such samples")
         if not self.counts.any():
             what = "only zeros" if self.zeros else "nothing"
             raise CalibrationError(f"calibration saw {what} here; give data that reaches it with non-zero values")

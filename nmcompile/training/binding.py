@@ -1,6 +1,6 @@
 """Bind the three graphs of each layer to a model: its masks, shared where weights are, and its random stream."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from nmcompile.config import CompileConfig, Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.captured import Site
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.grid_steps import GridSteps, InputStep
+from nmcompile.ir.plan import LayerPlan, PlanRow
 from nmcompile.ir.program import Program
 from nmcompile.ir.stream import DrawStream
 from nmcompile.ir.three_gemm import GemmTriple
@@ -24,17 +25,20 @@ class TripleFactory:
         program: with its graphs lowered.
         config: refresh period and SR-STE.
         seed: of every random stream.
-        kept: masks of an earlier compilation by weight name; one that meets the new pattern is taken over.
+        kept: layers of an earlier compilation; a mask that meets the new pattern and a clip of the same grid are taken
+            over.
     """
 
     def __init__(
-        self, model: nn.Module, program: Program, config: CompileConfig, seed: int, kept: Mapping[str, WeightMask]
+        self, model: nn.Module, program: Program, config: CompileConfig, seed: int, kept: Iterable[GemmTriple]
     ) -> None:
         self.model = model
         self.program = program
         self.config = config
         self.seed = seed
-        self.kept = kept
+        earlier = list(kept)
+        self.kept_masks = {mask.name: mask for one in earlier if isinstance(mask := one.mask, WeightMask)}
+        self.kept_steps = {one.layer.name: one.steps.input for one in earlier}
         self.masks: dict[int | str, WeightMask] = {}
 
     def rewritten_sites(self) -> Iterator[Site]:
@@ -50,7 +54,24 @@ class TripleFactory:
         """
         graphs = self.program.layers[site.layer.name]
         row = graphs.plan.find(Phase.FORWARD, "weight")
-        return GemmTriple(graphs, self._mask(site, row) if row else None, DrawStream(self.seed, site.layer.name))
+        mask = self._mask(site, row) if row else None
+        stream = DrawStream(self.seed, site.layer.name)
+        return GemmTriple(graphs, site, mask, stream, self._steps(site, graphs.plan))
+
+    def _steps(self, site: Site, plan: LayerPlan) -> GridSteps:
+        weight, input = plan.grid_row("weight"), plan.grid_row("input")
+        return GridSteps(
+            weight.grid if weight else None,
+            site.layer.out_dim if self.config.granularity == "channel" else None,
+            self._input_step(site, input) if input else None,
+        )
+
+    def _input_step(self, site: Site, row: PlanRow) -> InputStep:
+        device = next(self.model.get_submodule(site.module).parameters()).device
+        step, earlier = InputStep(site.layer.name, row, device), self.kept_steps.get(site.layer.name)
+        if earlier is not None and earlier.is_calibrated and earlier.grid == step.grid:
+            step.calibrate(earlier.clip)
+        return step
 
     def _mask(self, site: Site, row: PlanRow) -> WeightMask:
         weight = None if site.is_expression else _find(self.model, site.weight)
@@ -78,7 +99,7 @@ class TripleFactory:
             weight = torch.empty(site.layer.weight_shape, device=like.device)
         config = self.config
         mask = WeightMask(site.weight, site.layer, row.operator, row.pattern, config.refresh, config.sr_ste, weight)
-        earlier = self.kept.get(site.weight)
+        earlier = self.kept_masks.get(site.weight)
         if earlier is not None and not int(earlier.clock[STALE]) and _meets(earlier.tensor, mask):
             mask.tensor.copy_(earlier.tensor)
             mask.steps = earlier.steps

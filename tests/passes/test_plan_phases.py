@@ -14,8 +14,8 @@ from nmcompile.ir.plan import LayerPlan
 from nmcompile.passes.plan_phases import NOT_ASKED, plan_phases
 from nmcompile.pruning import NMPattern
 
-FIRST = "first layer, kept dense (paper §6.1); CompileConfig(ends='sparse') changes that"
-LAST = "last linear, kept dense (paper §6.4); CompileConfig(ends='sparse') changes that"
+FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"
+LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') changes that"
 DEPTHWISE = "depthwise convolution: one in-channel per group leaves nothing to prune along"
 UNPROVEN = "its input is not proven non-negative, so it is not pruned by value"
 ROW_WISE = "a row-wise mask is not N:M along out: dense on the masked weight"

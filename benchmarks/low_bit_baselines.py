@@ -1,0 +1,98 @@
+"""Two-bit quantizers that the paper's Table 5 compares with: PACT with DoReFa weights, QIL, and LSQ."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nmcompile.quantization import pact_quantize
+
+BITS = 2
+LEVELS = 2**BITS - 1
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Rounding with the gradient of the identity."""
+    return x + (x.round() - x).detach()
+
+
+class DoReFaWeight(nn.Module):
+    """w -> 2 q(tanh w / (2 max|tanh w|) + 1/2) - 1 (Zhou et al. 2016), with which PACT was published."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        squashed = torch.tanh(w)
+        unit = squashed / (2 * squashed.abs().max()) + 0.5
+        return 2 * round_through(unit * LEVELS) / LEVELS - 1
+
+
+class PactInput(nn.Module):
+    """The clip is learned (Choi et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip = nn.Parameter(torch.tensor(6.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pact_quantize(x, self.clip, BITS)
+
+
+class QilWeight(nn.Module):
+    """|w| is pruned below and clipped above a learned interval, and rounded inside (Jung et al. 2019)."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        largest = float(w.detach().abs().max())
+        self.centre, self.distance = (nn.Parameter(torch.tensor(largest / 2)) for _ in range(2))
+
+    def forward(self, w: Tensor) -> Tensor:
+        unit = ((w.abs() - self.centre + self.distance) / (2 * self.distance)).clamp(0, 1)
+        return w.sign() * round_through(unit)
+
+
+class QilInput(nn.Module):
+    """The same interval for non-negative activations, on 2^b - 1 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centre, self.distance = (nn.Parameter(torch.tensor(1.5)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit = ((x - self.centre + self.distance) / (2 * self.distance)).clamp(0, 1)
+        return round_through(unit * LEVELS) / LEVELS
+
+
+class Lsq(nn.Module):
+    """The step is learned, its gradient scaled by 1 / sqrt(elements * high) (Esser et al. 2020)."""
+
+    def __init__(self, low: int, high: int, start: Tensor) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.step = nn.Parameter(2 * start.detach().abs().mean() / high**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 1 / (x.numel() * self.high) ** 0.5
+        step = (self.step * scale) + (self.step * (1 - scale)).detach()
+        return round_through((x / step).clamp(self.low, self.high)) * step
+
+
+def inner_convs(model: nn.Module) -> Iterator[nn.Conv2d]:
+    """All convolutions but the first."""
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    yield from convs[1:]
+
+
+def quantize(model: nn.Module, weight: Callable[[Tensor], nn.Module], input: Callable[[], nn.Module]) -> nn.Module:
+    """Quantize weight and input of every inner convolution; the first one and the linear head stay as they are."""
+    for conv in inner_convs(model):
+        parametrize.register_parametrization(conv, "weight", weight(conv.weight))
+        conv.add_module("quantize_input", input())
+        conv.register_forward_pre_hook(lambda module, args: (module.quantize_input(args[0]),))
+    return model
+
+
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "PACT 2-bit": lambda model: quantize(model, lambda w: DoReFaWeight(), PactInput),
+    "QIL 2-bit": lambda model: quantize(model, QilWeight, QilInput),
+    "LSQ 2-bit": lambda model: quantize(model, lambda w: Lsq(-2, 1, w), lambda: Lsq(0, LEVELS, torch.full((1,), 0.8))),
+}

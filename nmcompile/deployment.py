@@ -1,0 +1,45 @@
+"""Collect from a compiled model what exporters write: layer by layer its weight, and what happens to its input."""
+
+import torch
+from torch import nn
+
+from nmcompile.config import Phase
+from nmcompile.errors import PassError
+from nmcompile.finalization import effective_weight, stored_weight
+from nmcompile.ir.deployed import DeployedInput, DeployedLayer, DeployedWeight
+from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.pruning import NMPattern
+from nmcompile.training.state import triples_of
+
+
+@torch.no_grad()
+def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
+    """The layers of a compiled model by name; those that the plan left alone are not in it.
+
+    Raises:
+        CalibrationError: an input is to be quantized, but not calibrated.
+        PassError: a weight is computed in forward.
+    """
+    return {triple.layer.name: _deployed(compiled, triple) for triple in triples_of(compiled)}
+
+
+def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
+    pattern, grid = _pattern(triple, "weight"), triple.steps.weight_grid
+    values, dense = effective_weight(model, triple), stored_weight(model, triple)
+    if values is None or dense is None:
+        raise PassError(f"layer {triple.layer.name!r}: its weight is computed in forward, so that no file can hold it")
+    weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))
+    return DeployedLayer(triple.layer, weight, _input(triple))
+
+
+def _input(triple: GemmTriple) -> DeployedInput:
+    pattern, step = _pattern(triple, "input"), triple.steps.input
+    if step is None:
+        return DeployedInput(pattern)
+    step.check()
+    return DeployedInput(pattern, step.grid, float(step.current()))
+
+
+def _pattern(triple: GemmTriple, operand: str) -> NMPattern | None:
+    row = triple.graphs.plan.find(Phase.FORWARD, operand)
+    return None if row is None else row.pattern

@@ -1,0 +1,46 @@
+"""One layer as it is deployed: what an exporter needs to write its node, and nothing of how it was trained."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nmcompile.ir.layers import Layer
+from nmcompile.pruning.pattern import NMPattern
+from nmcompile.quantization import Grid
+
+
+@dataclass(frozen=True)
+class DeployedWeight:
+    """A weight with its pruning and quantization made real.
+
+    Args:
+        name: of the parameter in the plain model.
+        pattern: N:M along in-channels, or None where it is dense.
+        values: of the layer's weight shape, zero where pruned; on the grid where there is one.
+        grid: of the integers `values / scale`, or None for full precision.
+        scale: the step, float32, 0-d or broadcastable to `values` (one for each out-channel).
+    """
+
+    name: str
+    pattern: NMPattern | None
+    values: Tensor
+    grid: Grid | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DeployedInput:
+    """What happens to the input in front of the GEMM: pruned by value along channels, per sample, then quantized."""
+
+    pattern: NMPattern | None = None
+    grid: Grid | None = None
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class DeployedLayer:
+    """One conv or linear layer by name."""
+
+    layer: Layer
+    weight: DeployedWeight
+    input: DeployedInput

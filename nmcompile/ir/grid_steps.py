@@ -1,0 +1,79 @@
+"""The steps of a layer's two grids: SAWB's of the weight, and a calibrated or learned one of the input."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.errors import CalibrationError
+from nmcompile.ir.plan import PlanRow
+from nmcompile.quantization import Grid, sawb_scale
+
+
+class InputStep:
+    """Holds the clip of one layer, outside `parameters()` and `state_dict()`: dense checkpoints keep their keys.
+
+    Args:
+        layer: the layer's name, for messages.
+        row: the plan's row, with the grid, and `pact` as operator where the clip is learned.
+        device: of the layer's weight.
+    """
+
+    def __init__(self, layer: str, row: PlanRow, device: torch.device) -> None:
+        assert row.grid is not None
+        self.layer = layer
+        self.row = row
+        self.grid: Grid = row.grid
+        self.is_calibrated = False
+        self.clip = nn.Parameter(torch.full((), torch.nan, device=device), requires_grad=row.operator == "pact")
+
+    def current(self) -> Tensor:
+        """The step, 0-d float32; NaN before it is calibrated."""
+        return self.clip.abs() / self.grid.high
+
+    def check(self) -> None:
+        """Raise CalibrationError where no clip was found yet."""
+        if not self.is_calibrated:
+            raise CalibrationError(
+                f"layer {self.layer!r}: its input is to be quantized, but no clip is calibrated; pass "
+                "calibration=loader to nmcompile.compile, or call nmcompile.calibrate(model, loader)"
+            )
+
+    @torch.no_grad()
+    def calibrate(self, clip: float | Tensor) -> None:
+        """Set the clip: the largest magnitude that the grid holds."""
+        self.clip.fill_(clip)
+        self.is_calibrated = True
+
+    def move(self, device: torch.device) -> None:
+        self.clip.data = self.clip.data.to(device)
+
+
+@dataclass
+class GridSteps:
+    """What a layer multiplies its integers by; None where an operand is in full precision.
+
+    Args:
+        weight_grid: of the weight.
+        weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
+        input: of the input.
+    """
+
+    weight_grid: Grid | None = None
+    weight_dim: int | None = None
+    input: InputStep | None = None
+
+    @torch.no_grad()
+    def of_weight(self, weight: Tensor) -> Tensor | None:
+        """SAWB's step of the dense weight: no state, so that eval() is frozen as long as the weight is."""
+        if self.weight_grid is None:
+            return None
+        return sawb_scale(weight, self.weight_grid.bits, dim=self.weight_dim)
+
+    def check(self) -> None:
+        """Raise CalibrationError where the input has no clip yet."""
+        if self.input is not None:
+            self.input.check()
+
+    def of_input(self) -> Tensor | None:
+        return None if self.input is None else self.input.current()

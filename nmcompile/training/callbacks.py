@@ -1,0 +1,61 @@
+"""Run a recipe inside Lightning's or Hugging Face's trainer: a phase begins with an epoch."""
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from nmcompile.errors import BackendUnavailable, ConfigError
+
+
+class _Phases:
+    """Advances a recipe at the epochs where its phases begin."""
+
+    def __init__(self, recipe: Iterator[nn.Module], begins: Sequence[int]) -> None:
+        if not begins or begins[0] != 0 or list(begins) != sorted(set(begins)):
+            raise ConfigError(f"phases begin at epochs {list(begins)}; give rising numbers, the first of them 0")
+        self.recipe = recipe
+        self.begins = set(begins)
+
+    def reach(self, epoch: int) -> None:
+        if epoch in self.begins:
+            self.begins.remove(epoch)
+            next(self.recipe)
+
+
+def lightning_callback(recipe: Iterator[nn.Module], begins: Sequence[int]) -> Any:
+    """A `lightning.pytorch.Callback` that starts the phases of a recipe at these epochs.
+
+    Args:
+        recipe: made with `inplace=True`, since the trainer keeps the module that it was given.
+        begins: the epoch at which each phase begins, 0 first.
+
+    Raises:
+        BackendUnavailable: Lightning is not installed.
+    """
+    phases = _Phases(recipe, begins)
+
+    class RecipeCallback(_import("lightning.pytorch", "lightning").Callback):  # type: ignore[misc]
+        def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+            phases.reach(trainer.current_epoch)
+
+    return RecipeCallback()
+
+
+def trainer_callback(recipe: Iterator[nn.Module], begins: Sequence[int]) -> Any:
+    """The same as a `transformers.TrainerCallback`."""
+    phases = _Phases(recipe, begins)
+
+    class RecipeCallback(_import("transformers", "transformers").TrainerCallback):  # type: ignore[misc]
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            phases.reach(round(state.epoch or 0))
+
+    return RecipeCallback()
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise BackendUnavailable(f"{package} is not installed ({error}); pip install {package}") from error

@@ -1,0 +1,16 @@
+"""The learned clips of quantized inputs (PACT)."""
+
+from torch import nn
+
+from nmcompile.training.state import triples_of
+
+
+def clips(compiled: nn.Module) -> list[nn.Parameter]:
+    """The clips that `CompileConfig(clip="pact")` learns, 0-d float32, to give to the optimizer.
+
+    They are no parameters of the model, so that `state_dict()` keeps the dense keys; `sparse_state_dict` saves them.
+    A group of their own with weight decay is PACT's regularization:
+    `SGD([{"params": model.parameters()}, {"params": clips(model), "weight_decay": 1e-3}], ...)`.
+    """
+    steps = (triple.steps.input for triple in triples_of(compiled))
+    return [step.clip for step in steps if step is not None and step.clip.requires_grad]

@@ -1,0 +1,86 @@
+"""Put the input of the forward GEMM on its grid, behind its pruning.
+
+gemm_forward(input, weight)      ->  gemm_forward(to_grid(input, input_step, bits), weight)
+gemm_update(grad_output, input)  ->  gemm_update(grad_output, input_quantized)
+dX = gemm_backward(...)          ->  inside_grid(gemm_backward(...), input_beyond), and the gradient of input_step
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from nmcompile.config import Phase
+from nmcompile.ir import operations as ops
+from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.ir.protocols import PassResult
+from nmcompile.passes.rewriting import gemm_node, placeholder, quantize_operand
+
+
+@dataclass(frozen=True)
+class QuantizeInputs:
+    """Quantize X with a step that is calibrated or learned; gradients pass straight through inside the grid.
+
+    What the grid clips has no gradient; it moves the clip instead (PACT), which the backward graph returns second.
+    """
+
+    name: ClassVar[str] = "quantize-inputs"
+
+    def run(self, program: Program) -> PassResult:
+        rows = [(three, three.plan.grid_row("input")) for three in program.layers.values()]
+        quantized = [(three, row) for three, row in rows if row is not None]
+        for three, row in quantized:
+            _quantize_forward(three, row)
+            _clip_gradient(three, row)
+            _reread_input(three, Phase.BACKWARD)
+            _reread_input(three, Phase.UPDATE)
+        return PassResult(modified=bool(quantized))
+
+
+def _quantize_forward(three: ThreeGraphs, row: PlanRow) -> None:
+    graph, gemm = three[Phase.FORWARD].graph, gemm_node(three, Phase.FORWARD)
+    before, quantized = quantize_operand(three, Phase.FORWARD, "input", row)
+    with graph.inserting_before(gemm):
+        beyond = _view(three, Phase.FORWARD, "input_beyond", ops.beyond_grid, (before, *_grid_args(graph, row)))
+    output = graph.output_node()
+    results = output.args[0]
+    assert isinstance(results, tuple)
+    # What pruning saved of the input is replaced by what quantization made of it.
+    kept = [(name, node) for name, node in zip(three.saved, results[1:], strict=True) if name != "input_pruned"]
+    kept += [("input_quantized", quantized), ("input_beyond", beyond)]
+    output.args = ((results[0], *(node for _, node in kept)),)
+    three.saved = tuple(name for name, _ in kept)
+    three[Phase.FORWARD].recompile()
+
+
+def _clip_gradient(three: ThreeGraphs, row: PlanRow) -> None:
+    graph = three[Phase.BACKWARD].graph
+    output = graph.output_node()
+    results = output.args[0]
+    assert isinstance(results, tuple) and isinstance(results[0], fx.Node)
+    gradient = results[0]
+    beyond = placeholder(graph, "input_beyond")
+    step_args = (gradient, beyond, *_grid_args(graph, row))
+    with graph.inserting_before(output):
+        inside = _view(three, Phase.BACKWARD, "grad_input_inside", ops.inside_grid, (gradient, beyond))
+        step = _view(three, Phase.BACKWARD, "grad_input_step", ops.step_gradient, step_args)
+    output.args = ((inside, step),)
+    three[Phase.BACKWARD].recompile()
+
+
+def _reread_input(three: ThreeGraphs, phase: Phase) -> None:
+    graph = three[phase].graph
+    for node in [node for node in graph.nodes if node.op == "placeholder" and node.target in ("input", "input_pruned")]:
+        node.replace_all_uses_with(placeholder(graph, "input_quantized"))
+        graph.erase_node(node)
+    three[phase].recompile()
+
+
+def _grid_args(graph: fx.Graph, row: PlanRow) -> tuple[fx.Node, int, bool]:
+    assert row.grid is not None
+    return placeholder(graph, "input_step"), row.grid.bits, row.grid.signed
+
+
+def _view(three: ThreeGraphs, phase: Phase, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    return ops.add_node(three[phase].graph, "view", three.layer, phase, name, target, args)

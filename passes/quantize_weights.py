@@ -1,0 +1,32 @@
+"""Put the weight of the forward and backward GEMM on its grid.
+
+gemm_forward(input, weight_pruned)         ->  gemm_forward(input, to_grid(weight_pruned, weight_step, bits))
+gemm_backward(grad_output, weight_pruned)  ->  gemm_backward(grad_output, to_grid(weight_pruned, weight_step, bits))
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nmcompile.config import Phase
+from nmcompile.ir.program import Program
+from nmcompile.ir.protocols import PassResult
+from nmcompile.passes.rewriting import quantize_operand
+
+
+@dataclass(frozen=True)
+class QuantizeWeights:
+    """Quantize W, pruned or not, wherever a GEMM reads it; dW passes straight through to the dense weight.
+
+    The step comes from outside the graph: it is SAWB's of the dense weight, whose statistics masking would distort.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+
+    def run(self, program: Program) -> PassResult:
+        rows = [(three, three.plan.grid_row("weight")) for three in program.layers.values()]
+        quantized = [(three, row) for three, row in rows if row is not None]
+        for three, row in quantized:
+            for phase in (Phase.FORWARD, Phase.BACKWARD):
+                quantize_operand(three, phase, "weight", row)
+                three[phase].recompile()
+        return PassResult(modified=bool(quantized))

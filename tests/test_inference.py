@@ -1,0 +1,275 @@
+"""Mode `"inference"`: 2:4 weights on SAWB's grid, 4:8 inputs where they are proven non-negative, 4-bit inputs."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nmcompile
+from nmcompile import CompileConfig, LayerConfig, Phase, presets
+from nmcompile.errors import CalibrationError, ConfigError
+from nmcompile.pruning import greedy, greedy_by_value
+from nmcompile.training import clips
+from nmcompile.training.state import masks_of, triples_of
+
+X = torch.randn(8, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A non-negative and a signed input; first and last stay in full precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(8, 8, 3)
+        self.unsigned = nn.Conv2d(8, 16, 3, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.signed = nn.Conv2d(16, 8, 1)
+        self.fc = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.unsigned(torch.relu(self.stem(x))))
+        return self.fc(self.signed(x).flatten(1))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(1)
+    return Net().eval()
+
+
+def compiled(net: nn.Module, calibrate: bool = True, **options: object) -> nn.Module:
+    config = CompileConfig(**options)  # type: ignore[arg-type]
+    return nmcompile.compile(net, "inference", args=(X,), config=config, calibration=[X] if calibrate else None)
+
+
+def clip_of(model: nn.Module, layer: str) -> float:
+    (step,) = [t.steps.input for t in triples_of(model) if t.layer.name == layer and t.steps.input is not None]
+    return float(step.clip)
+
+
+def sawb(w: Tensor, bits: int = 4) -> Tensor:
+    """The step from the formula, in float64: zero-aligned, the clip guarded."""
+    c1, c2 = {4: (12.035, 12.03), 8: (31.76, 35.04)}[bits]
+    wide = w.double()
+    alpha = c1 * wide.square().mean().sqrt() - c2 * wide.abs().mean()
+    if not wide.abs().mean() <= alpha <= wide.abs().max():
+        alpha = wide.abs().max()
+    return alpha / (2 ** (bits - 1) - 1)
+
+
+def on_grid(x: Tensor, step: Tensor | float, low: int, high: int) -> Tensor:
+    return ((x.double() / step).round().clamp(low, high) * step).float()
+
+
+def reference(model: nn.Module, net: Net, x: Tensor) -> Tensor:
+    """The quantized network layer by layer, from the definitions."""
+
+    def weight(conv: nn.Conv2d) -> Tensor:
+        dense = conv.weight.detach()
+        return on_grid(greedy(dense, "2:4", dim=1), sawb(dense), -7, 7)
+
+    y = torch.relu(F.conv2d(x, net.stem.weight, net.stem.bias))
+    y = greedy_by_value(y, "4:8", dim=1)
+    y = F.conv2d(on_grid(y, clip_of(model, "unsigned") / 15, 0, 15), weight(net.unsigned))
+    y = net.norm(y)
+    y = F.conv2d(on_grid(y, clip_of(model, "signed") / 7, -7, 7), weight(net.signed), net.signed.bias)
+    return F.linear(y.flatten(1), net.fc.weight, net.fc.bias)
+
+
+@torch.no_grad()
+def test_eval_is_the_definition(net: Net) -> None:
+    model = compiled(net).eval()
+    torch.testing.assert_close(model(X), reference(model, net, X))
+    assert torch.equal(model(X), model(X))
+
+
+def test_the_plan_says_which_inputs_are_signed_and_why(net: Net) -> None:
+    report = nmcompile.inspect(compiled(net))
+    unsigned, signed = report.layer("unsigned").plan, report.layer("signed").plan
+    assert str(unsigned.grid_row("input")) == "input u4 mse" and str(signed.grid_row("input")) == "input s4 mse"
+    assert unsigned.find(Phase.FORWARD, "input") is not None and signed.find(Phase.FORWARD, "input") is None
+    assert any("not proven non-negative" in row.reason for row in signed.rows)
+    assert not report.layer("stem").plan.rewritten and not report.layer("fc").plan.rewritten
+    assert "X 4:8 greedy_by_value u4 mse" in str(report)
+
+
+def test_bops_count_the_bits_of_both_operands(net: Net) -> None:
+    model = compiled(net)
+    model(X)
+    summary = nmcompile.inspect(model).summary["phases"]["forward"]
+    macs = {"stem": 8 * 16 * 576, "unsigned": 8 * 4 * 1152, "signed": 8 * 4 * 128, "fc": 8 * 128}
+    share = {"stem": 1024.0, "unsigned": 16 * 0.25, "signed": 16 * 0.5, "fc": 1024.0}
+    assert summary["macs"] == sum(macs.values())
+    assert summary["bops"] == pytest.approx(sum(macs[name] * share[name] for name in macs))
+
+
+def test_stored_ends_have_eight_bits(net: Net) -> None:
+    model = compiled(net, ends="int8").eval()
+    plain = nmcompile.finalize(model)
+    for name in ("stem", "fc"):
+        dense, stored = net.get_submodule(name).weight, plain.get_submodule(name).weight
+        assert isinstance(dense, Tensor) and isinstance(stored, Tensor)
+        torch.testing.assert_close(stored.detach(), on_grid(dense.detach(), sawb(dense.detach(), 8), -127, 127))
+    assert "not pruned" in str(nmcompile.inspect(model).layer("stem").reasons)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_finalized_weights_are_sparse_and_on_their_grid(net: Net, granularity: str) -> None:
+    plain = nmcompile.finalize(compiled(net, granularity=granularity))
+    assert nmcompile.verify(plain).ok
+    for name in ("unsigned", "signed"):
+        weight, dense = plain.get_submodule(name).weight.detach(), net.get_submodule(name).weight.detach()  # type: ignore[operator]
+        rows = dense.unbind() if granularity == "channel" else [dense]
+        found = weight.unbind() if granularity == "channel" else [weight]
+        for row, ours in zip(rows, found, strict=True):
+            integers = ours.double() / sawb(row)
+            torch.testing.assert_close(integers, integers.round(), rtol=0, atol=1e-5)
+            assert integers.abs().max() <= 7.001
+
+
+def test_gradients_pass_straight_through(net: Net) -> None:
+    """dX is zero where X was pruned or clipped, dW is dense, and the clip gets the sum of what it clipped."""
+    torch.manual_seed(2)
+    linear = nn.Linear(16, 8)
+    layer = nn.Sequential(nn.ReLU(), linear)
+    model = nmcompile.compile(layer, "inference", config=CompileConfig(ends="sparse", clip="pact"))
+    nmcompile.calibrate(model, [torch.randn(64, 16)])
+    x = (3 * torch.randn(32, 16)).requires_grad_()
+    grad_output = torch.randn(32, 8)
+    (clip,) = clips(model)
+    grad_x, grad_w, grad_clip = torch.autograd.grad(model(x), [x, linear.weight, clip], grad_output)
+    pruned = greedy_by_value(x.detach().relu(), "4:8")
+    weight = on_grid(greedy(linear.weight.detach(), "2:4"), sawb(linear.weight.detach()), -7, 7)
+    dense_grad = grad_output @ weight
+    above = pruned > clip.detach()
+    inside = (pruned > 0) & ~above
+    torch.testing.assert_close(grad_x, torch.where(inside, dense_grad, 0.0))
+    torch.testing.assert_close(grad_w, grad_output.t() @ on_grid(pruned, float(clip.detach()) / 15, 0, 15))
+    torch.testing.assert_close(grad_clip, dense_grad[above].sum())
+
+
+def test_quantization_aware_training_learns_weights_and_clips(net: Net) -> None:
+    model = compiled(net, clip="pact").train()
+    before = [clip.detach().clone() for clip in clips(model)]
+    optimizer = torch.optim.SGD([*model.parameters(), *clips(model)], 0.05)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), torch.arange(8) % 4)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(new != old for new, old in zip(clips(model), before, strict=True))
+
+
+def test_clips_are_no_parameters(net: Net) -> None:
+    model = compiled(net, clip="pact")
+    assert list(model.state_dict()) == list(net.state_dict())
+    assert len(clips(model)) == 2 and not clips(compiled(net))
+    net.load_state_dict(model.state_dict())
+
+
+def test_the_sparse_state_carries_the_clips(net: Net) -> None:
+    model = compiled(net).eval()
+    other = compiled(net, calibrate=False).eval()
+    nmcompile.load_sparse_state_dict(other, nmcompile.sparse_state_dict(model))
+    assert torch.equal(other(X), model(X))
+
+
+def test_copies_and_recompilation_keep_clips(net: Net) -> None:
+    model = compiled(net).eval()
+    assert torch.equal(copy.deepcopy(model)(X), model(X))
+    again = nmcompile.compile(model, "inference", args=(X,), config=CompileConfig(granularity="channel"))
+    assert clip_of(again, "signed") == clip_of(model, "signed")
+
+
+def test_a_trained_transposable_mask_is_kept(net: Net) -> None:
+    training = nmcompile.compile(net, "training")
+    training(X)
+    model = nmcompile.compile(training, "inference", args=(X,), calibration=[X])
+    trained, kept = masks_of(training), masks_of(model)
+    assert kept.keys() == trained.keys()
+    assert all(torch.equal(kept[name].tensor, trained[name].tensor) for name in kept)
+
+
+def test_uncalibrated_inputs_are_an_error_that_names_the_layer(net: Net) -> None:
+    model = compiled(net, calibrate=False)
+    with pytest.raises(CalibrationError, match=r"layer 'unsigned'.*calibration=loader"):
+        model(X)
+    nmcompile.calibrate(model, [X])
+    assert model(X).isfinite().all()
+
+
+BAD: dict[str, Callable[[], list[Tensor]]] = {
+    "nothing": list,
+    "NaN": lambda: [X.clone().fill_(torch.nan)],
+    "zeros": lambda: [torch.full_like(X, -1e6)],
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_calibration_data_is_an_error_and_changes_nothing(net: Net, bad: str, inplace: bool) -> None:
+    # Large weights of one sign make every unit of the stem dead on the "zeros" data.
+    net.stem.weight.data.abs_()
+    before = [type(module) for module in net.modules()]
+    with pytest.raises(CalibrationError, match="layer 'unsigned'"):
+        nmcompile.compile(net, "inference", args=(X,), calibration=BAD[bad](), inplace=inplace)
+    assert [type(module) for module in net.modules()] == before
+
+
+def test_loaders_may_yield_labels_and_keywords(net: Net) -> None:
+    model = compiled(net)
+    for batch in ([X, torch.zeros(8)], ((X,), torch.zeros(8)), {"x": X}):
+        other = compiled(net, calibrate=False)
+        nmcompile.calibrate(other, [batch])
+        assert clip_of(other, "signed") == clip_of(model, "signed")
+
+
+def test_percentiles_are_an_alternative(net: Net) -> None:
+    model = compiled(net, clip="percentile")
+    y = greedy_by_value(torch.relu(net.stem(X)).detach(), "4:8", dim=1)
+    assert clip_of(model, "unsigned") == pytest.approx(float(y.max()), rel=1e-2)
+
+
+@pytest.mark.parametrize("clip", ["mse", "pact"])
+def test_torch_compile_takes_it_in_one_graph(net: Net, clip: str) -> None:
+    model = compiled(net, clip=clip).train()
+    run = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    ours, expected = run(X), model(X)
+    assert torch.equal(ours, expected)
+    ours.sum().backward()
+
+
+def test_autocast(net: Net) -> None:
+    model = compiled(net).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(X)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "nearest"),
+    [({"clip": "pct"}, "clip"), ({"granularity": "chanel"}, "'channel'"), ({"ends": "int4"}, "'int8'")],
+)
+def test_unknown_options_offer_the_nearest(options: dict[str, str], nearest: str) -> None:
+    with pytest.raises(ConfigError, match=nearest):
+        CompileConfig(**options)  # type: ignore[arg-type]
+
+
+def test_bits_without_a_grid_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="5 bits"):
+        LayerConfig(weight_bits=5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits(net: Net, bits: int) -> None:
+    layer = LayerConfig(weight=presets["inference"].weight, weight_bits=bits, input_bits=bits)
+    model = compiled(net, layers={"_default": layer, "stem": None, "fc": None}).eval()
+    weight = nmcompile.finalize(model).get_submodule("signed").weight
+    assert weight.unique().numel() <= 2**bits - 1  # type: ignore[operator]
