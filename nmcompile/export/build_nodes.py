@@ -1,0 +1,30 @@
+"""New nodes and initializers for a graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+
+def add_initializer(model: ir.Model, name: str, content: npt.NDArray[Any] | np.generic) -> ir.Value:
+    """A constant of the graph; a name that is taken gets a number."""
+    taken = model.graph.initializers
+    unique = next(n for n in (name, *(f"{name}.{count}" for count in range(2, len(taken) + 3))) if n not in taken)
+    tensor = ir.tensor(content, name=unique)
+    value = ir.Value(
+        name=unique, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def insert_before(
+    node: ir.Node, op_type: str, inputs: Sequence[ir.Value], name: str, *, domain: str = "", axis: int | None = None
+) -> ir.Value:
+    """The output of a new node in front of another one."""
+    new = ir.Node(domain, op_type, inputs, [] if axis is None else [ir.AttrInt64("axis", axis)], name=name)
+    new.outputs[0].name = name
+    node.prepend(new)
+    return new.outputs[0]

@@ -1,0 +1,105 @@
+"""nn.Module in eval mode -> ONNX graph of the operators that its forward calls, nothing folded or renamed yet."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nmcompile.errors import ExportError
+
+OPSET = 21  # the first with 4-bit integers
+BATCH = "batch"
+
+
+def trace_model(
+    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dtype: torch.dtype, dynamic_batch: bool
+) -> ir.Model:
+    """Trace the model; initializers keep the names of parameters and buffers.
+
+    Args:
+        plain: in eval mode; not changed.
+        args, kwargs: an example of the inputs.
+        dtype: of the graph; another one than float32 casts a copy of the model and the inputs.
+        dynamic_batch: leave dim 0 of every input that has the first input's batch size open.
+
+    Raises:
+        ExportError: a model in train mode, one that torch.export cannot trace, or an operator without ONNX form.
+    """
+    _check_eval(plain)
+    if dtype != torch.float32:
+        plain = copy.deepcopy(plain).to(dtype)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
+        )
+    shapes = None
+    if dynamic_batch:
+        args, kwargs = _two_samples(args, kwargs)
+        shapes = _open_batch(plain, args, kwargs)
+    program = _exported(plain, args, kwargs, shapes)
+    try:
+        traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
+    assert traced is not None
+    return traced.model
+
+
+def _check_eval(plain: nn.Module) -> None:
+    name = next((name for name, module in plain.named_modules() if module.training), None)
+    if name is not None:
+        where = f"module {name!r}" if name else type(plain).__name__
+        raise ExportError(f"{where} is in train mode; call model.eval() before the export")
+
+
+def _exported(
+    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
+) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes)
+    except Exception as error:  # whatever the model's own code raises comes out here
+        hint = "; if it needs one batch size, give dynamic_batch=False" if shapes is not None else ""
+        raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {_first_line(error)}{hint}") from error
+
+
+def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim()]
+    return tensors[0].shape[0] if tensors else None
+
+
+def _two_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The example with a batch of two where it has one: torch.export takes a size of 1 for a constant."""
+    if _batch_of(args, kwargs) != 1:
+        return args, kwargs
+
+    def twice(x: Tensor) -> Tensor:
+        return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
+
+    doubled: tuple[tuple[Any, ...], Mapping[str, Any]] = pytree.tree_map_only(Tensor, twice, (args, dict(kwargs)))
+    return doubled
+
+
+def _open_batch(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`dynamic_shapes` by the names of forward's arguments."""
+    size, batch = _batch_of(args, kwargs), torch.export.Dim(BATCH)
+    arguments = inspect.signature(plain.forward).bind(*args, **kwargs).arguments
+
+    def opened(x: Any) -> dict[int, Any] | None:
+        return {0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None
+
+    return pytree.tree_map(opened, dict(arguments))
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,60 @@
+"""The written file, read back and compared with torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from torch import nn
+
+from nmcompile.errors import ExportError
+from nmcompile.export.compare_layers import LayerCheck, check_layers
+from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
+from nmcompile.export.read_onnx import read_weights
+from nmcompile.export.write_onnx import ExportReport
+from nmcompile.ir.deployed import DeployedLayer
+from nmcompile.onnx_files import OnnxFile, open_onnx
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and how close it is."""
+
+    layers: tuple[LayerCheck, ...]
+    runtimes: tuple[RuntimeCheck, ...]
+
+
+def verify_onnx(
+    report: ExportReport, layers: Mapping[str, DeployedLayer], model: nn.Module, batches: Sequence[tuple[Any, ...]]
+) -> Verification:
+    """Compare a file with the model it was made from: zeros, then layer by layer, then end to end.
+
+    Args:
+        report: of the writer.
+        layers: that it was given.
+        model: computes in torch what the file should: weights and inputs pruned and quantized, in eval mode.
+        batches: arguments of the model, float32.
+
+    Raises:
+        ExportError: names the first layer, or the runtime, that differs.
+        FileError: the file is damaged.
+    """
+    file = open_onnx(report.path)
+    _check_zeros(file, report, layers)
+    proto = file.proto if file.path is None else onnx.load(file.path)
+    checks = check_layers(proto, report.nodes, layers, model, lambda: model(*batches[0]), report.target)
+    return Verification(checks, check_runtimes(file, report.target, model, batches))
+
+
+def _check_zeros(file: OnnxFile, report: ExportReport, layers: Mapping[str, DeployedLayer]) -> None:
+    found = {weight.node: weight for weight in read_weights(file)}
+    for node in report.nodes:
+        pattern = layers[node.layer].weight.pattern
+        if pattern is None:
+            continue
+        weight = found.get(node.name)
+        if weight is None or weight.hidden_by:
+            raise ExportError(f"layer {node.name!r}: no constant weight is seen in {report.path}")
+        broken = weight.violations(pattern)
+        if broken:
+            raise ExportError(f"layer {node.name!r}: {broken} blocks of {weight.initializer!r} break {pattern}")

@@ -1,0 +1,147 @@
+"""A plain model and what is known of its layers -> one ONNX file."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nmcompile.errors import ConfigError, ExportError, nearest
+from nmcompile.export.absorb_norms import Affine, absorb_norm
+from nmcompile.export.bake_weights import bake_weights
+from nmcompile.export.clean_graph import clean_graph, drop_unused, strip_origin
+from nmcompile.export.find_layers import LayerNode, find_layers
+from nmcompile.export.keep_biases import keep_bias
+from nmcompile.export.lift_weights import lift_weight
+from nmcompile.export.quantize_inputs import is_emulated, quantize_inputs
+from nmcompile.export.save_model import save_model
+from nmcompile.export.trace_model import trace_model
+from nmcompile.ir.deployed import DeployedLayer
+
+TARGETS = ("onnxruntime", "tensorrt")
+CONTAINERS = ("int8", "int4")
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExportedNode:
+    """One GEMM of the file.
+
+    Attributes:
+        name: of the node: the layer's name, with "#2" where the layer is called a second time.
+        layer: the layer's name.
+        op: Conv, Gemm or MatMul.
+        norm: the module of the norm that was absorbed; "" if none.
+        notes: what a user of the target should know about it.
+    """
+
+    name: str
+    layer: str
+    op: str
+    norm: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written where."""
+
+    path: Path
+    target: str
+    container: str
+    precision: str
+    bytes: int
+    nodes: tuple[ExportedNode, ...]
+
+
+def write_onnx(
+    plain: nn.Module,
+    layers: Mapping[str, DeployedLayer],
+    path: str | os.PathLike[str],
+    args: tuple[Any, ...],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    target: str = "onnxruntime",
+    container: str = "int8",
+    precision: str = "fp32",
+    dynamic_batch: bool = True,
+) -> ExportReport:
+    """Write a model with its layers as they are deployed.
+
+    Args:
+        plain: the model in eval mode; its other parameters are written as they are.
+        layers: by layer name; their weights are written instead of those of `plain`.
+        path: of the file.
+        args, kwargs: an example of the inputs.
+        target: the runtime, "onnxruntime" or "tensorrt": it decides how inputs are quantized.
+        container: "int8", or "int4" for the smallest file.
+        precision: "fp32", or "fp16" for models without quantized layers.
+        dynamic_batch: leave the batch size open.
+
+    Raises:
+        ConfigError: an unknown target, container or precision.
+        ExportError: a model that cannot be written as asked; the message names the layer or the node.
+    """
+    _check_choice("target", target, TARGETS)
+    _check_choice("container", container, CONTAINERS)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_types(layers, target, container, precision)
+    model = trace_model(plain, args, kwargs or {}, dtype=PRECISIONS[precision], dynamic_batch=dynamic_batch)
+    aliases = _aliases(plain)
+    clean_graph(model, {alias for layer in layers.values() for alias in aliases.get(layer.weight.name, ())})
+    sites = find_layers(model, layers, aliases)
+    affines = [absorb_norm(site) for site in sites]
+    bake_weights(model, sites, affines, container)
+    quantize_inputs(model, sites, target)
+    if target == "onnxruntime":
+        for site in sites:
+            keep_bias(model, site)
+            lift_weight(model, site)
+    drop_unused(model)
+    strip_origin(model)
+    for site in sites:
+        site.node.name = site.name
+    model.producer_name, model.producer_version = "nmcompile", ""
+    nodes = tuple(_described(site, affine, target) for site, affine in zip(sites, affines, strict=True))
+    return ExportReport(Path(path), target, container, precision, save_model(model, path), nodes)
+
+
+def _aliases(plain: nn.Module) -> dict[str, list[str]]:
+    """Every name of the parameter that a name stands for: tied weights have several."""
+    names: dict[int, list[str]] = {}
+    parameters = list(plain.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters:
+        names.setdefault(id(parameter), []).append(name)
+    return {name: names[id(parameter)] for name, parameter in parameters}
+
+
+def _check_choice(option: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+    if value not in known:
+        raise ConfigError(f"{option} {value!r} is unknown; {nearest(value, known)}")
+
+
+def _check_types(layers: Mapping[str, DeployedLayer], target: str, container: str, precision: str) -> None:
+    for name, layer in layers.items():
+        is_quantized = layer.input.grid is not None or layer.weight.grid is not None
+        if precision == "fp16" and is_quantized:
+            raise ExportError(f"layer {name!r} is quantized, and an fp16 graph holds no quantized layers; use fp32")
+        is_int4 = container == "int4" and layer.weight.grid is not None and layer.weight.grid.bits <= 4
+        if target == "tensorrt" and is_int4 and layer.input.grid is not None:
+            raise ExportError(
+                f"layer {name!r}: TensorRT takes INT4 weights only where the input is not quantized (weight-only); "
+                f"use container='int8', or leave the inputs in floating point"
+            )
+
+
+def _described(site: LayerNode, affine: Affine | None, target: str) -> ExportedNode:
+    notes = []
+    if affine is not None and site.deployed.weight.grid is not None and (affine.gain < 0).any():
+        notes.append("channels with a negative gamma hold flipped integers")
+    grid = site.deployed.input.grid
+    if grid is not None and is_emulated(grid, target):
+        notes.append(f"input rounded in floats: TensorRT's INT8 ends at 127, the grid at {grid.high}")
+    norm = "" if affine is None else affine.module
+    return ExportedNode(site.name, site.deployed.layer.name, site.node.op_type, norm, tuple(notes))

@@ -1,0 +1,90 @@
+"""What ONNX Runtime makes of files: integer kernels where numbers allow it, the same numbers everywhere."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nmcompile.export import write_onnx
+
+Deploy = Callable[..., Any]
+
+
+def optimized(path: Path) -> Counter[str]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path) + ".optimized"
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def run(path: Path, x: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.tensor(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def unsigned(model: Any) -> Any:
+    """The model with unsigned inputs and no pruning of inputs, as after a ReLU with an odd number of channels."""
+    for layer in model.layers.values():
+        object.__setattr__(layer.input, "pattern", None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "kernel"),
+    [
+        ([nn.Conv2d(8, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 8, 3, bias=False)], (2, 8, 9, 9), "QLinearConv"),
+        ([nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 8)], (2, 5, 8), "MatMulIntegerToFloat"),
+        ([nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)], (2, 8), "QGemm"),
+    ],
+)
+def test_quantized_layers_run_as_integers(
+    deploy: Deploy, tmp_path: Path, layers: list[nn.Module], shape: tuple[int, ...], kernel: str
+) -> None:
+    model = unsigned(deploy(nn.Sequential(*layers), prune_inputs=True))
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    path = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,)).path
+    assert optimized(path)[kernel] >= 1
+    torch.testing.assert_close(run(path, x), model.reference(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def biased_chain(deploy: Deploy, bias: Callable[[Tensor], Tensor]) -> Any:
+    """Two convs in a row; the bias of the first is made from the step of its accumulator."""
+    torch.manual_seed(0)
+    model = unsigned(deploy(nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)), prune_inputs=True))
+    first = model.layers["0"]
+    step = first.weight.scale * first.input.scale
+    for module in (model.plain[0], model.reference[0]):
+        module.bias.data.copy_(bias(step))
+    return model
+
+
+@pytest.mark.parametrize(("fraction", "fused"), [(0.0, 1), (0.4, 0)])
+def test_bias_between_two_steps_is_not_rounded(deploy: Deploy, tmp_path: Path, fraction: float, fused: int) -> None:
+    model = biased_chain(deploy, lambda step: (torch.arange(16) + fraction) * step)
+    x = torch.rand(2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    path = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,)).path
+    assert optimized(path)["QLinearConv"] == fused
+    torch.testing.assert_close(run(path, x), model.reference(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("between", [nn.ReLU6(), nn.MaxPool2d(2), nn.Flatten(2)])
+def test_bias_is_not_rounded_whatever_lies_between(deploy: Deploy, tmp_path: Path, between: nn.Module) -> None:
+    torch.manual_seed(0)
+    last = nn.Linear(16, 8) if isinstance(between, nn.Flatten) else nn.Conv2d(16, 8, 1)
+    model = unsigned(deploy(nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), between, last), prune_inputs=True))
+    x = torch.rand(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    path = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,), dynamic_batch=False).path
+    torch.testing.assert_close(run(path, x), model.reference(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_of_weight_only_layers_are_not_rounded(deploy: Deploy, tmp_path: Path) -> None:
+    model, x = deploy(nn.Linear(64, 32), input_bits=None), torch.randn(2, 5, 64)
+    path = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,)).path
+    torch.testing.assert_close(run(path, x), model.reference(x).detach(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,55 @@
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+
+from nmcompile.export.prune_inputs import DOMAIN, prune_input
+from nmcompile.export.trace_model import OPSET
+from nmcompile.pruning import NMPattern, greedy_by_value
+
+
+def model_of(op_type: str, shape: tuple[int, ...], pattern: str, dtype: ir.DataType) -> onnx.ModelProto:
+    """A model that only prunes, written in front of a node that is then taken away."""
+    x = ir.Value(name="x", shape=ir.Shape(["batch", *shape[1:]]), type=ir.TensorType(dtype))
+    node = ir.Node("", op_type, [x])
+    graph = ir.Graph([x], [], nodes=[node], opset_imports={"": OPSET}, name="pruning")
+    model = ir.Model(graph, ir_version=10)
+    pruned = prune_input(model, node, x, NMPattern.parse(pattern), "pruned")
+    graph.remove(node, safe=True)
+    graph.outputs.append(pruned)
+    return ir.to_proto(model)
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "2:4", "1:4"])
+@pytest.mark.parametrize(
+    ("op_type", "shape", "dim"),
+    [("Conv", (2, 16, 3, 5), 1), ("Conv", (2, 8, 7), 1), ("MatMul", (2, 5, 16), -1), ("Gemm", (3, 16), -1)],
+)
+def test_function_prunes_as_the_operator_does(op_type: str, shape: tuple[int, ...], dim: int, pattern: str) -> None:
+    """Small integers: almost every block has ties, which go to the lowest index."""
+    x = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(0)).float()
+    proto = model_of(op_type, shape, pattern, ir.DataType.FLOAT)
+    onnx.checker.check_model(proto, full_check=True)
+    expected = greedy_by_value(x, pattern, dim=dim)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for run in (session.run, ReferenceEvaluator(proto).run):
+        [result] = run(None, {"x": x.numpy()})
+        assert torch.equal(torch.tensor(result), expected)
+
+
+def test_signs_and_halves() -> None:
+    x: Tensor = torch.randn(3, 16, 4, generator=torch.Generator().manual_seed(0)).half()
+    proto = model_of("Conv", (3, 16, 4), "4:8", ir.DataType.FLOAT16)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    [result] = session.run(None, {"x": x.numpy()})
+    assert torch.equal(torch.tensor(result), greedy_by_value(x, "4:8", dim=1))
+
+
+def test_functions_are_made_of_standard_operators() -> None:
+    for op_type, shape in (("Conv", (2, 16, 3)), ("MatMul", (2, 3, 16))):
+        [function] = model_of(op_type, shape, "4:8", ir.DataType.FLOAT).functions
+        assert function.domain == DOMAIN
+        assert {node.domain for node in function.node} == {""}

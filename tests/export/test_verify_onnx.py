@@ -1,0 +1,84 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from nmcompile.errors import ExportError, FileError
+from nmcompile.export import ExportReport, verify_onnx, write_onnx
+
+
+def damage(path: Path, name: str, change: Callable[[Any], Any]) -> None:
+    proto = onnx.load(path)
+    [tensor] = [t for t in proto.graph.initializer if t.name == name]
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(tensor).copy())), name))
+    onnx.save(proto, path)
+
+
+def some_integers_off(weight: Any) -> Any:
+    kept = np.flatnonzero(weight)[::16]
+    weight.reshape(-1)[kept] += np.where(weight.reshape(-1)[kept] > 0, 1, -1).astype(np.int8)
+    return weight
+
+
+@pytest.fixture
+def written(net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path: Path) -> tuple[Any, ExportReport]:
+    model = deploy(net)
+    return model, write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
+
+
+@pytest.mark.parametrize(
+    ("initializer", "change", "message"),
+    [
+        (
+            "conv.weight_quantized",
+            some_integers_off,
+            "layer 'conv' computes something else .* quantization steps apart",
+        ),
+        ("token.weight_scale", lambda scale: scale * np.float32(1.5), "layer 'token' computes something else"),
+        ("stem.input_scale", lambda scale: scale * np.float32(1.1), "layer 'stem' computes something else"),
+        ("stem.input_high", lambda high: high - np.int8(4), "layer 'stem' computes something else"),
+        ("head.weight_quantized", np.ones_like, "layer 'head': .* blocks of 'head.weight_quantized' break 2:4"),
+    ],
+)
+def test_first_layer_that_differs_is_named(
+    written: tuple[Any, ExportReport], images: Tensor, initializer: str, change: Callable[[Any], Any], message: str
+) -> None:
+    model, report = written
+    damage(report.path, initializer, change)
+    with pytest.raises(ExportError, match=message):
+        verify_onnx(report, model.layers, model.reference, [(images,)])
+
+
+def test_difference_outside_of_layers_is_found_end_to_end(written: tuple[Any, ExportReport], images: Tensor) -> None:
+    model, report = written
+    proto = onnx.load(report.path)
+    [relu] = [node for node in proto.graph.node if node.output[0] == "relu_2"]
+    relu.op_type = "Abs"
+    onnx.save(proto, report.path)
+    with pytest.raises(ExportError, match=r"ONNX Runtime computes something else than torch: relative L2"):
+        verify_onnx(report, model.layers, model.reference, [(images,)])
+
+
+def test_outputs_that_are_not_numbers_never_pass(written: tuple[Any, ExportReport], images: Tensor) -> None:
+    model, report = written
+    damage(report.path, "head.bias", lambda bias: bias * np.float32("nan"))
+    with pytest.raises(ExportError, match="layer 'head'"):
+        verify_onnx(report, model.layers, model.reference, [(images,)])
+
+
+def test_truncated_file_is_refused(written: tuple[Any, ExportReport], images: Tensor) -> None:
+    model, report = written
+    report.path.write_bytes(report.path.read_bytes()[:-100])
+    with pytest.raises(FileError):
+        verify_onnx(report, model.layers, model.reference, [(images,)])
+
+
+def test_types_are_as_reported(written: tuple[Any, ExportReport]) -> None:
+    _, report = written
+    kinds = {t.name: t.data_type for t in onnx.load(report.path).graph.initializer}
+    assert all(kinds[f"{node.name}.weight_quantized"] == TensorProto.INT8 for node in report.nodes)
