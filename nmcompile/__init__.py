@@ -4,13 +4,17 @@ from nmcompile.api import analyze as analyze
 from nmcompile.api import compile as compile
 from nmcompile.api import decompile as decompile
 from nmcompile.api import inspect as inspect
+from nmcompile.api import is_compiled as is_compiled
 from nmcompile.calibration import calibrate as calibrate
+from nmcompile.comparison import compare as compare
 from nmcompile.config import CompileConfig as CompileConfig
 from nmcompile.config import LayerConfig as LayerConfig
 from nmcompile.config import Phase as Phase
 from nmcompile.config import Pruning as Pruning
 from nmcompile.config import presets as presets
 from nmcompile.errors import NMCompileError as NMCompileError
+from nmcompile.exporting import ExportReport as ExportReport
+from nmcompile.exporting import export as export
 from nmcompile.finalization import finalize as finalize
 from nmcompile.ir.modules import ThreeGemm as ThreeGemm
 from nmcompile.pruning import NMPattern as NMPattern

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.calibration import calibrate
 from nmcompile.capture import capture_model
+from nmcompile.compilation import Compilation, record_of
 from nmcompile.config import CompileConfig, preset
-from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, StateError, nearest
+from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, nearest
 from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
@@ -33,15 +34,6 @@ from nmcompile.training.steps import watch_optimizers
 ACCELERATED: tuple[Backend, ...] = (CpuBackend(),)
 """What `backend="auto"` asks before the reference backend, in this order, where it is available."""
 Model = nn.Module | ExportedProgram
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """What a compiled model remembers of how it came about."""
-
-    program: Program
-    mode: str
-    reverted: Reverted | None = None
 
 
 def compile(
@@ -132,7 +124,7 @@ def inspect(compiled: nn.Module) -> Report:
     Raises:
         StateError: the model is not compiled.
     """
-    root, record = _record(compiled)
+    root, record = record_of(compiled)
     observed = {
         triple.layer.name: Observation(triple.called, triple.positions, triple.graphs.kernels())
         for triple in triples_of(root)
@@ -244,13 +236,6 @@ def _rewrite(
 def _without(config: CompileConfig, layers: tuple[str, ...]) -> CompileConfig:
     """The config with more layers left dense."""
     return replace(config, layers={**config.layers, **dict.fromkeys(layers)})
-
-
-def _record(compiled: nn.Module) -> tuple[nn.Module, Compilation]:
-    for module in compiled.modules():
-        if RECORD in module.__dict__:
-            return module, module.__dict__[RECORD]
-    raise StateError(f"{type(compiled).__name__} is not compiled; use nmcompile.analyze to see what compile would do")
 
 
 def _restore_all(model: nn.Module) -> None:

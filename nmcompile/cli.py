@@ -25,7 +25,7 @@ def cli() -> None:
 @click.option("--train-images", default=60_000, show_default=True, type=click.IntRange(min=1))
 def demo(data: Path | None, epochs: int | None, seed: int, train_images: int) -> None:
     """Train a small ResNet dense and sparse on real images, compare and verify. Never downloads."""
-    from nmcompile.demo.training import run_demo
+    from nmcompile.demo.run import run_demo
 
     if not run_demo(data, epochs, seed, train_images):
         sys.exit(1)
@@ -44,6 +44,58 @@ def analyze(model: str, mode: str, inputs: tuple[str, ...], style: str | None) -
     args = tuple(_example(text) for text in inputs) or None
     report = nmcompile.analyze(_factory(model)(), mode, args=args)
     click.echo({"json": report.to_json, "markdown": report.to_markdown, None: report.__str__}[style]())
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--mode", default="inference", show_default=True, help="For a factory that returns a plain model.")
+@click.option("--input", "inputs", multiple=True, required=True, help="As for analyze; repeatable.")
+@click.option("--calibration", help="package.module:factory of an iterable of batches, for mode inference.")
+@click.option("--target", type=click.Choice(["onnxruntime", "tensorrt"]), help="The runtime that the file is for.")
+@click.option("--container", default="int8", show_default=True, type=click.Choice(["int8", "int4"]))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16"]))
+def export(
+    model: str,
+    path: Path,
+    mode: str,
+    inputs: tuple[str, ...],
+    calibration: str | None,
+    target: str | None,
+    container: str,
+    precision: str,
+) -> None:
+    """Write MODEL, named package.module:factory, to PATH (.onnx, .engine or .plan). Imports and runs that code."""
+    import nmcompile
+
+    args = tuple(_example(text) for text in inputs)
+    compiled = _factory(model)().eval()
+    if not nmcompile.is_compiled(compiled):
+        batches = _factory(calibration)() if calibration else None
+        compiled = nmcompile.compile(compiled, mode, args=args, calibration=batches)
+    click.echo(nmcompile.export(compiled, path, args, target=target, container=container, precision=precision))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def inspect(path: Path) -> None:
+    """List the weights of an ONNX file: which patterns they obey, and what hides their zeros. Runs no code of it."""
+    from nmcompile.export import read_weights, weights_table
+
+    click.echo(weights_table(read_weights(path)))
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--pattern", help="For files that nmcompile did not write, such as 2:4.")
+def verify(path: Path, pattern: str | None) -> None:
+    """Count the blocks of an ONNX file's weights that break their pattern; the exit status says whether any does."""
+    import nmcompile
+
+    report = nmcompile.verify(path, pattern)
+    click.echo(report)
+    if not report.ok:
+        sys.exit(1)
 
 
 @cli.command()

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from nmcompile.compilation import record_of
 from nmcompile.config import Phase
 from nmcompile.errors import PassError
-from nmcompile.finalization import effective_weight, stored_weight
+from nmcompile.finalization import effective_weight, named_weight, stored_weight
+from nmcompile.ir.captured import Site
 from nmcompile.ir.deployed import DeployedInput, DeployedLayer, DeployedWeight
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
@@ -14,13 +16,17 @@ from nmcompile.training.state import triples_of
 
 @torch.no_grad()
 def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
-    """The layers of a compiled model by name; those that the plan left alone are not in it.
+    """Every layer of a compiled model by name, those that the plan left as they were too.
 
     Raises:
         CalibrationError: an input is to be quantized, but not calibrated.
         PassError: a weight is computed in forward.
     """
-    return {triple.layer.name: _deployed(compiled, triple) for triple in triples_of(compiled)}
+    rewritten = {triple.layer.name: _deployed(compiled, triple) for triple in triples_of(compiled)}
+    root, record = record_of(compiled)
+    captured = record.program.captured
+    left = [site for site in captured.sites if site.layer.name not in captured.bypassed and not site.is_expression]
+    return {site.layer.name: _plain(root, site) for site in left} | rewritten
 
 
 def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
@@ -30,6 +36,12 @@ def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
         raise PassError(f"layer {triple.layer.name!r}: its weight is computed in forward, so that no file can hold it")
     weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))
     return DeployedLayer(triple.layer, weight, _input(triple))
+
+
+def _plain(model: nn.Module, site: Site) -> DeployedLayer:
+    weight = named_weight(model, site.weight)
+    assert weight is not None
+    return DeployedLayer(site.layer, DeployedWeight(site.weight, None, weight.detach()), DeployedInput())
 
 
 def _input(triple: GemmTriple) -> DeployedInput:

@@ -1,5 +1,6 @@
 """Count the blocks that break their pattern, in the weights of a model and in the operands of a training step."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,14 @@ from torch import Tensor, fx, nn
 from nmcompile.capture import capture_model
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
+from nmcompile.export.read_onnx import planned_patterns, read_weights
 from nmcompile.finalization import FINALIZED, effective_weight, named_weight
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.onnx_files import open_onnx
 from nmcompile.pruning import NMPattern
 from nmcompile.training.binding import count_violations
 from nmcompile.training.masks import WeightMask
@@ -54,21 +57,27 @@ class VerifyReport:
 
 
 def verify(
-    target: nn.Module, pattern: str | NMPattern | None = None, *, step: Callable[[], Any] | None = None
+    target: nn.Module | str | os.PathLike[str],
+    pattern: str | NMPattern | None = None,
+    *,
+    step: Callable[[], Any] | None = None,
 ) -> VerifyReport:
-    """Check a model against its patterns.
+    """Check a model, or an ONNX file, against its patterns.
 
     Args:
         target: a compiled model, judged by its effective weights and its own plan; a finalized model, judged by what
             it was finalized from; or any other module, whose conv and linear weights are checked against `pattern`
-            along in-channels.
-        pattern: for a module that is neither compiled nor finalized.
+            along in-channels; or the path of an ONNX file, judged by what `export` wrote into it, or by `pattern`.
+        pattern: for a module that is neither compiled nor finalized, or a file that `export` did not write.
         step: runs one forward and backward of a compiled model; every pruned operand of every GEMM that it runs is
             then checked too.
 
     Raises:
-        ConfigError: a plain module without a pattern.
+        ConfigError: a plain module, or a file of another writer, without a pattern.
+        FileError: a damaged or hostile file.
     """
+    if not isinstance(target, nn.Module):
+        return VerifyReport(tuple(_file_checks(target, None if pattern is None else NMPattern.parse(pattern))))
     masks = masks_of(target) or target.__dict__.get(FINALIZED, {})
     if pattern is not None:
         checks = list(_plain_checks(target, NMPattern.parse(pattern)))
@@ -82,6 +91,21 @@ def verify(
     if step is not None:
         checks += _step_checks(target, step)
     return VerifyReport(tuple(checks))
+
+
+def _file_checks(path: str | os.PathLike[str], pattern: NMPattern | None) -> Iterator[TensorCheck]:
+    file = open_onnx(path)
+    weights, planned = read_weights(file), planned_patterns(file)
+    if pattern is None and not planned:
+        raise ConfigError(f"{file.name} does not say what its weights were pruned to; give the pattern to check it for")
+    for weight in weights:
+        wanted = pattern or planned.get(weight.node)
+        if wanted is None:
+            continue
+        blocks = -(-weight.rows.shape[-1] // wanted.block) * (weight.rows.size // max(1, weight.rows.shape[-1]))
+        # Zeros that a runtime cannot see are none.
+        violations = weight.violations(wanted) if not weight.hidden_by else max(1, blocks)
+        yield TensorCheck(weight.node, "weight", "in", wanted, blocks, violations)
 
 
 def _plain_checks(model: nn.Module, pattern: NMPattern) -> Iterator[TensorCheck]:

@@ -92,3 +92,22 @@ def test_errors_are_one_line_without_a_traceback(
     assert left.value.code == 1 and not shown.out
     assert shown.err.startswith("nmcompile: ") and shown.err.count("\n") == 1
     assert [text for text in fragments if text not in shown.err] == []
+
+
+CALIBRATED = """
+import torch
+
+def batches():
+    return [torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))]
+"""
+
+
+def test_export_inspect_and_verify(package: str, tmp_path: Path) -> None:
+    (tmp_path / "cli_data.py").write_text(CALIBRATED)
+    path = str(tmp_path / "m.onnx")
+    result = run("export", f"{package}:build", path, "--input", "f32[2,3,6,6]", "--calibration", "cli_data:batches")
+    assert result.exit_code == 0 and "2:4 s4" in result.output
+    assert "INT8" in run("inspect", path).output
+    verified = run("verify", path)
+    assert verified.exit_code == 0 and "every block holds" in verified.output
+    assert run("verify", path, "--pattern", "1:4").exit_code == 1

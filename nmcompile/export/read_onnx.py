@@ -1,5 +1,7 @@
 """What an ONNX file multiplies by: its GEMM nodes and their constant weights, whoever wrote it."""
 
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,11 +10,14 @@ import numpy.typing as npt
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from tabulate import tabulate
 
+from nmcompile.errors import FileError
 from nmcompile.onnx_files import OnnxFile, open_onnx
 from nmcompile.pruning import NMPattern
 
 Array = npt.NDArray[np.generic]
 Perm = list[int] | None
+PLANNED = "nmcompile.patterns"
+"""The key of a file's metadata that says which node was written with which pattern, as JSON."""
 GEMMS = frozenset({"Conv", "Gemm", "MatMul"})
 SEEN_THROUGH = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Identity"})
 PATTERNS = tuple(NMPattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8"))
@@ -58,7 +63,7 @@ class OnnxWeight:
         return int((padded.reshape(-1, pattern.block).sum(axis=1) > pattern.n_keep).sum())
 
 
-def read_weights(file: OnnxFile | str | bytes) -> tuple[OnnxWeight, ...]:
+def read_weights(file: OnnxFile | str | os.PathLike[str] | bytes) -> tuple[OnnxWeight, ...]:
     """Every Conv, Gemm and MatMul of the main graph that multiplies by a constant, in its order.
 
     Raises:
@@ -66,6 +71,19 @@ def read_weights(file: OnnxFile | str | bytes) -> tuple[OnnxWeight, ...]:
     """
     opened = file if isinstance(file, OnnxFile) else open_onnx(file)
     return tuple(_weights(opened.proto.graph, str(opened.path.parent) if opened.path else ""))
+
+
+def planned_patterns(file: OnnxFile) -> dict[str, NMPattern]:
+    """Which pattern each node was written with; empty for files of other writers.
+
+    Raises:
+        FileError: metadata that no writer of ours has made.
+    """
+    text = next((entry.value for entry in file.proto.metadata_props if entry.key == PLANNED), "{}")
+    try:
+        return {str(name): NMPattern.parse(pattern) for name, pattern in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise FileError(f"{file.name}: its metadata {PLANNED!r} cannot be read ({error})") from error
 
 
 def weights_table(weights: tuple[OnnxWeight, ...]) -> str:
@@ -76,7 +94,7 @@ def weights_table(weights: tuple[OnnxWeight, ...]) -> str:
             w.op,
             "x".join(map(str, w.shape)),
             w.dtype,
-            ", ".join(map(str, w.patterns)) or "dense",
+            f"hidden by {w.hidden_by}" if w.hidden_by else ", ".join(map(str, w.patterns)) or "dense",
             f"{w.zeros:.0%}",
         ]
         for w in weights

@@ -11,7 +11,7 @@ from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import LayerCheck, check_layers
 from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
 from nmcompile.export.read_onnx import read_weights
-from nmcompile.export.write_onnx import ExportReport
+from nmcompile.export.write_onnx import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
 from nmcompile.onnx_files import OnnxFile, open_onnx
 
@@ -23,9 +23,18 @@ class Verification:
     layers: tuple[LayerCheck, ...]
     runtimes: tuple[RuntimeCheck, ...]
 
+    def __str__(self) -> str:
+        steps = max((check.most_steps for check in self.layers if check.is_quantized), default=0.0)
+        lines = [f"{len(self.layers)} layers fed the same input: at most {steps:.4f} quantization steps apart"]
+        lines += [
+            f"{check.runtime}: relative L2 {check.relative_l2:.1e}, same top-1 {check.same_top1:.1%}"
+            for check in self.runtimes
+        ]
+        return "\n".join(lines)
+
 
 def verify_onnx(
-    report: ExportReport, layers: Mapping[str, DeployedLayer], model: nn.Module, batches: Sequence[tuple[Any, ...]]
+    report: OnnxReport, layers: Mapping[str, DeployedLayer], model: nn.Module, batches: Sequence[tuple[Any, ...]]
 ) -> Verification:
     """Compare a file with the model it was made from: zeros, then layer by layer, then end to end.
 
@@ -46,7 +55,7 @@ def verify_onnx(
     return Verification(checks, check_runtimes(file, report.target, model, batches))
 
 
-def _check_zeros(file: OnnxFile, report: ExportReport, layers: Mapping[str, DeployedLayer]) -> None:
+def _check_zeros(file: OnnxFile, report: OnnxReport, layers: Mapping[str, DeployedLayer]) -> None:
     found = {weight.node: weight for weight in read_weights(file)}
     for node in report.nodes:
         pattern = layers[node.layer].weight.pattern

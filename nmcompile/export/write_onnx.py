@@ -1,5 +1,6 @@
 """A plain model and what is known of its layers -> one ONNX file."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from nmcompile.export.find_layers import LayerNode, find_layers
 from nmcompile.export.keep_biases import keep_bias
 from nmcompile.export.lift_weights import lift_weight
 from nmcompile.export.quantize_inputs import is_emulated, quantize_inputs
+from nmcompile.export.read_onnx import PLANNED
 from nmcompile.export.save_model import save_model
 from nmcompile.export.trace_model import trace_model
 from nmcompile.ir.deployed import DeployedLayer
@@ -46,7 +48,7 @@ class ExportedNode:
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class OnnxReport:
     """What was written where."""
 
     path: Path
@@ -68,7 +70,7 @@ def write_onnx(
     container: str = "int8",
     precision: str = "fp32",
     dynamic_batch: bool = True,
-) -> ExportReport:
+) -> OnnxReport:
     """Write a model with its layers as they are deployed.
 
     Args:
@@ -105,8 +107,10 @@ def write_onnx(
     for site in sites:
         site.node.name = site.name
     model.producer_name, model.producer_version = "nmcompile", ""
+    patterns = {site.name: site.deployed.weight.pattern for site in sites}
+    model.metadata_props[PLANNED] = json.dumps({name: str(p) for name, p in patterns.items() if p is not None})
     nodes = tuple(_described(site, affine, target) for site, affine in zip(sites, affines, strict=True))
-    return ExportReport(Path(path), target, container, precision, save_model(model, path), nodes)
+    return OnnxReport(Path(path), target, container, precision, save_model(model, path), nodes)
 
 
 def _aliases(plain: nn.Module) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, FileError
-from nmcompile.export import ExportReport, verify_onnx, write_onnx
+from nmcompile.export import OnnxReport, verify_onnx, write_onnx
 
 
 def damage(path: Path, name: str, change: Callable[[Any], Any]) -> None:
@@ -26,7 +26,7 @@ def some_integers_off(weight: Any) -> Any:
 
 
 @pytest.fixture
-def written(net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path: Path) -> tuple[Any, ExportReport]:
+def written(net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path: Path) -> tuple[Any, OnnxReport]:
     model = deploy(net)
     return model, write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
 
@@ -46,7 +46,7 @@ def written(net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path
     ],
 )
 def test_first_layer_that_differs_is_named(
-    written: tuple[Any, ExportReport], images: Tensor, initializer: str, change: Callable[[Any], Any], message: str
+    written: tuple[Any, OnnxReport], images: Tensor, initializer: str, change: Callable[[Any], Any], message: str
 ) -> None:
     model, report = written
     damage(report.path, initializer, change)
@@ -54,7 +54,7 @@ def test_first_layer_that_differs_is_named(
         verify_onnx(report, model.layers, model.reference, [(images,)])
 
 
-def test_difference_outside_of_layers_is_found_end_to_end(written: tuple[Any, ExportReport], images: Tensor) -> None:
+def test_difference_outside_of_layers_is_found_end_to_end(written: tuple[Any, OnnxReport], images: Tensor) -> None:
     model, report = written
     proto = onnx.load(report.path)
     [relu] = [node for node in proto.graph.node if node.output[0] == "relu_2"]
@@ -64,21 +64,21 @@ def test_difference_outside_of_layers_is_found_end_to_end(written: tuple[Any, Ex
         verify_onnx(report, model.layers, model.reference, [(images,)])
 
 
-def test_outputs_that_are_not_numbers_never_pass(written: tuple[Any, ExportReport], images: Tensor) -> None:
+def test_outputs_that_are_not_numbers_never_pass(written: tuple[Any, OnnxReport], images: Tensor) -> None:
     model, report = written
     damage(report.path, "head.bias", lambda bias: bias * np.float32("nan"))
     with pytest.raises(ExportError, match="layer 'head'"):
         verify_onnx(report, model.layers, model.reference, [(images,)])
 
 
-def test_truncated_file_is_refused(written: tuple[Any, ExportReport], images: Tensor) -> None:
+def test_truncated_file_is_refused(written: tuple[Any, OnnxReport], images: Tensor) -> None:
     model, report = written
     report.path.write_bytes(report.path.read_bytes()[:-100])
     with pytest.raises(FileError):
         verify_onnx(report, model.layers, model.reference, [(images,)])
 
 
-def test_types_are_as_reported(written: tuple[Any, ExportReport]) -> None:
+def test_types_are_as_reported(written: tuple[Any, OnnxReport]) -> None:
     _, report = written
     kinds = {t.name: t.data_type for t in onnx.load(report.path).graph.initializer}
     assert all(kinds[f"{node.name}.weight_quantized"] == TensorProto.INT8 for node in report.nodes)

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ConfigError, ExportError
-from nmcompile.export import ExportReport, verify_onnx, write_onnx
+from nmcompile.export import OnnxReport, verify_onnx, write_onnx
 from nmcompile.ir.deployed import DeployedInput, DeployedLayer, DeployedWeight
 from nmcompile.ir.layers import LinearLayer
 from nmcompile.pruning import NMPattern, greedy
@@ -68,7 +68,7 @@ def test_file_computes_what_torch_computes(
     assert max(check.most_steps for check in verified.layers) < 0.01
 
 
-def write(model: Any, path: Path, images: Tensor, **options: Any) -> ExportReport:
+def write(model: Any, path: Path, images: Tensor, **options: Any) -> OnnxReport:
     return write_onnx(model.plain, model.layers, path, (images,), **options)
 
 

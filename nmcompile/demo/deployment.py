@@ -1,0 +1,46 @@
+"""Quantize the trained sparse model, write it as ONNX, and run the file in ONNX Runtime."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+import nmcompile
+from nmcompile.backends.onnxruntime import OnnxRuntimeModel
+from nmcompile.demo.images import Images
+from nmcompile.demo.training import evaluate
+
+CALIBRATION = 512
+
+
+def deploy(dense: nn.Module, sparse: nn.Module, images: Images) -> None:
+    """Print accuracy and file size of the dense model and of the sparse 4-bit one, from their files."""
+    args = (images.test_images[:2],)
+    calibration = images.train_images[:CALIBRATION].split(128)
+    quantized = nmcompile.compile(sparse, mode="inference", args=args, calibration=calibration).eval()
+    plain = nmcompile.compile(dense, mode="dense", args=args).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"dense, fp32": (plain, "dense.onnx"), "sparse, 4-bit": (quantized, "sparse.onnx")}
+        reports = {name: nmcompile.export(model, Path(folder) / file, args) for name, (model, file) in models.items()}
+        rows = []
+        for name, report in reports.items():
+            accuracy, loss = evaluate(_Session(report.onnx.path), images)
+            rows.append([name, accuracy, loss, report.onnx.bytes / 1e3])
+    print("exported and run in ONNX Runtime, without retraining:")
+    print(tabulate(rows, headers=["", "test accuracy, %", "test loss", "file, kB"], floatfmt=("", ".2f", ".4f", ".0f")))
+    print(f"\n{nmcompile.inspect(quantized)}\n\n{reports['sparse, 4-bit']}\n")
+
+
+class _Session(nn.Module):
+    """A file behind a module's interface."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.model = OnnxRuntimeModel(path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.model(x)
+        assert isinstance(scores, torch.Tensor)
+        return scores

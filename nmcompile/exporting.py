@@ -1,0 +1,103 @@
+"""Write a compiled model to a file: ONNX, or a TensorRT plan built from it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from nmcompile.backends.tensorrt import EngineReport, build_engine
+from nmcompile.deployment import deployed_layers
+from nmcompile.errors import ConfigError, ExportError, nearest
+from nmcompile.export import OnnxReport, Verification, verify_onnx, write_onnx
+from nmcompile.finalization import finalize
+from nmcompile.ir.deployed import DeployedLayer
+
+ENGINES = (".engine", ".plan")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, how it compares with the model, and for a plan what TensorRT made of it."""
+
+    onnx: OnnxReport
+    layers: Mapping[str, DeployedLayer]
+    verification: Verification | None
+    engine: EngineReport | None
+
+    def __str__(self) -> str:
+        rows = [
+            [node.name, node.op, *_deployed(self.layers[node.layer]), "; ".join(node.notes)] for node in self.onnx.nodes
+        ]
+        table = tabulate(rows, headers=["layer", "node", "weight", "input", "note"], maxcolwidths=[None] * 4 + [60])
+        size = f"{self.onnx.path.name}: {self.onnx.bytes / 1e6:.2f} MB for {self.onnx.target}"
+        parts = [table, size, *(str(part) for part in (self.verification, self.engine) if part is not None)]
+        return "\n\n".join(parts)
+
+
+def export(
+    compiled: nn.Module,
+    path: str | os.PathLike[str],
+    args: tuple[Any, ...],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    target: str | None = None,
+    container: str = "int8",
+    precision: str = "fp32",
+    dynamic_batch: bool = True,
+    verify: bool = True,
+) -> ExportReport:
+    """Write a compiled model as its layers are deployed: zeros and grids in the weights, pruning and Q/DQ in front.
+
+    Args:
+        compiled: what `compile` made, in eval mode, with calibrated inputs.
+        path: `.onnx`; or `.engine` or `.plan`, for which the ONNX file is written beside it first.
+        args, kwargs: an example of the inputs.
+        target: the runtime of the file, `"onnxruntime"` (default of `.onnx`) or `"tensorrt"`: it decides how inputs
+            are quantized.
+        container: `"int8"`, or `"int4"` for the smallest file.
+        precision: `"fp32"`, or `"fp16"` for models whose layers are not quantized.
+        dynamic_batch: leave the batch size open.
+        verify: read the file back, count blocks that break their pattern, and compare ONNX Runtime and the ONNX
+            reference with the model, layer by layer and end to end.
+
+    Raises:
+        ConfigError: an unknown suffix, target, container or precision.
+        CalibrationError: an input is to be quantized, but has no clip.
+        ExportError: a model that cannot be written as asked, or a file that does not compute the same.
+        BackendUnavailable: a plan without TensorRT; the ONNX file is there all the same.
+    """
+    path, onnx_path, target = _chosen(Path(path), target)
+    if compiled.training:
+        raise ExportError(f"{type(compiled).__name__} is in train mode; call .eval() before export")
+    layers = deployed_layers(compiled)
+    report = write_onnx(
+        finalize(compiled), layers, onnx_path, args,
+        kwargs=kwargs, target=target, container=container, precision=precision, dynamic_batch=dynamic_batch,
+    )  # fmt: skip
+    verification = verify_onnx(report, layers, compiled, [args]) if verify else None
+    engine = build_engine(onnx_path, path) if path.suffix in ENGINES else None
+    return ExportReport(report, layers, verification, engine)
+
+
+def _chosen(path: Path, target: str | None) -> tuple[Path, Path, str]:
+    """The file asked for, its ONNX file, and the target."""
+    if path.suffix == ".onnx":
+        return path, path, target or "onnxruntime"
+    if path.suffix not in ENGINES:
+        raise ConfigError(
+            f"{path.name}: nothing is known of {path.suffix!r}; {nearest(path.suffix, ('.onnx', *ENGINES))}"
+        )
+    if target not in (None, "tensorrt"):
+        raise ConfigError(f"{path.name} is a TensorRT plan, so its target cannot be {target!r}; leave target out")
+    return path, path.with_suffix(".onnx"), "tensorrt"
+
+
+def _deployed(layer: DeployedLayer) -> tuple[str, str]:
+    """What is in the weight, and what happens to the input."""
+    weight = " ".join(str(part) for part in (layer.weight.pattern, layer.weight.grid) if part is not None)
+    before = " ".join(str(part) for part in (layer.input.pattern, layer.input.grid) if part is not None)
+    return weight or "dense", before or "as it is"

@@ -1,0 +1,145 @@
+"""`nmcompile.export`: what is refused, what is written, and what the command line makes of the file."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import nmcompile
+from nmcompile.backends.onnxruntime import OnnxRuntimeModel
+from nmcompile.backends.tensorrt import tensorrt_support
+from nmcompile.deployment import deployed_layers
+from nmcompile.errors import BackendUnavailable, CalibrationError, ConfigError, ExportError, FileError
+from nmcompile.ir.deployed import DeployedLayer
+
+X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.Flatten(), nn.Linear(64, 4),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def quantized(net: nn.Module) -> nn.Module:
+    return nmcompile.compile(net, "inference", args=(X,), calibration=[X]).eval()
+
+
+@torch.no_grad()
+def test_the_file_computes_what_the_model_does_at_any_batch(quantized: nn.Module, tmp_path: Path) -> None:
+    report = nmcompile.export(quantized, tmp_path / "m.onnx", (X,))
+    run = OnnxRuntimeModel(tmp_path / "m.onnx")
+    for batch in (X, X[:1], torch.cat([X, X + 1])):
+        torch.testing.assert_close(run(batch), quantized(batch), rtol=1e-4, atol=1e-4)
+    assert report.verification is not None and all(check.ok for check in report.verification.runtimes)
+    assert "2:4 s4" in str(report) and "4:8 u4" in str(report) and "same top-1 100.0%" in str(report)
+
+
+@pytest.mark.parametrize("mode", ["weights", "t-weights", "training", "activations", "dense"])
+def test_every_mode_is_exported_in_full_precision(net: nn.Module, mode: str, tmp_path: Path) -> None:
+    compiled = nmcompile.compile(net, mode, args=(X,)).eval()
+    with torch.no_grad():
+        expected = compiled(X)
+    nmcompile.export(compiled, tmp_path / "m.onnx", (X,))
+    torch.testing.assert_close(OnnxRuntimeModel(tmp_path / "m.onnx")(X), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stored_integers_are_sparse_and_small(quantized: nn.Module, tmp_path: Path) -> None:
+    """Read with onnx alone: INT8 in [-7, 7], at most two of every four along in-channels."""
+    nmcompile.export(quantized, tmp_path / "m.onnx", (X,))
+    stored = [numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer]
+    (weight,) = [array for array in stored if array.shape == (16, 16, 3, 3)]
+    assert weight.dtype == np.int8 and np.abs(weight).max() <= 7
+    assert (weight != 0).reshape(16, 4, 4, 3, 3).sum(2).max() <= 2
+
+
+def test_verify_and_inspect_read_files(quantized: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    nmcompile.export(quantized, path, (X,))
+    report = nmcompile.verify(path)
+    assert report.ok and [check.name for check in report.checks] == ["3"] and report.checks[0].blocks == 576
+    everything = nmcompile.verify(path, "2:4")
+    assert {check.name: check.violations > 0 for check in everything.checks} == {"0": True, "3": False, "7": True}
+
+
+def test_a_file_whose_zeros_were_lost_is_found(quantized: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    nmcompile.export(quantized, path, (X,))
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tuple(tensor.dims) == (16, 16, 3, 3):
+            tensor.CopyFrom(numpy_helper.from_array(np.ones((16, 16, 3, 3), np.int8), tensor.name))
+    onnx.save(model, path)
+    assert [check.violations for check in nmcompile.verify(path).checks] == [576]
+
+
+def test_files_of_others_need_a_pattern(net: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "other.onnx"
+    torch.onnx.export(net, (X,), path, dynamo=True, verbose=False)
+    with pytest.raises(ConfigError, match="give the pattern"):
+        nmcompile.verify(path)
+    assert not nmcompile.verify(path, "2:4").ok
+    (tmp_path / "broken.onnx").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FileError, match=r"broken\.onnx"):
+        nmcompile.verify(tmp_path / "broken.onnx", "2:4")
+
+
+def test_a_model_in_train_mode_is_refused(quantized: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"train mode.*\.eval\(\)"):
+        nmcompile.export(quantized.train(), tmp_path / "m.onnx", (X,))
+
+
+def test_an_uncalibrated_model_is_refused(net: nn.Module, tmp_path: Path) -> None:
+    compiled = nmcompile.compile(net, "inference", args=(X,)).eval()
+    with pytest.raises(CalibrationError, match="layer '3'"):
+        nmcompile.export(compiled, tmp_path / "m.onnx", (X,))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"), [("m.onx", None, r"'\.onnx'"), ("m.plan", "onnxruntime", "plan")]
+)
+def test_paths_say_what_is_written(quantized: nn.Module, tmp_path: Path, name: str, target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        nmcompile.export(quantized, tmp_path / name, (X,), target=target)
+
+
+@pytest.mark.skipif(tensorrt_support().ok, reason="TensorRT is installed")
+def test_without_tensorrt_the_onnx_file_is_still_written(quantized: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="pip install"):
+        nmcompile.export(quantized, tmp_path / "m.engine", (X,))
+    assert nmcompile.verify(tmp_path / "m.onnx").ok
+
+
+@pytest.mark.skipif(not tensorrt_support().ok, reason=tensorrt_support().reason)
+def test_tensorrt_builds_the_plan(quantized: nn.Module, tmp_path: Path) -> None:
+    report = nmcompile.export(quantized, tmp_path / "m.engine", (X,))
+    assert (tmp_path / "m.engine").stat().st_size > 0
+    assert report.engine is not None and "3" in {layer.name for layer in report.engine.layers}
+
+
+def test_a_difference_fails_loudly(quantized: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that loses a weight's scale is caught, and the layer is named."""
+    from nmcompile import exporting
+
+    def halved(model: nn.Module) -> dict[str, DeployedLayer]:
+        layers = deployed_layers(model)
+        weight = layers["3"].weight
+        wrong = type(weight)(weight.name, weight.pattern, weight.values / 2, weight.grid, _half(weight.scale))
+        return layers | {"3": type(layers["3"])(layers["3"].layer, wrong, layers["3"].input)}
+
+    monkeypatch.setattr(exporting, "deployed_layers", halved)
+    with pytest.raises(ExportError, match="'3'"):
+        nmcompile.export(quantized, tmp_path / "m.onnx", (X,))
+
+
+def _half(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale / 2
