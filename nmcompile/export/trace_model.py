@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,9 @@ def trace_model(
         shapes = _open_batch(plain, args, kwargs)
     program = _exported(plain, args, kwargs, shapes)
     try:
-        traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the decomposition warns of torch's own code
+            traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
     assert traced is not None
