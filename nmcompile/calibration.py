@@ -1,10 +1,13 @@
 """Find the clips of quantized inputs from example data."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from nmcompile.config import Phase
@@ -16,14 +19,19 @@ from nmcompile.quantization import Histogram
 from nmcompile.training.state import triples_of
 
 PERCENTILE = 99.99
+FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+EXAMPLES = 8  # batches whose outputs are kept to choose among them
 
 
 @torch.no_grad()
 def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
     """Set the clip of every quantized input from a pass over `data`, in eval mode and with unquantized inputs.
 
-    The histogram of each input (after its pruning) is searched for the clip of the least squared error, or of the
-    percentile 99.99 where `CompileConfig(clip="percentile")` asks for it. A learned clip starts from the first.
+    The histogram of each input (after its pruning) is searched for the clip of the least squared error. That says which
+    clips fit together, but not how much clipping the model bears: errors of rounding add up through the layers
+    otherwise than errors of clipping. So all clips are then multiplied by the one factor with the least squared error
+    of the model's outputs on the first batches. Learned clips start from there. With
+    `CompileConfig(clip="percentile")` each clip is the percentile 99.99 of its input.
 
     Args:
         compiled: a model compiled with a mode that quantizes inputs.
@@ -33,20 +41,57 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
     Raises:
         CalibrationError: no data, data with NaN or infinity, or an input that is always zero; it names the layer.
     """
-    triples = [triple for triple in triples_of(compiled) if triple.steps.input is not None]
-    observed = {id(triple): Histogram() for triple in triples}
-    modes = {module: module.training for module in compiled.modules()}
-    compiled.eval()
+    steps = {id(triple): triple.steps.input for triple in triples_of(compiled) if triple.steps.input is not None}
+    with _evaluating(compiled):
+        observed, examples = _observe(compiled, data)
+        clips = {key: _clip(step, observed[key]) for key, step in steps.items()}
+        for key, step in steps.items():
+            step.calibrate(clips[key])
+        _scale_clips(compiled, [step for step in steps.values() if step.row.operator != "percentile"], examples)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; behind, in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        with interpreted(triples, lambda triple, phase: _Observer(triple, phase, observed[id(triple)])):
-            for batch in tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None):
-                run_batch(compiled, batch)
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
-    for triple in triples:
-        assert triple.steps.input is not None
-        triple.steps.input.calibrate(_clip(triple.steps.input, observed[id(triple)]))
+
+
+def _observe(compiled: nn.Module, data: Iterable[Any]) -> tuple[dict[int, Histogram], list[tuple[Any, list[Tensor]]]]:
+    """What each input holds, and some batches with the outputs that they have unquantized."""
+    observed: dict[int, Histogram] = defaultdict(Histogram)
+    examples: list[tuple[Any, list[Tensor]]] = []
+    with interpreted(triples_of(compiled), lambda triple, phase: _Observer(triple, phase, observed)):
+        for batch in tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None):
+            outputs = _floats(run_batch(compiled, batch))
+            if len(examples) < EXAMPLES:
+                examples.append((batch, outputs))
+    return observed, examples
+
+
+def _scale_clips(compiled: nn.Module, steps: list[InputStep], examples: list[tuple[Any, list[Tensor]]]) -> None:
+    """Multiply all clips by the factor that serves the model's outputs best."""
+    local = [step.clip.clone() for step in steps]
+
+    def error(factor: float) -> float:
+        for step, clip in zip(steps, local, strict=True):
+            step.calibrate(factor * clip)
+        pairs = (zip(_floats(run_batch(compiled, batch)), outputs, strict=True) for batch, outputs in examples)
+        return sum(float((ours - exact).double().square().sum()) for pair in pairs for ours, exact in pair)
+
+    best = min(FACTORS, key=error) if steps else 1.0
+    for step, clip in zip(steps, local, strict=True):
+        step.calibrate(best * clip)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a model returns, in any structure."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
@@ -62,16 +107,17 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 class _Observer(fx.Interpreter):
     """Runs the forward graph with its input unquantized, and shows that input to a histogram."""
 
-    def __init__(self, triple: GemmTriple, phase: Phase, histogram: Histogram) -> None:
+    def __init__(self, triple: GemmTriple, phase: Phase, observed: dict[int, Histogram]) -> None:
         super().__init__(triple.graphs[phase])
-        self.histogram = histogram
+        self.key = id(triple)
+        self.observed = observed
 
     def run_node(self, n: fx.Node) -> Any:
         row = n.meta.get("row")
         if row is None or not (row.is_quantized and row.operand == "input"):
             return super().run_node(n)
         x = self.env[n.all_input_nodes[0]]
-        self.histogram.observe(x)
+        self.observed[self.key].observe(x)
         return x
 
 

@@ -273,3 +273,26 @@ def test_other_bits(net: Net, bits: int) -> None:
     model = compiled(net, layers={"_default": layer, "stem": None, "fc": None}).eval()
     weight = nmcompile.finalize(model).get_submodule("signed").weight
     assert weight.unique().numel() <= 2**bits - 1  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_no_common_factor_on_the_clips_serves_the_outputs_better(net: Net) -> None:
+    model = compiled(net).eval()
+    pruned = greedy_by_value(torch.relu(net.stem(X)), "4:8", dim=1)
+    steps = [triple.steps.input for triple in triples_of(model) if triple.steps.input is not None]
+    found = [float(step.clip) for step in steps]
+    errors = {}
+    for factor in (0.5, 0.75, 1.0, 1.25, 2.0):
+        for step, clip in zip(steps, found, strict=True):
+            step.calibrate(factor * clip)
+        errors[factor] = float((model(X) - unquantized(model, net, pruned)).square().sum())
+    assert min(errors, key=errors.__getitem__) == 1.0
+
+
+def unquantized(model: nn.Module, net: Net, pruned: Tensor) -> Tensor:
+    """The outputs with pruned, quantized weights and pruned inputs that are not quantized."""
+    plain = nmcompile.finalize(model)
+    assert isinstance(plain, Net)
+    y = plain.signed(plain.norm(plain.unsigned(pruned)))
+    output: Tensor = plain.fc(y.flatten(1))
+    return output
