@@ -1,4 +1,6 @@
-"""Train a small CNN on scikit-learn's digits with sparse forward, backward and update GEMMs."""
+"""Train a small CNN on scikit-learn's digits with sparse forward, backward and update GEMMs; export it in 4 bits."""
+
+import tempfile
 
 import torch
 from sklearn.datasets import load_digits
@@ -28,4 +30,10 @@ for _ in range(10):
 accuracy = (sparse(images[1500:]).argmax(1) == labels[1500:]).float().mean()
 print(f"test accuracy {accuracy:.1%}\n")
 print(nmcompile.inspect(sparse), "\n")
-print(nmcompile.verify(nmcompile.finalize(sparse)))
+print(nmcompile.verify(nmcompile.finalize(sparse)), "\n")
+
+small = nmcompile.compile(sparse, mode="inference", args=(images[:2],), calibration=images[:500].split(100)).eval()
+with tempfile.TemporaryDirectory() as folder:
+    print(nmcompile.export(small, f"{folder}/model.onnx", args=(images[:2],)))
+accuracy = (small(images[1500:]).argmax(1) == labels[1500:]).float().mean()
+print(f"\n4-bit test accuracy {accuracy:.1%}")

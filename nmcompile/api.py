@@ -1,4 +1,4 @@
-"""The front door: compile, analyze, inspect, decompile, finalize, in the order of the data flow."""
+"""The front door: compile, analyze, inspect, decompile, in the order of the data flow."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,7 @@ from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.ir.three_gemm import GemmTriple
-from nmcompile.passes import training_passes
+from nmcompile.passes import compile_passes
 from nmcompile.passes.plan_phases import plan_phases
 from nmcompile.passes.replace_modules import replace_modules
 from nmcompile.report import Observation, Report, build_report
@@ -81,21 +81,24 @@ def compile(
     """
     if (validation is None) != (max_drop is None):
         raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
-    source, chosen, reverted = _module(model), config or CompileConfig(), None
+    source, asked, reverted = _module(model), config or CompileConfig(), None
+    chosen = asked
     rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
     kept = list(triples_of(source))
     if calibration is not None or validation is not None:
         # On a copy, so that a failure leaves the model as it is; its masks and clips are taken over.
-        trial = rewrite(source, config=chosen, kept=kept)
+        trial = rewrite(source, config=asked, kept=kept)
         if calibration is not None:
             calibrate(trial, calibration)
         kept = list(triples_of(trial))
         if validation is not None and max_drop is not None:
-            score = validation(decompile(source))
+
+            def build(layers: tuple[str, ...]) -> nn.Module:
+                return rewrite(source, config=_without(asked, layers), kept=kept)
+
             names = [triple.layer.name for triple in kept]
-            build = lambda layers: rewrite(source, config=_without(chosen, layers), kept=kept)  # noqa: E731
-            reverted = revert_layers(score, names, build, validation, max_drop)
-            chosen = _without(chosen, reverted.layers)
+            reverted = revert_layers(validation(decompile(source)), names, build, validation, max_drop)
+            chosen = _without(asked, reverted.layers)
     return rewrite(source, config=chosen, kept=kept, inplace=inplace, reverted=reverted)
 
 
@@ -181,7 +184,7 @@ def _program(
     default, backends = preset(mode), _backends(backend)
     captured = capture_model(model, args, kwargs)
     program = Program(captured, plan_phases(captured, default, config or CompileConfig()))
-    for one_pass in training_passes(backends):
+    for one_pass in compile_passes(backends):
         one_pass.run(program)
     return program
 

@@ -1,7 +1,6 @@
 """The plain model with its pruning and quantization made real in the weights."""
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,6 @@ from nmcompile.errors import PassError
 from nmcompile.ir.modules import RECORD, restore
 from nmcompile.ir.operations import apply_mask, to_grid
 from nmcompile.ir.three_gemm import GemmTriple
-from nmcompile.training.masks import WeightMask
 from nmcompile.training.state import masks_of, triples_of
 
 FINALIZED = "_nmcompile_finalized"
@@ -34,7 +32,7 @@ def finalize(compiled: nn.Module) -> nn.Module:
         module.__dict__.pop(RECORD, None)
     for name, weight in effective.items():
         _write(plain, name, weight)
-    plain.__dict__[FINALIZED] = _claims(masks)
+    plain.__dict__[FINALIZED] = masks
     return plain
 
 
@@ -89,7 +87,3 @@ def _write(model: nn.Module, name: str, weight: Tensor) -> None:
         with torch.enable_grad():
             parametrize.remove_parametrizations(module, attribute)
     getattr(module, attribute).copy_(weight)
-
-
-def _claims(masks: Mapping[str, WeightMask]) -> dict[str, WeightMask]:
-    return dict(masks)

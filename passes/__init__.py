@@ -1,4 +1,4 @@
-"""Graph passes, one file each; the order in which `nmcompile.compile` runs them is `training_passes`."""
+"""Graph passes, one file each; the order in which `nmcompile.compile` runs them is `compile_passes`."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from nmcompile.passes.quantize_weights import QuantizeWeights as QuantizeWeights
 from nmcompile.passes.verify_graphs import verify_graphs as verify_graphs
 
 
-def training_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:
+def compile_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:
     """From planned layers to lowered three-GEMM graphs."""
     return (
         ExpandGemms(),

@@ -80,7 +80,8 @@ def inside_grid(gradient: Tensor, beyond: Tensor) -> Tensor:
 
 def step_gradient(gradient: Tensor, beyond: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """The gradient of the step, 0-d: that of the clip (PACT: the sum over what is clipped) times clip / step."""
-    return (gradient * beyond).sum().to(step) * Grid(bits, signed).high
+    wide = torch.promote_types(gradient.dtype, step.dtype)
+    return (gradient * beyond).sum(dtype=wide).to(step) * Grid(bits, signed).high
 
 
 def like(result: Tensor, x: Tensor) -> Tensor:

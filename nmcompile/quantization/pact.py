@@ -36,4 +36,9 @@ class _Pact(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, clip = ctx.saved_tensors
         above = x >= clip
-        return torch.where((x >= 0) & ~above, grad, 0.0), torch.where(above, grad, 0.0).sum().to(clip), None
+        return torch.where((x >= 0) & ~above, grad, 0.0), _sum(torch.where(above, grad, 0.0)).to(clip), None
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum, in float32 at least: many gradients of half precision would overflow."""
+    return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))

@@ -9,7 +9,8 @@ from nmcompile.quantization.grid import Grid
 
 COEFFICIENTS = {2: (2.6, 1.71), 3: (7.509, 6.892), 4: (12.035, 12.03), 8: (31.76, 35.04)}
 """(c1, c2) by bits. For 2, 4 and 8 bits they were fitted on the zero-aligned grid; the widely quoted 4-bit pair
-(12.68, 12.80) belongs to a grid of 16 levels without a zero, which would fill every pruned position."""
+(12.68, 12.80) belongs to a grid of 16 levels without a zero, which would fill every pruned position. No pair for the
+zero-aligned grid of 3 bits is published: that one was fitted on 8 levels and clips a few percent too late here."""
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
     mask distort both moments.
 
     Args:
-        w: any shape, floating point, finite.
+        w: any shape but empty, floating point. A NaN makes the step NaN, so that it cannot hide.
         bits: 2, 3, 4 or 8.
         dim: the dim of the out-channels for one step each, None for one step.
 
@@ -39,7 +40,8 @@ def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
     c1, c2 = COEFFICIENTS[bits]
     alpha = c1 * wide.square().mean(dims, keepdim=keep).sqrt() - c2 * mean
     alpha = torch.where((alpha >= mean) & (alpha <= largest), alpha, largest)
-    return torch.where(alpha > 0, alpha, 1.0) / Grid(bits, signed=True).high
+    step = alpha / Grid(bits, signed=True).high
+    return torch.where(step == 0, 1.0, step)
 
 
 def sawb_quantize(w: Tensor, bits: int, *, mask: Tensor | None = None, dim: int | None = None) -> Tensor:

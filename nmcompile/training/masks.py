@@ -1,6 +1,7 @@
 """The mask of one weight: derived state, rebuilt by the first forward after it became stale."""
 
 import copy
+import itertools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ NEVER_SEEN = -1
 STALE, VERSION, ADDRESS = 0, 1, 2
 SILENT_BACKWARDS = 1000
 
+_serials = itertools.count()
 live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
 """Every mask in the process: the optimizer hooks look here for the weights that a step changed."""
 
@@ -55,6 +57,7 @@ class WeightMask:
         self.pattern = pattern
         self.refresh = refresh
         self.sr_ste = sr_ste
+        self.serial = next(_serials)  # A later compilation of the same weight has a higher one.
         self.steps = 0
         self.backwards = 0
         self.accepted: int | None = None  # The id of the parameter whose version and address the clock has.

@@ -33,11 +33,14 @@ def step(model: nn.Module) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for mask in _masks_of(_held(optimizer)):
+    masks = list(_masks_of(_held(optimizer)))
+    for mask in masks:
         if mask.was_written():
             mask.mark_stale()
-        if mask.sr_ste:
-            _add_sr_ste(mask)
+    # Of several compilations that share a weight, the last one decays it: the others may only wait to be collected.
+    decaying = sorted((mask for mask in masks if mask.sr_ste), key=lambda mask: mask.serial)
+    for mask in {id(mask.weight()): mask for mask in decaying}.values():
+        _add_sr_ste(mask)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

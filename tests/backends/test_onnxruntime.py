@@ -128,7 +128,7 @@ def test_a_failure_inside_the_model_is_an_error_of_ours() -> None:
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvidr"])
 def test_a_missing_provider_is_no_silent_fallback(conv_model: Callable[..., ModelProto], provider: str) -> None:
     if torch.cuda.is_available():
-        pytest.skip("the provider may be there")
+        pytest.skip("there is a GPU, so these providers may start")
     with pytest.raises(BackendUnavailable, match=provider):
         OnnxRuntimeModel(conv_model().SerializeToString(), providers=[provider, "CPUExecutionProvider"])
 

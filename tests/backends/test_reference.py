@@ -19,7 +19,7 @@ from nmcompile.ir.captured import Captured, Facts, Site
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import Backend, Support
-from nmcompile.passes import training_passes
+from nmcompile.passes import compile_passes
 from nmcompile.passes.plan_phases import plan_phases
 
 UNIT = 2.0**-24
@@ -47,7 +47,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 def reference_graphs(layer: Layer, *backends: Backend) -> ThreeGraphs:
     captured = Captured((Site(layer, "a", "", "a.weight"),), {"a": Facts()})
     program = Program(captured, plan_phases(captured, preset("dense"), CompileConfig()))
-    for one in training_passes([*backends, ReferenceBackend()]):
+    for one in compile_passes([*backends, ReferenceBackend()]):
         one.run(program)
     return program.layers["a"]
 

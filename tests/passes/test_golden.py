@@ -9,7 +9,7 @@ from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, Phase, preset
 from nmcompile.ir.program import Program
-from nmcompile.passes import training_passes
+from nmcompile.passes import compile_passes
 from nmcompile.passes.plan_phases import plan_phases
 
 FORWARD = """
@@ -178,7 +178,7 @@ def graphs_of(layer: nn.Module, mode: str, *, lowered: bool = False) -> str:
     """The graphs of `layer`, which follows a ReLU."""
     captured = capture_model(nn.Sequential(nn.ReLU(), layer))
     program = Program(captured, plan_phases(captured, preset(mode), CompileConfig(ends="sparse")))
-    for one in training_passes([ReferenceBackend()]):
+    for one in compile_passes([ReferenceBackend()]):
         if lowered or one.name != "lower-nodes":
             one.run(program)
     return "\n".join(line for phase in Phase for line in written(phase, program.layers["1"][phase].graph))

@@ -14,10 +14,10 @@ from nmcompile.errors import LoweringError, PostconditionError, PreconditionErro
 from nmcompile.ir import operations as ops
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Pass, Support
-from nmcompile.passes import LowerNodes, training_passes, verify_graphs
+from nmcompile.passes import LowerNodes, compile_passes, verify_graphs
 from nmcompile.passes.plan_phases import plan_phases
 
-PASSES = training_passes([ReferenceBackend()])
+PASSES = compile_passes([ReferenceBackend()])
 EXPAND, *PRUNES, LOWER = PASSES
 SDGP = LayerConfig(backward_gradient=replace(presets["weights"].weight, operator="sdgp"))  # type: ignore[type-var]
 

@@ -139,8 +139,18 @@ def test_other_shapes_than_bells_fall_back_to_the_largest(w: Tensor) -> None:
     assert float(sawb_scale(w, 4)) == pytest.approx(float(w.abs().max()) / 7)
 
 
-def test_zero_weights_have_a_positive_step() -> None:
-    assert sawb_scale(torch.zeros(4, 4), 4) > 0
+def test_weights_that_are_not_finite_stay_so() -> None:
+    assert sawb_scale(torch.tensor([1.0, torch.nan]), 4).isnan()
+    for bad in (torch.nan, torch.inf):
+        assert not sawb_quantize(torch.tensor([1.0, 2.0, bad]), 4).isfinite().all()
+
+
+@pytest.mark.parametrize("smallest", [0.0, 1e-45])
+def test_weights_without_magnitude_have_a_positive_step(smallest: float) -> None:
+    assert sawb_scale(torch.full((4, 4), smallest), 4) > 0
+
+
+def test_zero_channels_have_a_positive_step() -> None:
     assert (sawb_scale(torch.zeros(4, 4), 4, dim=0) > 0).all()
 
 
@@ -189,3 +199,9 @@ def test_pact_gradients() -> None:
     expected = torch.autograd.grad(clamped, [x, clip], weight)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_clip_gradients_of_half_precision_do_not_overflow() -> None:
+    x, clip = torch.ones(100_000, dtype=torch.float16), torch.tensor(0.5, requires_grad=True)
+    pact_quantize(x, clip, 4).backward(torch.ones_like(x))
+    assert clip.grad is not None and clip.grad == 100_000

@@ -48,3 +48,15 @@ def test_pruned_weights_decay_by_lambda(micro_batches: int, scaled: bool) -> Non
 def test_a_skipped_step_decays_nothing() -> None:
     model, scaler = compiled(LAMBDA), torch.amp.GradScaler("cpu", init_scale=float(torch.finfo(torch.float32).max))
     assert not weight_change(model, 1, scaler).any()
+
+
+def test_a_weight_that_was_compiled_twice_decays_once() -> None:
+    """Calibration compiles on trial first; such a copy lives on until it is collected."""
+    first, plain = compiled(LAMBDA), compiled(0.0)
+    weight = first.weight.detach().clone()
+    last = nmcompile.compile(first, "weights", config=CompileConfig(sr_ste=LAMBDA, ends="sparse"))
+    assert isinstance(last, nn.Linear)
+    difference = weight_change(last, 1) - weight_change(plain, 1)
+    (mask,) = masks_of(last).values()
+    torch.testing.assert_close(difference, torch.where(mask.tensor, 0.0, -LAMBDA * weight))
+    assert masks_of(first)
