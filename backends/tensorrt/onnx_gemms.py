@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from nmcompile.onnx_files import OnnxFile
+from nmcompile.onnx_files import OnnxFile, constant_values
 
 Array = npt.NDArray[np.generic]
 NOTHING: Array = np.zeros((0, 0), np.int8)
@@ -55,12 +55,14 @@ class _Weights:
         self.folder = str(model.path.parent) if model.path else ""
         self.initializers: Mapping[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.producers: Mapping[str, NodeProto] = {name: node for node in graph.node for name in node.output}
+        literals = (node.output[0] for node in graph.node if node.op_type == "Constant")
+        self.constant = constant_values(graph, [*self.initializers, *literals])
 
     def gemm(self, node: NodeProto) -> Iterator[OnnxGemm]:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
             return
-        operand = 1 if self.is_constant(node.input[1]) else 0
-        if not self.is_constant(node.input[operand]):
+        operand = 1 if node.input[1] in self.constant else 0
+        if node.input[operand] not in self.constant:
             return  # a product of two activations
         weight, hidden_by = self.resolve(node.input[operand])
         rows = NOTHING if hidden_by or weight.ndim < 2 else _rows(node, weight, operand)
@@ -76,24 +78,21 @@ class _Weights:
             violations=_violations(rows),
         )
 
-    def is_constant(self, name: str) -> bool:
-        if name in self.initializers:
-            return True
-        node = self.producers.get(name)
-        return node is not None and all(self.is_constant(source) for source in node.input if source)
-
     def resolve(self, name: str) -> tuple[Array, str]:
         """The initializer behind a constant, laid out as the node sees it, and the first operator that hides it."""
-        if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name], self.folder), ""
-        node = self.producers[name]
-        if node.op_type == "Constant":
-            return numpy_helper.to_array(node.attribute[0].t), ""
-        weight, hidden_by = self.resolve(node.input[0])
-        if node.op_type == "Transpose":
-            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-            return np.transpose(weight, order), hidden_by
-        return weight, hidden_by or ("" if node.op_type in TRANSPARENT else node.op_type)
+        chain: list[NodeProto] = []
+        while name not in self.initializers and self.producers[name].op_type != "Constant":
+            chain.insert(0, self.producers[name])
+            name = chain[0].input[0]
+        stored = self.initializers.get(name) or self.producers[name].attribute[0].t
+        weight, hidden_by = numpy_helper.to_array(stored, self.folder), ""
+        for node in chain:
+            if node.op_type == "Transpose":
+                order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+                weight = np.transpose(weight, order)
+            elif node.op_type not in TRANSPARENT:
+                hidden_by = hidden_by or node.op_type
+        return weight, hidden_by
 
     def precision(self, node: NodeProto, operand: int, weight: Array) -> str:
         """The integers' type where both operands are quantized; else the type that the weight is dequantized to."""

@@ -11,7 +11,7 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from tabulate import tabulate
 
 from nmcompile.errors import FileError
-from nmcompile.onnx_files import OnnxFile, open_onnx
+from nmcompile.onnx_files import OnnxFile, constant_values, open_onnx
 from nmcompile.pruning import NMPattern
 
 Array = npt.NDArray[np.generic]
@@ -105,7 +105,7 @@ def weights_table(weights: tuple[OnnxWeight, ...]) -> str:
 def _weights(graph: GraphProto, folder: str) -> Iterator[OnnxWeight]:
     constants = _Constants(graph)
     for node in graph.node:
-        if node.op_type not in GEMMS or node.domain not in ("", "ai.onnx") or not constants.holds(node.input[1]):
+        if node.op_type not in GEMMS or node.domain not in ("", "ai.onnx") or node.input[1] not in constants.values:
             continue
         tensor, perms, hidden_by = constants.stored(node.input[1])
         content = numpy_helper.to_array(tensor, folder)
@@ -120,22 +120,21 @@ class _Constants:
     def __init__(self, graph: GraphProto) -> None:
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.producers = {name: node for node in graph.node for name in node.output}
-
-    def holds(self, name: str) -> bool:
-        if name in self.initializers:
-            return True
-        node = self.producers.get(name)
-        return node is not None and len(node.input) > 0 and all(self.holds(source) for source in node.input if source)
+        self.values = constant_values(graph, self.initializers)
 
     def stored(self, name: str) -> tuple[TensorProto, list[Perm], str]:
         """The initializer behind a constant, the transposes that follow it, and what hides it."""
-        if name in self.initializers:
-            return self.initializers[name], [], ""
-        node = self.producers[name]
-        tensor, perms, hidden_by = self.stored(node.input[0])
-        if node.op_type == "Transpose":
-            return tensor, [*perms, next((list(a.ints) for a in node.attribute if a.name == "perm"), None)], hidden_by
-        return tensor, perms, hidden_by or ("" if node.op_type in SEEN_THROUGH else node.op_type)
+        chain: list[NodeProto] = []
+        while name not in self.initializers:
+            chain.insert(0, self.producers[name])
+            name = chain[0].input[0]
+        perms = [_perm(node) for node in chain if node.op_type == "Transpose"]
+        hiding = (node.op_type for node in chain if node.op_type not in {"Transpose", *SEEN_THROUGH})
+        return self.initializers[name], perms, next(hiding, "")
+
+
+def _perm(transpose: NodeProto) -> Perm:
+    return next((list(attribute.ints) for attribute in transpose.attribute if attribute.name == "perm"), None)
 
 
 def _in_last(node: NodeProto, weight: Array, perms: list[Perm]) -> Array:

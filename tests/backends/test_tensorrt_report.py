@@ -250,3 +250,13 @@ def test_the_contraction_of_a_linear_layer_is_found(weight: Any, nodes: list[Nod
 
 def test_a_product_of_activations_is_no_layer() -> None:
     assert onnx_gemms(open_onnx(linear([helper.make_node("MatMul", ["x", "x"], ["y"])], LINEAR))) == ()
+
+
+def test_deep_graphs_are_read() -> None:
+    """Thousands of nodes in a row, before an activation and behind a weight, are more than Python's stack holds."""
+    before = [helper.make_node("Relu", [f"x{i}" if i else "x"], [f"x{i + 1}"]) for i in range(3000)]
+    behind = [helper.make_node("Identity", [f"w{i}" if i else "w"], [f"w{i + 1}"]) for i in range(3000)]
+    product = helper.make_node("MatMul", ["x3000", "x3000"], ["p"])
+    nodes = [*before, product, *behind, helper.make_node("MatMul", ["p", "w3000"], ["y"], name="fc")]
+    (gemm,) = onnx_gemms(open_onnx(linear(nodes, LINEAR.T)))
+    assert (gemm.name, gemm.hidden_by, gemm.violations) == ("fc", "", 0)

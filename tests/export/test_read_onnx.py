@@ -93,3 +93,14 @@ def test_rest_that_fills_no_block_counts_as_one() -> None:
 def test_table_names_type_pattern_and_zeros() -> None:
     table = weights_table(read(*PATHS["quantized"]))
     assert table.splitlines()[2].split() == ["n", "MatMul", "8x16", "INT8", "2:4,", "4:8", "50%"]
+
+
+def test_deep_graphs_are_read() -> None:
+    """Thousands of nodes in a row, before an activation and behind a weight, are more than Python's stack holds."""
+    before = [helper.make_node("Relu", [f"x{i}" if i else "x"], [f"x{i + 1}"]) for i in range(3000)]
+    behind = [helper.make_node("Identity", [f"w{i}" if i else "w"], [f"w{i + 1}"]) for i in range(3000)]
+    product = helper.make_node("MatMul", ["x3000", "x3000"], ["p"], "product of activations")
+    (weight,) = read(
+        [*before, product, *behind, helper.make_node("MatMul", ["p", "w3000"], ["y"], "n")], {"w": SPARSE.T.copy()}
+    )
+    assert weight.node == "n" and NMPattern(2, 4) in weight.patterns
