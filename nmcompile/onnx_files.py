@@ -59,7 +59,7 @@ def open_onnx(source: str | os.PathLike[str] | bytes) -> OnnxFile:
 
 
 def constant_values(graph: GraphProto, seeds: Iterable[str]) -> frozenset[str]:
-    """The values that a checked graph computes from `seeds` alone, the seeds too; its nodes lie in topological order."""
+    """`seeds` and what a checked graph computes from them alone; its nodes lie in topological order."""
     constant = set(seeds)
     for node in graph.node:
         sources = [source for source in node.input if source]
