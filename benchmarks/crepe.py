@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,18 @@ def pitch_accuracy(model: nn.Module, frames: Tensor, pitch: Tensor) -> float:
 
 def variants(dense: Crepe, calibration: Tensor) -> Iterator[tuple[str, nn.Module]]:
     batches = list(calibration.split(64))
-    # Batch norm stands behind each ReLU, so that inputs are signed and get no 4:8.
+    # Batch norm stands behind each ReLU, so that the GEMMs' inputs are signed; only the ReLUs' outputs can get 4:8.
     configs = {
         "2:4, 4-bit": CompileConfig(),
-        "2:4, 4-bit, per channel": CompileConfig(granularity="channel"),
         "2:4, 4-bit, ends too": CompileConfig(ends="sparse"),
-        "2:4, 4-bit, ends too, per channel": CompileConfig(ends="sparse", granularity="channel"),
+        "2:4, 4-bit, 4:8 at the ReLU": CompileConfig(placement="activation"),
+        "2:4, 4-bit, 4:8 at the ReLU, ends too": CompileConfig(placement="activation", ends="sparse"),
     }
+    per_channel = {f"{name}, per channel": replace(c, granularity="channel") for name, c in configs.items()}
     args = (calibration[:2],)
     yield "dense", dense
     yield "2:4 weights", nmcompile.compile(dense, "weights", args=args)
-    for name, config in configs.items():
+    for name, config in (configs | per_channel).items():
         yield name, nmcompile.compile(dense, "inference", args=args, config=config, calibration=batches)
 
 

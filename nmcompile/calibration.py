@@ -1,4 +1,4 @@
-"""Find the clips of quantized inputs from example data."""
+"""Find the clips of quantized activations from example data."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nmcompile.config import Phase
 from nmcompile.errors import CalibrationError
-from nmcompile.ir.grid_steps import InputStep
+from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.quantization import Histogram
@@ -25,10 +25,10 @@ EXAMPLES = 8  # batches whose outputs are kept to choose among them
 
 @torch.no_grad()
 def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
-    """Set the clip of every quantized input from a pass over `data`, in eval mode and with unquantized inputs.
+    """Set the clip of every quantized activation from a pass over `data`, in eval mode and with none of them quantized.
 
-    The histogram of each input (after its pruning) is searched for the clip of the least squared error. That says which
-    clips fit together, but not how much clipping the model bears: errors of rounding add up through the layers
+    The histogram of each activation (after its pruning) is searched for the clip of the least squared error. That says
+    which clips fit together, but not how much clipping the model bears: errors of rounding add up through the layers
     otherwise than errors of clipping. So all clips are then multiplied by the one factor with the least squared error
     of the model's outputs on the first batches. Learned clips start from there. With
     `CompileConfig(clip="percentile")` each clip is the percentile 99.99 of its input.
@@ -41,7 +41,7 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
     Raises:
         CalibrationError: no data, data with NaN or infinity, or an input that is always zero; it names the layer.
     """
-    steps = {id(triple): triple.steps.input for triple in triples_of(compiled) if triple.steps.input is not None}
+    steps = {id(step): step for triple in triples_of(compiled) for step in triple.steps.activations}
     with _evaluating(compiled):
         observed, examples = _observe(compiled, data)
         clips = {key: _clip(step, observed[key]) for key, step in steps.items()}
@@ -74,7 +74,7 @@ def _observe(compiled: nn.Module, data: Iterable[Any]) -> tuple[dict[int, Histog
     return observed, examples
 
 
-def _scale_clips(compiled: nn.Module, steps: list[InputStep], examples: list[tuple[Any, list[Tensor]]]) -> None:
+def _scale_clips(compiled: nn.Module, steps: list[ActivationStep], examples: list[tuple[Any, list[Tensor]]]) -> None:
     """Multiply all clips by the factor that serves the model's outputs best."""
     local = [step.clip.clone() for step in steps]
 
@@ -105,23 +105,23 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 
 class _Observer(fx.Interpreter):
-    """Runs the forward graph with its input unquantized, and shows that input to a histogram."""
+    """Runs the forward graph with unquantized activations, and shows what its grids would get to histograms."""
 
     def __init__(self, triple: GemmTriple, phase: Phase, observed: dict[int, Histogram]) -> None:
         super().__init__(triple.graphs[phase])
-        self.key = id(triple)
+        self.steps = {step.row.operand: step for step in triple.steps.activations}
         self.observed = observed
 
     def run_node(self, n: fx.Node) -> Any:
         row = n.meta.get("row")
-        if row is None or not (row.is_quantized and row.operand == "input"):
+        if row is None or not row.is_quantized or row.operand not in self.steps:
             return super().run_node(n)
         x = self.env[n.all_input_nodes[0]]
-        self.observed[self.key].observe(x)
+        self.observed[id(self.steps[row.operand])].observe(x)
         return x
 
 
-def _clip(step: InputStep, histogram: Histogram) -> float:
+def _clip(step: ActivationStep, histogram: Histogram) -> float:
     try:
         if step.row.operator == "percentile":
             return histogram.percentile(PERCENTILE)

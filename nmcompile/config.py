@@ -21,6 +21,7 @@ GROUPS = frozenset({"auto", "batch", "flat"})
 BITS = (2, 3, 4, 8)
 ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
+PLACEMENTS = ("operand", "activation")
 GRANULARITIES = ("tensor", "channel")
 
 
@@ -130,6 +131,9 @@ class CompileConfig:
         clip: how the input grids find their clip: `"mse"` or `"percentile"` over the calibration data, or `"pact"`,
             learned from the `"mse"` clip on (`nmcompile.training.clips` are the parameters to give to the optimizer).
         granularity: one weight scale for each `"tensor"` or for each out-`"channel"`.
+        placement: where activations are pruned and quantized: at the `"operand"` of each GEMM, or, for layers that a
+            ReLU follows directly, at that `"activation"`, so that everything behind it (batch norm, pooling, a residual
+            branch) reads the pruned values, and the GEMMs behind take them as they come. Needs the whole graph.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
@@ -138,13 +142,15 @@ class CompileConfig:
     ends: str = "dense"
     clip: str = "mse"
     granularity: str = "tensor"
+    placement: str = "operand"
 
     def __post_init__(self) -> None:
         if self.refresh is not None and self.refresh < 1:
             raise ConfigError(f"refresh is {self.refresh}; give a number of optimizer steps >= 1, or None to freeze")
         if self.sr_ste < 0:
             raise ConfigError(f"sr_ste is {self.sr_ste}; SR-STE's λ cannot be negative")
-        for name, known in (("ends", ENDS), ("clip", CLIPS), ("granularity", GRANULARITIES)):
+        choices = ("ends", ENDS), ("clip", CLIPS), ("granularity", GRANULARITIES), ("placement", PLACEMENTS)
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
         for key, value in self.layers.items():

@@ -8,7 +8,8 @@ from nmcompile.config import Phase
 from nmcompile.errors import PassError
 from nmcompile.finalization import effective_weight, named_weight, stored_weight
 from nmcompile.ir.captured import Site
-from nmcompile.ir.deployed import DeployedInput, DeployedLayer, DeployedWeight
+from nmcompile.ir.deployed import DeployedActivation, DeployedLayer, DeployedWeight
+from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
 from nmcompile.training.state import triples_of
@@ -35,21 +36,24 @@ def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
     if values is None or dense is None:
         raise PassError(f"layer {triple.layer.name!r}: its weight is computed in forward, so that no file can hold it")
     weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))
-    return DeployedLayer(triple.layer, weight, _input(triple))
+    steps = triple.steps
+    return DeployedLayer(
+        triple.layer, weight, _activation(triple, "input", steps.input), _activation(triple, "output", steps.output)
+    )
 
 
 def _plain(model: nn.Module, site: Site) -> DeployedLayer:
     weight = named_weight(model, site.weight)
     assert weight is not None
-    return DeployedLayer(site.layer, DeployedWeight(site.weight, None, weight.detach()), DeployedInput())
+    return DeployedLayer(site.layer, DeployedWeight(site.weight, None, weight.detach()))
 
 
-def _input(triple: GemmTriple) -> DeployedInput:
-    pattern, step = _pattern(triple, "input"), triple.steps.input
+def _activation(triple: GemmTriple, operand: str, step: ActivationStep | None) -> DeployedActivation:
+    pattern = _pattern(triple, operand)
     if step is None:
-        return DeployedInput(pattern)
+        return DeployedActivation(pattern)
     step.check()
-    return DeployedInput(pattern, step.grid, float(step.current()))
+    return DeployedActivation(pattern, step.grid, float(step.current()))
 
 
 def _pattern(triple: GemmTriple, operand: str) -> NMPattern | None:

@@ -32,7 +32,9 @@ class ExportReport:
         rows = [
             [node.name, node.op, *_deployed(self.layers[node.layer]), "; ".join(node.notes)] for node in self.onnx.nodes
         ]
-        table = tabulate(rows, headers=["layer", "node", "weight", "input", "note"], maxcolwidths=[None] * 4 + [60])
+        table = tabulate(
+            rows, headers=["layer", "node", "weight", "input", "output", "note"], maxcolwidths=[None] * 5 + [60]
+        )
         size = f"{self.onnx.path.name}: {self.onnx.bytes / 1e6:.2f} MB for {self.onnx.target}"
         parts = [table, size, *(str(part) for part in (self.verification, self.engine) if part is not None)]
         return "\n\n".join(parts)
@@ -96,8 +98,10 @@ def _chosen(path: Path, target: str | None) -> tuple[Path, Path, str]:
     return path, path.with_suffix(".onnx"), "tensorrt"
 
 
-def _deployed(layer: DeployedLayer) -> tuple[str, str]:
-    """What is in the weight, and what happens to the input."""
-    weight = " ".join(str(part) for part in (layer.weight.pattern, layer.weight.grid) if part is not None)
-    before = " ".join(str(part) for part in (layer.input.pattern, layer.input.grid) if part is not None)
-    return weight or "dense", before or "as it is"
+def _deployed(layer: DeployedLayer) -> tuple[str, str, str]:
+    """What is in the weight, and what happens to the input and the output."""
+    weight, input, output = (
+        " ".join(str(what) for what in (part.pattern, part.grid) if what is not None)
+        for part in (layer.weight, layer.input, layer.output)
+    )
+    return weight or "dense", input or "as it is", output or "as it is"

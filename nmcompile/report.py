@@ -19,7 +19,8 @@ from nmcompile.report_graphs import format_three_graphs, inline_forward
 
 SCHEMA_VERSION = 1
 BITS = 32
-OPERANDS = {"weight": "W", "input": "X", "grad_output": "dY"}
+OPERANDS = {"weight": "W", "input": "X", "output": "Y", "grad_output": "dY"}
+READ = ("weight", "input", "grad_output")
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,13 @@ class LayerReport:
 
     def density(self, phase: Phase) -> float:
         """Expected share of the dense MACs: the product of the operands' densities (Equation 26 of the paper)."""
-        result = 1.0
-        for row in self.plan.rows_of(phase):
-            result *= row.pattern.density if row.pattern is not None and self.status == "sparse" else 1.0
-        return result
+        rows = self.plan.rows_of(phase) if self.status == "sparse" else ()
+        return math.prod(row.pattern.density for row in rows if row.pattern is not None and row.operand in READ)
 
     def bit_products(self, phase: Phase) -> int:
         """Bits of one operand times bits of the other: what a MAC costs in BOPs."""
         rows = self.plan.rows_of(phase) if self.status == "sparse" else ()
-        grids = [row.grid for row in rows if row.grid is not None]
+        grids = [row.grid for row in rows if row.grid is not None and row.operand in READ]
         return int(math.prod(grid.bits for grid in grids) * BITS ** (2 - len(grids)))
 
     @property
@@ -238,7 +237,8 @@ def build_report(
 def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Observation], ran: bool) -> LayerReport:
     name = plan.layer.name
     seen = observed.get(name, Observation(False, None))
-    status = "sparse" if any(row.is_sparse or row.is_quantized for row in plan.rows) else "dense"
+    in_gemm = (row for row in plan.rows if row.operand in READ)
+    status = "sparse" if any(row.is_sparse or row.is_quantized for row in in_gemm) else "dense"
     if observed and plan.rewritten and not seen.called:
         status = "bypassed: the model ran without calling it" if ran else "not called yet"
     # The example's positions are known for all layers alike; those of a run only for layers that were rewritten.

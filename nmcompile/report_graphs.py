@@ -54,8 +54,9 @@ def _inline(graph: fx.Graph, program: Program, name: str, node: fx.Node, copies:
     source = next(n for n in node.all_input_nodes if n.op != "get_attr")
     for step in forward.nodes:
         if step.op == "placeholder":
-            target = targets.get(str(step.target))
-            inner[step] = copies[source] if target is None else graph.create_node("get_attr", target)
+            operand = str(step.target)
+            target = targets.get(operand, f"{name}.{operand}".lstrip("."))
+            inner[step] = copies[source] if operand == "input" else graph.create_node("get_attr", target)
         elif step.op != "output":
             inner[step] = graph.node_copy(step, lambda n: inner[n])
     result: Any = forward.output_node().args[0]

@@ -9,6 +9,7 @@ from nmcompile.passes.prune_gradients import PruneGradients as PruneGradients
 from nmcompile.passes.prune_inputs import PruneInputs as PruneInputs
 from nmcompile.passes.prune_weights import PruneWeights as PruneWeights
 from nmcompile.passes.quantize_inputs import QuantizeInputs as QuantizeInputs
+from nmcompile.passes.quantize_outputs import QuantizeOutputs as QuantizeOutputs
 from nmcompile.passes.quantize_weights import QuantizeWeights as QuantizeWeights
 from nmcompile.passes.verify_graphs import verify_graphs as verify_graphs
 
@@ -22,5 +23,6 @@ def compile_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:
         PruneGradients(),
         QuantizeWeights(),
         QuantizeInputs(),
+        QuantizeOutputs(),
         LowerNodes(tuple(backends)),
     )

@@ -18,6 +18,7 @@ NOT_ASKED = "the mode leaves this GEMM dense"
 FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"
 LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') changes that"
 STORED = Grid(8, signed=True)
+ARRIVES = "its input is pruned and quantized where it arises"
 
 
 def plan_phases(captured: Captured, default: LayerConfig, config: CompileConfig) -> Plan:
@@ -48,7 +49,7 @@ class _LayerPlanner:
         return self.site.layer
 
     def plan(self) -> LayerPlan:
-        key, asked = self.config.lookup(self.layer.name, self.site.weight) or ("", self.default)
+        key, asked = self._asked(self.site)
         is_named = key not in ("", DEFAULT)
         reason = self._dense_reason(asked, is_named)
         if reason:
@@ -59,10 +60,15 @@ class _LayerPlanner:
         else:
             assert asked is not None
             rows = [row for phase in Phase for row in self._phase_rows(phase, asked)] + list(self._grid_rows(asked))
+        rows += self._output_rows(self.site)
         self._check_exact(key, asked, rows)
         rewrites_all = asked is not None and asked == LayerConfig() and not reason
         changed = any(row.is_sparse or row.is_quantized for row in rows)
         return LayerPlan(self.layer, tuple(rows), rewrites_all or changed)
+
+    def _asked(self, site: Site) -> tuple[str, LayerConfig | None]:
+        """What a layer is to get, and the key of the config that says so."""
+        return self.config.lookup(site.layer.name, site.weight) or ("", self.default)
 
     def _dense_reason(self, asked: LayerConfig | None, is_named: bool) -> str:
         """Why the whole layer stays as it is, or nothing."""
@@ -99,6 +105,8 @@ class _LayerPlanner:
                 continue
             if not self.layer.fits_forward(pruning.pattern):
                 yield self._dense(Phase.FORWARD, _misfit("in", self.layer, pruning))
+            elif operand == "input" and self._input_arrives():
+                yield self._dense(Phase.FORWARD, ARRIVES)
             elif operand == "input" and pruning.operator == "greedy_by_value" and not facts.nonnegative:
                 yield self._dense(Phase.FORWARD, "its input is not proven non-negative, so it is not pruned by value")
             else:
@@ -136,9 +144,30 @@ class _LayerPlanner:
         name, is_unsigned = self.layer.name, self.captured.facts[self.layer.name].nonnegative
         if asked.weight_bits is not None:
             yield PlanRow(name, Phase.FORWARD, "weight", "sawb", grid=Grid(asked.weight_bits, signed=True))
-        if asked.input_bits is not None:
+        if asked.input_bits is not None and not self._input_arrives():
             grid = Grid(asked.input_bits, signed=not is_unsigned)
             yield PlanRow(name, Phase.FORWARD, "input", self.config.clip, grid=grid)
+
+    def _output_rows(self, site: Site) -> Iterator[PlanRow]:
+        """What is pruned and quantized at the ReLU behind a layer, which may itself be dense."""
+        layer, (_, asked) = site.layer, self._asked(site)
+        facts = self.captured.facts[layer.name]
+        if self.config.placement == "operand" or asked is None or not facts.rectified:
+            return
+        if layer.name in self.captured.bypassed:
+            return
+        pruning = asked.input
+        if pruning is not None and layer.out_features % pruning.pattern.block == 0:
+            yield PlanRow(layer.name, Phase.FORWARD, "output", pruning.operator, pruning.pattern, "out")
+        if asked.input_bits is not None:
+            grid = Grid(asked.input_bits, signed=False)
+            yield PlanRow(layer.name, Phase.FORWARD, "output", self.config.clip, grid=grid)
+
+    def _input_arrives(self) -> bool:
+        """Whether all that the input is computed from is pruned and quantized at its ReLU."""
+        sources = self.captured.facts[self.layer.name].sources
+        sites = [site for site in self.captured.sites if site.layer.name in sources]
+        return bool(sources) and len(sites) == len(sources) and all(any(self._output_rows(site)) for site in sites)
 
     def _sparse(self, phase: Phase, operand: str, pruning: Pruning, axis: str) -> PlanRow:
         return PlanRow(self.layer.name, phase, operand, pruning.operator, pruning.pattern, axis)

@@ -12,13 +12,15 @@ from nmcompile.ir.operations import KINDS
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 
-CALLER = {"input", "weight", "bias", "weight_mask", "weight_step", "input_step"}
+CALLER = {"input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step"}
 OPERANDS = ("weight", "input", "grad_output")
 PRUNED = {"expand-gemms": (), "prune-weights": ("weight",), "prune-inputs": ("weight", "input")}
 """The operands that are pruned once a pass has run; after every later pass all are."""
 BEFORE = ("expand-gemms", "prune-weights", "prune-inputs", "prune-gradients")
 QUANTIZED = dict.fromkeys(BEFORE, ()) | {"quantize-weights": ("weight",)}
 """The same of quantized operands."""
+OUTPUTS = ("quantize-outputs", "lower-nodes")
+"""The passes after which the outputs are pruned and quantized too."""
 READS = {Phase.FORWARD: ("weight", "input"), Phase.BACKWARD: ("weight",), Phase.UPDATE: ()}
 """What the GEMM of each phase quantizes by itself; the update GEMM is handed the quantized input."""
 
@@ -30,10 +32,10 @@ def verify_graphs(program: Program, after: str) -> None:
     2. There is exactly one GEMM in each graph.
     3. A placeholder of forward comes from the caller; one of backward or update is `grad_output`, `key`, something
        that forward was given, or something that forward saved.
-    4. Forward returns its output and what it saved; backward dX and, with a quantized input, the gradient of its
-       step; update dW and, with a bias, db.
-    5. The GEMM reads through prune and quantize nodes exactly what the plan prunes and quantizes, with the planned
-       operator, pattern and axis, or grid.
+    4. Forward returns its output and what it saved; backward dX and, with a quantized input or output, the gradient of
+       its step; update dW and, with a bias, db.
+    5. The GEMM reads, and forward returns, through prune and quantize nodes exactly what the plan prunes and quantizes,
+       with the planned operator, pattern and axis, or grid.
 
     Args:
         program: with its graphs expanded; one without passes.
@@ -67,7 +69,7 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
         return f"nothing provides placeholder {unknown[0]!r}"
     expected = {
         Phase.FORWARD: 1 + len(three.saved),
-        Phase.BACKWARD: 1 + ("input_beyond" in three.saved),
+        Phase.BACKWARD: 1 + ("input_beyond" in three.saved) + ("output_beyond" in three.saved),
         Phase.UPDATE: 1 + three.layer.has_bias,
     }[phase]
     returned = len(graph.output_node().args[0])  # type: ignore[arg-type]
@@ -76,7 +78,10 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
 
 def _plan_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, after: str) -> str:
     gemm = next(node for node in graph.nodes if node.meta.get("kind") == "gemm")
-    marked = [node for node in _sources(gemm) if node.meta.get("kind") in ("prune", "quantize")]
+    results: Any = graph.output_node().args[0]
+    marked = _marked(gemm)
+    if phase is Phase.FORWARD:
+        marked += [node for node in _marked(results[0]) if node not in marked]
     planned = set(_planned(three, phase, after))
     found = {node.meta["row"] for node in marked}
     for row in planned - found:
@@ -92,6 +97,13 @@ def _planned(three: ThreeGraphs, phase: Phase, after: str) -> Iterator[PlanRow]:
     yield from (row for row in three.plan.rows_of(phase) if row.is_sparse and row.operand in pruned)
     grids = (three.plan.grid_row(operand) for operand in READS[phase] if operand in quantized)
     yield from (row for row in grids if row is not None)
+    if after in OUTPUTS:
+        yield from (row for row in three.plan.rows_of(phase) if row.operand == "output")
+
+
+def _marked(node: fx.Node) -> list[fx.Node]:
+    """The prune and quantize nodes that a node depends on, itself included."""
+    return [n for n in {node, *_sources(node)} if n.meta.get("kind") in ("prune", "quantize")]
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:

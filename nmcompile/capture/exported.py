@@ -136,9 +136,8 @@ class _Reader:
         signature = program.graph_signature
         names = signature.inputs_to_parameters
         self.parameters = {node: name.removeprefix(PREFIX) for node, name in names.items()}
-        self.constants = {
-            *self.parameters, *signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants
-        }  # fmt: skip
+        held = signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants
+        self.constants = frozenset(self.parameters).union(*held)
 
     def read(self) -> Exported:
         graph = own_copy(self.program.graph)
@@ -150,7 +149,7 @@ class _Reader:
                 layers[node] = names
             if len(names) == 1 and (count := self._positions(original, names[0])) is not None:
                 positions[names[0]] = positions.get(names[0], 0) + count
-        return Exported(WholeGraph(graph, layers, "export"), positions)
+        return Exported(WholeGraph(graph, layers, "export", self.constants), positions)
 
     def _layers_of(self, node: fx.Node) -> tuple[str, ...]:
         call = match_call(node)

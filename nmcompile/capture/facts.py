@@ -8,6 +8,7 @@ from torch import fx, nn
 from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
+from nmcompile.capture.sites import own_class
 from nmcompile.ir.captured import Facts, Site, WholeGraph
 from nmcompile.ir.layers import ConvLayer
 
@@ -48,6 +49,8 @@ def facts_from_graph(
             last=any(flow.is_last(site, node, by_name) for node in nodes[name]),
             nonnegative=bool(nodes[name]) and all(_reads_nonnegative(site, node, proven) for node in nodes[name]),
             positions=positions.get(name),
+            rectified=bool(nodes[name]) and all(flow.is_rectified(node) for node in nodes[name]),
+            sources=frozenset().union(*(flow.sources[node] for node in nodes[name])),
         )
         for name, site in by_name.items()
     }
@@ -79,6 +82,7 @@ class _Flow:
         self.bits = {node: 1 << index for index, node in enumerate(n for n in self.nodes if self._is_barrier(n))}
         self.before: dict[fx.Node, int] = {}
         self.after: dict[fx.Node, int] = {}
+        self.sources: dict[fx.Node, frozenset[str]] = {}
         self.fed: set[fx.Node] = set()
         self.reaches: set[fx.Node] = set()
         self._forward()
@@ -96,14 +100,32 @@ class _Flow:
         for node in self.nodes:
             inputs = node.all_input_nodes
             self.before[node] = _union(self.before[i] | self.bits.get(i, 0) for i in inputs)
+            self.sources[node] = frozenset().union(*(self._source(i) for i in inputs))
             if node.op == "placeholder" or any(i in self.fed for i in inputs):
                 self.fed.add(node)
+
+    def _source(self, node: fx.Node) -> frozenset[str]:
+        """What a value comes from: the layer that computes it, what stands before, or `""` for anything else."""
+        names = self.whole.layers.get(node, ())
+        is_input = node.op == "placeholder" and node.name not in self.whole.constants
+        if node in self.bits or is_input:
+            return frozenset(names if len(names) == 1 else ("",))
+        return self.sources[node]
 
     def _backward(self) -> None:
         for node in reversed(self.nodes):
             self.after[node] = _union(self.after[u] | self.bits.get(u, 0) for u in node.users)
             if node.op == "output" or any(user in self.reaches for user in node.users):
                 self.reaches.add(node)
+
+    def is_rectified(self, node: fx.Node) -> bool:
+        """Whether every reader of the node is a ReLU."""
+        return bool(node.users) and all(self._is_relu(user) for user in node.users)
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return own_class(self.model.get_submodule(str(node.target))) is nn.ReLU
+        return node.op in ("call_function", "call_method") and operator_name(node).strip("_") == "relu"
 
     def is_first(self, site: Site, node: fx.Node, by_name: Mapping[str, Site]) -> bool:
         if self.before[node] or node not in self.fed:

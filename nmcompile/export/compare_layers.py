@@ -20,6 +20,7 @@ from nmcompile.ir.deployed import DeployedLayer
 MOST_STEPS = 1.0
 EQUAL = 0.999
 INPUT_SIDE = frozenset({"prune", "quantize", "clip", "dequantize", "divide", "round", "multiply"})
+OUTPUT_SIDE = frozenset(f"output_{step}" for step in INPUT_SIDE)
 STEPPED = frozenset({"DequantizeLinear", "Mul"})  # their second input is a scale
 
 
@@ -29,8 +30,9 @@ class LayerCheck:
 
     Attributes:
         node: its name.
-        most_steps: the largest difference in steps of the accumulator, input scale times weight scale; for layers in
-            floating point the relative L2 difference.
+        most_steps: the largest difference in steps, for layers in floating point the relative L2 difference. A step is
+            the accumulator's, input scale times weight scale, or that of an output which is quantized. Where an output
+            is pruned, what only one side keeps (a tie but for rounding) is no difference in steps.
         equal: the fraction of outputs less than half a step apart.
     """
 
@@ -132,13 +134,22 @@ def _check(
     part = _Part(proto, node.name)
     got = onnxruntime_runner(part.model, target)({part.input: prepared.to(part.dtype).numpy()})[0]
     want = (expected.unsqueeze(0) if unbatched else expected).double().numpy()
-    difference = np.abs(got.astype(np.float64).reshape(want.shape) - want)
+    result = got.astype(np.float64).reshape(want.shape)
+    difference = np.abs(result - want)
     if part.step is None:
         norm = float(np.linalg.norm(want))
         return LayerCheck(node.name, float(np.linalg.norm(difference)) / (norm or 1.0), 1.0, False)
     behind = want.ndim - 2 if node.op == "Conv" else 0
     steps = difference / part.step.reshape(-1, *[1] * behind)
-    return LayerCheck(node.name, float(steps.max(initial=0)), float((steps < 0.5).mean()) if steps.size else 1.0, True)
+    equal = float((steps < 0.5).mean()) if steps.size else 1.0
+    if part.is_pruned:
+        steps = steps[(result == 0) == (want == 0)]
+    return LayerCheck(node.name, float(steps.max(initial=0)), equal, True)
+
+
+def _kind(node: NodeProto) -> str:
+    """What a node of the writer's does: the end of its name."""
+    return node.name.rpartition(".")[2]
 
 
 class _Part:
@@ -158,9 +169,12 @@ class _Part:
         front = self._front(gemm.input[0])
         self.input = front[-1].input[0] if front else gemm.input[0]
         weight = self._sources(gemm.input[1])
-        last = self._with_bias(graph.node, gemm)
-        nodes = [*reversed(front), *weight, gemm, *([last] if last is not gemm else [])]
-        self.step = self._step(gemm)
+        behind = self._behind(graph.node, gemm)
+        nodes = [*reversed(front), *weight, gemm, *behind]
+        self.is_pruned = any(_kind(node) == "output_prune" for node in behind)
+        last = behind[-1] if behind else gemm
+        is_quantized_behind = _kind(last) in OUTPUT_SIDE and last.op_type in STEPPED
+        self.step = self._scale(last) if is_quantized_behind else self._step(gemm)
         self.dtype, kind = self._dtype(gemm)
         used = {source for node in nodes for source in node.input}
         body = helper.make_graph(
@@ -178,7 +192,7 @@ class _Part:
         """What prunes and quantizes an input, nearest to the GEMM first; the writer names it after a layer."""
         front = []
         node = self.producers.get(name)
-        while node is not None and node.name.rpartition(".")[2] in INPUT_SIDE:
+        while node is not None and _kind(node) in INPUT_SIDE:
             front.append(node)
             node = self.producers.get(node.input[0])
         return front
@@ -187,20 +201,26 @@ class _Part:
         node = self.producers.get(name)
         return [] if node is None else [*(n for source in node.input for n in self._sources(source)), node]
 
-    def _with_bias(self, nodes: Sequence[NodeProto], gemm: NodeProto) -> NodeProto:
+    def _behind(self, nodes: Sequence[NodeProto], gemm: NodeProto) -> list[NodeProto]:
+        """The bias, if it is a node of its own, then the ReLU and what prunes and quantizes its result."""
+        behind: list[NodeProto] = []
         users = [node for node in nodes if gemm.output[0] in node.input]
-        is_bias = len(users) == 1 and users[0].op_type == "Add" and any(n in self.constants for n in users[0].input)
-        return users[0] if is_bias else gemm
+        if len(users) == 1 and users[0].op_type == "Add" and any(n in self.constants for n in users[0].input):
+            behind = users
+            users = [node for node in nodes if users[0].output[0] in node.input]
+        rest: list[NodeProto] = []
+        while len(users) == 1 and (_kind(users[0]) in OUTPUT_SIDE or (not rest and users[0].op_type == "Relu")):
+            rest += users
+            users = [node for node in nodes if rest[-1].output[0] in node.input]
+        return behind + (rest if len(rest) > 1 else [])
 
     def _step(self, gemm: NodeProto) -> npt.NDArray[np.float64] | None:
-        scales = []
-        for operand in gemm.input[:2]:
-            node = self.producers.get(operand)
-            scale = None if node is None or node.op_type not in STEPPED else self.constants.get(node.input[1])
-            if scale is None:
-                return None
-            scales.append(numpy_helper.to_array(scale).astype(np.float64))
-        return scales[0] * scales[1]
+        input, weight = (self._scale(self.producers.get(operand)) for operand in gemm.input[:2])
+        return None if input is None or weight is None else input * weight
+
+    def _scale(self, node: NodeProto | None) -> npt.NDArray[np.float64] | None:
+        scale = None if node is None or node.op_type not in STEPPED else self.constants.get(node.input[1])
+        return None if scale is None else numpy_helper.to_array(scale).astype(np.float64)
 
     def _dtype(self, gemm: NodeProto) -> tuple[torch.dtype, int]:
         tensor = self.constants.get(gemm.input[1])

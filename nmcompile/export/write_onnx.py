@@ -17,7 +17,7 @@ from nmcompile.export.clean_graph import clean_graph, drop_unused, strip_origin
 from nmcompile.export.find_layers import LayerNode, find_layers
 from nmcompile.export.keep_biases import keep_bias
 from nmcompile.export.lift_weights import lift_weight
-from nmcompile.export.quantize_inputs import is_emulated, quantize_inputs
+from nmcompile.export.quantize_activations import is_emulated, quantize_activations
 from nmcompile.export.read_onnx import PLANNED
 from nmcompile.export.save_model import save_model
 from nmcompile.export.trace_model import trace_model
@@ -97,7 +97,7 @@ def write_onnx(
     sites = find_layers(model, layers, aliases)
     affines = [absorb_norm(site) for site in sites]
     bake_weights(model, sites, affines, container)
-    quantize_inputs(model, sites, target)
+    quantize_activations(model, sites, target)
     if target == "onnxruntime":
         for site in sites:
             keep_bias(model, site)
@@ -129,7 +129,7 @@ def _check_choice(option: str, value: str, known: Sequence[str] | Mapping[str, A
 
 def _check_types(layers: Mapping[str, DeployedLayer], target: str, container: str, precision: str) -> None:
     for name, layer in layers.items():
-        is_quantized = layer.input.grid is not None or layer.weight.grid is not None
+        is_quantized = any(part.grid is not None for part in (layer.weight, layer.input, layer.output))
         if precision == "fp16" and is_quantized:
             raise ExportError(f"layer {name!r} is quantized, and an fp16 graph holds no quantized layers; use fp32")
         is_int4 = container == "int4" and layer.weight.grid is not None and layer.weight.grid.bits <= 4
@@ -144,8 +144,8 @@ def _described(site: LayerNode, affine: Affine | None, target: str) -> ExportedN
     notes = []
     if affine is not None and site.deployed.weight.grid is not None and (affine.gain < 0).any():
         notes.append("channels with a negative gamma hold flipped integers")
-    grid = site.deployed.input.grid
-    if grid is not None and is_emulated(grid, target):
-        notes.append(f"input rounded in floats: TensorRT's INT8 ends at 127, the grid at {grid.high}")
+    for operand, grid in (("input", site.deployed.input.grid), ("output", site.deployed.output.grid)):
+        if grid is not None and is_emulated(grid, target):
+            notes.append(f"{operand} rounded in floats: TensorRT's INT8 ends at 127, the grid at {grid.high}")
     norm = "" if affine is None else affine.module
     return ExportedNode(site.name, site.deployed.layer.name, site.node.op_type, norm, tuple(notes))

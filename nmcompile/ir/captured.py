@@ -31,22 +31,40 @@ class Site:
 
 @dataclass(frozen=True)
 class Facts:
-    """What data-flow analysis says about one layer. `positions` is the number of output positions of one example run
-    (tokens, or samples times pixels), None where no shapes are known."""
+    """What data-flow analysis says about one layer.
+
+    Args:
+        first, last: whether it is an end of the model.
+        nonnegative: whether its input is proven so.
+        positions: output positions of one example run (tokens, or samples times pixels), None without shapes.
+        rectified: whether every reader of its output is a ReLU.
+        sources: the layers whose outputs its input is computed from, `""` among them for anything else that stands
+            before it (a model input, an embedding); empty where nothing is known.
+    """
 
     first: bool = False
     last: bool = False
     nonnegative: bool = False
     positions: int | None = None
+    rectified: bool = False
+    sources: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class WholeGraph:
-    """One graph of the whole model: each node that is (or holds) layers, with the names of those layers."""
+    """One graph of the whole model.
+
+    Args:
+        graph: of fx.
+        layers: each node that is (or holds) layers, with their names.
+        source: `"fx"` or `"export"`.
+        constants: the placeholders that stand for parameters and buffers, by name.
+    """
 
     graph: fx.Graph
     layers: Mapping[fx.Node, tuple[str, ...]]
     source: str
+    constants: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WholeGraph":
         # Read-only, and its keys are nodes: copies of a model share it.

@@ -29,8 +29,11 @@ class DeployedWeight:
 
 
 @dataclass(frozen=True)
-class DeployedInput:
-    """What happens to the input in front of the GEMM: pruned by value along channels, per sample, then quantized."""
+class DeployedActivation:
+    """What happens to an activation: pruned by value along channels, per sample, then quantized.
+
+    At the input it happens in front of the GEMM, at the output behind the ReLU that reads it.
+    """
 
     pattern: NMPattern | None = None
     grid: Grid | None = None
@@ -43,4 +46,5 @@ class DeployedLayer:
 
     layer: Layer
     weight: DeployedWeight
-    input: DeployedInput
+    input: DeployedActivation = DeployedActivation()
+    output: DeployedActivation = DeployedActivation()

@@ -1,4 +1,4 @@
-"""The steps of a layer's two grids: SAWB's of the weight, and a calibrated or learned one of the input."""
+"""The steps of a layer's grids: SAWB's of the weight, and calibrated or learned ones of the input and the output."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from nmcompile.ir.plan import PlanRow
 from nmcompile.quantization import Grid, sawb_scale
 
 
-class InputStep:
+class ActivationStep:
     """Holds the clip of one layer, outside `parameters()` and `state_dict()`: dense checkpoints keep their keys.
 
     Args:
@@ -35,7 +35,7 @@ class InputStep:
         """Raise CalibrationError where no clip was found yet."""
         if not self.is_calibrated:
             raise CalibrationError(
-                f"layer {self.layer!r}: its input is to be quantized, but no clip is calibrated; pass "
+                f"layer {self.layer!r}: its {self.row.operand} is to be quantized, but no clip is calibrated; pass "
                 "calibration=loader to nmcompile.compile, or call nmcompile.calibrate(model, loader)"
             )
 
@@ -57,11 +57,18 @@ class GridSteps:
         weight_grid: of the weight.
         weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
         input: of the input.
+        output: of the output behind its ReLU.
     """
 
     weight_grid: Grid | None = None
     weight_dim: int | None = None
-    input: InputStep | None = None
+    input: ActivationStep | None = None
+    output: ActivationStep | None = None
+
+    @property
+    def activations(self) -> tuple[ActivationStep, ...]:
+        """Those that are there, of the input and of the output."""
+        return tuple(step for step in (self.input, self.output) if step is not None)
 
     @torch.no_grad()
     def of_weight(self, weight: Tensor) -> Tensor | None:
@@ -71,9 +78,12 @@ class GridSteps:
         return sawb_scale(weight, self.weight_grid.bits, dim=self.weight_dim)
 
     def check(self) -> None:
-        """Raise CalibrationError where the input has no clip yet."""
-        if self.input is not None:
-            self.input.check()
+        """Raise CalibrationError where an activation has no clip yet."""
+        for step in self.activations:
+            step.check()
 
     def of_input(self) -> Tensor | None:
         return None if self.input is None else self.input.current()
+
+    def of_output(self) -> Tensor | None:
+        return None if self.output is None else self.output.current()

@@ -63,10 +63,9 @@ class ThreeGemm:
         for mask in masks:
             mask.move(fn(mask.tensor))
         for triple in self.three_gemms.values():
-            if triple.steps.input is not None:
+            for step in triple.steps.activations:
                 # Of a bool tensor only the device changes; the clip stays float32.
-                device = triple.steps.input.clip.device
-                triple.steps.input.move(fn(torch.empty(0, dtype=torch.bool, device=device)).device)
+                step.move(fn(torch.empty(0, dtype=torch.bool, device=step.clip.device)).device)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

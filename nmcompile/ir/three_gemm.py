@@ -76,12 +76,12 @@ class GemmTriple:
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
         """
         mask = None if self.mask is None else self.mask.current(weight)
-        weight_step, input_step = self.steps.of_weight(weight), self.steps.of_input()
+        weight_step = self.steps.of_weight(weight)
         if rows is not None:
             weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
         input, weight, bias = _autocast(input, weight, bias)
         input, unbatched = self.layer.prepare(input)
-        operands = input, weight, bias, mask, weight_step, input_step
+        operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
         output: Tensor = _ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
         self._observe(output)
         return output.squeeze(0) if unbatched else output
@@ -120,9 +120,10 @@ class _ThreeGemmFunction(torch.autograd.Function):
         weight_mask: Tensor | None,
         weight_step: Tensor | None,
         input_step: Tensor | None,
+        output_step: Tensor | None,
     ) -> Tensor:
         values = {"input": input, "weight": weight, "bias": bias, "weight_mask": weight_mask}
-        values |= {"weight_step": weight_step, "input_step": input_step}
+        values |= {"weight_step": weight_step, "input_step": input_step, "output_step": output_step}
         output, *extra = triple.run(Phase.FORWARD, values)
         values.update(zip(triple.graphs.saved, extra, strict=True))
         wanted = set(triple.placeholders[Phase.BACKWARD]) if _needs_backward(ctx) else set()
@@ -142,19 +143,21 @@ class _ThreeGemmFunction(torch.autograd.Function):
         if triple.mask is not None and not torch.compiler.is_compiling():
             triple.mask.note_backward()
         backward_key, update_key = _keys(triple)
-        grad_input = grad_step = grad_weight = grad_bias = None
+        grad_input = grad_weight = grad_bias = None
+        grad_steps: list[Tensor | None] = []
         if _needs_backward(ctx):
-            grad_input, *rest = triple.run(Phase.BACKWARD, values | {"key": backward_key})
-            grad_step = rest[0] if rest else None
+            grad_input, *grad_steps = triple.run(Phase.BACKWARD, values | {"key": backward_key})
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             grad_weight, *rest = triple.run(Phase.UPDATE, values | {"key": update_key})
             grad_bias = rest[0] if rest else None
-        return None, grad_input, grad_weight, grad_bias, None, None, grad_step
+        asked = (triple.asks(Phase.BACKWARD, name) for name in ("input_step", "output_step"))
+        input_step, output_step = (grad_steps.pop(0) if ask and grad_steps else None for ask in asked)
+        return None, grad_input, grad_weight, grad_bias, None, None, input_step, output_step
 
 
 def _needs_backward(ctx: Any) -> bool:
-    """Whether anyone asks for dX, or for the gradient of the step that comes with it."""
-    return bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[6])
+    """Whether anyone asks for dX, or for the gradient of a step that comes with it."""
+    return bool(ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6:]))
 
 
 def _rows(x: Tensor | None, rows: slice) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nmcompile.config import CompileConfig, Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.captured import Site
-from nmcompile.ir.grid_steps import GridSteps, InputStep
+from nmcompile.ir.grid_steps import ActivationStep, GridSteps
 from nmcompile.ir.plan import LayerPlan, PlanRow
 from nmcompile.ir.program import Program
 from nmcompile.ir.stream import DrawStream
@@ -38,7 +38,7 @@ class TripleFactory:
         self.seed = seed
         earlier = list(kept)
         self.kept_masks = {mask.name: mask for one in earlier if isinstance(mask := one.mask, WeightMask)}
-        self.kept_steps = {one.layer.name: one.steps.input for one in earlier}
+        self.kept_steps = {(one.layer.name, s.row.operand): s for one in earlier for s in one.steps.activations}
         self.masks: dict[int | str, WeightMask] = {}
 
     def rewritten_sites(self) -> Iterator[Site]:
@@ -59,16 +59,20 @@ class TripleFactory:
         return GemmTriple(graphs, site, mask, stream, self._steps(site, graphs.plan))
 
     def _steps(self, site: Site, plan: LayerPlan) -> GridSteps:
-        weight, input = plan.grid_row("weight"), plan.grid_row("input")
+        weight = plan.grid_row("weight")
         return GridSteps(
             weight.grid if weight else None,
             site.layer.out_dim if self.config.granularity == "channel" else None,
-            self._input_step(site, input) if input else None,
+            self._activation_step(site, plan.grid_row("input")),
+            self._activation_step(site, plan.grid_row("output")),
         )
 
-    def _input_step(self, site: Site, row: PlanRow) -> InputStep:
+    def _activation_step(self, site: Site, row: PlanRow | None) -> ActivationStep | None:
+        if row is None:
+            return None
         device = next(self.model.get_submodule(site.module).parameters()).device
-        step, earlier = InputStep(site.layer.name, row, device), self.kept_steps.get(site.layer.name)
+        step = ActivationStep(site.layer.name, row, device)
+        earlier = self.kept_steps.get((site.layer.name, row.operand))
         if earlier is not None and earlier.is_calibrated and earlier.grid == step.grid:
             step.calibrate(earlier.clip)
         return step

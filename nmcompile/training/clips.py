@@ -1,4 +1,4 @@
-"""The learned clips of quantized inputs (PACT)."""
+"""The learned clips of quantized activations (PACT)."""
 
 from torch import nn
 
@@ -12,5 +12,5 @@ def clips(compiled: nn.Module) -> list[nn.Parameter]:
     A group of their own with weight decay is PACT's regularization:
     `SGD([{"params": model.parameters()}, {"params": clips(model), "weight_decay": 1e-3}], ...)`.
     """
-    steps = (triple.steps.input for triple in triples_of(compiled))
-    return [step.clip for step in steps if step is not None and step.clip.requires_grad]
+    steps = (step for triple in triples_of(compiled) for step in triple.steps.activations)
+    return [step.clip for step in steps if step.clip.requires_grad]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import StateError, nearest
-from nmcompile.ir.grid_steps import InputStep
+from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.modules import ThreeGemm
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training.masks import STALE, WeightMask
@@ -31,7 +31,8 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What `state_dict()` does not hold, as tensors that safetensors can write.
 
     Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
-    (int64: backward calls), `<layer>.clip` (float32, NaN until calibrated; quantized inputs only), `seed` and `format`.
+    (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
+    inputs and outputs), `seed` and `format`.
 
     Raises:
         StateError: the model is not compiled.
@@ -43,8 +44,8 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
         state[f"{name}.clock"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
     for triple in triples:
         state[f"{triple.layer.name}.draw"] = triple.stream.draw.clone()
-        if triple.steps.input is not None:
-            state[f"{triple.layer.name}.clip"] = _clip(triple.steps.input)
+        for step in triple.steps.activations:
+            state[_clip_key(step)] = step.clip.detach().clone()
     return state
 
 
@@ -66,12 +67,13 @@ def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     for triple in triples:
         triple.stream.seed = int(state["seed"])
         triple.stream.draw.copy_(state[f"{triple.layer.name}.draw"])
-        if triple.steps.input is not None and not state[f"{triple.layer.name}.clip"].isnan():
-            triple.steps.input.calibrate(state[f"{triple.layer.name}.clip"])
+        for step in triple.steps.activations:
+            if not state[_clip_key(step)].isnan():
+                step.calibrate(state[_clip_key(step)])
 
 
-def _clip(step: InputStep) -> Tensor:
-    return step.clip.detach().clone()
+def _clip_key(step: ActivationStep) -> str:
+    return f"{step.layer}.output_clip" if step.row.operand == "output" else f"{step.layer}.clip"
 
 
 def _compiled(model: nn.Module) -> list[GemmTriple]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmcompile.ir.deployed import DeployedInput, DeployedLayer, DeployedWeight
+from nmcompile.ir.deployed import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
 from nmcompile.pruning import NMPattern, greedy, greedy_by_value
 from nmcompile.quantization import Grid, fake_quantize
@@ -60,9 +60,9 @@ def deploy_model(
             layer = layer_of(name, module)
             weight = _weight(name, module, layer, pattern, weight_bits, per_channel)
             module.weight.data.copy_(weight.values)
-            inputs = DeployedInput(FOUR_OF_EIGHT if prune_inputs else None)
+            inputs = DeployedActivation(FOUR_OF_EIGHT if prune_inputs else None)
             if input_bits is not None:
-                inputs = DeployedInput(inputs.pattern, Grid(input_bits, signed=not prune_inputs), 0.125)
+                inputs = DeployedActivation(inputs.pattern, Grid(input_bits, signed=not prune_inputs), 0.125)
             layers[name] = DeployedLayer(layer, weight, inputs)
     reference = copy.deepcopy(plain)
     for name, deployed in layers.items():

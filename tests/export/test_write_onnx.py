@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nmcompile.errors import ConfigError, ExportError
 from nmcompile.export import OnnxReport, verify_onnx, write_onnx
-from nmcompile.ir.deployed import DeployedInput, DeployedLayer, DeployedWeight
+from nmcompile.ir.deployed import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.layers import LinearLayer
 from nmcompile.pruning import NMPattern, greedy
 from nmcompile.quantization import Grid, fake_quantize
@@ -208,7 +208,7 @@ def test_packed_projection_of_cross_attention_is_split(deploy: Deploy, tmp_path:
     scale = packed.detach().abs().amax(1, keepdim=True) / 7
     packed.data = fake_quantize(greedy(packed.detach(), "2:4"), scale, grid)
     weight = DeployedWeight("attention.in_proj_weight", NMPattern(2, 4), packed.detach(), grid, scale)
-    layer = DeployedLayer(LinearLayer("attention.in_proj", (24, 8), True), weight, DeployedInput())
+    layer = DeployedLayer(LinearLayer("attention.in_proj", (24, 8), True), weight, DeployedActivation())
     x, y = torch.randn(2, 2, 3, 8)
     report = write_onnx(plain, {"attention.in_proj": layer}, tmp_path / "m.onnx", (x, y))
     assert len(report.nodes) == 3

@@ -38,22 +38,23 @@ class Refuses:
         raise AssertionError("was never chosen")
 
 
-def program_of(default: LayerConfig, passes: list[Pass]) -> Program:
+def program_of(default: LayerConfig, passes: list[Pass], placement: str = "operand") -> Program:
     """Convs, grouped too, and linears, with bias and without, after some passes."""
     model = nn.Sequential(
         nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3, groups=2, bias=False), nn.ReLU(),
         nn.Flatten(), nn.Linear(32, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3),
     )  # fmt: skip
     captured = capture_model(model)
-    program = Program(captured, plan_phases(captured, default, CompileConfig(ends="sparse")))
+    program = Program(captured, plan_phases(captured, default, CompileConfig(ends="sparse", placement=placement)))
     for one in passes:
         one.run(program)
     return program
 
 
+@pytest.mark.parametrize("placement", ["operand", "activation"])
 @pytest.mark.parametrize("default", [*presets.values(), SDGP], ids=[*presets, "sdgp"])
-def test_after_each_pass_the_rules_hold(default: LayerConfig) -> None:
-    program = program_of(default, [])
+def test_after_each_pass_the_rules_hold(default: LayerConfig, placement: str) -> None:
+    program = program_of(default, [], placement)
     for one in PASSES:
         one.run(program)
         verify_graphs(program, one.name)
@@ -173,7 +174,9 @@ def test_pruning_that_is_not_planned_is_found() -> None:
 @pytest.mark.parametrize("skipped", range(len(PRUNES)), ids=lambda index: str(PRUNES[index].name))
 def test_a_pass_that_was_left_out_is_noticed(skipped: int) -> None:
     phase = "update" if PRUNES[skipped].name == "prune-gradients" else "forward"
-    program = program_of(EVERYTHING, [EXPAND, *(one for one in PRUNES if one is not PRUNES[skipped]), LOWER])
+    program = program_of(
+        EVERYTHING, [EXPAND, *(one for one in PRUNES if one is not PRUNES[skipped]), LOWER], "activation"
+    )
     with pytest.raises(PostconditionError, match=f"after lower-nodes: layer '.', {phase} graph"):
         verify_graphs(program, LOWER.name)
 
@@ -183,14 +186,14 @@ EVERYTHING = replace(preset("inference"), update_gradient=preset("training").upd
 
 @pytest.mark.parametrize("one", PRUNES, ids=lambda one: str(one.name))
 def test_pruning_passes_refuse_lowered_graphs(one: Pass) -> None:
-    program = program_of(EVERYTHING, [EXPAND, LOWER])
+    program = program_of(EVERYTHING, [EXPAND, LOWER], "activation")
     with pytest.raises(PreconditionError, match=r"layer '1': its \w+ graph has 0 GEMM nodes that are not lowered"):
         one.run(program)
 
 
 @pytest.mark.parametrize("one", PRUNES, ids=lambda one: str(one.name))
 def test_passes_refuse_to_prune_or_quantize_an_operand_twice(one: Pass) -> None:
-    program = program_of(EVERYTHING, [EXPAND, one])
+    program = program_of(EVERYTHING, [EXPAND, one], "activation")
     with pytest.raises(PreconditionError, match=r"layer '1': the GEMM of its \w+ graph .*; run each \w+ pass once"):
         one.run(program)
 

@@ -1,4 +1,4 @@
-"""Layers with an input pattern -> a call of a model-local function in front of them.
+"""Activations with a pattern -> a call of a model-local function in front of a layer, or behind its ReLU.
 
     Conv(x, w)  ->  Conv(nmcompile.PruneByValue_4_8_Channels(x), w)
 
@@ -24,9 +24,10 @@ from nmcompile.pruning import NMPattern
 DOMAIN = "nmcompile"
 
 
-def prune_input(model: ir.Model, node: ir.Node, x: ir.Value, pattern: NMPattern, name: str) -> ir.Value:
-    """Prune what a node reads along its channels; returns the pruned value."""
-    layout = "Channels" if node.op_type == "Conv" else "Features"
+def prune_activation(
+    model: ir.Model, node: ir.Node, x: ir.Value, pattern: NMPattern, layout: str, name: str
+) -> ir.Value:
+    """Prune a value in front of a node along `"Channels"` (dim 1) or `"Features"` (the last dim); returns it pruned."""
     operator = f"PruneByValue_{pattern.n_keep}_{pattern.block}_{layout}"
     key = (DOMAIN, operator, "")
     if key not in model.functions:

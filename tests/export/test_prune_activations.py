@@ -6,7 +6,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from nmcompile.export.prune_inputs import DOMAIN, prune_input
+from nmcompile.export.prune_activations import DOMAIN, prune_activation
 from nmcompile.export.trace_model import OPSET
 from nmcompile.pruning import NMPattern, greedy_by_value
 
@@ -15,9 +15,10 @@ def model_of(op_type: str, shape: tuple[int, ...], pattern: str, dtype: ir.DataT
     """A model that only prunes, written in front of a node that is then taken away."""
     x = ir.Value(name="x", shape=ir.Shape(["batch", *shape[1:]]), type=ir.TensorType(dtype))
     node = ir.Node("", op_type, [x])
+    layout = "Channels" if op_type == "Conv" else "Features"
     graph = ir.Graph([x], [], nodes=[node], opset_imports={"": OPSET}, name="pruning")
     model = ir.Model(graph, ir_version=10)
-    pruned = prune_input(model, node, x, NMPattern.parse(pattern), "pruned")
+    pruned = prune_activation(model, node, x, NMPattern.parse(pattern), layout, "pruned")
     graph.remove(node, safe=True)
     graph.outputs.append(pruned)
     return ir.to_proto(model)

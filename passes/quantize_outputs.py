@@ -1,0 +1,112 @@
+"""Prune and quantize the output of a layer behind its ReLU (`CompileConfig(placement="activation")`).
+
+Y = add_bias(...)                   ->  to_grid(apply_mask(relu(Y), output_mask), output_step, bits)
+gemm_update(grad_output, input)     ->  gemm_update(inside_grid(apply_mask(grad_output, output_mask), beyond), input)
+gemm_backward(grad_output, weight)  ->  the same, and the gradient of output_step
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from nmcompile.config import Phase
+from nmcompile.errors import PreconditionError
+from nmcompile.ir import operations as ops
+from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.ir.protocols import PassResult
+from nmcompile.passes.rewriting import gemm_node, placeholder
+
+
+@dataclass(frozen=True)
+class QuantizeOutputs:
+    """Everything that reads the layer's output then reads an activation that is pruned and on its grid.
+
+    The model's own ReLU stays where it is and changes nothing any more, except that it lets no gradient through where a
+    small activation was rounded to zero.
+    """
+
+    name: ClassVar[str] = "quantize-outputs"
+
+    def run(self, program: Program) -> PassResult:
+        modified = False
+        for three in program.layers.values():
+            prune, grid = three.plan.find(Phase.FORWARD, "output"), three.plan.grid_row("output")
+            if prune is None and grid is None:
+                continue
+            modified = True
+            _rewrite_forward(three, prune, grid)
+            for phase in (Phase.BACKWARD, Phase.UPDATE):
+                _rewrite_gradient(three, phase, prune, grid)
+        return PassResult(modified)
+
+
+def _rewrite_forward(three: ThreeGraphs, prune: PlanRow | None, grid: PlanRow | None) -> None:
+    graph = three[Phase.FORWARD].graph
+    results: Any = graph.output_node().args[0]
+    gemm_node(three, Phase.FORWARD)
+    _refuse_twice(three, results[0])
+    saved: dict[str, fx.Node] = {}
+    with graph.inserting_before(graph.output_node()):
+        output = _add(three, Phase.FORWARD, "view", "output_rectified", torch.relu, (results[0],))
+        if prune is not None and prune.pattern is not None:
+            args = output, prune.operator, prune.pattern.n_keep, prune.pattern.block, three.layer.channel_dim
+            mask = _add(three, Phase.FORWARD, "prune", "output_mask", ops.prune_mask, args, prune)
+            output = _add(three, Phase.FORWARD, "view", "output_pruned", ops.apply_mask, (output, mask), prune)
+            saved["output_mask"] = mask
+        if grid is not None:
+            on_grid = output, *_grid_args(graph, grid)
+            saved["output_beyond"] = _add(three, Phase.FORWARD, "view", "output_beyond", ops.beyond_grid, on_grid)
+            output = _add(three, Phase.FORWARD, "quantize", "output_quantized", ops.to_grid, on_grid, grid)
+    graph.output_node().args = ((output, *results[1:], *saved.values()),)
+    three.saved = (*three.saved, *saved)
+    three[Phase.FORWARD].recompile()
+
+
+def _rewrite_gradient(three: ThreeGraphs, phase: Phase, prune: PlanRow | None, grid: PlanRow | None) -> None:
+    graph = three[phase].graph
+    dense = gradient = placeholder(graph, "grad_output")
+    readers = list(dense.users)
+    names = [name for name, row in (("output_mask", prune), ("output_beyond", grid)) if row is not None]
+    operands = {name: placeholder(graph, name) for name in names}
+    arguments = _grid_args(graph, grid) if grid is not None and phase is Phase.BACKWARD else ()
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        if "output_mask" in operands:
+            args = gradient, operands["output_mask"]
+            gradient = _add(three, phase, "view", "grad_output_masked", ops.apply_mask, args)
+        masked = gradient
+        if "output_beyond" in operands:
+            args = gradient, operands["output_beyond"]
+            gradient = _add(three, phase, "view", "grad_output_inside", ops.inside_grid, args)
+    for reader in readers:
+        reader.replace_input_with(dense, gradient)
+    if arguments:
+        output = graph.output_node()
+        results: Any = output.args[0]
+        with graph.inserting_before(output):
+            clipped = masked, operands["output_beyond"], *arguments
+            step = _add(three, phase, "view", "grad_output_step", ops.step_gradient, clipped)
+        output.args = ((*results, step),)
+    three[phase].recompile()
+
+
+def _refuse_twice(three: ThreeGraphs, result: fx.Node) -> None:
+    row = result.meta.get("row")
+    if row is not None and row.operand == "output":
+        raise PreconditionError(
+            f"layer {three.layer.name!r}: the GEMM of its forward graph has a pruned or quantized output already; run "
+            "each quantization pass once"
+        )
+
+
+def _grid_args(graph: fx.Graph, row: PlanRow) -> tuple[fx.Node, int, bool]:
+    assert row.grid is not None
+    return placeholder(graph, "output_step"), row.grid.bits, row.grid.signed
+
+
+def _add(
+    three: ThreeGraphs, phase: Phase, kind: str, name: str, target: Any, args: tuple[Any, ...], row: Any = None
+) -> fx.Node:
+    return ops.add_node(three[phase].graph, kind, three.layer, phase, name, target, args, row)
