@@ -1,0 +1,120 @@
+"""ResNet-18 in ONNX Runtime on one core, as nmcompile exports it, beside ONNX Runtime's own static INT8 quantization.
+
+Sessions take turns, so that a busy machine slows all of them; ratios are of medians.
+
+python benchmarks/onnxruntime_latency.py   # writes benchmarks/results/onnxruntime_latency.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from tabulate import tabulate
+from torch import Tensor, nn
+from vision import models
+
+import nmcompile
+from nmcompile import CompileConfig, presets
+
+PEER = "ONNX Runtime static INT8, ends in fp32"
+ENDS = ["conv1", "fc"]
+
+
+class Batches(CalibrationDataReader):
+    """What `quantize_static` reads."""
+
+    def __init__(self, name: str, batches: list[Tensor]) -> None:
+        self.left: Iterator[dict[str, np.ndarray]] = iter([{name: batch.numpy()} for batch in batches])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.left, None)
+
+
+def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> dict[str, Path]:
+    """Every variant, written; the norms of all of them are absorbed."""
+    written = {"fp32, dense": folder / "dense.onnx"}
+    nmcompile.export(nmcompile.compile(model, "dense", args=(x,)).eval(), written["fp32, dense"], (x,))
+    weights_only = CompileConfig(layers={"_default": replace(presets["inference"], input=None)})
+    for name, config in (
+        ("nmcompile 2:4, 4-bit", weights_only),
+        ("nmcompile 2:4, 4-bit, 4:8 inputs", CompileConfig()),
+    ):
+        compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=batches).eval()
+        written[name] = folder / f"{len(written)}.onnx"
+        # Not compared end to end: with random weights torch itself moves by 2 % where x is scaled by 1 + 1e-6.
+        nmcompile.export(compiled, written[name], (x,), verify=False)
+    source = ort.InferenceSession(written["fp32, dense"], providers=["CPUExecutionProvider"]).get_inputs()[0].name
+    for name, excluded in ((PEER, ENDS), ("ONNX Runtime static INT8, all layers", [])):
+        written[name] = folder / f"{len(written)}.onnx"
+        quantize_static(
+            written["fp32, dense"], written[name], Batches(source, batches), quant_format=QuantFormat.QDQ,
+            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=excluded,
+        )  # fmt: skip
+    return written
+
+
+def session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def times(sessions: dict[str, ort.InferenceSession], x: Tensor, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each run, the sessions in turn."""
+    feeds = {name: {one.get_inputs()[0].name: x.numpy()} for name, one in sessions.items()}
+    found: dict[str, list[float]] = {name: [] for name in sessions}
+    for turn in range(-3, repeats):
+        for name, one in sessions.items():
+            start = time.perf_counter()
+            one.run(None, feeds[name])
+            if turn >= 0:  # the first turns warm up
+                found[name].append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "onnxruntime_latency.json")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = models.resnet18(weights=None).eval()
+    batches = [torch.randn(4, 3, 224, 224) for _ in range(4)]
+    x = torch.randn(1, 3, 224, 224)
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {name: session(path) for name, path in files(model, x, batches, Path(folder)).items()}
+        found = times(sessions, x, options.repeats)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    rows = [[name, median, min(found[name]), medians[PEER] / median] for name, median in medians.items()]
+    headers = ["ResNet-18, 224², batch 1, one core", "median ms", "least ms", "speed, static INT8 = 1"]
+    print(tabulate(rows, headers=headers, floatfmt=".2f"))
+    setting = {
+        "onnxruntime": ort.__version__,
+        "torch": torch.__version__,
+        "machine": _cpu(),
+        "repeats": options.repeats,
+    }
+    options.out.parent.mkdir(exist_ok=True)
+    results = [dict(zip(("variant", "median ms", "least ms", "relative speed"), row, strict=True)) for row in rows]
+    options.out.write_text(json.dumps(setting | {"results": results}, indent=2) + "\n")
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "flags"))]
+    return "; ".join(dict.fromkeys(names)) or platform.processor()
+
+
+if __name__ == "__main__":
+    main()
