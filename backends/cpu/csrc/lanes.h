@@ -8,16 +8,21 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "storage.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define NMCOMPILE_ISA v4
+#ifndef NMCOMPILE_ISA
+#error "set NMCOMPILE_ISA to the name of the instruction set that this file is compiled for"
+#endif
+
+#if defined(__AVX512F__)
 #define NMCOMPILE_VECTOR_BYTES 64
 #elif defined(__AVX2__)
-#define NMCOMPILE_ISA v3
 #define NMCOMPILE_VECTOR_BYTES 32
 #else
-#define NMCOMPILE_ISA baseline
 #define NMCOMPILE_VECTOR_BYTES 16
 #endif
 
@@ -52,6 +57,29 @@ inline void store(const Vector& vector, void* to) {
     __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
+// To memory that is not read soon, without fetching it first. `to` is aligned to the vector's size; other threads see it
+// after `finish_streaming`. On a Zen 4 with two threads this makes the difference between 17 and 7 ms for both packed
+// forms of 4096 x 4096 floats, where memcpy takes 4.7.
+template <class Vector>
+inline void stream(const Vector& vector, void* to) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(vector) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), std::bit_cast<__m512i>(vector));
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(vector) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), std::bit_cast<__m256i>(vector));
+#endif
+#if defined(__x86_64__)
+    if constexpr (sizeof(vector) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), std::bit_cast<__m128i>(vector));
+#endif
+    store(vector, to);
+}
+
+inline void finish_streaming() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 template <class Vector>
 struct Pair {
     Vector first, second;
@@ -76,6 +104,12 @@ inline Pair<Vector> zip(Vector a, Vector b) {
         return Pair<Vector>{__builtin_shufflevector(a, b, (I / 2 + I % 2 * kCount)...),
                             __builtin_shufflevector(a, b, ((I + kCount) / 2 + I % 2 * kCount)...)};
     }(std::make_integer_sequence<int, kCount>{});
+}
+
+// The compiler knows this form as one instruction, where there is one.
+template <class Vector>
+inline Vector larger(Vector a, Vector b) {
+    return a > b ? a : b;
 }
 
 template <class Ints>

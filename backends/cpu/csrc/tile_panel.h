@@ -47,9 +47,19 @@ inline typename Lanes<T>::Ints read(const T* from) {
     return __builtin_convertvector(load<Vector<Stored<T>, L::kCount>>(from), typename L::Ints);
 }
 
-template <class T>
+// Past the caches or not.
+template <bool Stream, class Vector>
+inline void put(const Vector& vector, void* to) {
+    if constexpr (Stream) {
+        stream(vector, to);
+    } else {
+        store(vector, to);
+    }
+}
+
+template <bool Stream, class T>
 inline void write(typename Lanes<T>::Ints lanes, T* to) {
-    store(__builtin_convertvector(lanes, Vector<Stored<T>, Lanes<T>::kCount>), to);
+    put<Stream>(__builtin_convertvector(lanes, Vector<Stored<T>, Lanes<T>::kCount>), to);
 }
 
 // |x| of elements as `read` gives them.
@@ -97,7 +107,7 @@ inline Ints spread(Ints groups) {
     return (groups | groups << 4) & 0x0F0F0F0F;
 }
 
-template <class T>
+template <class T, bool Stream>
 class PanelPruner {
    public:
     explicit PanelPruner(const Panel<T>& panel) : panel_(panel) {}
@@ -105,7 +115,7 @@ class PanelPruner {
     void run() {
         const Bytes upper = prune_tiles(0);
         const Bytes lower = prune_tiles(1);
-        if (panel_.backward_indices) store(upper | lower << 4, panel_.backward_indices.data);
+        if (panel_.backward_indices) put<Stream>(upper | lower << 4, panel_.backward_indices.data);
     }
 
    private:
@@ -141,8 +151,8 @@ class PanelPruner {
                 const auto [first, second] = kept_two(x + 4 * row, kept + 4 * row, 1);
                 const auto [left, right] = zip(first, second);
                 T* const to = panel_.forward_values[top + row];
-                write(left, to);
-                write(right, to + kCount);
+                write<Stream>(left, to);
+                write<Stream>(right, to + kCount);
             }
             write_forward_indices(bytes(spread(places(mask))), top);
         }
@@ -172,10 +182,10 @@ class PanelPruner {
         const auto [odd_left, odd_right] = zip(x[1], x[3]);
         const auto [first, second] = zip(even_left, odd_left);
         const auto [third, fourth] = zip(even_right, odd_right);
-        write(first, to);
-        write(second, to + kCount);
-        write(third, to + 2 * kCount);
-        write(fourth, to + 3 * kCount);
+        write<Stream>(first, to);
+        write<Stream>(second, to + kCount);
+        write<Stream>(third, to + 2 * kCount);
+        write<Stream>(fourth, to + 3 * kCount);
     }
 
     // The two kept ones of a group of four.
@@ -189,7 +199,7 @@ class PanelPruner {
         for (int row = 0; row < 4; ++row) {
             // The factor copies each of four bits to the start of a byte of its own.
             const Bytes four = bytes(mask >> (4 * row) & 15);
-            store(four * 0x00204081 & 0x01010101, panel_.mask[top + row]);
+            put<Stream>(four * 0x00204081 & 0x01010101, panel_.mask[top + row]);
         }
     }
 

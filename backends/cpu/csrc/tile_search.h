@@ -70,14 +70,14 @@ inline void make_summable(typename Lanes<T>::Reals (&a)[16]) {
     const auto bits = [](Reals x) { return std::bit_cast<Ints>(x); };
     const Ints bound = bits(Reals{} + std::numeric_limits<Real>::max() / 16);
     Ints top = bits(a[0]);
-    for (int e = 1; e < 16; ++e) top = bits(a[e]) > top ? bits(a[e]) : top;
+    for (int e = 1; e < 16; ++e) top = larger(top, bits(a[e]));
     const Ints large = top > bound;
     if (!any(large)) [[likely]] return;
     const Ints infinity = bits(Reals{} + std::numeric_limits<Real>::infinity());
     Ints largest = {};
     for (const Reals& x : a) {
         const Ints finite = bits(x) < infinity ? bits(x) : Ints{};
-        largest = finite > largest ? finite : largest;
+        largest = larger(largest, finite);
     }
     const Reals divisor = largest > Ints{} ? std::bit_cast<Reals>(largest) : Reals{} + 1;
     for (Reals& x : a) {
@@ -94,8 +94,7 @@ struct Best {
 
 template <class Ints>
 inline Best<Ints> better(const Best<Ints>& earlier, const Best<Ints>& later) {
-    const Ints wins = later.sum > earlier.sum;
-    return {wins ? later.sum : earlier.sum, wins ? later.mask : earlier.mask};
+    return {larger(earlier.sum, later.sum), later.sum > earlier.sum ? later.mask : earlier.mask};
 }
 
 template <class T>

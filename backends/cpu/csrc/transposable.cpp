@@ -1,160 +1,27 @@
-// Walks a strided tensor panel by panel, on several threads. A panel whose elements do not lie row by row, or that the
-// edge of the tensor cuts, goes through a buffer.
+// Chooses the instruction set and spreads the panels over threads.
 
 #include "transposable.h"
 
 #include <algorithm>
-#include <array>
 #include <system_error>
 #include <thread>
-#include <vector>
 
 #include "storage.h"
-#include "tile_panel.h"
+#include "transposable_isa.h"
 
 namespace nmcompile {
-namespace NMCOMPILE_ISA {
-
-using Index = std::int64_t;
-
-// Where a panel begins: its row and column, and its place among the batch dims.
-struct Place {
-    Index row, column, batch[kMaxBatchDims];
-};
-
-template <class Element>
-struct Matrix {
-    Element* data;
-    Index row, column;  // strides
-};
-
-// The inner loop goes where the memory goes.
-template <class Element>
-void copy_matrix(Matrix<Element> from, Matrix<Element> to, Index rows, Index columns) {
-    if (from.row * to.row < from.column * to.column) {
-        std::swap(from.row, from.column);
-        std::swap(to.row, to.column);
-        std::swap(rows, columns);
-    }
-    for (Index r = 0; r < rows; ++r) {
-        for (Index c = 0; c < columns; ++c) to.data[r * to.row + c * to.column] = from.data[r * from.row + c * from.column];
-    }
-}
-
-template <class T>
-class PanelWalker {
-   public:
-    explicit PanelWalker(const TransposableJob& job)
-        : job_(job), columns_((job.columns + kColumns - 1) / kColumns), matrices_(1) {
-        for (int i = 0; i < job.batch_dims; ++i) matrices_ *= job.batch[i];
-        // Matrices that lie element by element beside each other share cache lines: they take turns.
-        for (int i = 0; i < job.batch_dims; ++i) matrices_inside_ |= job.batch[i] > 1 && job.x.batch[i] < job.x.column;
-    }
-
-    Index panels() const { return (job_.rows + 7) / 8 * columns_ * matrices_; }
-
-    void run(Index first, Index last) {
-        for (Index panel = first; panel < last; ++panel) prune(place(panel));
-    }
-
-   private:
-    static constexpr int kColumns = kPanelColumns<T>;
-
-    Place place(Index panel) const {
-        const Index inner = matrices_inside_ ? matrices_ : columns_;
-        const Index low = panel % inner, rest = panel / inner;
-        const Index high = rest % (matrices_inside_ ? columns_ : matrices_);
-        const Index rows = rest / (matrices_inside_ ? columns_ : matrices_);
-        Place place{rows * 8, (matrices_inside_ ? high : low) * kColumns, {}};
-        Index matrix = matrices_inside_ ? low : high;
-        for (int i = job_.batch_dims; i-- > 0;) {
-            place.batch[i] = matrix % job_.batch[i];
-            matrix /= job_.batch[i];
-        }
-        return place;
-    }
-
-    // The part of an operand that belongs to a panel: `Rows` x `Columns` elements where the panel is a full one.
-    template <class Element, int Rows, int Columns>
-    struct Part {
-        static constexpr Index kRowsPer = 8 / Rows, kColumnsPer = kColumns / Columns;
-
-        Part(const TileOperand& operand, const Place& place, const TransposableJob& job) {
-            if (operand.data == nullptr) return;
-            data = static_cast<Element*>(operand.data) + place.row / kRowsPer * operand.row +
-                   place.column / kColumnsPer * operand.column;
-            for (int i = 0; i < job.batch_dims; ++i) data += place.batch[i] * operand.batch[i];
-            row = operand.row;
-            column = operand.column;
-            rows = std::min<Index>(Rows, (job.rows - place.row + kRowsPer - 1) / kRowsPer);
-            columns = std::min<Index>(Columns, (job.columns - place.column + kColumnsPer - 1) / kColumnsPer);
-            direct = column == 1 && rows == Rows && columns == Columns;
-        }
-        bool buffered() const { return data != nullptr && !direct; }
-
-        // What the kernel reads or writes.
-        template <class View>
-        View view() {
-            if (data == nullptr) return {nullptr, 0};
-            return direct ? View{data, row} : View{buffer, Columns};
-        }
-        void fill_buffer() {
-            if (rows < Rows || columns < Columns) std::fill_n(buffer, Rows * Columns, Element{});
-            copy_matrix<Element>({data, row, column}, {buffer, Columns, 1}, rows, columns);
-        }
-        void empty_buffer() { copy_matrix<Element>({buffer, Columns, 1}, {data, row, column}, rows, columns); }
-
-        Element* data = nullptr;
-        Index row = 0, column = 0, rows = 0, columns = 0;
-        bool direct = false;
-        alignas(64) Element buffer[Rows * Columns];
-    };
-
-    void prune(const Place& place) const {
-        Part<T, 8, kColumns> x(job_.x, place, job_);
-        Part<std::uint8_t, 8, kColumns> mask(job_.mask, place, job_);
-        Part<T, 8, kColumns> pruned(job_.pruned, place, job_);
-        Part<T, 8, kColumns / 2> forward_values(job_.forward_values, place, job_);
-        Part<std::uint8_t, 8, kColumns / 8> forward_indices(job_.forward_indices, place, job_);
-        Part<T, 4, kColumns> backward_values(job_.backward_values, place, job_);
-        Part<std::uint8_t, 1, kColumns> backward_indices(job_.backward_indices, place, job_);
-        if (x.buffered()) x.fill_buffer();
-
-        using P = Panel<T>;
-        using Bytes = typename P::template Rows<std::uint8_t>;
-        using Elements = typename P::template Rows<T>;
-        const P panel = {
-            .x = x.template view<typename P::template Rows<const T>>(),
-            .mask = mask.template view<Bytes>(),
-            .pruned = pruned.template view<Elements>(),
-            .forward_values = forward_values.template view<Elements>(),
-            .backward_values = backward_values.template view<Elements>(),
-            .forward_indices = forward_indices.template view<Bytes>(),
-            .backward_indices = backward_indices.template view<Bytes>(),
-        };
-        PanelPruner<T>(panel).run();
-
-        // A last group without a neighbour leaves half of its byte zero.
-        if (forward_indices.buffered() && job_.columns - place.column < kColumns && job_.columns % 8 != 0) {
-            for (Index r = 0; r < 8; ++r) forward_indices.buffer[r * (kColumns / 8) + forward_indices.columns - 1] &= 15;
-        }
-        if (backward_indices.buffered() && job_.rows - place.row < 8) {
-            for (std::uint8_t& byte : backward_indices.buffer) byte &= 15;
-        }
-        const auto empty = [](auto&... parts) { ((parts.buffered() ? parts.empty_buffer() : void()), ...); };
-        empty(mask, pruned, forward_values, forward_indices, backward_values, backward_indices);
-    }
-
-    const TransposableJob& job_;
-    Index columns_, matrices_;
-    bool matrices_inside_ = false;
-};
-
-}  // namespace NMCOMPILE_ISA
-
 namespace {
 
-constexpr std::int64_t kElementsPerThread = 1 << 15;  // a thread costs about as long to start as these take to prune
+constexpr std::int64_t kElementsPerThread = 1 << 16;  // a thread costs about as long to start as these take to prune
+
+template <class T>
+PanelKernel kernel_of(InstructionSet isa) {
+#if defined(__x86_64__)
+    if (isa == InstructionSet::v4) return v4::panel_kernel<T>();
+    if (isa == InstructionSet::v3) return v3::panel_kernel<T>();
+#endif
+    return baseline::panel_kernel<T>();
+}
 
 template <class Work>
 void in_parallel(std::int64_t count, std::int64_t threads, const Work& work) {
@@ -165,7 +32,7 @@ void in_parallel(std::int64_t count, std::int64_t threads, const Work& work) {
         try {
             started.emplace_back(work, first, last);
         } catch (const std::system_error&) {
-            break;
+            break;  // no thread to be had: the rest runs here
         }
         first = last;
     }
@@ -175,18 +42,32 @@ void in_parallel(std::int64_t count, std::int64_t threads, const Work& work) {
 
 }  // namespace
 
-template <class T>
-void transposable(const TransposableJob& job, unsigned threads) {
-    NMCOMPILE_ISA::PanelWalker<T> walker(job);
-    const std::int64_t panels = walker.panels();
-    const std::int64_t useful = panels * 8 * NMCOMPILE_ISA::kPanelColumns<T> / kElementsPerThread;
-    in_parallel(panels, std::clamp<std::int64_t>(useful, 1, std::max(1u, threads)),
-                [&](std::int64_t first, std::int64_t last) { walker.run(first, last); });
+std::vector<InstructionSet> instruction_sets() {
+    std::vector<InstructionSet> result;
+#if defined(__x86_64__)
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    if (v4) result.push_back(InstructionSet::v4);
+    if (v3) result.push_back(InstructionSet::v3);
+#endif
+    result.push_back(InstructionSet::baseline);
+    return result;
 }
 
-template void transposable<double>(const TransposableJob&, unsigned);
-template void transposable<float>(const TransposableJob&, unsigned);
-template void transposable<Half>(const TransposableJob&, unsigned);
-template void transposable<BFloat16>(const TransposableJob&, unsigned);
+template <class T>
+void transposable(const TransposableJob& job, InstructionSet isa, unsigned threads) {
+    const PanelKernel kernel = kernel_of<T>(isa);
+    const std::int64_t panels = kernel.count(job);
+    const std::int64_t useful = panels * kernel.elements / kElementsPerThread;
+    in_parallel(panels, std::clamp<std::int64_t>(useful, 1, std::max(1u, threads)),
+                [&](std::int64_t first, std::int64_t last) { kernel.run(job, first, last); });
+}
+
+template void transposable<double>(const TransposableJob&, InstructionSet, unsigned);
+template void transposable<float>(const TransposableJob&, InstructionSet, unsigned);
+template void transposable<Half>(const TransposableJob&, InstructionSet, unsigned);
+template void transposable<BFloat16>(const TransposableJob&, InstructionSet, unsigned);
 
 }  // namespace nmcompile
