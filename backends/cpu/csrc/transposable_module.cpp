@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "storage.h"
@@ -22,11 +23,11 @@ using Output = nb::ndarray<nb::device::cpu>;
 
 constexpr const char* kNames[] = {"baseline", "v3", "v4"};
 
-InstructionSet parse(const std::string& name) {
+InstructionSet parse(std::string_view name) {
     for (const InstructionSet isa : instruction_sets()) {
         if (name == kNames[static_cast<int>(isa)]) return isa;
     }
-    throw std::invalid_argument("this machine does not have the instruction set " + name);
+    throw std::invalid_argument("this machine does not have the instruction set " + std::string(name));
 }
 
 // The two tiled dims of a tensor; all others are batch.
@@ -77,7 +78,7 @@ TileOperand checked(const Output& out, const Input& x, const Dims& dims, std::in
 
 void prune(const Input& x, std::size_t row_dim, std::size_t column_dim, const Output& mask, const Output& pruned,
            const Output& forward_values, const Output& forward_indices, const Output& backward_values,
-           const Output& backward_indices, const std::string& isa, unsigned threads) {
+           const Output& backward_indices, const char* isa, unsigned threads) {
     const Dims dims = {row_dim, column_dim};
     TransposableJob job = job_of(x, dims);
     const std::int64_t rows = job.rows, columns = job.columns;
