@@ -64,7 +64,7 @@ def pack(x: Tensor, mask: Tensor, dim: int) -> Packed:
     if not bool((groups.sum(-1) == KEPT).all()):
         raise OperandError(f"the mask does not keep {KEPT} of every {GROUP} elements along dim {dim}; pack 2:4 masks")
     # A stable sort leaves the kept places in front, in increasing order.
-    places = groups.to(torch.uint8).argsort(-1, descending=True, stable=True)[..., :KEPT]
+    places = groups.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :KEPT]
     values = x.detach().movedim(dim, -1).unflatten(-1, (-1, GROUP)).gather(-1, places)
     codes = places[..., 0] | places[..., 1] << 2
     codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % GROUPS_PER_BYTE))

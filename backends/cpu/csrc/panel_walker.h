@@ -98,7 +98,7 @@ class PanelWalker {
             column = operand.column;
             rows = std::min<Index>(Rows, (job.rows - place.row + kRowsPer - 1) / kRowsPer);
             columns = std::min<Index>(Columns, (job.columns - place.column + kColumnsPer - 1) / kColumnsPer);
-            direct = column == 1 && rows == Rows && columns == Columns;
+            direct = column == 1 && job.rows - place.row >= 8 && job.columns - place.column >= kColumns;
         }
         bool buffered() const { return data != nullptr && !direct; }
 

@@ -3,6 +3,7 @@
 #include "transposable.h"
 
 #include <algorithm>
+#include <atomic>
 #include <system_error>
 #include <thread>
 
@@ -12,7 +13,7 @@
 namespace nmcompile {
 namespace {
 
-constexpr std::int64_t kElementsPerThread = 1 << 16;  // a thread costs about as long to start as these take to prune
+constexpr std::int64_t kElementsPerPiece = 1 << 15;  // take about as long to prune as a thread to start
 
 template <class T>
 PanelKernel kernel_of(InstructionSet isa) {
@@ -23,20 +24,25 @@ PanelKernel kernel_of(InstructionSet isa) {
     return baseline::panel_kernel<T>();
 }
 
+// Calls `work(first, last)` for pieces of [0, count). Threads take pieces until none is left, so that one which has to
+// share its core (OpenMP's workers spin there for a while after an operator of torch) does not hold up the others.
 template <class Work>
-void in_parallel(std::int64_t count, std::int64_t threads, const Work& work) {
-    std::vector<std::thread> started;
-    std::int64_t first = 0;
-    for (std::int64_t t = 1; t < threads; ++t) {
-        const std::int64_t last = count * t / threads;
-        try {
-            started.emplace_back(work, first, last);
-        } catch (const std::system_error&) {
-            break;  // no thread to be had: the rest runs here
+void in_parallel(std::int64_t count, std::int64_t piece, std::int64_t threads, const Work& work) {
+    std::atomic<std::int64_t> next = 0;
+    const auto take = [&] {
+        for (std::int64_t first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < count;) {
+            work(first, std::min(first + piece, count));
         }
-        first = last;
+    };
+    std::vector<std::thread> started;
+    for (std::int64_t t = 1; t < threads; ++t) {
+        try {
+            started.emplace_back(take);
+        } catch (const std::system_error&) {
+            break;  // no thread to be had: the others do its part
+        }
     }
-    work(first, count);
+    take();
     for (std::thread& thread : started) thread.join();
 }
 
@@ -60,8 +66,9 @@ template <class T>
 void transposable(const TransposableJob& job, InstructionSet isa, unsigned threads) {
     const PanelKernel kernel = kernel_of<T>(isa);
     const std::int64_t panels = kernel.count(job);
-    const std::int64_t useful = panels * kernel.elements / kElementsPerThread;
-    in_parallel(panels, std::clamp<std::int64_t>(useful, 1, std::max(1u, threads)),
+    const std::int64_t piece = std::max<std::int64_t>(1, kElementsPerPiece / kernel.elements);
+    const std::int64_t pieces = (panels + piece - 1) / piece;
+    in_parallel(panels, piece, std::min<std::int64_t>(pieces, threads),
                 [&](std::int64_t first, std::int64_t last) { kernel.run(job, first, last); });
 }
 
