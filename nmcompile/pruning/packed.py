@@ -80,5 +80,5 @@ def unpack(packed: Packed, dim: int) -> Tensor:
     shifts = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device)
     codes = (codes >> shifts).flatten(-2)[..., : values.shape[-2]]
     places = torch.stack([codes & 3, codes >> 2 & 3], -1).long()
-    dense = values.new_zeros(*values.shape[:-1], GROUP).scatter_(-1, places, values)
+    dense: Tensor = values.new_zeros(*values.shape[:-1], GROUP).scatter_(-1, places, values)
     return dense.flatten(-2).movedim(-1, dim).contiguous()
