@@ -190,14 +190,6 @@ def test_packed_forms_hold_the_pruned_weight(dtype: torch.dtype, shape: tuple[in
         assert unpack(form, dim).equal(pruned)
 
 
-def test_indices_are_two_bits_each_in_increasing_order() -> None:
-    """Groups that keep (0, 3) and (1, 2), then one that keeps (2, 3), without a neighbour."""
-    w = torch.tensor([9.0, 0, 0, 8, 0, 7, 6, 0, 0, 0, 5, 4])
-    packed = pack(w, w != 0, 0)
-    assert packed.values.tolist() == [9, 8, 7, 6, 5, 4]
-    assert packed.indices.tolist() == [0b10_01_11_00, 0b11_10]
-
-
 def test_writes_only_what_is_asked_for() -> None:
     w = torch.randn(8, 64)
     expected = expected_outputs(w, 0, 1)
@@ -248,8 +240,6 @@ def test_wrong_operands_are_named() -> None:
         cpu_transposable_out(w, 0, 1, pruned=w.double())
     with pytest.raises(OperandError, match="give both"):
         cpu_transposable_out(w, 0, 1, forward_values=torch.empty(8, 4))
-    with pytest.raises(OperandError, match="does not keep 2 of every 4"):
-        pack(w, w > 100, 1)
 
 
 def test_the_module_refuses_what_would_leave_its_buffers() -> None:

@@ -33,7 +33,9 @@ void copy_matrix(Matrix<Element> from, Matrix<Element> to, Index rows, Index col
         std::swap(rows, columns);
     }
     for (Index r = 0; r < rows; ++r) {
-        for (Index c = 0; c < columns; ++c) to.data[r * to.row + c * to.column] = from.data[r * from.row + c * from.column];
+        for (Index c = 0; c < columns; ++c) {
+            to.data[r * to.row + c * to.column] = from.data[r * from.row + c * from.column];
+        }
     }
 }
 
@@ -65,17 +67,15 @@ class PanelWalker {
     template <class Element>
     bool aligned(const TileOperand& operand) const {
         constexpr Index kVector = NMCOMPILE_VECTOR_BYTES, kSize = sizeof(Element);
-        bool result = reinterpret_cast<std::uintptr_t>(operand.data) % kVector == 0 && operand.row * kSize % kVector == 0;
-        for (int i = 0; i < job_.batch_dims; ++i) result &= operand.batch[i] * kSize % kVector == 0;
-        return result;
+        if (reinterpret_cast<std::uintptr_t>(operand.data) % kVector != 0) return false;
+        const auto keeps = [](Index stride) { return stride * kSize % kVector == 0; };
+        return keeps(operand.row) && std::all_of(operand.batch, operand.batch + job_.batch_dims, keeps);
     }
 
     Place place(Index panel) const {
-        const Index inner = matrices_inside_ ? matrices_ : columns_;
-        const Index low = panel % inner, rest = panel / inner;
-        const Index high = rest % (matrices_inside_ ? columns_ : matrices_);
-        const Index rows = rest / (matrices_inside_ ? columns_ : matrices_);
-        Place place{rows * 8, (matrices_inside_ ? high : low) * kColumns, {}};
+        const Index inner = matrices_inside_ ? matrices_ : columns_, outer = matrices_inside_ ? columns_ : matrices_;
+        const Index low = panel % inner, high = panel / inner % outer, row = panel / inner / outer;
+        Place place{row * 8, (matrices_inside_ ? high : low) * kColumns, {}};
         Index matrix = matrices_inside_ ? low : high;
         for (int i = job_.batch_dims; i-- > 0;) {
             place.batch[i] = matrix % job_.batch[i];
@@ -151,7 +151,8 @@ class PanelWalker {
 
         // A last group without a neighbour leaves half of its byte zero.
         if (forward_indices.buffered() && job_.columns - place.column < kColumns && job_.columns % 8 != 0) {
-            for (Index r = 0; r < 8; ++r) forward_indices.buffer[r * (kColumns / 8) + forward_indices.columns - 1] &= 15;
+            std::uint8_t* const last = forward_indices.buffer + forward_indices.columns - 1;
+            for (Index r = 0; r < 8; ++r) last[r * (kColumns / 8)] &= 15;
         }
         if (backward_indices.buffered() && job_.rows - place.row < 8) {
             for (std::uint8_t& byte : backward_indices.buffer) byte &= 15;
