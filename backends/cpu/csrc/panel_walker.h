@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "tile_panel.h"
@@ -42,17 +43,22 @@ void copy_matrix(Matrix<Element> from, Matrix<Element> to, Index rows, Index col
 template <class T>
 class PanelWalker {
    public:
-    explicit PanelWalker(const TransposableJob& job)
-        : job_(job), columns_((job.columns + kColumns - 1) / kColumns), matrices_(1) {
-        for (int i = 0; i < job.batch_dims; ++i) matrices_ *= job.batch[i];
-        // Matrices that lie element by element beside each other share cache lines: they take turns.
-        for (int i = 0; i < job.batch_dims; ++i) matrices_inside_ |= job.batch[i] > 1 && job.x.batch[i] < job.x.column;
+    explicit PanelWalker(const TransposableJob& job) : job_(job) {
+        counts_[kRow] = (job.rows + 7) / 8;
+        counts_[kColumn] = (job.columns + kColumns - 1) / kColumns;
+        Index strides[] = {job.x.row, job.x.column, std::numeric_limits<Index>::max()};
+        for (int i = 0; i < job.batch_dims; ++i) {
+            counts_[kMatrix] *= job.batch[i];
+            if (job.batch[i] > 1) strides[kMatrix] = std::min(strides[kMatrix], job.x.batch[i]);
+        }
+        // As memory goes, so that panels which share cache lines or pages follow each other.
+        std::sort(order_, order_ + 3, [&](int a, int b) { return strides[a] < strides[b]; });
         streams_ = panels() * 8 * kColumns * static_cast<Index>(sizeof(T)) >= kStreamedBytes &&
                    aligned<std::uint8_t>(job.mask) && aligned<T>(job.pruned) && aligned<T>(job.forward_values) &&
                    aligned<T>(job.backward_values) && aligned<std::uint8_t>(job.backward_indices);
     }
 
-    Index panels() const { return (job_.rows + 7) / 8 * columns_ * matrices_; }
+    Index panels() const { return counts_[kRow] * counts_[kColumn] * counts_[kMatrix]; }
 
     void run(Index first, Index last) {
         for (Index panel = first; panel < last; ++panel) prune(place(panel));
@@ -60,6 +66,7 @@ class PanelWalker {
     }
 
    private:
+    enum Axis { kRow, kColumn, kMatrix };
     static constexpr int kColumns = kPanelColumns<T>;
     static constexpr Index kStreamedBytes = 1 << 23;  // of a weight whose results would not stay in a cache anyway
 
@@ -73,10 +80,13 @@ class PanelWalker {
     }
 
     Place place(Index panel) const {
-        const Index inner = matrices_inside_ ? matrices_ : columns_, outer = matrices_inside_ ? columns_ : matrices_;
-        const Index low = panel % inner, high = panel / inner % outer, row = panel / inner / outer;
-        Place place{row * 8, (matrices_inside_ ? high : low) * kColumns, {}};
-        Index matrix = matrices_inside_ ? low : high;
+        Index index[3];
+        for (const int axis : order_) {
+            index[axis] = panel % counts_[axis];
+            panel /= counts_[axis];
+        }
+        Place place{index[kRow] * 8, index[kColumn] * kColumns, {}};
+        Index matrix = index[kMatrix];
         for (int i = job_.batch_dims; i-- > 0;) {
             place.batch[i] = matrix % job_.batch[i];
             matrix /= job_.batch[i];
@@ -162,8 +172,9 @@ class PanelWalker {
     }
 
     const TransposableJob& job_;
-    Index columns_, matrices_;
-    bool matrices_inside_ = false, streams_ = false;
+    Index counts_[3] = {1, 1, 1};  // of panels
+    int order_[3] = {kRow, kColumn, kMatrix};  // from the inner loop to the outer
+    bool streams_ = false;
 };
 
 }  // namespace nmcompile::NMCOMPILE_ISA
