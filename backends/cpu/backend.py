@@ -1,10 +1,14 @@
-"""The CPU backend: MVUE pruning by a native kernel; every GEMM stays with the backends that are asked next."""
+"""The CPU backend: MVUE pruning and exact transposable 2:4 masks by native kernels.
+
+Every GEMM stays with the backends that are asked next.
+"""
 
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from nmcompile.backends.cpu.kernels import block_support, cpu_mvue, kernel_support
+from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
 from nmcompile.ir import operations as ops
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.protocols import Support
@@ -12,7 +16,10 @@ from nmcompile.ir.protocols import Support
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """Takes the prune nodes whose operator is `mvue`. On another device than the CPU they run as the reference does."""
+    """Takes the prune nodes whose operator is `mvue`, or `transposable` with the pattern 2:4.
+
+    On another device than the CPU they run as the reference does.
+    """
 
     name: str = "cpu"
 
@@ -20,8 +27,10 @@ class CpuBackend:
         return kernel_support()
 
     def supports(self, node: fx.Node) -> Support:
+        if node.target is ops.apply_mask:
+            return mask_support(node)
         if node.target is not ops.prune:
-            return Support(False, "no native kernel but that of the mvue operator")
+            return Support(False, "no native kernel but those that prune")
         operator, block = node.args[1], node.args[3]
         if operator != "mvue":
             return Support(False, f"no native kernel for operator {operator!r}, only for 'mvue'")
@@ -29,7 +38,19 @@ class CpuBackend:
         return block_support(block)
 
     def lower(self, node: fx.Node) -> None:
-        ops.replace_node(node, prune_mvue, node.args)
+        if node.target is ops.apply_mask:
+            # The graph only applies the mask. It is computed when it is refreshed, outside the graph.
+            node.meta["mask_kernel"] = MASK_KERNEL
+        else:
+            ops.replace_node(node, prune_mvue, node.args)
+
+
+def mask_support(node: fx.Node) -> Support:
+    """Whether there is a kernel for the mask that a node applies to a weight."""
+    row = node.meta.get("row")
+    if row is None or (row.operator, row.pattern) != ("transposable", PATTERN):
+        return Support(False, "no native kernel for masks but exact transposable ones of 2:4")
+    return kernel_support()
 
 
 def prune_mvue(x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor) -> Tensor:

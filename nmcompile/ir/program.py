@@ -40,6 +40,11 @@ class ThreeGraphs:
         marked = {phase: [node.meta for node in graph.graph.nodes if "backend" in node.meta] for phase, graph in self}
         return {phase: ", ".join(f"{m['kind']}: {m['backend']}" for m in metas) for phase, metas in marked.items()}
 
+    def mask_kernel(self) -> str:
+        """The operator that a backend computes the weight's mask with, `"namespace::name"`; empty for the reference."""
+        metas = (node.meta for node in self[Phase.FORWARD].graph.nodes)
+        return next((meta["mask_kernel"] for meta in metas if "mask_kernel" in meta), "")
+
     def __iter__(self) -> Iterator[tuple[Phase, fx.GraphModule]]:
         return iter(self.graphs.items())
 

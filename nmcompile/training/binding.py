@@ -102,7 +102,10 @@ class TripleFactory:
             like = next(self.model.get_submodule(site.module).parameters())
             weight = torch.empty(site.layer.weight_shape, device=like.device)
         config = self.config
-        mask = WeightMask(site.weight, site.layer, row.operator, row.pattern, config.refresh, config.sr_ste, weight)
+        kernel = self.program.layers[site.layer.name].mask_kernel()
+        mask = WeightMask(
+            site.weight, site.layer, row.operator, row.pattern, config.refresh, config.sr_ste, weight, kernel
+        )
         earlier = self.kept_masks.get(site.weight)
         if earlier is not None and not int(earlier.clock[STALE]) and _meets(earlier.tensor, mask):
             mask.tensor.copy_(earlier.tensor)

@@ -39,6 +39,7 @@ class WeightMask:
         refresh: optimizer steps between two computations, None to keep the first mask.
         sr_ste: SR-STE's λ.
         weight: for shape and device of the mask.
+        kernel: what a backend computes a transposable mask with, see `compute_mask`; empty for the reference.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class WeightMask:
         refresh: int | None,
         sr_ste: float,
         weight: Tensor,
+        kernel: str = "",
     ) -> None:
         self.name = name
         self.layer = layer
@@ -57,6 +59,7 @@ class WeightMask:
         self.pattern = pattern
         self.refresh = refresh
         self.sr_ste = sr_ste
+        self.kernel = kernel
         self.serial = next(_serials)  # A later compilation of the same weight has a higher one.
         self.steps = 0
         self.backwards = 0
@@ -75,8 +78,8 @@ class WeightMask:
             self.notice_write()
         # Not for nothing: a call counts as a write to a mask that an earlier forward may have saved for its backward.
         if torch.compiler.is_compiling() or int(self.clock[STALE]):
-            dims = self.layer.out_dim, self.layer.in_dim
-            refresh_mask(weight, self.tensor, self.clock, self.operator, str(self.pattern), *dims, self.layer.groups)
+            how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups
+            refresh_mask(weight, self.tensor, self.clock, *how, self.kernel)
         return self.tensor
 
     def notice_write(self) -> None:
@@ -180,11 +183,19 @@ class WeightMask:
 
 @torch.library.custom_op("nmcompile::refresh_mask", mutates_args=("mask", "clock"))
 def refresh_mask(
-    weight: Tensor, mask: Tensor, clock: Tensor, operator: str, pattern: str, out_dim: int, in_dim: int, groups: int
+    weight: Tensor,
+    mask: Tensor,
+    clock: Tensor,
+    operator: str,
+    pattern: str,
+    out_dim: int,
+    in_dim: int,
+    groups: int,
+    kernel: str,
 ) -> None:
     """Rebuild `mask` from `weight` if it is outdated."""
     if is_outdated(weight, clock):
-        mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups))
+        mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
         clock[STALE] = 0
         if _has_version(weight, clock):
             clock[VERSION] = weight._version
@@ -192,7 +203,15 @@ def refresh_mask(
 
 @refresh_mask.register_fake
 def _(
-    weight: Tensor, mask: Tensor, clock: Tensor, operator: str, pattern: str, out_dim: int, in_dim: int, groups: int
+    weight: Tensor,
+    mask: Tensor,
+    clock: Tensor,
+    operator: str,
+    pattern: str,
+    out_dim: int,
+    in_dim: int,
+    groups: int,
+    kernel: str,
 ) -> None:
     return None
 
@@ -209,11 +228,22 @@ def _has_version(weight: Tensor, clock: Tensor) -> bool:
     return int(clock[ADDRESS]) == weight.data_ptr()
 
 
-def compute_mask(weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int) -> Tensor:
-    """The mask of a weight: row-wise along `in_dim`, or transposable over tiles of (out, in) that cross no group."""
+def compute_mask(
+    weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int, kernel: str = ""
+) -> Tensor:
+    """The mask of a weight: row-wise along `in_dim`, or transposable over tiles of (out, in) that cross no group.
+
+    `kernel` names an operator, `"namespace::name"`, that takes a weight, `out_dim` and `in_dim` and gives the mask that
+    `operator` and `pattern` ask for. By name, since it has to be saved, and traced by `torch.compile`.
+    """
     if operator == "greedy":
         return pruning.mask(weight, pattern, dim=in_dim)
-    method = "exact" if operator == "transposable" else "greedy"
     split = weight.unflatten(out_dim, (groups, -1))
     dims = out_dim + 1, in_dim + (in_dim > out_dim)
-    return pruning.transposable_mask(split, pattern, dims=dims, method=method).flatten(out_dim, out_dim + 1)
+    if kernel:
+        namespace, _, name = kernel.partition("::")
+        mask: Tensor = getattr(getattr(torch.ops, namespace), name)(split, *dims)
+    else:
+        method = "exact" if operator == "transposable" else "greedy"
+        mask = pruning.transposable_mask(split, pattern, dims=dims, method=method)
+    return mask.flatten(out_dim, out_dim + 1)

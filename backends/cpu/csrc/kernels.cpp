@@ -9,6 +9,7 @@
 #include "mvue.h"
 #include "mvue_block.h"
 #include "storage.h"
+#include "transposable_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -65,4 +66,5 @@ NB_MODULE(_kernels, m) {
     m.attr("MAX_BLOCK") = kMaxBlock;
     m.def("mvue", &checked_mvue, "x"_a.noconvert(), "out"_a.noconvert(), "dim"_a, "n_keep"_a, "block"_a, "key"_a,
           "threads"_a, "Write the MVUE of `x` into `out`, a tensor of its shape and dtype.");
+    bind_transposable(m);
 }

@@ -1,0 +1,177 @@
+"""The exact transposable 2:4 mask by a native kernel, and what follows from it in the same pass over the weight.
+
+Where the kernel cannot run, the operators run `nmcompile.pruning.transposable_mask` and pack with torch. Both give the
+same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmcompile.backends.cpu.kernels import DTYPES, kernel_support
+from nmcompile.errors import OperandError
+from nmcompile.pruning import NMPattern, check, transposable_mask
+from nmcompile.pruning.packed import pack, packed_shapes
+
+PATTERN = NMPattern(2, 4)
+MASK_KERNEL = "nmcompile::cpu_transposable_mask"
+
+
+class Outputs(NamedTuple):
+    """What to write; None is not wanted. A packed form is values and indices, see `nmcompile.pruning.packed`."""
+
+    mask: Tensor | None = None
+    pruned: Tensor | None = None
+    forward_values: Tensor | None = None
+    forward_indices: Tensor | None = None
+    backward_values: Tensor | None = None
+    backward_indices: Tensor | None = None
+
+
+@torch.library.custom_op("nmcompile::cpu_transposable_mask", mutates_args=())
+def _cpu_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
+    """`transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
+
+    Args:
+        w: any shape, strides and device; float64, float32, bfloat16 or float16.
+        out_dim: the dim of a tile's rows.
+        in_dim: the dim of a tile's columns.
+
+    Returns:
+        bool of the shape of `w`, with the strides of `torch.empty_like(w)`.
+    """
+    mask = torch.empty_like(w, dtype=torch.bool, requires_grad=False)
+    _write(w, out_dim, in_dim, Outputs(mask=mask))
+    return mask
+
+
+@_cpu_transposable_mask.register_fake
+def _(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
+    return torch.empty_like(w, dtype=torch.bool)
+
+
+@torch.library.custom_op("nmcompile::cpu_transposable_pack", mutates_args=())
+def _cpu_transposable_pack(w: Tensor, out_dim: int, in_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`w` under its transposable mask, packed for the forward and for the backward GEMM.
+
+    Args:
+        w: any shape, strides and device; float64, float32, bfloat16 or float16.
+        out_dim: the dim of a tile's rows, a multiple of four.
+        in_dim: the dim of a tile's columns, a multiple of four.
+
+    Returns:
+        Values and indices packed along `in_dim`, then values and indices packed along `out_dim`; all contiguous.
+    """
+    forward, backward = _empty_packed(w, in_dim), _empty_packed(w, out_dim)
+    _write(w, out_dim, in_dim, Outputs(None, None, *forward, *backward))
+    return *forward, *backward
+
+
+@_cpu_transposable_pack.register_fake
+def _(w: Tensor, out_dim: int, in_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_empty_packed(w, in_dim), *_empty_packed(w, out_dim)
+
+
+@torch.library.custom_op("nmcompile::cpu_transposable_out", mutates_args=Outputs._fields)
+def _cpu_transposable_out(
+    w: Tensor,
+    out_dim: int,
+    in_dim: int,
+    mask: Tensor | None = None,
+    pruned: Tensor | None = None,
+    forward_values: Tensor | None = None,
+    forward_indices: Tensor | None = None,
+    backward_values: Tensor | None = None,
+    backward_indices: Tensor | None = None,
+) -> None:
+    """Write the mask (bool), the pruned weight and the packed forms into given tensors, of any strides, in one pass.
+
+    Raises:
+        OperandError: an output has another shape, dtype or device than the operator would give it.
+    """
+    outputs = Outputs(mask, pruned, forward_values, forward_indices, backward_values, backward_indices)
+    _write(w, out_dim, in_dim, outputs)
+
+
+@_cpu_transposable_out.register_fake
+def _(
+    w: Tensor,
+    out_dim: int,
+    in_dim: int,
+    mask: Tensor | None = None,
+    pruned: Tensor | None = None,
+    forward_values: Tensor | None = None,
+    forward_indices: Tensor | None = None,
+    backward_values: Tensor | None = None,
+    backward_indices: Tensor | None = None,
+) -> None:
+    return None
+
+
+cpu_transposable_mask = torch.ops.nmcompile.cpu_transposable_mask.default
+cpu_transposable_pack = torch.ops.nmcompile.cpu_transposable_pack.default
+cpu_transposable_out = torch.ops.nmcompile.cpu_transposable_out.default
+
+
+def _empty_packed(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    values, indices = packed_shapes(tuple(w.shape), check(w, dim))
+    return w.new_empty(values), w.new_empty(indices, dtype=torch.uint8)
+
+
+def _write(w: Tensor, out_dim: int, in_dim: int, outputs: Outputs) -> None:
+    rows, columns = check(w, out_dim), check(w, in_dim)
+    _check_outputs(w, rows, columns, outputs)
+    (_write_by_kernel if _kernel_takes(w, rows, columns, outputs) else _write_by_reference)(w, rows, columns, outputs)
+
+
+def _write_by_kernel(w: Tensor, rows: int, columns: int, outputs: Outputs) -> None:
+    from nmcompile import _kernels
+
+    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
+    _kernels.transposable(w.detach().resolve_neg(), rows, columns, *outputs, best, threads)
+
+
+def _write_by_reference(w: Tensor, rows: int, columns: int, outputs: Outputs) -> None:
+    mask = transposable_mask(w, PATTERN, dims=(rows, columns))
+    if outputs.mask is not None:
+        outputs.mask.copy_(mask)
+    if outputs.pruned is not None:
+        outputs.pruned.copy_(torch.where(mask, w.detach(), 0.0))
+    forward, backward = outputs[2:4], outputs[4:6]
+    for dim, wanted in ((columns, forward), (rows, backward)):
+        if wanted[0] is not None:
+            for out, result in zip(wanted, pack(w, mask, dim), strict=True):
+                assert out is not None
+                out.copy_(result)
+
+
+def _kernel_takes(w: Tensor, rows: int, columns: int, outputs: Outputs) -> bool:
+    """False also for operands that are wrong: the reference says what is wrong with them."""
+    on_cpu = w.device.type == "cpu" and w.dtype in DTYPES and w.layout == torch.strided
+    plain = not any(out is not None and out.is_neg() for out in outputs)
+    if not (on_cpu and plain and rows != columns and kernel_support().ok):
+        return False
+    from nmcompile import _kernels
+
+    return w.dim() - 2 <= _kernels.MAX_BATCH_DIMS
+
+
+def _check_outputs(w: Tensor, rows: int, columns: int, outputs: Outputs) -> None:
+    shape = tuple(w.shape)
+    expected = {"mask": (shape, torch.bool), "pruned": (shape, w.dtype)}
+    for name, dim in (("forward", columns), ("backward", rows)):
+        values, indices = getattr(outputs, f"{name}_values"), getattr(outputs, f"{name}_indices")
+        if (values is None) != (indices is None):
+            raise OperandError(f"{name}_values and {name}_indices are one packed form; give both")
+        if values is not None:
+            of_values, of_indices = packed_shapes(shape, dim)
+            expected[f"{name}_values"] = of_values, w.dtype
+            expected[f"{name}_indices"] = of_indices, torch.uint8
+    for name, out in outputs._asdict().items():
+        if out is not None and (tuple(out.shape), out.dtype, out.device) != (*expected[name], w.device):
+            size, dtype = expected[name]
+            raise OperandError(
+                f"{name} is {out.dtype} of shape {tuple(out.shape)} on {out.device}, expected {dtype} of shape {size} "
+                f"on {w.device}"
+            )
