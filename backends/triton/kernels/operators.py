@@ -165,3 +165,12 @@ def greedy_where_not_finite(bits, a, kept, values, N: tl.constexpr, DTYPE: tl.co
         all_kept = all_kept + (tl.where(finite, kept[i], greedy[i]),)
         all_values = all_values + (tl.where(finite, values[i], bits[i]),)
     return all_kept, all_values
+
+
+@triton.jit
+def zero_where_pruned(kept, values):
+    """The pruned blocks."""
+    pruned = ()
+    for i in tl.static_range(len(values)):
+        pruned = pruned + (tl.where(kept[i], values[i], 0).to(values[i].dtype),)
+    return pruned
