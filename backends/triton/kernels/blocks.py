@@ -148,9 +148,7 @@ def load_blocks(x, start, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr
 
 
 @triton.jit
-def store_blocks(
-    out, start, left, step, kept, values, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr
-):
+def store_blocks(out, start, left, step, kept, values, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
     """The values where kept, zeros elsewhere."""
     pruned = zero_where_pruned(kept, values)
     if TILES:

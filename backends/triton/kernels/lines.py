@@ -1,9 +1,7 @@
 """Prune a matrix along either dim, and write its lines along that dim one after another: the layout of a sparse GEMM's
 operand. dY (tokens, out) pruned along tokens comes out as (out, tokens), so that nothing is transposed afterwards.
 
-A program takes a tile of blocks, consecutive blocks along its rows. Packed 2:4 lines hold the two kept values of each
-block in index order, and a byte for two blocks: bits 0-1 and 2-3 are the positions of the even block's two values, bits
-4-7 those of the odd one's. Where fewer than two are kept, the lowest positions that are not fill up, with zeros.
+A program takes a tile of blocks, consecutive blocks along its rows.
 """
 
 import triton
@@ -39,7 +37,7 @@ def prune_lines(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Ten
 def pack_lines(
     x: Tensor, operator: str, dim: int, key: Tensor | None, values: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write the matrix `x` pruned 2:4 along `dim` in packed form; see the module.
+    """Write the matrix `x` pruned 2:4 along `dim` in packed form (see `packed`).
 
     Args:
         x: `(r, c)` as for `prune_lines`; the size along `dim`, called length below, is a multiple of 8.
@@ -111,9 +109,7 @@ def prune_lines_kernel(
     tiles = tl.cdiv(columns, C)
     first_row = tl.program_id(0) // tiles * R
     first_column = tl.program_id(0) % tiles * C
-    bits = load_tile(
-        x, first_row, first_column, rows, columns, row_stride, column_stride, ALONG_ROWS, WIDE, M, R, C
-    )
+    bits = load_tile(x, first_row, first_column, rows, columns, row_stride, column_stride, ALONG_ROWS, WIDE, M, R, C)
     u = ()
     if DRAWS > 0:
         u = tile_uniforms(first_row, first_column, columns, tl.load(key), DRAWS, ALIGNED, R, C)
@@ -122,12 +118,12 @@ def prune_lines_kernel(
         lines, first_line, blocks, first_block = rows, first_row, columns, first_column
     else:
         lines, first_line, blocks, first_block = columns, first_column, rows, first_row
+    pruned = zero_where_pruned(kept, emitted)
     if PACKED:
-        pairs, nibbles = pack_pairs(kept, emitted)
+        pairs, nibbles = pack_pairs(pruned, DTYPE)
         store_lines(values, pairs, 2, first_line, first_block, lines, blocks, ALONG_ROWS, WIDE, R, C)
         store_positions(positions, nibbles, first_line, first_block, lines, blocks, ALONG_ROWS, WIDE, R, C)
     else:
-        pruned = zero_where_pruned(kept, emitted)
         store_lines(values, pruned, M, first_line, first_block, lines, blocks, ALONG_ROWS, WIDE, R, C)
 
 

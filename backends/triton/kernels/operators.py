@@ -21,7 +21,6 @@ from nmcompile.backends.triton.kernels.selection import (
 from nmcompile.backends.triton.kernels.storage import to_bits, to_float, with_sign
 
 
-
 @triton.jit
 def select(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
     """What the operator named OPERATOR keeps, with the uniform numbers `u` of the blocks."""

@@ -14,7 +14,7 @@ WEYL_1 = tl.constexpr(philox.WEYL[1])
 
 @triton.jit
 def uniforms(counters, key, DRAWS: tl.constexpr):
-    """The numbers of `counters`, int64 `(Q,)` or `(R, Q)`: a tuple of DRAWS tensors, their last dim 4 Q / DRAWS long."""
+    """The numbers of `counters`, int64 `(Q,)` or `(R, Q)`: DRAWS tensors whose last dim is 4 Q / DRAWS long."""
     w0, w1, w2, w3 = words(counters, key)
     if DRAWS == 1:
         u = (to_uniform(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))),)

@@ -1,4 +1,4 @@
-"""`nmcompile.pruning.selection` for blocks held as tuples of M tensors: the same comparisons, sums in the same order."""
+"""`nmcompile.pruning.selection` for blocks as tuples of M tensors: the same comparisons, sums in the same order."""
 
 import triton
 import triton.language as tl

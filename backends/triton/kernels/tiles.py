@@ -98,9 +98,7 @@ def kept_elements(a):
 
 
 @triton.jit
-def store_rows(
-    out, tile, first_row, first_column, rows, columns, WIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
+def store_rows(out, tile, first_row, first_column, rows, columns, WIDE: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """Write tiles into a contiguous matrix, a row of every tile at a time."""
     column = span(first_column, 4 * C, WIDE)
     for i in tl.static_range(4):
