@@ -4,6 +4,7 @@ A program takes consecutive blocks. Along a strided axis, element i of neighbour
 load; along a contiguous axis, whole blocks do, and a tile of them is loaded and split.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,30 +33,31 @@ def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Te
     layout = block_layout(x, out, dim, pattern.block)
     blocks = x.numel() // x.shape[dim] * -(-x.shape[dim] // pattern.block)
     unit = _unit(layout, pattern)
-    prune_blocks_kernel[(triton.cdiv(blocks, BLOCKS),)](
-        words(x),
-        words(out),
-        key_on(x.device, key),
-        layout.sizes,
-        tuple(stride // unit for stride in layout.in_strides),
-        tuple(stride // unit for stride in layout.out_strides),
-        layout.in_step,
-        layout.out_step,
-        layout.length,
-        blocks,
-        AXIS=layout.axis,
-        IN_TILES=_in_tiles(layout.in_step, pattern),
-        OUT_TILES=_in_tiles(layout.out_step, pattern),
-        UNIT=unit,
-        WIDE=needs_int64(x, out) or blocks > 2**30,
-        OPERATOR=operator,
-        DRAWS=DRAWS[operator],
-        N=pattern.n_keep,
-        M=pattern.block,
-        DTYPE=TYPES[x.dtype],
-        B=BLOCKS,
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(x):
+        prune_blocks_kernel[(triton.cdiv(blocks, BLOCKS),)](
+            words(x),
+            words(out),
+            key_on(x.device, key),
+            layout.sizes,
+            tuple(stride // unit for stride in layout.in_strides),
+            tuple(stride // unit for stride in layout.out_strides),
+            layout.in_step,
+            layout.out_step,
+            layout.length,
+            blocks,
+            AXIS=layout.axis,
+            IN_TILES=_in_tiles(layout.in_step, pattern),
+            OUT_TILES=_in_tiles(layout.out_step, pattern),
+            UNIT=unit,
+            WIDE=needs_int64(x, out) or blocks > 2**30,
+            OPERATOR=operator,
+            DRAWS=DRAWS[operator],
+            N=pattern.n_keep,
+            M=pattern.block,
+            DTYPE=TYPES[x.dtype],
+            B=BLOCKS,
+            **OPTIONS,
+        )
     return out
 
 

@@ -18,9 +18,9 @@ def words(x: Tensor) -> Tensor:
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
-def key_on(device: torch.device, key: Tensor | None) -> Tensor:
+def key_on(device: torch.device, key: Tensor | None) -> Tensor | None:
     """The key where the kernel reads it: no number crosses to the host, so nothing waits for the GPU."""
-    return torch.zeros((), dtype=torch.int64, device=device) if key is None else key.to(device)
+    return None if key is None else key.to(device)
 
 
 def needs_int64(*tensors: Tensor) -> bool:

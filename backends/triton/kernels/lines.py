@@ -4,6 +4,7 @@ operand. dY (tokens, out) pruned along tokens comes out as (out, tokens), so tha
 A program takes a tile of blocks, consecutive blocks along its rows.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,28 +61,29 @@ def _launch(
 ) -> None:
     rows, columns = (size // (pattern.block if index == dim else 1) for index, size in enumerate(x.shape))
     grid = triton.cdiv(columns, TILE[1]), triton.cdiv(rows, TILE[0])
-    prune_lines_kernel[(grid[0] * grid[1],)](
-        words(x),
-        words(values),
-        positions,
-        key_on(x.device, key),
-        rows,
-        columns,
-        x.stride(0),
-        x.stride(1),
-        ALONG_ROWS=dim == 1,
-        PACKED=positions is not None,
-        ALIGNED=columns % 4 == 0,
-        WIDE=needs_int64(x, values),
-        OPERATOR=operator,
-        DRAWS=DRAWS[operator],
-        N=pattern.n_keep,
-        M=pattern.block,
-        DTYPE=TYPES[x.dtype],
-        R=TILE[0],
-        C=TILE[1],
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(x):
+        prune_lines_kernel[(grid[0] * grid[1],)](
+            words(x),
+            words(values),
+            positions,
+            key_on(x.device, key),
+            rows,
+            columns,
+            x.stride(0),
+            x.stride(1),
+            ALONG_ROWS=dim == 1,
+            PACKED=positions is not None,
+            ALIGNED=columns % 4 == 0,
+            WIDE=needs_int64(x, values),
+            OPERATOR=operator,
+            DRAWS=DRAWS[operator],
+            N=pattern.n_keep,
+            M=pattern.block,
+            DTYPE=TYPES[x.dtype],
+            R=TILE[0],
+            C=TILE[1],
+            **OPTIONS,
+        )
 
 
 @triton.jit

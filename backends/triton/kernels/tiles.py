@@ -31,21 +31,22 @@ def prune_tiles(
     """
     rows, columns = w.shape
     across = triton.cdiv(columns, 4 * REGION[1])
-    prune_tiles_kernel[(triton.cdiv(rows, 4 * REGION[0]) * across,)](
-        words(w),
-        None if out is None else words(out),
-        None if transposed is None else words(transposed),
-        None if mask is None else mask.view(torch.int8),
-        rows,
-        columns,
-        w.stride(0),
-        w.stride(1),
-        WIDE=needs_int64(w) or w.numel() > 2**30,
-        DTYPE=TYPES[w.dtype],
-        R=REGION[0],
-        C=REGION[1],
-        **OPTIONS,
-    )
+    with torch.cuda.device_of(w):
+        prune_tiles_kernel[(triton.cdiv(rows, 4 * REGION[0]) * across,)](
+            words(w),
+            None if out is None else words(out),
+            None if transposed is None else words(transposed),
+            None if mask is None else mask.view(torch.int8),
+            rows,
+            columns,
+            w.stride(0),
+            w.stride(1),
+            WIDE=needs_int64(w) or w.numel() > 2**30,
+            DTYPE=TYPES[w.dtype],
+            R=REGION[0],
+            C=REGION[1],
+            **OPTIONS,
+        )
 
 
 @triton.jit
