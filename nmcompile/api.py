@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from nmcompile.accuracy import Reverted, revert_layers
 from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.backends.triton import TritonBackend
 from nmcompile.calibration import calibrate
 from nmcompile.capture import capture_model
 from nmcompile.compilation import Compilation, record_of
@@ -31,7 +32,7 @@ from nmcompile.training.binding import TripleFactory
 from nmcompile.training.state import triples_of
 from nmcompile.training.steps import watch_optimizers
 
-ACCELERATED: tuple[Backend, ...] = (CpuBackend(),)
+ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CpuBackend())
 """What `backend="auto"` asks before the reference backend, in this order, where it is available."""
 Model = nn.Module | ExportedProgram
 
@@ -61,8 +62,8 @@ def compile(
             `"gradients"`) or `"dense"`, which rewrites everything and prunes nothing.
         args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
         config: anything finer than the mode.
-        backend: `"auto"` (what runs here), `"cpu"`, `"reference"`, or a `Backend`; what it does not take the reference
-            backend runs.
+        backend: `"auto"` (what runs here), `"cpu"`, `"triton"`, `"reference"`, or a `Backend`; what it does not take
+            the reference backend runs.
         calibration: batches for the clips of quantized inputs (see `calibrate`); a clip that an earlier compilation
             found for the same grid is kept without it.
         validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers

@@ -1,0 +1,42 @@
+"""The Triton backend: pruning on CUDA devices; every GEMM stays with the backends that are asked next."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from nmcompile.backends.triton.operators import triton_prune
+from nmcompile.backends.triton.support import operator_support, triton_support
+from nmcompile.ir import operations as ops
+from nmcompile.ir.grouping import grouped
+from nmcompile.ir.protocols import Support
+from nmcompile.pruning import NMPattern
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """Takes the prune nodes whose operator and pattern have a kernel. Other tensors than CUDA's, and float64, run as
+    the reference does.
+    """
+
+    name: str = "triton"
+
+    def available(self) -> Support:
+        return triton_support()
+
+    def supports(self, node: fx.Node) -> Support:
+        if node.target is not ops.prune:
+            return Support(False, "no Triton kernel but those of pruning operators")
+        operator, n_keep, block = node.args[1:4]
+        assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
+        return operator_support(operator, NMPattern(n_keep, block))
+
+    def lower(self, node: fx.Node) -> None:
+        ops.replace_node(node, prune, node.args)
+
+
+def prune(
+    x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
+) -> Tensor:
+    """What `nmcompile.ir.operations.prune` gives, bit for bit, with a kernel."""
+    view, dim, restore = grouped(x, axis, channel_dim, block)
+    return ops.like(restore(triton_prune(view, operator, n_keep, block, dim, key)), x)

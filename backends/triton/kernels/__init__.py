@@ -1,0 +1,1 @@
+"""Triton code and its launchers. Importing these modules imports Triton."""

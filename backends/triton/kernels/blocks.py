@@ -1,0 +1,175 @@
+"""Prune blocks along any dim of a tensor of any strides, in one pass: read once, written once.
+
+A program takes consecutive blocks. Along a strided axis, element i of neighbouring blocks lies side by side and is one
+load; along a contiguous axis, whole blocks do, and a tile of them is loaded and split.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
+from nmcompile.backends.triton.kernels.operators import select, zero_where_pruned
+from nmcompile.backends.triton.kernels.philox import uniforms
+from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
+from nmcompile.backends.triton.layout import BlockLayout, block_layout
+from nmcompile.pruning import NMPattern
+
+BLOCKS = 512  # of a program; a multiple of 4, the uniform numbers of a counter
+
+
+def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor) -> Tensor:
+    """Write `x` pruned along `dim` into `out`, bit for bit what the operator of `nmcompile.pruning` gives.
+
+    Args:
+        x: float32, bfloat16 or float16 of any shape and strides, with at least one element.
+        operator: a name in `DRAWS`.
+        pattern: any N:M with M <= 8.
+        dim: non-negative.
+        key: 0-d int64; `None` for the operators that draw nothing.
+        out: shape and dtype of `x`, any strides without overlap.
+    """
+    layout = block_layout(x, out, dim, pattern.block)
+    blocks = x.numel() // x.shape[dim] * -(-x.shape[dim] // pattern.block)
+    unit = _unit(layout, pattern)
+    with torch.cuda.device_of(x):
+        prune_blocks_kernel[(triton.cdiv(blocks, BLOCKS),)](
+            words(x),
+            words(out),
+            key_on(x.device, key),
+            layout.sizes,
+            tuple(stride // unit for stride in layout.in_strides),
+            tuple(stride // unit for stride in layout.out_strides),
+            layout.in_step,
+            layout.out_step,
+            layout.length,
+            blocks,
+            AXIS=layout.axis,
+            IN_TILES=_in_tiles(layout.in_step, pattern),
+            OUT_TILES=_in_tiles(layout.out_step, pattern),
+            UNIT=unit,
+            WIDE=needs_int64(x, out) or blocks > 2**30,
+            OPERATOR=operator,
+            DRAWS=DRAWS[operator],
+            N=pattern.n_keep,
+            M=pattern.block,
+            DTYPE=TYPES[x.dtype],
+            B=BLOCKS,
+            **OPTIONS,
+        )
+    return out
+
+
+def _in_tiles(step: int, pattern: NMPattern) -> bool:
+    return step == 1 and pattern.block in (2, 4, 8)
+
+
+def _unit(layout: BlockLayout, pattern: NMPattern) -> int:
+    """What strides are counted in: whole blocks where they can be, which tells the compiler how blocks are aligned."""
+    whole = all(stride % pattern.block == 0 for stride in (*layout.in_strides, *layout.out_strides))
+    return pattern.block if whole else 1
+
+
+@triton.jit
+def prune_blocks_kernel(
+    x,
+    out,
+    key,
+    sizes,
+    in_strides,
+    out_strides,
+    in_step,
+    out_step,
+    length,
+    blocks,
+    AXIS: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    OUT_TILES: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    OPERATOR: tl.constexpr,
+    DRAWS: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    DTYPE: tl.constexpr,
+    B: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * B
+    block = first + tl.arange(0, B)
+    if not WIDE:
+        block = block.to(tl.int32)
+    start_in, start_out, left = locate(block, sizes, in_strides, out_strides, length, AXIS, UNIT, M)
+    left = tl.where(block < blocks, left, 0)
+    bits = load_blocks(x, start_in, left, in_step, AXIS >= 0, IN_TILES, M)
+    u = ()
+    if DRAWS > 0:
+        u = uniforms(first * DRAWS // 4 + tl.arange(0, B * DRAWS // 4), tl.load(key), DRAWS)
+    kept, values = select(bits, u, OPERATOR, N, DTYPE)
+    store_blocks(out, start_out, left, out_step, kept, values, AXIS >= 0, OUT_TILES, M)
+
+
+@triton.jit
+def locate(
+    block,
+    sizes,
+    in_strides,
+    out_strides,
+    length,
+    AXIS: tl.constexpr,
+    UNIT: tl.constexpr,
+    M: tl.constexpr,
+):
+    """Where blocks start in both tensors, and how many of their elements there are: M, but in a partial last block."""
+    start_in = tl.zeros_like(block)
+    start_out = tl.zeros_like(block)
+    left = tl.full(block.shape, M, block.dtype)
+    rest = block
+    for dim in tl.static_range(len(sizes) - 1, -1, -1):
+        coordinate = rest
+        if dim > 0:
+            coordinate = rest % sizes[dim]
+            rest = rest // sizes[dim]
+        start_in += coordinate * in_strides[dim]
+        start_out += coordinate * out_strides[dim]
+        if dim == AXIS:
+            left = length - coordinate * M
+    return start_in * UNIT, start_out * UNIT, left
+
+
+@triton.jit
+def load_blocks(x, start, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
+    """The M elements of blocks, zeros where there are none."""
+    if TILES:
+        bits = split_blocks(tl.load(x + tile_offsets(start, M), mask=tile_mask(left, PARTIAL, M), other=0), M)
+    else:
+        bits = ()
+        for i in tl.static_range(M):
+            bits = bits + (tl.load(x + start + i * step, mask=i < left, other=0),)
+    return bits
+
+
+@triton.jit
+def store_blocks(out, start, left, step, kept, values, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
+    """The values where kept, zeros elsewhere."""
+    pruned = zero_where_pruned(kept, values)
+    if TILES:
+        tl.store(out + tile_offsets(start, M), join_blocks(pruned, M), mask=tile_mask(left, PARTIAL, M))
+    else:
+        for i in tl.static_range(M):
+            tl.store(out + start + i * step, pruned[i], mask=i < left)
+
+
+@triton.jit
+def tile_offsets(start, M: tl.constexpr):
+    return start[:, None] + tl.arange(0, M)[None, :]
+
+
+@triton.jit
+def tile_mask(left, PARTIAL: tl.constexpr, M: tl.constexpr):
+    """Equal for all elements of a block where no block is partial, so that whole blocks are one memory access."""
+    if PARTIAL:
+        mask = tl.arange(0, M)[None, :] < left[:, None]
+    else:
+        mask = tl.broadcast_to((left > 0)[:, None], (left.shape[0], M))
+    return mask

@@ -1,0 +1,55 @@
+"""Where the blocks of a tensor lie in memory, with as few dims as its strides allow."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The blocks of two tensors of one shape as a grid in C order, the order in which they are numbered.
+
+    Block b has the coordinates of b in `sizes`; it starts at Σ coordinate * stride, and its elements are a step apart.
+
+    Attributes:
+        sizes: blocks along each dim of the grid.
+        in_strides, out_strides: elements from one block to the next along each dim.
+        in_step, out_step: elements from one element of a block to the next.
+        axis: the dim of the grid along which the last block may be partial; -1 where all blocks are whole.
+        length: the tensors' size along the blocks.
+    """
+
+    sizes: tuple[int, ...]
+    in_strides: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    in_step: int
+    out_step: int
+    axis: int
+    length: int
+
+
+def block_layout(x: Tensor, out: Tensor, dim: int, block: int) -> BlockLayout:
+    """The layout of the blocks along `dim` (non-negative) of `x` and `out`, any strides, at least one element."""
+    length, partial = x.shape[dim], x.shape[dim] % block != 0
+    dims: list[tuple[int, int, int]] = []
+    axis = -1
+    for index, size in enumerate(x.shape):
+        in_stride, out_stride = x.stride(index), out.stride(index)
+        if index == dim:
+            size, in_stride, out_stride = -(-size // block), in_stride * block, out_stride * block
+        pinned = partial and index == dim
+        if size == 1 and not pinned:
+            continue
+        if dims and not pinned and axis != len(dims) - 1 and _follows(dims[-1], size, in_stride, out_stride):
+            dims[-1] = dims[-1][0] * size, in_stride, out_stride
+        else:
+            dims.append((size, in_stride, out_stride))
+        if pinned:
+            axis = len(dims) - 1
+    sizes, in_strides, out_strides = zip(*(dims or [(1, 0, 0)]), strict=True)
+    return BlockLayout(sizes, in_strides, out_strides, x.stride(dim), out.stride(dim), axis, length)
+
+
+def _follows(outer: tuple[int, int, int], size: int, in_stride: int, out_stride: int) -> bool:
+    """Whether a dim goes on where the one before it ends, in both tensors."""
+    return outer[1] == size * in_stride and outer[2] == size * out_stride

@@ -1,0 +1,141 @@
+"""The kernels as torch operators. Where a kernel cannot run, its operator runs the reference.
+
+Kernels are imported when the first of them runs: importing Triton takes a second, and may fail.
+"""
+
+import torch
+from torch import Tensor
+
+from nmcompile.backends.triton.packed import pack
+from nmcompile.backends.triton.support import operator_support, tensor_runs
+from nmcompile.pruning import OPERATORS, NMPattern, check, transposable_mask
+
+
+@torch.library.custom_op("nmcompile::triton_prune", mutates_args=())
+def _prune(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
+    """`OPERATORS[operator].prune(x, n_keep:block, dim, key)`, bit for bit.
+
+    Args:
+        x: any shape, strides and device; float64, float32, bfloat16 or float16.
+        operator: a name in `OPERATORS`.
+        n_keep: N.
+        block: M.
+        dim: the dim along which blocks run.
+        key: 64 bits, 0-d int64; `None` for the operators that draw nothing.
+    """
+    pattern = NMPattern(n_keep, block)
+    if not _kernel_takes(x, operator, pattern, key):
+        return OPERATORS[operator].prune(x, pattern, dim, key)
+    from nmcompile.backends.triton.kernels.blocks import prune_blocks
+
+    out = torch.empty_like(x, requires_grad=False)
+    return prune_blocks(_plain(x), operator, pattern, check(x, dim), key, out)
+
+
+@_prune.register_fake
+def _(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("nmcompile::triton_prune_lines", mutates_args=())
+def _prune_lines(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
+    """A matrix pruned along `dim`, its lines along `dim` as contiguous rows: transposed for `dim` 0.
+
+    Takes what `triton_prune` takes, `x` of shape `(r, c)`; returns `(c, r)` for `dim` 0 and `(r, c)` for 1.
+    """
+    pattern = NMPattern(n_keep, block)
+    whole = block in (2, 4, 8) and x.shape[dim] % block == 0
+    if not (whole and _kernel_takes(x, operator, pattern, key)):
+        return _as_lines(OPERATORS[operator].prune(x, pattern, dim, key), dim)
+    from nmcompile.backends.triton.kernels.lines import prune_lines
+
+    return prune_lines(_plain(x), operator, pattern, check(x, dim), key, _empty_lines(x, dim))
+
+
+@_prune_lines.register_fake
+def _(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
+    return _empty_lines(x, dim)
+
+
+@torch.library.custom_op("nmcompile::triton_pack_lines", mutates_args=())
+def _pack_lines(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A matrix pruned 2:4 along `dim`, in the form of `packed`.
+
+    Takes what `triton_prune_lines` takes; the size along `dim`, below length, is a multiple of 8.
+
+    Returns:
+        values `(lines, length / 2)` and positions `(lines, length / 8)`.
+    """
+    pattern = NMPattern(2, 4)
+    if not _kernel_takes(x, operator, pattern, key):
+        return pack(_as_lines(OPERATORS[operator].prune(x, pattern, dim, key), dim))
+    from nmcompile.backends.triton.kernels.lines import pack_lines
+
+    return pack_lines(_plain(x), operator, check(x, dim), key, *_empty_packed(x, dim))
+
+
+@_pack_lines.register_fake
+def _(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _empty_packed(x, dim)
+
+
+@torch.library.custom_op("nmcompile::triton_prune_tiles", mutates_args=())
+def _prune_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix under its exact transposable 2:4 mask.
+
+    Args:
+        w: `(r, c)`, any strides and device; float64, float32, bfloat16 or float16.
+
+    Returns:
+        The pruned matrix `(r, c)`, the same transposed `(c, r)`, and the mask `(r, c)` bool, all contiguous.
+    """
+    if not tensor_runs(w):
+        mask = transposable_mask(w.contiguous(), "2:4")
+        pruned = torch.where(mask, w.detach(), 0.0).contiguous()
+        return pruned, pruned.t().clone(memory_format=torch.contiguous_format), mask
+    from nmcompile.backends.triton.kernels.tiles import prune_tiles
+
+    pruned, transposed, mask = _empty_tiles(w)
+    prune_tiles(_plain(w), out=pruned, transposed=transposed, mask=mask)
+    return pruned, transposed, mask
+
+
+@_prune_tiles.register_fake
+def _(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_tiles(w)
+
+
+triton_prune = torch.ops.nmcompile.triton_prune.default
+triton_prune_lines = torch.ops.nmcompile.triton_prune_lines.default
+triton_pack_lines = torch.ops.nmcompile.triton_pack_lines.default
+triton_prune_tiles = torch.ops.nmcompile.triton_prune_tiles.default
+
+
+def _kernel_takes(x: Tensor, operator: str, pattern: NMPattern, key: Tensor | None) -> bool:
+    """False also for wrong keys, of which the reference says what is wrong."""
+    keyed = key is not None and key.dtype == torch.int64 and key.dim() == 0
+    drawn = keyed or not OPERATORS[operator].needs_key
+    return drawn and tensor_runs(x) and operator_support(operator, pattern).ok
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach().resolve_neg()
+
+
+def _as_lines(pruned: Tensor, dim: int) -> Tensor:
+    """A new tensor also where the lines lie as they should: an operator returns no view of what it was given."""
+    return pruned.movedim(dim, -1).contiguous()
+
+
+def _empty_lines(x: Tensor, dim: int) -> Tensor:
+    return x.new_empty(x.shape[1 - dim % 2], x.shape[dim])
+
+
+def _empty_packed(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    lines, length = x.shape[1 - dim % 2], x.shape[dim]
+    return x.new_empty(lines, length // 2), x.new_empty(lines, length // 8, dtype=torch.uint8)
+
+
+def _empty_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = w.shape
+    return w.new_empty(rows, columns), w.new_empty(columns, rows), w.new_empty(rows, columns, dtype=torch.bool)

@@ -1,0 +1,188 @@
+"""The Triton kernels against the reference: equal bit for bit, draw for draw.
+
+Without a CUDA device they run in Triton's interpreter, which has to be asked for before Triton is imported: here.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmcompile.backends.triton import operators, support
+from nmcompile.backends.triton.packed import pack
+from nmcompile.pruning import OPERATORS, NMPattern, transposable_mask
+
+HAS_DEVICE = torch.cuda.is_available()
+INTERPRETER = {} if HAS_DEVICE else {"TRITON_INTERPRET": "1"}
+with mock.patch.dict(os.environ, INTERPRETER):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from nmcompile.backends.triton.kernels.blocks import prune_blocks
+    from nmcompile.backends.triton.kernels.lines import pack_lines, prune_lines
+    from nmcompile.backends.triton.kernels.tiles import prune_tiles
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> Iterator[None]:
+    """Triton asks again at the first launch."""
+    with mock.patch.dict(os.environ, INTERPRETER):
+        yield
+
+
+# What numpy, which the interpreter computes with, says of arithmetic that the reference does silently.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(HAS_DEVICE, reason="compiled kernels take CUDA tensors")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_DEVICE, reason="no CUDA device")]),
+]
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+DTYPES = sorted(BITS, key=str)
+KINDS = ["normal", "ties", "wide", "sparse", "special"]
+SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0]
+PRUNING = [
+    ("greedy", "1:2"),
+    ("greedy", "2:4"),
+    ("greedy", "4:8"),
+    ("greedy_by_value", "4:8"),
+    ("mvue", "1:2"),
+    ("mvue", "2:4"),
+    ("mvue", "3:7"),
+    ("mvue", "4:8"),
+    ("mvue_approx", "2:4"),
+]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+    "sliced": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+}
+SHAPES = [((5, 9, 13), 1), ((5, 9, 13), 2), ((16, 35), 0), ((3, 64), 1), ((7,), 0)]
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal bits; of a NaN only that it is one."""
+    actual = actual.cpu()
+    assert actual.isnan().equal(expected.isnan())
+    numbers = [x.nan_to_num(0.0, torch.inf, -torch.inf) for x in (actual, expected)]
+    assert numbers[0].view(BITS[expected.dtype]).equal(numbers[1].view(BITS[expected.dtype]))
+
+
+def values(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """Numbers of a kind: `normal`, `ties`, `wide` (over the whole range of exponents), `special` or `sparse`."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if kind == "ties":
+        x = torch.randint(-2, 3, shape, generator=generator).double()
+    if kind == "wide":
+        x *= torch.exp2(torch.randint(-150, 129, shape, generator=generator).double())
+    if kind == "sparse":
+        x *= torch.rand(shape, generator=generator) < 0.4
+    if kind == "special":
+        numbers = torch.tensor(SPECIAL, dtype=torch.float64)
+        chosen = numbers[torch.randint(0, len(SPECIAL), shape, generator=generator)]
+        x = torch.where(torch.rand(shape, generator=generator) < 0.2, chosen, x)
+    return x.to(dtype)
+
+
+def reference(x: Tensor, operator: str, pattern: str, dim: int, key: Tensor) -> Tensor:
+    chosen = OPERATORS[operator]
+    return chosen.prune(x, pattern, dim, key if chosen.needs_key else None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("operator", "pattern"), PRUNING)
+def test_blocks_equal_the_reference(operator: str, pattern: str, dtype: torch.dtype, device: str) -> None:
+    for index, kind in enumerate(KINDS):
+        shape, dim = SHAPES[index]
+        x, key = values(shape, kind, dtype, seed=index), torch.tensor(2**62 // 3 * (index - 2))
+        out = torch.full_like(x, 7.0, device=device)
+        prune_blocks(x.to(device), operator, NMPattern.parse(pattern), dim, key, out)
+        assert_same_bits(out, reference(x, operator, pattern, dim, key))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_blocks_of_any_strides_equal_the_reference(layout: str, dim: int, device: str) -> None:
+    x, key = LAYOUTS[layout](values((8, 12, 20), "normal", torch.float32, seed=1).to(device)), torch.tensor(2)
+    expected = reference(x.cpu(), "mvue", "2:4", dim, key)
+    assert_same_bits(prune_blocks(x, "mvue", NMPattern(2, 4), dim, key, torch.empty_like(x)), expected)
+    reversed_out = torch.empty(20, 12, 8, device=device).permute(2, 1, 0)
+    assert_same_bits(prune_blocks(x, "mvue", NMPattern(2, 4), dim, key, reversed_out), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_value_equals_the_reference(dtype: torch.dtype, device: str) -> None:
+    words = torch.randperm(2**16, generator=torch.Generator().manual_seed(3))
+    x, key = (words - 2**15).to(torch.int16).view(dtype).view(-1, 16), torch.tensor(4)
+    pruned = prune_blocks(x.to(device), "mvue", NMPattern(2, 4), 1, key, torch.empty_like(x, device=device))
+    assert_same_bits(pruned, reference(x, "mvue", "2:4", 1, key))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dim", "kind"),
+    [((72, 40), 0, "special"), ((64, 37), 0, "ties"), ((20, 136), 1, "special"), ((20, 72), 1, "sparse")],
+)
+@pytest.mark.parametrize("operator", ["greedy_by_value", "mvue", "mvue_approx"])
+def test_lines_equal_the_reference(
+    operator: str, shape: tuple[int, int], dim: int, kind: str, dtype: torch.dtype, device: str
+) -> None:
+    x, key = values(shape, kind, dtype, seed=5), torch.tensor(-5)
+    expected = reference(x, operator, "2:4", dim, key).movedim(dim, 1).contiguous()
+    out = torch.full_like(expected, 7.0, device=device)
+    assert_same_bits(prune_lines(x.to(device), operator, NMPattern(2, 4), dim, key, out), expected)
+    wanted = pack(expected)
+    buffers = [torch.full_like(buffer, 7, device=device) for buffer in wanted]
+    packed, positions = pack_lines(x.to(device), operator, dim, key, buffers[0], buffers[1])
+    assert_same_bits(packed, wanted[0])
+    assert positions.cpu().equal(wanted[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pattern", ["1:2", "4:8"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_lines_of_other_patterns_equal_the_reference(pattern: str, dim: int, device: str) -> None:
+    x, key = values((80, 48), "normal", torch.bfloat16, seed=6), torch.tensor(7)
+    expected = reference(x, "mvue", pattern, dim, key).movedim(dim, 1).contiguous()
+    out = torch.empty_like(expected, device=device)
+    assert_same_bits(prune_lines(x.to(device), "mvue", NMPattern.parse(pattern), dim, key, out), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_equal_the_reference(kind: str, dtype: torch.dtype, device: str) -> None:
+    w = values((39, 70), kind, dtype, seed=8)
+    mask = transposable_mask(w, "2:4")
+    expected = torch.where(mask, w, 0.0)
+    out, transposed = torch.empty_like(w, device=device), torch.empty(70, 39, dtype=dtype, device=device)
+    found = torch.empty(39, 70, dtype=torch.bool, device=device)
+    prune_tiles(w.to(device), out=out, transposed=transposed, mask=found)
+    assert found.cpu().equal(mask)
+    assert_same_bits(out, expected)
+    assert_same_bits(transposed, expected.t().contiguous())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators_run_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "DEVICE", device)
+    x, key = values((32, 24), "normal", torch.bfloat16, seed=9), torch.tensor(10)
+    expected = reference(x, "mvue", "2:4", 0, key)
+    with mock.patch.object(OPERATORS["mvue"].__class__, "prune", side_effect=AssertionError("ran the reference")):
+        pruned = operators.triton_prune(x.to(device), "mvue", 2, 4, -2, key)
+        lines = operators.triton_prune_lines(x.to(device), "mvue", 2, 4, -2, key)
+        packed = operators.triton_pack_lines(x.to(device), "mvue", -2, key)
+    assert_same_bits(pruned, expected)
+    assert_same_bits(lines, expected.t().contiguous())
+    assert_same_bits(packed[0], pack(expected.t())[0])
+    out, transposed, mask = operators.triton_prune_tiles(x.to(device).t())
+    assert mask.cpu().equal(transposable_mask(x.t(), "2:4"))
+    assert_same_bits(out, transposed.cpu().t().contiguous())
