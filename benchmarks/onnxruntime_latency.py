@@ -7,12 +7,11 @@ python benchmarks/onnxruntime_latency.py   # writes benchmarks/results/onnxrunti
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import onnxruntime as ort
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from tabulate import tabulate
+from timing import in_turns, processor
 from torch import Tensor, nn
 from vision import models
 
@@ -70,19 +70,6 @@ def session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def times(sessions: dict[str, ort.InferenceSession], x: Tensor, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each run, the sessions in turn."""
-    feeds = {name: {one.get_inputs()[0].name: x.numpy()} for name, one in sessions.items()}
-    found: dict[str, list[float]] = {name: [] for name in sessions}
-    for turn in range(-3, repeats):
-        for name, one in sessions.items():
-            start = time.perf_counter()
-            one.run(None, feeds[name])
-            if turn >= 0:  # the first turns warm up
-                found[name].append((time.perf_counter() - start) * 1e3)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=60)
@@ -94,7 +81,9 @@ def main() -> None:
     x = torch.randn(1, 3, 224, 224)
     with tempfile.TemporaryDirectory() as folder:
         sessions = {name: session(path) for name, path in files(model, x, batches, Path(folder)).items()}
-        found = times(sessions, x, options.repeats)
+        feeds = {name: {one.get_inputs()[0].name: x.numpy()} for name, one in sessions.items()}
+        calls = {name: partial(one.run, None, feeds[name]) for name, one in sessions.items()}
+        found = in_turns(calls, options.repeats)
     medians = {name: statistics.median(values) for name, values in found.items()}
     rows = [[name, median, min(found[name]), medians[PEER] / median] for name, median in medians.items()]
     headers = ["ResNet-18, 224², batch 1, one core", "median ms", "least ms", "speed, static INT8 = 1"]
@@ -102,18 +91,12 @@ def main() -> None:
     setting = {
         "onnxruntime": ort.__version__,
         "torch": torch.__version__,
-        "machine": _cpu(),
+        "machine": processor(),
         "repeats": options.repeats,
     }
     options.out.parent.mkdir(exist_ok=True)
     results = [dict(zip(("variant", "median ms", "least ms", "relative speed"), row, strict=True)) for row in rows]
     options.out.write_text(json.dumps(setting | {"results": results}, indent=2) + "\n")
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "flags"))]
-    return "; ".join(dict.fromkeys(names)) or platform.processor()
 
 
 if __name__ == "__main__":
