@@ -31,8 +31,14 @@ def plan_phases(captured: Captured, default: LayerConfig, config: CompileConfig)
 
     Raises:
         ConfigError: a key of `config.layers` that names no layer.
-        PreconditionError: a layer named exactly cannot take what it was given.
+        PreconditionError: a layer named exactly cannot take what it was given; or activations are to be pruned where
+            they arise, and no graph says where that is.
     """
+    if config.placement == "activation" and captured.whole is None:
+        raise PreconditionError(
+            f"placement='activation' needs the whole graph of the model, and there is none ({captured.whole_reason}); "
+            "pass args=, or take placement='operand'"
+        )
     config.check_names((site.layer.name, site.weight) for site in captured.sites)
     return Plan(tuple(_LayerPlanner(captured, default, config, site).plan() for site in captured.sites))
 
@@ -157,7 +163,12 @@ class _LayerPlanner:
         if layer.name in self.captured.bypassed:
             return
         pruning = asked.input
-        if pruning is not None and layer.out_features % pruning.pattern.block == 0:
+        if pruning is not None and layer.out_features % pruning.pattern.block:
+            reason = (
+                f"its output is not pruned: {layer.out_features} channels are no multiple of {pruning.pattern.block}"
+            )
+            yield PlanRow(layer.name, Phase.FORWARD, reason=reason)
+        elif pruning is not None:
             yield PlanRow(layer.name, Phase.FORWARD, "output", pruning.operator, pruning.pattern, "out")
         if asked.input_bits is not None:
             grid = Grid(asked.input_bits, signed=False)
@@ -167,7 +178,9 @@ class _LayerPlanner:
         """Whether all that the input is computed from is pruned and quantized at its ReLU."""
         sources = self.captured.facts[self.layer.name].sources
         sites = [site for site in self.captured.sites if site.layer.name in sources]
-        return bool(sources) and len(sites) == len(sources) and all(any(self._output_rows(site)) for site in sites)
+        if not sources or len(sites) != len(sources):
+            return False
+        return all(any(row.operand == "output" for row in self._output_rows(site)) for site in sites)
 
     def _sparse(self, phase: Phase, operand: str, pruning: Pruning, axis: str) -> PlanRow:
         return PlanRow(self.layer.name, phase, operand, pruning.operator, pruning.pattern, axis)
@@ -187,6 +200,8 @@ class _LayerPlanner:
         )
         for phase, operand, pruning in wanted:
             if pruning is None or any(row.phase is phase and row.operand == operand for row in rows):
+                continue
+            if operand == "input" and self._input_arrives():
                 continue
             candidates = (*rows, *self._operand_rows(phase, asked))
             reason = next(row.reason for row in candidates if row.phase is phase and row.reason)

@@ -71,7 +71,6 @@ def _rewrite_gradient(three: ThreeGraphs, phase: Phase, prune: PlanRow | None, g
     readers = list(dense.users)
     names = [name for name, row in (("output_mask", prune), ("output_beyond", grid)) if row is not None]
     operands = {name: placeholder(graph, name) for name in names}
-    arguments = _grid_args(graph, grid) if grid is not None and phase is Phase.BACKWARD else ()
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         if "output_mask" in operands:
             args = gradient, operands["output_mask"]
@@ -82,14 +81,17 @@ def _rewrite_gradient(three: ThreeGraphs, phase: Phase, prune: PlanRow | None, g
             gradient = _add(three, phase, "view", "grad_output_inside", ops.inside_grid, args)
     for reader in readers:
         reader.replace_input_with(dense, gradient)
-    if arguments:
-        output = graph.output_node()
-        results: Any = output.args[0]
-        with graph.inserting_before(output):
-            clipped = masked, operands["output_beyond"], *arguments
-            step = _add(three, phase, "view", "grad_output_step", ops.step_gradient, clipped)
-        output.args = ((*results, step),)
+    if grid is not None and phase is Phase.BACKWARD:
+        _return_step_gradient(three, (masked, operands["output_beyond"], *_grid_args(graph, grid)))
     three[phase].recompile()
+
+
+def _return_step_gradient(three: ThreeGraphs, args: tuple[Any, ...]) -> None:
+    output = three[Phase.BACKWARD].graph.output_node()
+    results: Any = output.args[0]
+    with output.graph.inserting_before(output):
+        step = _add(three, Phase.BACKWARD, "view", "grad_output_step", ops.step_gradient, args)
+    output.args = ((*results, step),)
 
 
 def _refuse_twice(three: ThreeGraphs, result: fx.Node) -> None:

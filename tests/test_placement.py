@@ -1,5 +1,6 @@
 """`placement="activation"`: pruned and quantized behind the ReLU, against the same written out in torch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, Phase
 from nmcompile.capture import capture_model
+from nmcompile.deployment import deployed_layers
+from nmcompile.errors import ExportError, PreconditionError
+from nmcompile.export import write_onnx
 from nmcompile.pruning import greedy_by_value
 from nmcompile.quantization import Grid, integers, sawb_quantize
 from nmcompile.training import clips
@@ -77,6 +81,35 @@ def test_plan_prunes_where_activations_arise(net: nn.Module, x: Tensor) -> None:
     assert rows["conv2"] == {("weight", "2:4"), (None, "None"), ("weight", "s4")} | both
     assert rows["conv3"] == {("weight", "2:4"), (None, "None"), ("weight", "s4")}
     assert rows["fc"] == {(None, "None")}
+
+
+def test_a_layer_named_exactly_takes_its_input_as_it_comes(net: nn.Module, x: Tensor) -> None:
+    config = replace(ACTIVATION, layers={"conv2": nmcompile.presets["inference"]})
+    plan = nmcompile.inspect(compiled(net, x, config)).layer("conv2").plan
+    assert plan.find(Phase.FORWARD, "input") is None and plan.find(Phase.FORWARD, "output") is not None
+
+
+def test_an_output_that_no_pattern_fits_has_a_reason() -> None:
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 8)).eval()
+    report = nmcompile.analyze(net, "activations", config=replace(ACTIVATION, ends="sparse"))
+    assert "12 channels are no multiple of 8" in "".join(report.layer("0").reasons)
+    assert "no multiple of 8" in "".join(report.layer("2").reasons)  # nothing arrives pruned there
+
+
+class Branching(nn.Module):
+    """fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x)) if x.sum() > 0 else x
+
+
+def test_without_a_graph_it_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="needs the whole graph"):
+        nmcompile.compile(Branching(), "inference", config=ACTIVATION)
 
 
 def test_forward_equals_the_same_in_plain_torch(net: nn.Module, x: Tensor) -> None:
@@ -162,3 +195,12 @@ def test_a_model_that_ends_in_a_relu_keeps_the_name_of_its_output(tmp_path: Path
     pruned = nmcompile.export(compiled(net, x), tmp_path / "pruned.onnx", (x,))
     names = [[value.name for value in onnx.load(report.onnx.path).graph.output] for report in (dense, pruned)]
     assert names[0] == names[1]
+
+
+def test_export_refuses_to_quantize_behind_a_relu_that_is_not_there(net: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    model = compiled(net, x)
+    layers = deployed_layers(model)
+    layers["conv3"] = replace(layers["conv3"], output=layers["conv1"].output)
+    with pytest.raises(ExportError, match="layer 'conv3': its output is to be pruned and quantized behind a ReLU"):
+        write_onnx(nmcompile.finalize(model), layers, tmp_path / "m.onnx", (x,))
+    assert not (tmp_path / "m.onnx").exists()

@@ -94,19 +94,7 @@ def _cpu_transposable_out(
     _write(w, out_dim, in_dim, outputs)
 
 
-@_cpu_transposable_out.register_fake
-def _(
-    w: Tensor,
-    out_dim: int,
-    in_dim: int,
-    mask: Tensor | None = None,
-    pruned: Tensor | None = None,
-    forward_values: Tensor | None = None,
-    forward_indices: Tensor | None = None,
-    backward_values: Tensor | None = None,
-    backward_indices: Tensor | None = None,
-) -> None:
-    return None
+_cpu_transposable_out.register_fake(lambda *args, **kwargs: None)
 
 
 cpu_transposable_mask = torch.ops.nmcompile.cpu_transposable_mask.default

@@ -6,9 +6,9 @@ Kernels are imported when the first of them runs: importing Triton takes a secon
 import torch
 from torch import Tensor
 
-from nmcompile.backends.triton.packed import pack
 from nmcompile.backends.triton.support import operator_support, tensor_runs
 from nmcompile.pruning import OPERATORS, NMPattern, check, transposable_mask
+from nmcompile.pruning.packed import pack, two_of_four
 
 
 @torch.library.custom_op("nmcompile::triton_prune", mutates_args=())
@@ -59,16 +59,18 @@ def _(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor |
 
 @torch.library.custom_op("nmcompile::triton_pack_lines", mutates_args=())
 def _pack_lines(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A matrix pruned 2:4 along `dim`, in the form of `packed`.
+    """A matrix pruned 2:4 along `dim`, in the form of `nmcompile.pruning.packed`, its lines along
+    `dim` as rows.
 
     Takes what `triton_prune_lines` takes; the size along `dim`, below length, is a multiple of 8.
 
     Returns:
-        values `(lines, length / 2)` and positions `(lines, length / 8)`.
+        values `(lines, length / 2)` and indices `(lines, length / 8)`.
     """
     pattern = NMPattern(2, 4)
     if not _kernel_takes(x, operator, pattern, key):
-        return pack(_as_lines(OPERATORS[operator].prune(x, pattern, dim, key), dim))
+        lines = _as_lines(OPERATORS[operator].prune(x, pattern, dim, key), dim)
+        return pack(lines, two_of_four(lines, 1), 1)
     from nmcompile.backends.triton.kernels.lines import pack_lines
 
     return pack_lines(_plain(x), operator, check(x, dim), key, *_empty_packed(x, dim))

@@ -156,9 +156,12 @@ class _Part:
     """The part of a file that belongs to one layer, as a model of its own.
 
     Attributes:
-        model: from the layer's input, before pruning and quantization, to its output with the bias.
+        model: from the layer's input, before pruning and quantization, to its output with the bias, and with what
+            prunes and quantizes it behind its ReLU.
         input: its name.
-        step: of the accumulator, a number or one for each out-channel; None if not quantized.
+        step: of the accumulator, a number or one for each out-channel, or of the quantized output; None if neither is
+            quantized.
+        is_pruned: whether the output is.
     """
 
     def __init__(self, proto: onnx.ModelProto, name: str) -> None:

@@ -44,6 +44,22 @@ def packed_shapes(shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], tu
     return (*before, size * KEPT // GROUP, *after), (*before, (size + per_byte - 1) // per_byte, *after)
 
 
+def two_of_four(x: Tensor, dim: int) -> Tensor:
+    """The mask that packs a tensor with at most two non-zeros in every group of four along `dim`.
+
+    It is true for the non-zeros and, where there are fewer than two, for the first zeros of the group. bool of the
+    shape of `x`; the size of `dim` is a multiple of four.
+
+    Raises:
+        OperandError: the dim does not exist.
+    """
+    dim = check(x, dim)
+    nonzero = (x.detach() != 0).movedim(dim, -1).unflatten(-1, (-1, GROUP))
+    missing = KEPT - nonzero.sum(-1, keepdim=True)
+    filled: Tensor = nonzero | (~nonzero & ((~nonzero).cumsum(-1) <= missing))
+    return filled.flatten(-2).movedim(-1, dim)
+
+
 def pack(x: Tensor, mask: Tensor, dim: int) -> Packed:
     """Keep what the mask keeps of `x`.
 

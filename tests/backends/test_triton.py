@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.triton import operators, support
-from nmcompile.backends.triton.packed import pack
 from nmcompile.pruning import OPERATORS, NMPattern, transposable_mask
+from nmcompile.pruning.packed import Packed, pack, two_of_four
 
 HAS_DEVICE = torch.cuda.is_available()
 INTERPRETER = {} if HAS_DEVICE else {"TRITON_INTERPRET": "1"}
@@ -93,6 +93,10 @@ def reference(x: Tensor, operator: str, pattern: str, dim: int, key: Tensor) -> 
     return chosen.prune(x, pattern, dim, key if chosen.needs_key else None)
 
 
+def packed_lines(lines: Tensor) -> Packed:
+    return pack(lines, two_of_four(lines, 1), 1)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("operator", "pattern"), PRUNING)
@@ -139,7 +143,7 @@ def test_lines_equal_the_reference(
     expected = reference(x, operator, "2:4", dim, key).movedim(dim, 1).contiguous()
     out = torch.full_like(expected, 7.0, device=device)
     assert_same_bits(prune_lines(x.to(device), operator, NMPattern(2, 4), dim, key, out), expected)
-    wanted = pack(expected)
+    wanted = packed_lines(expected)
     buffers = [torch.full_like(buffer, 7, device=device) for buffer in wanted]
     packed, positions = pack_lines(x.to(device), operator, dim, key, buffers[0], buffers[1])
     assert_same_bits(packed, wanted[0])
@@ -182,7 +186,7 @@ def test_operators_run_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch)
         packed = operators.triton_pack_lines(x.to(device), "mvue", -2, key)
     assert_same_bits(pruned, expected)
     assert_same_bits(lines, expected.t().contiguous())
-    assert_same_bits(packed[0], pack(expected.t())[0])
+    assert_same_bits(packed[0], packed_lines(expected.t()).values)
     out, transposed, mask = operators.triton_prune_tiles(x.to(device).t())
     assert mask.cpu().equal(transposable_mask(x.t(), "2:4"))
     assert_same_bits(out, transposed.cpu().t().contiguous())

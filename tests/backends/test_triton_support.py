@@ -1,4 +1,4 @@
-"""What of the Triton backend works without Triton: refusals, layouts, the packed form, and the reference underneath."""
+"""What of the Triton backend works without Triton: refusals, layouts, and the reference underneath."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from torch import fx
 from nmcompile.backends.triton import TritonBackend
 from nmcompile.backends.triton import operators as triton_operators
 from nmcompile.backends.triton.layout import BlockLayout, block_layout
-from nmcompile.backends.triton.packed import pack, unpack
 from nmcompile.ir import operations as ops
-from nmcompile.pruning import greedy, mvue, transposable_mask
+from nmcompile.pruning import mvue, transposable_mask
+from nmcompile.pruning.packed import Packed, unpack
 
 
 def prune_node(*args: Any) -> fx.Node:
@@ -92,7 +92,7 @@ def test_lines_run_along_the_dim(dim: int) -> None:
     pruned = mvue.prune(x, "2:4", dim, key)
     lines = triton_operators.triton_prune_lines(x, "mvue", 2, 4, dim, key)
     assert lines.is_contiguous() and lines.equal(pruned.t() if dim == 0 else pruned)
-    assert unpack(*triton_operators.triton_pack_lines(x, "mvue", dim, key)).equal(lines)
+    assert unpack(Packed(*triton_operators.triton_pack_lines(x, "mvue", dim, key)), 1).equal(lines)
 
 
 def test_tiles_come_in_both_orientations() -> None:
@@ -100,19 +100,6 @@ def test_tiles_come_in_both_orientations() -> None:
     pruned, transposed, mask = triton_operators.triton_prune_tiles(w)
     assert mask.equal(transposable_mask(w, "2:4"))
     assert pruned.equal(w * mask) and transposed.equal(pruned.t()) and transposed.is_contiguous()
-
-
-def test_packed_positions_are_two_bits_each() -> None:
-    values, positions = pack(torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0, 0.0, 3.0, 0.0]]))
-    assert values.tolist() == [[1.0, 2.0, 0.0, 3.0]]
-    assert positions.tolist() == [[0b10_00_11_01]]
-
-
-def test_unpack_undoes_pack() -> None:
-    lines = greedy(torch.randn(5, 48), "2:4") * (torch.rand(5, 48) < 0.6)
-    values, positions = pack(lines)
-    assert values.shape == (5, 24) and positions.shape == (5, 6)
-    assert unpack(values, positions).equal(lines)
 
 
 def test_contiguous_blocks_are_one_dim() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from nmcompile.errors import OperandError
 from nmcompile.pruning import mask
-from nmcompile.pruning.packed import pack, packed_shapes, unpack
+from nmcompile.pruning.packed import pack, packed_shapes, two_of_four, unpack
 
 
 def test_indices_are_two_bits_each_in_increasing_order() -> None:
@@ -33,3 +33,11 @@ def test_what_is_not_2_of_4_cannot_be_packed() -> None:
         pack(x, x > 0, 1)
     with pytest.raises(OperandError, match="does not keep 2 of every 4"):
         pack(x, x > 100, 0)
+
+
+def test_groups_with_few_non_zeros_keep_their_first_zeros() -> None:
+    x = torch.tensor([[0.0, 1, 0, 2, 0, 0, 3, 0, 0, -0.0, 0, 0]])
+    kept = [0, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0, 0]
+    assert two_of_four(x, 1).tolist() == [[bool(one) for one in kept]]
+    assert two_of_four(x.t(), 0).flatten().tolist() == [bool(one) for one in kept]
+    assert unpack(pack(x, two_of_four(x, 1), 1), 1).equal(x)

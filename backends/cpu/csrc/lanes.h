@@ -58,8 +58,7 @@ inline void store(const Vector& vector, void* to) {
 }
 
 // To memory that is not read soon, without fetching it first. `to` is aligned to the vector's size; other threads see
-// it after `finish_streaming`. On two cores of a Zen 4, both packed forms of 4096 x 4096 floats take 7 ms with it and
-// 17 without, where memcpy takes 5.
+// it after `finish_streaming`.
 template <class Vector>
 inline void stream(const Vector& vector, void* to) {
 #if defined(__AVX512F__)

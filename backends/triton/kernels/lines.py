@@ -38,7 +38,7 @@ def prune_lines(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Ten
 def pack_lines(
     x: Tensor, operator: str, dim: int, key: Tensor | None, values: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write the matrix `x` pruned 2:4 along `dim` in packed form (see `packed`).
+    """Write the matrix `x` pruned 2:4 along `dim` in packed form (see `nmcompile.pruning.packed`).
 
     Args:
         x: `(r, c)` as for `prune_lines`; the size along `dim`, called length below, is a multiple of 8.

@@ -1,4 +1,4 @@
-"""The packed form of 2:4 blocks (`nmcompile.backends.triton.packed`) for blocks as tuples of four tensors."""
+"""The packed form of 2:4 blocks (`nmcompile.pruning.packed`) for blocks as tuples of four tensors."""
 
 import triton
 import triton.language as tl
