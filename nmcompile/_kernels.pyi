@@ -4,8 +4,20 @@ MAX_BLOCK: int
 MAX_BATCH_DIMS: int
 INSTRUCTION_SETS: tuple[str, ...]
 
-def mvue(x: Tensor, out: Tensor, dim: int, n_keep: int, block: int, key: int, threads: int) -> None:
-    """Write the MVUE of `x` into `out`, a tensor of its shape and dtype."""
+def prune(
+    op: str,
+    x: Tensor,
+    out: Tensor,
+    indices: Tensor | None,
+    dim: int,
+    n_keep: int,
+    block: int,
+    relu: bool,
+    key: int,
+    isa: str,
+    threads: int,
+) -> None:
+    """Write `x`, pruned by an operator, into `out`; packed into `out` and `indices` if they are given."""
 
 def transposable(
     x: Tensor,

@@ -1,4 +1,4 @@
-"""The CPU backend: MVUE pruning and exact transposable 2:4 masks by native kernels.
+"""The CPU backend: pruning and exact transposable 2:4 masks by native kernels.
 
 Every GEMM stays with the backends that are asked next.
 """
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from nmcompile.backends.cpu.kernels import block_support, cpu_mvue, kernel_support
+from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.prune import cpu_prune, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
 from nmcompile.ir import operations as ops
 from nmcompile.ir.grouping import grouped
@@ -16,7 +17,7 @@ from nmcompile.ir.protocols import Support
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """Takes the prune nodes whose operator is `mvue`, or `transposable` with the pattern 2:4.
+    """Takes the prune nodes whose operator has a native kernel, and `transposable` masks with the pattern 2:4.
 
     On another device than the CPU they run as the reference does.
     """
@@ -31,18 +32,16 @@ class CpuBackend:
             return mask_support(node)
         if node.target is not ops.prune:
             return Support(False, "no native kernel but those that prune")
-        operator, block = node.args[1], node.args[3]
-        if operator != "mvue":
-            return Support(False, f"no native kernel for operator {operator!r}, only for 'mvue'")
-        assert isinstance(block, int)
-        return block_support(block)
+        operator, n_keep, block = node.args[1:4]
+        assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
+        return prune_support(operator, n_keep, block)
 
     def lower(self, node: fx.Node) -> None:
         if node.target is ops.apply_mask:
             # The graph only applies the mask. It is computed when it is refreshed, outside the graph.
             node.meta["mask_kernel"] = MASK_KERNEL
         else:
-            ops.replace_node(node, prune_mvue, node.args)
+            ops.replace_node(node, prune_natively, node.args)
 
 
 def mask_support(node: fx.Node) -> Support:
@@ -53,7 +52,9 @@ def mask_support(node: fx.Node) -> Support:
     return kernel_support()
 
 
-def prune_mvue(x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor) -> Tensor:
-    """What `nmcompile.ir.operations.prune` gives for the operator `mvue`, bit for bit, with the native kernel."""
+def prune_natively(
+    x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
+) -> Tensor:
+    """What `nmcompile.ir.operations.prune` gives, bit for bit, with the native kernel."""
     view, dim, restore = grouped(x, axis, channel_dim, block)
-    return ops.like(restore(cpu_mvue(view, n_keep, block, dim, key)), x)
+    return ops.like(restore(cpu_prune(view, operator, n_keep, block, dim, key)), x)

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+
+#include "instruction_sets.h"
 
 namespace nmcompile {
 
@@ -27,11 +28,6 @@ struct TransposableJob {
     TileOperand forward_values, forward_indices;      // packed along columns: (rows, columns / 2) and (rows, bytes)
     TileOperand backward_values, backward_indices;    // packed along rows: (rows / 2, columns) and (bytes, columns)
 };
-
-enum class InstructionSet { baseline, v3, v4 };  // what every machine has, x86-64-v3 (AVX2), x86-64-v4 (AVX-512)
-
-// Those that this machine has, the best first.
-std::vector<InstructionSet> instruction_sets();
 
 // Runs the job on up to `threads` threads; T is double, float, Half or BFloat16 (storage.h). The mask equals
 // nmcompile/pruning/tile_enumeration.py bit for bit, whatever the instruction set and the number of threads.

@@ -6,8 +6,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <string_view>
-#include <vector>
 
 #include "storage.h"
 #include "transposable.h"
@@ -20,15 +18,6 @@ namespace {
 
 using Input = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
-
-constexpr const char* kNames[] = {"baseline", "v3", "v4"};
-
-InstructionSet parse(std::string_view name) {
-    for (const InstructionSet isa : instruction_sets()) {
-        if (name == kNames[static_cast<int>(isa)]) return isa;
-    }
-    throw std::invalid_argument("this machine does not have the instruction set " + std::string(name));
-}
 
 // The two tiled dims of a tensor; all others are batch.
 struct Dims {
@@ -95,7 +84,7 @@ void prune(const Input& x, std::size_t row_dim, std::size_t column_dim, const Ou
     job.forward_indices = checked(forward_indices, x, dims, rows, (columns + 7) / 8, false, "forward_indices");
     job.backward_values = checked(backward_values, x, dims, rows / 2, columns, true, "backward_values");
     job.backward_indices = checked(backward_indices, x, dims, (rows + 7) / 8, columns, false, "backward_indices");
-    const InstructionSet chosen = parse(isa);
+    const InstructionSet chosen = instruction_set(isa);
 
     using Code = nb::dlpack::dtype_code;
     const auto is = [&](Code code, int bits) {
@@ -116,9 +105,6 @@ void prune(const Input& x, std::size_t row_dim, std::size_t column_dim, const Ou
 }  // namespace
 
 void bind_transposable(nb::module_& m) {
-    nb::list names;
-    for (const InstructionSet isa : instruction_sets()) names.append(kNames[static_cast<int>(isa)]);
-    m.attr("INSTRUCTION_SETS") = nb::tuple(names);
     m.attr("MAX_BATCH_DIMS") = kMaxBatchDims;
     m.def("transposable", &prune, "x"_a.noconvert(), "rows"_a, "columns"_a, "mask"_a.noconvert().none(),
           "pruned"_a.noconvert().none(), "forward_values"_a.noconvert().none(), "forward_indices"_a.noconvert().none(),

@@ -1,0 +1,150 @@
+"""The pruning operators by native kernels. Where a kernel cannot run, its operator runs the reference.
+
+Results are those of `nmcompile.pruning.OPERATORS[operator].prune(x, pattern, dim, key)` bit for bit and draw for draw,
+whatever the number of threads. With `relu`, those of `torch.relu(x)`.
+"""
+
+import torch
+from torch import Tensor
+
+from nmcompile.backends.cpu.kernels import kernel_support, takes
+from nmcompile.errors import OperandError
+from nmcompile.ir.protocols import Support
+from nmcompile.pruning import OPERATORS, NMPattern, check
+
+WORD = 2**64 - 1  # a key as an unsigned number
+RANKING = frozenset({"greedy", "greedy_by_value"})
+NATIVE = RANKING | {"mvue", "mvue_approx"}
+
+
+def prune_support(operator: str, n_keep: int, block: int) -> Support:
+    """Whether the compiled module has the operator for the pattern N:M = `n_keep`:`block`."""
+    support = kernel_support()
+    if not support.ok:
+        return support
+    from nmcompile import _kernels
+
+    if operator not in NATIVE:
+        return Support(False, f"no native kernel for operator {operator!r}, only for {', '.join(sorted(NATIVE))}")
+    if operator == "mvue_approx" and (n_keep, block) != (2, 4):
+        return Support(False, f"the kernel of 'mvue_approx' takes 2:4, not {n_keep}:{block}")
+    if block > _kernels.MAX_BLOCK:
+        return Support(False, f"blocks of {block} elements; the kernel takes at most {_kernels.MAX_BLOCK}")
+    return support
+
+
+@torch.library.custom_op("nmcompile::cpu_prune", mutates_args=())
+def _cpu_prune(
+    x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """`x` pruned, with the strides of `torch.empty_like(x)`.
+
+    Args:
+        x: any shape, strides and device; float64, float32, bfloat16 or float16.
+        operator: a name in `OPERATORS`.
+        n_keep: N.
+        block: M.
+        dim: the dim along which blocks run.
+        key: 64 bits, 0-d int64; None if the operator draws nothing.
+        relu: prune max(x, 0).
+
+    Raises:
+        OperandError: `x` is no tensor that the operator takes, or the key is missing or no key.
+        ConfigError: the pattern does not fit the operator.
+    """
+    result = torch.empty_like(x, requires_grad=False)
+    _write(x, operator, NMPattern(n_keep, block), dim, key, relu, result)
+    return result
+
+
+@_cpu_prune.register_fake
+def _(
+    x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("nmcompile::cpu_prune_out", mutates_args=("out",))
+def _cpu_prune_out(
+    x: Tensor,
+    operator: str,
+    n_keep: int,
+    block: int,
+    dim: int,
+    out: Tensor,
+    key: Tensor | None = None,
+    relu: bool = False,
+) -> None:
+    """`cpu_prune` into `out`, a tensor of the shape, dtype and device of `x` and any strides.
+
+    Raises:
+        OperandError: as `cpu_prune` does, or `out` is another tensor than that.
+    """
+    check_output("out", out, x, tuple(x.shape), x.dtype)
+    _write(x, operator, NMPattern(n_keep, block), dim, key, relu, out)
+
+
+@_cpu_prune_out.register_fake
+def _(
+    x: Tensor,
+    operator: str,
+    n_keep: int,
+    block: int,
+    dim: int,
+    out: Tensor,
+    key: Tensor | None = None,
+    relu: bool = False,
+) -> None:
+    return None
+
+
+cpu_prune = torch.ops.nmcompile.cpu_prune.default
+cpu_prune_out = torch.ops.nmcompile.cpu_prune_out.default
+
+
+def reference(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, relu: bool) -> Tensor:
+    """What the kernels equal."""
+    return OPERATORS[operator].prune(torch.relu(x.detach()) if relu else x, pattern, dim, key)
+
+
+def runs_natively(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, relu: bool) -> bool:
+    """Whether the kernel takes the operands. Wrong ones are refused too: the reference says what is wrong."""
+    keyed = operator in RANKING or (key is not None and key.dtype == torch.int64 and key.dim() == 0)
+    fits = takes(x) and -x.dim() <= dim < x.dim() and not (relu and operator not in RANKING)
+    return fits and keyed and prune_support(operator, pattern.n_keep, pattern.block).ok
+
+
+def call_kernel(
+    x: Tensor,
+    operator: str,
+    pattern: NMPattern,
+    dim: int,
+    key: Tensor | None,
+    relu: bool,
+    out: Tensor,
+    indices: Tensor | None = None,
+) -> None:
+    """Run the kernel on operands that it takes."""
+    from nmcompile import _kernels
+
+    word = 0 if key is None or operator in RANKING else int(key) & WORD
+    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
+    dense = x.detach().resolve_neg()
+    n_keep, block = pattern.n_keep, pattern.block
+    _kernels.prune(operator, dense, out.detach(), indices, check(x, dim), n_keep, block, relu, word, best, threads)
+
+
+def _write(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, relu: bool, out: Tensor) -> None:
+    if runs_natively(x, operator, pattern, dim, key, relu):
+        call_kernel(x, operator, pattern, dim, key, relu, out)
+    else:
+        out.copy_(reference(x, operator, pattern, dim, key, relu))
+
+
+def check_output(name: str, out: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise OperandError unless `out` has the shape and dtype, on the device of `x`."""
+    if (tuple(out.shape), out.dtype, out.device) != (shape, dtype, x.device):
+        raise OperandError(
+            f"{name} is {out.dtype} of shape {tuple(out.shape)} on {out.device}, expected {dtype} of shape {shape} on "
+            f"{x.device}"
+        )
