@@ -18,8 +18,12 @@ def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
 
     Returns:
         A tensor of the shape, dtype and strides of `x`. Zero stays zero, NaN stays NaN.
+
+    Raises:
+        OperandError: `scale` does not broadcast to the shape of `x`.
     """
+    on_grid = integers(x, scale, grid)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inside = torch.clamp(wide, grid.low * torch.as_tensor(scale), grid.high * torch.as_tensor(scale))
-    quantized = inside + (integers(x, scale, grid) * scale - inside).detach()
+    quantized = inside + (on_grid * scale - inside).detach()
     return quantized.to(x.dtype)

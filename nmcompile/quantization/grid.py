@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmcompile.errors import ConfigError
+from nmcompile.errors import ConfigError, OperandError
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,21 @@ def integers(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
 
     Returns:
         A tensor of the shape of `x`, float64 for float64 and else float32. A NaN stays one.
+
+    Raises:
+        OperandError: `scale` does not broadcast to the shape of `x`.
     """
+    if isinstance(scale, Tensor) and not _broadcasts(scale, x):
+        raise OperandError(
+            f"the scale has shape {tuple(scale.shape)}, x {tuple(x.shape)}; give one scale, or one that broadcasts to x"
+        )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.clamp(torch.round(wide / scale), grid.low, grid.high)
+
+
+def _broadcasts(small: Tensor, large: Tensor) -> bool:
+    """Whether `small` broadcasts to the shape of `large`."""
+    if small.dim() > large.dim():
+        return False
+    sizes = zip(reversed(small.shape), reversed(large.shape), strict=False)
+    return all(size in (1, wanted) for size, wanted in sizes)

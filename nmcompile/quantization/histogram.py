@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nmcompile.errors import CalibrationError
+from nmcompile.errors import CalibrationError, ConfigError
 from nmcompile.quantization.grid import Grid, integers
 
 BINS = 4096
@@ -39,8 +39,11 @@ class Histogram:
         """The magnitude that `percent` of all elements do not exceed, to one bin; at least one bin.
 
         Raises:
+            ConfigError: not 0 < percent <= 100.
             CalibrationError: nothing but zeros was observed, or a NaN or an infinity.
         """
+        if not 0 < percent <= 100:
+            raise ConfigError(f"there is no {percent}th percentile to clip at; give a percentage above 0, at most 100")
         self._check()
         reached = self.zeros + self.counts.cumsum(0)
         index = int(torch.searchsorted(reached, percent / 100 * reached[-1]))

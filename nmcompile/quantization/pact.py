@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmcompile.errors import OperandError
 from nmcompile.quantization.grid import Grid, integers
 
 
@@ -20,7 +21,13 @@ def pact_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
 
     Returns:
         A tensor of the shape, dtype and strides of `x`.
+
+    Raises:
+        OperandError: the clip is not 0-d.
+        ConfigError: bits outside 2 to 8.
     """
+    if clip.dim():
+        raise OperandError(f"the clip has shape {tuple(clip.shape)}; PACT has one clip for a tensor, give it 0-d")
     result: Tensor = _Pact.apply(x, clip, Grid(bits, signed=False))  # type: ignore[no-untyped-call]
     return result
 

@@ -30,9 +30,12 @@ def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
 
     Raises:
         ConfigError: bits without coefficients.
+        OperandError: the weight is empty.
     """
     if bits not in COEFFICIENTS:
         raise ConfigError(f"SAWB has no coefficients for {bits} bits; give one of {', '.join(map(str, COEFFICIENTS))}")
+    if not w.numel():
+        raise OperandError(f"a weight of shape {tuple(w.shape)} has no elements, and so no step")
     wide = w.to(torch.promote_types(w.dtype, torch.float32)).abs()
     dims = [] if dim is None else [d for d in range(w.dim()) if d != dim % w.dim()]
     keep = dim is not None

@@ -1,6 +1,7 @@
 """Grids, fake quantization, SAWB and PACT against brute force and closed forms."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -205,3 +206,20 @@ def test_clip_gradients_of_half_precision_do_not_overflow() -> None:
     x, clip = torch.ones(100_000, dtype=torch.float16), torch.tensor(0.5, requires_grad=True)
     pact_quantize(x, clip, 4).backward(torch.ones_like(x))
     assert clip.grad is not None and clip.grad == 100_000
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 4, 2), (5, 4, 1)])
+@pytest.mark.parametrize("quantize", [fake_quantize, integers])
+def test_a_scale_that_does_not_broadcast_is_refused(quantize: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    with pytest.raises(OperandError, match=r"the scale has shape .*, x \(4, 2\)"):
+        quantize(torch.ones(4, 2), torch.ones(shape), Grid(4, True))
+
+
+def test_a_clip_of_several_numbers_is_refused() -> None:
+    with pytest.raises(OperandError, match=r"the clip has shape \(2,\)"):
+        pact_quantize(torch.ones(4, 2), torch.ones(2), 4)
+
+
+def test_a_weight_without_elements_has_no_step() -> None:
+    with pytest.raises(OperandError, match=r"shape \(0, 4\) has no elements"):
+        sawb_scale(torch.ones(0, 4), 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmcompile.errors import CalibrationError
+from nmcompile.errors import CalibrationError, ConfigError
 from nmcompile.quantization import Grid, Histogram, fake_quantize
 from nmcompile.quantization.histogram import BINS, CANDIDATES
 
@@ -80,3 +80,9 @@ def test_bad_data_is_an_error(batches: list[Tensor], message: str) -> None:
         histogram.best_clip(Grid(4, False))
     with pytest.raises(CalibrationError, match=message):
         histogram.percentile(99.0)
+
+
+@pytest.mark.parametrize("percent", [-1.0, 0.0, 100.1, float("nan")])
+def test_percentages_outside_the_data_are_refused(percent: float) -> None:
+    with pytest.raises(ConfigError, match="percentile"):
+        observed(data()).percentile(percent)

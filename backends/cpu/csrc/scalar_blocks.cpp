@@ -134,7 +134,7 @@ void write(const ScalarBlock<T>& block, const bool* kept, const bool* unchanged,
 template <class T>
 void scalar_mvue(const ScalarBlock<T>& block) {
     using Real = typename Arithmetic<T>::Real;
-    Real a[kMaxBlock], magnitudes[kMaxBlock];
+    Real a[kMaxBlock] = {}, magnitudes[kMaxBlock];
     for (int i = 0; i < block.block; ++i) a[i] = std::fabs(widen(block.in[i * block.in_stride]));
     const Drawn<Real> drawn = draw(a, block.block, block.n_keep, static_cast<Real>(block.u[0]));
     std::fill_n(magnitudes, block.block, drawn.step);
