@@ -1,8 +1,8 @@
 """The native pruning kernels beside what a copy of the same tensor costs, and beside the reference operators.
 
 Calls take turns and write into buffers that are reused: a fresh buffer of 64 MB costs several copies in page faults, as
-the rows in which `clone` is the unit show. The first call of each group is its unit. A kernel that
-takes as long for the same elements in a cache as from memory is limited by its instructions.
+the rows in which `clone` is the unit show. The first call of each group is its unit. A kernel that takes as long for
+the same elements in a cache as from memory is limited by its instructions.
 
 python benchmarks/pruning.py   # 64 MB tensors; writes results/pruning.json and, with matplotlib, results/pruning.svg
 """
@@ -39,8 +39,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

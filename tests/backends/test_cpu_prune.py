@@ -1,7 +1,6 @@
 """The native pruning kernels against the reference operators: equal bit for bit, draw for draw."""
 
 import copy
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -20,6 +19,7 @@ from nmcompile.errors import ConfigError, OperandError
 from nmcompile.ir import operations as ops
 from nmcompile.pruning import OPERATORS, draw_key, mvue
 from nmcompile.pruning.packed import Packed, pack, two_of_four, unpack
+from tests.backends.operands import LAYOUTS, values
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
@@ -32,15 +32,6 @@ BITS = {
 DTYPES = sorted(BITS, key=str)
 PATTERNS = ["1:2", "2:4", "4:8", "3:7", "1:3", "5:8", "7:8", "2:16", "31:32"]
 OPERATOR_NAMES = ["mvue", "mvue_approx", "greedy", "greedy_by_value"]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
-    "sliced": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
-    "rows": lambda x: torch.cat([x, x], dim=0)[: x.shape[0]],
-    "expanded": lambda x: x[:1].expand(x.shape),
-    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
-}
-SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0]
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
@@ -53,23 +44,6 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
         .view(bits)
         .equal(expected.nan_to_num(0.0, torch.inf, -torch.inf).view(bits))
     )
-
-
-def values(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> Tensor:
-    """Numbers of a kind: `normal`, `ties`, `wide` (over the whole range of exponents), `special` or `sparse`."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if kind == "ties":
-        x = torch.randint(-2, 3, shape, generator=generator).double()
-    if kind == "wide":
-        x *= torch.exp2(torch.randint(-150, 129, shape, generator=generator).double())
-    if kind == "sparse":
-        x *= torch.rand(shape, generator=generator) < 0.4
-    if kind == "special":
-        numbers = torch.tensor(SPECIAL, dtype=torch.float64)
-        chosen = numbers[torch.randint(0, len(SPECIAL), shape, generator=generator)]
-        x = torch.where(torch.rand(shape, generator=generator) < 0.2, chosen, x)
-    return x.to(dtype)
 
 
 def instruction_sets() -> tuple[str, ...]:

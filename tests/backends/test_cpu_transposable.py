@@ -1,6 +1,5 @@
 """The native transposable mask against the reference: equal bit for bit, on every instruction set that is here."""
 
-from collections.abc import Callable
 from itertools import combinations, product
 
 import pytest
@@ -22,38 +21,11 @@ from nmcompile.errors import OperandError
 from nmcompile.pruning import transposable_mask
 from nmcompile.pruning.packed import Packed, pack, packed_shapes, unpack
 from nmcompile.training.state import masks_of
+from tests.backends.operands import LAYOUTS, values
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
-    "sliced": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
-    "inside": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
-    "expanded": lambda x: x[:1].expand(x.shape),
-    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
-}
-SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0]
-
-
-def values(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> Tensor:
-    """Numbers of a kind: `normal`, `ties`, `wide` (all exponents), `large` (sums overflow), `sparse` or `special`."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if kind == "ties":
-        x = torch.randint(-2, 3, shape, generator=generator).double()
-    if kind == "wide":
-        x *= torch.exp2(torch.randint(-150, 129, shape, generator=generator).double())
-    if kind == "large":
-        x = x.sign() * torch.finfo(dtype).max / torch.randint(1, 40, shape, generator=generator)
-    if kind == "sparse":
-        x *= torch.rand(shape, generator=generator) < 0.4
-    if kind == "special":
-        numbers = torch.tensor(SPECIAL, dtype=torch.float64)
-        chosen = numbers[torch.randint(0, len(SPECIAL), shape, generator=generator)]
-        x = torch.where(torch.rand(shape, generator=generator) < 0.1, chosen, x)
-    return x.to(dtype)
 
 
 def bits(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Without a CUDA device they run in Triton's interpreter, which has to be asked fo
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from nmcompile.backends.triton import operators, support
 from nmcompile.pruning import OPERATORS, NMPattern, transposable_mask
 from nmcompile.pruning.packed import Packed, pack, two_of_four
+from tests.backends.operands import LAYOUTS, values
 
 HAS_DEVICE = torch.cuda.is_available()
 INTERPRETER = {} if HAS_DEVICE else {"TRITON_INTERPRET": "1"}
@@ -41,7 +42,6 @@ DEVICES = [
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 DTYPES = sorted(BITS, key=str)
 KINDS = ["normal", "ties", "wide", "sparse", "special"]
-SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0]
 PRUNING = [
     ("greedy", "1:2"),
     ("greedy", "2:4"),
@@ -53,13 +53,6 @@ PRUNING = [
     ("mvue", "4:8"),
     ("mvue_approx", "2:4"),
 ]
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
-    "sliced": lambda x: torch.stack([x, x + 1], dim=-1)[..., 0],
-    "expanded": lambda x: x[:1].expand(x.shape),
-    "offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
-}
 SHAPES = [((5, 9, 13), 1), ((5, 9, 13), 2), ((16, 35), 0), ((3, 64), 1), ((7,), 0)]
 
 
@@ -69,23 +62,6 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert actual.isnan().equal(expected.isnan())
     numbers = [x.nan_to_num(0.0, torch.inf, -torch.inf) for x in (actual, expected)]
     assert numbers[0].view(BITS[expected.dtype]).equal(numbers[1].view(BITS[expected.dtype]))
-
-
-def values(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> Tensor:
-    """Numbers of a kind: `normal`, `ties`, `wide` (over the whole range of exponents), `special` or `sparse`."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if kind == "ties":
-        x = torch.randint(-2, 3, shape, generator=generator).double()
-    if kind == "wide":
-        x *= torch.exp2(torch.randint(-150, 129, shape, generator=generator).double())
-    if kind == "sparse":
-        x *= torch.rand(shape, generator=generator) < 0.4
-    if kind == "special":
-        numbers = torch.tensor(SPECIAL, dtype=torch.float64)
-        chosen = numbers[torch.randint(0, len(SPECIAL), shape, generator=generator)]
-        x = torch.where(torch.rand(shape, generator=generator) < 0.2, chosen, x)
-    return x.to(dtype)
 
 
 def reference(x: Tensor, operator: str, pattern: str, dim: int, key: Tensor) -> Tensor:
