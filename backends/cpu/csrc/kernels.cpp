@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "gemm_module.h"
 #include "instruction_sets.h"
 #include "prune_module.h"
 #include "transposable_module.h"
@@ -14,6 +15,7 @@ NB_MODULE(_kernels, m) {
     nb::list names;
     for (const InstructionSet isa : instruction_sets()) names.append(kInstructionSetNames[static_cast<int>(isa)]);
     m.attr("INSTRUCTION_SETS") = nb::tuple(names);
+    bind_gemm(m);
     bind_prune(m);
     bind_transposable(m);
 }

@@ -1,0 +1,108 @@
+// Steps along an axis that counts in mixed radix, and loads that stop at the edge of an image.
+#pragma once
+
+#include "gemm.h"
+#include "lanes.h"
+
+namespace nmcompile::NMCOMPILE_ISA {
+
+using Index = std::int64_t;
+using Float = Lanes<float>;
+using Floats = Float::Reals;
+using FloatInts = Float::Ints;
+constexpr int kFloats = Float::kCount;
+
+inline Index smaller(Index a, Index b) { return a < b ? a : b; }
+inline Index greater(Index a, Index b) { return a > b ? a : b; }
+
+// Writes the points of the indices from `first` on; divides once, then counts.
+inline void walk(const GemmAxis& axis, Index first, Index count, Point* points) {
+    Index places[kMaxDigits];
+    Point now = axis.start;
+    for (int d = kMaxDigits - 1; d >= 0; --d) {
+        const Digit& digit = axis.digits[d];
+        places[d] = first % digit.size;
+        first /= digit.size;
+        now.offset += places[d] * digit.step.offset;
+        now.y += static_cast<std::int32_t>(places[d]) * digit.step.y;
+        now.x += static_cast<std::int32_t>(places[d]) * digit.step.x;
+    }
+    for (Index i = 0; i < count; ++i) {
+        points[i] = now;
+        for (int d = kMaxDigits - 1; d >= 0; --d) {
+            const Digit& digit = axis.digits[d];
+            now.offset += digit.step.offset;
+            now.y += digit.step.y;
+            now.x += digit.step.x;
+            if (++places[d] < digit.size) break;
+            places[d] = 0;
+            const auto size = static_cast<std::int32_t>(digit.size);
+            now.offset -= digit.size * digit.step.offset;
+            now.y -= size * digit.step.y;
+            now.x -= size * digit.step.x;
+        }
+    }
+}
+
+// Consecutive elements in memory; x grows along them by `slope` (0 or 1), y stays.
+struct Run {
+    Point start;
+    int first, length, slope;
+};
+
+// How many of `points` from `first` on, `stride` apart, are one run; at most a vector of them.
+inline Run run_from(const Point* points, Index first, Index count, Index stride) {
+    Run run{points[first], static_cast<int>(first), 1, 0};
+    for (Index i = first + stride; i < count && run.length < kFloats; i += stride, ++run.length) {
+        const Point& point = points[i];
+        const int slope = point.x - points[i - stride].x;
+        if (run.length == 1) run.slope = slope;
+        const bool follows = point.offset == points[i - stride].offset + 1 && point.y == run.start.y;
+        if (!follows || slope != run.slope || (slope != 0 && slope != 1)) break;
+    }
+    if (run.length == 1) run.slope = 0;
+    return run;
+}
+
+// The elements [low, high) of a vector at `from`, zeros elsewhere; no other memory is touched.
+inline Floats load_between(const float* from, int low, int high) {
+    if (low == 0 && high == kFloats) return load<Floats>(from);
+#if defined(__AVX512F__)
+    const __mmask16 mask = static_cast<__mmask16>(((1u << high) - 1u) & ~((1u << low) - 1u));
+    return std::bit_cast<Floats>(_mm512_maskz_loadu_ps(mask, from));
+#else
+    Floats result{};
+    for (int i = low; i < high; ++i) result[i] = from[i];
+    return result;
+#endif
+}
+
+// One vector of the image at the sum of two points, zeros outside of it.
+inline Floats load_image(const GemmJob& job, const Run& run, const Point& at) {
+    const std::int32_t y = run.start.y + at.y, x = run.start.x + at.x;
+    int low = 0, high = run.length;
+    if (y < 0 || y >= job.height) return Floats{};
+    if (run.slope == 0) {
+        if (x < 0 || x >= job.width) return Floats{};
+    } else {
+        low = static_cast<int>(greater(0, -static_cast<Index>(x)));
+        high = static_cast<int>(smaller(high, static_cast<Index>(job.width) - x));
+        if (low >= high) return Floats{};
+    }
+    return load_between(job.dense + run.start.offset + at.offset, low, high);
+}
+
+// Transposes a square of vectors in place.
+inline void transpose(Floats* rows) {
+    Floats next[kFloats];
+    for (int round = 1; round < kFloats; round *= 2) {
+        for (int i = 0; i < kFloats / 2; ++i) {
+            const Pair<Floats> zipped = zip(rows[i], rows[i + kFloats / 2]);
+            next[2 * i] = zipped.first;
+            next[2 * i + 1] = zipped.second;
+        }
+        for (int i = 0; i < kFloats; ++i) rows[i] = next[i];
+    }
+}
+
+}  // namespace nmcompile::NMCOMPILE_ISA

@@ -1,0 +1,78 @@
+// Copies a block of the dense operand into a panel: a row of lanes for each element of depth.
+#pragma once
+
+#include "axis_walk.h"
+
+namespace nmcompile::NMCOMPILE_ISA {
+
+constexpr int kTileVectors = 8;  // eight sums in registers hide the latency of a multiply-add
+constexpr int kTileLanes = kTileVectors * kFloats;
+
+// The lanes of one tile, and the runs of them that lie side by side in memory.
+struct TileOfLanes {
+    Point points[kTileLanes];
+    Run runs[kTileLanes];
+    Index count, run_count, width;  // width: of a panel's row
+
+    TileOfLanes(const GemmAxis& axis, Index first) {
+        count = smaller(kTileLanes, axis.size - first);
+        width = kFloats;
+        while (width < count) width *= 2;
+        walk(axis, first, count, points);
+        run_count = 0;
+        for (Index lane = 0; lane < count; lane += runs[run_count++].length) {
+            runs[run_count] = run_from(points, lane, count, 1);
+        }
+    }
+};
+
+// Lanes in runs: one load and one store for each run and element of depth. A store may go beyond its run: the next run,
+// or the next row, overwrites that, and behind the last row is room for it.
+inline void copy_runs(const GemmJob& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
+    for (Index k = 0; k < count; ++k) {
+        float* row = panel + k * tile.width;
+        for (Index i = 0; i < tile.run_count; ++i) {
+            const Run& run = tile.runs[i];
+            store(load_image(job, run, depth[k]), row + run.first);
+        }
+    }
+}
+
+// Depth in runs, `stride` apart: squares of lanes and depth, transposed.
+inline void transpose_run(const GemmJob& job, const TileOfLanes& tile, const Run& run, Index stride, float* panel) {
+    for (Index lane = 0; lane < tile.width; lane += kFloats) {
+        Floats square[kFloats];
+        for (Index i = 0; i < kFloats; ++i) {
+            square[i] = lane + i < tile.count ? load_image(job, run, tile.points[lane + i]) : Floats{};
+        }
+        transpose(square);
+        for (Index k = 0; k < run.length; ++k) store(square[k], panel + (run.first + k * stride) * tile.width + lane);
+    }
+}
+
+inline void transpose_runs(const GemmJob& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
+    // Where a group of four runs across samples, each of the four has runs of its own.
+    const Index stride = count > 4 && depth[1].offset != depth[0].offset + 1 ? 4 : 1;
+    for (Index series = 0; series < smaller(stride, count); ++series) {
+        for (Index k = series; k < count;) {
+            const Run run = run_from(depth, k, count, stride);
+            transpose_run(job, tile, run, stride, panel);
+            k += run.length * stride;
+        }
+    }
+}
+
+inline void fill_panel(const GemmJob& job, const TileOfLanes& tile, Index block, float* panel) {
+    const Index count = smaller(kDepthBlock, job.dense_depth.size - block * kDepthBlock);
+    Point depth[kDepthBlock];
+    walk(job.dense_depth, block * kDepthBlock, count, depth);
+    if (tile.run_count * 4 <= tile.count) {
+        copy_runs(job, tile, depth, count, panel);
+    } else {
+        transpose_runs(job, tile, depth, count, panel);
+    }
+    // The places that fill up a group of four behind the end are read too.
+    for (Index i = count * tile.width; i < smaller(kDepthBlock, (count + 3) / 4 * 4) * tile.width; ++i) panel[i] = 0.0f;
+}
+
+}  // namespace nmcompile::NMCOMPILE_ISA

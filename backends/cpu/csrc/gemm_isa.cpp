@@ -1,0 +1,96 @@
+// Compiled once for each instruction set, with NMCOMPILE_ISA as its name.
+
+#include "gemm_isa.h"
+
+#include "dense_panel.h"
+#include "kept_values.h"
+
+namespace nmcompile::NMCOMPILE_ISA {
+namespace {
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return std::bit_cast<Floats>(_mm512_fmadd_ps(std::bit_cast<__m512>(a), std::bit_cast<__m512>(b), std::bit_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return std::bit_cast<Floats>(_mm256_fmadd_ps(std::bit_cast<__m256>(a), std::bit_cast<__m256>(b), std::bit_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+// Adds what one row keeps of a block of depth to its sums of a tile. The sums stay in registers; each value is
+// broadcast once and meets a panel's row that the multiply-add reads as its memory operand: no shuffles.
+template <int kVectors>
+void add_row(const float* values, const std::uint8_t* places, Index kept, const float* panel, float* sums, bool fresh) {
+    Floats sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = fresh ? Floats{} : load<Floats>(sums + v * kFloats);
+    for (Index i = 0; i < kept; ++i) {
+        const float* row = panel + places[i] * (kVectors * kFloats);
+        const Floats value = values[i] - Floats{};
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add(value, load<Floats>(row + v * kFloats), sum[v]);
+    }
+    for (int v = 0; v < kVectors; ++v) store(sum[v], sums + v * kFloats);
+}
+
+template <int kVectors>
+void add_block(const GemmJob& job, const KeptValues& kept, Index block, Index first_row, Index last_row,
+               const float* panel, float* sums) {
+    const Index count = smaller(kDepthBlock, job.dense_depth.size - block * kDepthBlock);
+    for (Index row = first_row; row < last_row; ++row) {
+        const Index at = (block * job.rows + row) * kKeptOfBlock;
+        float* of_row = sums + (row - first_row) * (kVectors * kFloats);
+        add_row<kVectors>(kept.values + at, kept.places + at, (count + 3) / 4 * 2, panel, of_row, block == 0);
+    }
+}
+
+void write_row_runs(const GemmJob& job, const TileOfLanes& to, Index first_row, Index last_row, const float* sums) {
+    for (Index row = first_row; row < last_row; ++row) {
+        const float bias = job.bias ? job.bias[row] : 0.0f;
+        const float* from = sums + (row - first_row) * to.width;
+        float* output = job.output + row * job.output_row;
+        for (Index lane = 0; lane < to.count; ++lane) output[to.points[lane].offset] = from[lane] + bias;
+    }
+}
+
+// Rows lie side by side in the output.
+void write_transposed(const GemmJob& job, const TileOfLanes& to, Index first_row, Index last_row, const float* sums) {
+    Index row = first_row;
+    for (; row + kFloats <= last_row; row += kFloats) {
+        const Floats bias = job.bias ? load<Floats>(job.bias + row) : Floats{};
+        for (Index lane = 0; lane < to.count; lane += kFloats) {
+            Floats square[kFloats];
+            for (Index r = 0; r < kFloats; ++r) square[r] = load<Floats>(sums + (row - first_row + r) * to.width + lane);
+            transpose(square);
+            for (Index i = 0; i < smaller(kFloats, to.count - lane); ++i) {
+                store(square[i] + bias, job.output + to.points[lane + i].offset + row);
+            }
+        }
+    }
+    write_row_runs(job, to, row, last_row, sums + (row - first_row) * to.width);
+}
+
+// A panel, room behind it for a store that goes beyond, and the sums.
+constexpr Index kPanelFloats = kDepthBlock * kTileLanes + kTileLanes;
+
+Index scratch_floats(Index rows) { return kPanelFloats + rows * kTileLanes; }
+
+void multiply(const GemmJob& job, const KeptValues& kept, Index first_row, Index last_row, Index lane, float* scratch) {
+    float *panel = scratch, *sums = scratch + kPanelFloats;
+    const TileOfLanes tile(job.dense_lanes, lane), to(job.output_lanes, lane);
+    const auto add = tile.width == kFloats       ? add_block<1>
+                     : tile.width == 2 * kFloats ? add_block<2>
+                     : tile.width == 4 * kFloats ? add_block<4>
+                                                 : add_block<kTileVectors>;
+    for (Index block = 0; block * kDepthBlock < job.dense_depth.size; ++block) {
+        fill_panel(job, tile, block, panel);
+        add(job, kept, block, first_row, last_row, panel, sums);
+    }
+    (job.output_row == 1 ? write_transposed : write_row_runs)(job, to, first_row, last_row, sums);
+}
+
+}  // namespace
+
+GemmKernel gemm_kernel() { return {kTileLanes, pack_rows, multiply, scratch_floats}; }
+
+}  // namespace nmcompile::NMCOMPILE_ISA

@@ -1,0 +1,41 @@
+// The sparse GEMM as compiled for each instruction set (see gemm_isa.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "gemm.h"
+
+namespace nmcompile {
+
+// S without its zeros: for each block of depth and each row, kKeptOfBlock values and their places in the block.
+struct KeptValues {
+    float* values;
+    std::uint8_t* places;
+};
+
+constexpr std::int64_t kPackedRows = 16;  // that are packed together
+
+struct GemmKernel {
+    std::int64_t tile_lanes;
+    // Packs one block of depth of the rows from `row` on; false where some four keep more than two.
+    bool (*pack)(const GemmJob& job, const KeptValues& kept, std::int64_t block, std::int64_t row);
+    // Computes C for some rows and the tile of lanes from `lane` on. `scratch` holds `scratch_floats(rows)`, aligned to
+    // 64 bytes.
+    void (*multiply)(const GemmJob& job, const KeptValues& kept, std::int64_t first_row, std::int64_t last_row,
+                     std::int64_t lane, float* scratch);
+    std::int64_t (*scratch_floats)(std::int64_t rows);
+};
+
+namespace baseline {
+GemmKernel gemm_kernel();
+}
+#if defined(__x86_64__)
+namespace v3 {
+GemmKernel gemm_kernel();
+}
+namespace v4 {
+GemmKernel gemm_kernel();
+}
+#endif
+
+}  // namespace nmcompile

@@ -1,0 +1,81 @@
+// Packs the sparse operand: the two values that each four keep, and where they were.
+#pragma once
+
+#include "axis_walk.h"
+#include "gemm_isa.h"
+
+namespace nmcompile::NMCOMPILE_ISA {
+
+// Packs a row of one block; `at` is the row's place in the packed arrays. False where some four keep more than two.
+inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
+    FloatInts excess{};
+    for (int first = 0; first < kDepthBlock; first += 4 * kFloats) {
+        // A vector of each place in the fours.
+        const Pair<Floats> low = unzip(load<Floats>(row + first), load<Floats>(row + first + kFloats));
+        const Pair<Floats> high = unzip(load<Floats>(row + first + 2 * kFloats), load<Floats>(row + first + 3 * kFloats));
+        const auto [x0, x2] = unzip(low.first, high.first);
+        const auto [x1, x3] = unzip(low.second, high.second);
+        const FloatInts m0 = x0 != 0.0f, m1 = x1 != 0.0f, m2 = x2 != 0.0f, m3 = x3 != 0.0f;
+        excess |= (m0 + m1 + m2 + m3) < -2;
+        // Two different places with all non-zeros among them; without any, twice the first, which is zero.
+        const Floats a = m0 ? x0 : m1 ? x1 : m3 ? x2 : x0;
+        const Floats b = m3 ? x3 : m2 ? x2 : m0 ? x1 : x0;
+        const FloatInts zero{}, one = zero + 1, two = zero + 2, three = zero + 3;
+        FloatInts place_a = m0 ? zero : m1 ? one : m3 ? two : zero;
+        FloatInts place_b = m3 ? three : m2 ? two : m0 ? one : zero;
+        FloatInts fours;
+        for (int i = 0; i < kFloats; ++i) fours[i] = first + 4 * i;
+        place_a += fours;
+        place_b += fours;
+        const Pair<Floats> values = zip(a, b);
+        const Pair<FloatInts> places = zip(place_a, place_b);
+        using Bytes = Vector<std::uint8_t, kFloats>;
+        store(values.first, kept.values + at + first / 2);
+        store(values.second, kept.values + at + first / 2 + kFloats);
+        store(__builtin_convertvector(places.first, Bytes), kept.places + at + first / 2);
+        store(__builtin_convertvector(places.second, Bytes), kept.places + at + first / 2 + kFloats);
+    }
+    return !any(excess);
+}
+
+// Gathers one row's block, zeros behind its end.
+inline void gather_row(const GemmJob& job, const Point* points, Index count, Index row, float* to) {
+    const float* from = job.sparse + row * job.sparse_row;
+    for (Index k = 0; k < count; ++k) to[k] = from[points[k].offset];
+    for (Index k = count; k < kDepthBlock; ++k) to[k] = 0.0f;
+}
+
+// Gathers the blocks of neighbouring rows that lie side by side in memory.
+inline void gather_rows(const GemmJob& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
+    for (Index first = 0; first < kDepthBlock; first += kFloats) {
+        for (Index side = 0; side < kPackedRows; side += kFloats) {
+            Floats square[kFloats];
+            for (Index k = 0; k < kFloats; ++k) {
+                const bool inside = first + k < count;
+                square[k] = inside ? load<Floats>(job.sparse + points[first + k].offset + row + side) : Floats{};
+            }
+            transpose(square);
+            for (Index r = 0; r < kFloats; ++r) store(square[r], &to[side + r][first]);
+        }
+    }
+}
+
+inline bool pack_rows(const GemmJob& job, const KeptValues& kept, Index block, Index row) {
+    const Index count = smaller(kDepthBlock, job.sparse_depth.size - block * kDepthBlock);
+    const Index rows = smaller(kPackedRows, job.rows - row);
+    Point points[kDepthBlock];
+    walk(job.sparse_depth, block * kDepthBlock, count, points);
+    alignas(64) float gathered[kPackedRows][kDepthBlock];
+    if (job.sparse_row == 1 && rows == kPackedRows) {
+        gather_rows(job, points, count, row, gathered);
+    } else {
+        for (Index r = 0; r < rows; ++r) gather_row(job, points, count, row + r, gathered[r]);
+    }
+    bool fits = true;
+    for (Index r = 0; r < rows; ++r) {
+        fits = pack_row(gathered[r], kept, (block * job.rows + row + r) * kKeptOfBlock) && fits;
+    }
+    return fits;
+}
+
+}  // namespace nmcompile::NMCOMPILE_ISA
