@@ -51,8 +51,9 @@ inline void transpose_run(const GemmJob& job, const TileOfLanes& tile, const Run
 }
 
 inline void transpose_runs(const GemmJob& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
-    // Where a group of four runs across samples, each of the four has runs of its own.
-    const Index stride = count > 4 && depth[1].offset != depth[0].offset + 1 ? 4 : 1;
+    // Where a block runs across two or four samples, each of them has runs of its own.
+    Index stride = 4;
+    while (stride > 1 && !(stride < count && depth[stride].offset == depth[0].offset + 1)) stride /= 2;
     for (Index series = 0; series < smaller(stride, count); ++series) {
         for (Index k = series; k < count;) {
             const Run run = run_from(depth, k, count, stride);

@@ -31,7 +31,7 @@ struct Digit {
 struct GemmAxis {
     Digit digits[kMaxDigits];
     Point start;
-    std::int64_t size;  // the product of the digits' sizes, or less
+    std::int64_t size;  // the product of the digits' sizes
 };
 
 struct GemmJob {

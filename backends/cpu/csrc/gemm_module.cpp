@@ -21,23 +21,24 @@ namespace {
 
 using Input = nb::ndarray<const float, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::device::cpu>;
-// Digits (size, offset, y, x), the last fastest; the start (offset, y, x); the size.
+// Digits (size, offset, y, x), the last fastest, and the start (offset, y, x).
 using AxisSpec = std::tuple<std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_t, std::int32_t>>,
-                            std::tuple<std::int64_t, std::int32_t, std::int32_t>, std::int64_t>;
+                            std::tuple<std::int64_t, std::int32_t, std::int32_t>>;
 
 GemmAxis axis_of(const AxisSpec& spec) {
-    const auto& [digits, start, size] = spec;
+    const auto& [digits, start] = spec;
     if (digits.size() > kMaxDigits) throw std::invalid_argument("an axis has too many digits");
     GemmAxis axis{};
     for (Digit& digit : axis.digits) digit.size = 1;
+    axis.size = 1;
     const std::size_t unused = kMaxDigits - digits.size();
     for (std::size_t i = 0; i < digits.size(); ++i) {
         const auto& [count, offset, y, x] = digits[i];
         if (count < 1) throw std::invalid_argument("a digit of an axis is empty");
         axis.digits[unused + i] = {count, {offset, y, x}};
+        axis.size *= count;
     }
     axis.start = {std::get<0>(start), std::get<1>(start), std::get<2>(start)};
-    axis.size = size;
     return axis;
 }
 
