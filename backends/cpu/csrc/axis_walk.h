@@ -64,32 +64,46 @@ inline Run run_from(const Point* points, Index first, Index count, Index stride)
     return run;
 }
 
-// The elements [low, high) of a vector at `from`, zeros elsewhere; no other memory is touched.
-inline Floats load_between(const float* from, int low, int high) {
-    if (low == 0 && high == kFloats) return load<Floats>(from);
+// Which elements of a vector to touch: [low, high).
+struct Inside {
+    int low, high;
+};
+
+// Those of a run that are inside the image when it is moved to `at`.
+inline Inside inside_image(const GemmJob& job, const Run& run, const Point& at) {
+    const std::int32_t y = run.start.y + at.y, x = run.start.x + at.x;
+    if (y < 0 || y >= job.height) return {0, 0};
+    if (run.slope == 0) return {0, x < 0 || x >= job.width ? 0 : run.length};
+    const auto low = static_cast<int>(greater(0, -static_cast<Index>(x)));
+    const auto high = static_cast<int>(smaller(run.length, static_cast<Index>(job.width) - x));
+    return low < high ? Inside{low, high} : Inside{0, 0};
+}
+
 #if defined(__AVX512F__)
-    const __mmask16 mask = static_cast<__mmask16>(((1u << high) - 1u) & ~((1u << low) - 1u));
-    return std::bit_cast<Floats>(_mm512_maskz_loadu_ps(mask, from));
+inline __mmask16 bits(const Inside& part) {
+    return static_cast<__mmask16>(((1u << part.high) - 1u) & ~((1u << part.low) - 1u));
+}
+#endif
+
+// Zeros elsewhere; no other memory is touched.
+inline Floats load_between(const float* from, const Inside& part) {
+#if defined(__AVX512F__)
+    return std::bit_cast<Floats>(_mm512_maskz_loadu_ps(bits(part), from));
 #else
+    if (part.low == 0 && part.high == kFloats) return load<Floats>(from);
     Floats result{};
-    for (int i = low; i < high; ++i) result[i] = from[i];
+    for (int i = part.low; i < part.high; ++i) result[i] = from[i];
     return result;
 #endif
 }
 
-// One vector of the image at the sum of two points, zeros outside of it.
-inline Floats load_image(const GemmJob& job, const Run& run, const Point& at) {
-    const std::int32_t y = run.start.y + at.y, x = run.start.x + at.x;
-    int low = 0, high = run.length;
-    if (y < 0 || y >= job.height) return Floats{};
-    if (run.slope == 0) {
-        if (x < 0 || x >= job.width) return Floats{};
-    } else {
-        low = static_cast<int>(greater(0, -static_cast<Index>(x)));
-        high = static_cast<int>(smaller(high, static_cast<Index>(job.width) - x));
-        if (low >= high) return Floats{};
-    }
-    return load_between(job.dense + run.start.offset + at.offset, low, high);
+inline void store_first(const Floats& value, int count, float* to) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, bits({0, count}), std::bit_cast<__m512>(value));
+#else
+    if (count == kFloats) return store(value, to);
+    for (int i = 0; i < count; ++i) to[i] = value[i];
+#endif
 }
 
 // Transposes a square of vectors in place.

@@ -5,19 +5,17 @@
 
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr int kTileVectors = 8;  // eight sums in registers hide the latency of a multiply-add
+constexpr int kTileVectors = 8;  // at most: so many sums in registers hide the latency of a multiply-add
 constexpr int kTileLanes = kTileVectors * kFloats;
 
 // The lanes of one tile, and the runs of them that lie side by side in memory.
 struct TileOfLanes {
     Point points[kTileLanes];
     Run runs[kTileLanes];
-    Index count, run_count, width;  // width: of a panel's row
+    Index count, run_count, width;  // width: of a panel's row, in whole vectors
 
-    TileOfLanes(const GemmAxis& axis, Index first) {
-        count = smaller(kTileLanes, axis.size - first);
-        width = kFloats;
-        while (width < count) width *= 2;
+    TileOfLanes(const GemmAxis& axis, Index first, Index last) : count(last - first) {
+        width = (count + kFloats - 1) / kFloats * kFloats;
         walk(axis, first, count, points);
         run_count = 0;
         for (Index lane = 0; lane < count; lane += runs[run_count++].length) {
@@ -29,11 +27,15 @@ struct TileOfLanes {
 // Lanes in runs: one load and one store for each run and element of depth. A store may go beyond its run: the next run,
 // or the next row, overwrites that, and behind the last row is room for it.
 inline void copy_runs(const GemmJob& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
+    Inside inside[kTileLanes];
     for (Index k = 0; k < count; ++k) {
+        if (k == 0 || depth[k].y != depth[k - 1].y || depth[k].x != depth[k - 1].x) {
+            for (Index i = 0; i < tile.run_count; ++i) inside[i] = inside_image(job, tile.runs[i], depth[k]);
+        }
+        const float* from = job.dense + depth[k].offset;
         float* row = panel + k * tile.width;
         for (Index i = 0; i < tile.run_count; ++i) {
-            const Run& run = tile.runs[i];
-            store(load_image(job, run, depth[k]), row + run.first);
+            store(load_between(from + tile.runs[i].start.offset, inside[i]), row + tile.runs[i].first);
         }
     }
 }
@@ -43,7 +45,10 @@ inline void transpose_run(const GemmJob& job, const TileOfLanes& tile, const Run
     for (Index lane = 0; lane < tile.width; lane += kFloats) {
         Floats square[kFloats];
         for (Index i = 0; i < kFloats; ++i) {
-            square[i] = lane + i < tile.count ? load_image(job, run, tile.points[lane + i]) : Floats{};
+            square[i] = Floats{};
+            if (lane + i >= tile.count) continue;
+            const Point& at = tile.points[lane + i];
+            square[i] = load_between(job.dense + run.start.offset + at.offset, inside_image(job, run, at));
         }
         transpose(square);
         for (Index k = 0; k < run.length; ++k) store(square[k], panel + (run.first + k * stride) * tile.width + lane);

@@ -48,6 +48,11 @@ private:
 
 std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
+// As few tiles as there can be, of about the same size: a narrow one would leave the multiplier waiting.
+std::int64_t lanes_of_a_tile(std::int64_t lanes, const GemmKernel& kernel) {
+    return pieces(pieces(lanes, pieces(lanes, kernel.most_lanes)), kernel.vector_lanes) * kernel.vector_lanes;
+}
+
 std::int64_t rows_of_a_task(const GemmJob& job, std::int64_t tiles, std::int64_t threads) {
     const std::int64_t wanted = threads <= 1 ? 1 : pieces(kTasksPerThread * threads, tiles);
     return std::min(kMostRows, std::max(kFewestRows, pieces(job.rows, wanted)));
@@ -64,21 +69,23 @@ bool gemm(const GemmJob& job, InstructionSet isa, unsigned threads) {
 
     const std::int64_t groups = pieces(job.rows, kPackedRows);
     std::atomic<bool> fits = true;
-    in_parallel(blocks * groups, 16, threads, [&](std::int64_t first, std::int64_t last) {
-        for (std::int64_t i = first; i < last; ++i) {
-            if (!kernel.pack(job, kept, i / groups, i % groups * kPackedRows)) fits = false;
+    // All blocks of the same rows, one after the other: what shares cache lines stays in a cache.
+    in_parallel(groups, 1, threads, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t i = first * blocks; i < last * blocks; ++i) {
+            if (!kernel.pack(job, kept, i % blocks, i / blocks * kPackedRows)) fits = false;
         }
     });
     if (!fits) return false;
 
-    const std::int64_t tiles = pieces(job.dense_lanes.size, kernel.tile_lanes);
+    const std::int64_t lanes = lanes_of_a_tile(job.dense_lanes.size, kernel);
+    const std::int64_t tiles = pieces(job.dense_lanes.size, lanes);
     const std::int64_t rows = rows_of_a_task(job, tiles, threads), parts = pieces(job.rows, rows);
     in_parallel(tiles * parts, 1, threads, [&](std::int64_t first, std::int64_t last) {
         static thread_local Scratch scratch;
         for (std::int64_t i = first; i < last; ++i) {
-            const std::int64_t row = i % parts * rows;
-            kernel.multiply(job, kept, row, std::min(job.rows, row + rows), i / parts * kernel.tile_lanes,
-                            scratch.floats(kernel.scratch_floats(rows)));
+            const std::int64_t row = i % parts * rows, lane = i / parts * lanes;
+            const GemmTile tile{row, std::min(job.rows, row + rows), lane, std::min(job.dense_lanes.size, lane + lanes)};
+            kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(rows)));
         }
     });
     return true;

@@ -23,24 +23,25 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 template <int kVectors>
 void add_row(const float* values, const std::uint8_t* places, Index kept, const float* panel, float* sums, bool fresh) {
     Floats sum[kVectors];
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) sum[v] = fresh ? Floats{} : load<Floats>(sums + v * kFloats);
     for (Index i = 0; i < kept; ++i) {
         const float* row = panel + places[i] * (kVectors * kFloats);
         const Floats value = values[i] - Floats{};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sum[v] = multiply_add(value, load<Floats>(row + v * kFloats), sum[v]);
     }
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) store(sum[v], sums + v * kFloats);
 }
 
 template <int kVectors>
-void add_block(const GemmJob& job, const KeptValues& kept, Index block, Index first_row, Index last_row,
-               const float* panel, float* sums) {
+void add_block(const GemmJob& job, const KeptValues& kept, Index block, const GemmTile& tile, const float* panel,
+               float* sums) {
     const Index count = smaller(kDepthBlock, job.dense_depth.size - block * kDepthBlock);
-    for (Index row = first_row; row < last_row; ++row) {
+    for (Index row = tile.first_row; row < tile.last_row; ++row, sums += kVectors * kFloats) {
         const Index at = (block * job.rows + row) * kKeptOfBlock;
-        float* of_row = sums + (row - first_row) * (kVectors * kFloats);
-        add_row<kVectors>(kept.values + at, kept.places + at, (count + 3) / 4 * 2, panel, of_row, block == 0);
+        add_row<kVectors>(kept.values + at, kept.places + at, (count + 3) / 4 * 2, panel, sums, block == 0);
     }
 }
 
@@ -49,7 +50,10 @@ void write_row_runs(const GemmJob& job, const TileOfLanes& to, Index first_row, 
         const float bias = job.bias ? job.bias[row] : 0.0f;
         const float* from = sums + (row - first_row) * to.width;
         float* output = job.output + row * job.output_row;
-        for (Index lane = 0; lane < to.count; ++lane) output[to.points[lane].offset] = from[lane] + bias;
+        for (Index i = 0; i < to.run_count; ++i) {
+            const Run& run = to.runs[i];
+            store_first(load<Floats>(from + run.first) + bias, run.length, output + run.start.offset);
+        }
     }
 }
 
@@ -75,22 +79,23 @@ constexpr Index kPanelFloats = kDepthBlock * kTileLanes + kTileLanes;
 
 Index scratch_floats(Index rows) { return kPanelFloats + rows * kTileLanes; }
 
-void multiply(const GemmJob& job, const KeptValues& kept, Index first_row, Index last_row, Index lane, float* scratch) {
+void multiply(const GemmJob& job, const KeptValues& kept, const GemmTile& tile, float* scratch) {
+    static constexpr decltype(&add_block<1>) add_blocks[] = {add_block<1>, add_block<2>, add_block<3>, add_block<4>,
+                                                             add_block<5>, add_block<6>, add_block<7>, add_block<8>};
+    static_assert(sizeof(add_blocks) == kTileVectors * sizeof(add_blocks[0]));
     float *panel = scratch, *sums = scratch + kPanelFloats;
-    const TileOfLanes tile(job.dense_lanes, lane), to(job.output_lanes, lane);
-    const auto add = tile.width == kFloats       ? add_block<1>
-                     : tile.width == 2 * kFloats ? add_block<2>
-                     : tile.width == 4 * kFloats ? add_block<4>
-                                                 : add_block<kTileVectors>;
+    const TileOfLanes from(job.dense_lanes, tile.first_lane, tile.last_lane);
+    const TileOfLanes to(job.output_lanes, tile.first_lane, tile.last_lane);
+    const auto add = add_blocks[from.width / kFloats - 1];
     for (Index block = 0; block * kDepthBlock < job.dense_depth.size; ++block) {
-        fill_panel(job, tile, block, panel);
-        add(job, kept, block, first_row, last_row, panel, sums);
+        fill_panel(job, from, block, panel);
+        add(job, kept, block, tile, panel, sums);
     }
-    (job.output_row == 1 ? write_transposed : write_row_runs)(job, to, first_row, last_row, sums);
+    (job.output_row == 1 ? write_transposed : write_row_runs)(job, to, tile.first_row, tile.last_row, sums);
 }
 
 }  // namespace
 
-GemmKernel gemm_kernel() { return {kTileLanes, pack_rows, multiply, scratch_floats}; }
+GemmKernel gemm_kernel() { return {kFloats, kTileLanes, pack_rows, multiply, scratch_floats}; }
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -13,16 +13,18 @@ struct KeptValues {
     std::uint8_t* places;
 };
 
-constexpr std::int64_t kPackedRows = 16;  // that are packed together
+constexpr std::int64_t kPackedRows = 64;  // that are packed together
+
+struct GemmTile {
+    std::int64_t first_row, last_row, first_lane, last_lane;
+};
 
 struct GemmKernel {
-    std::int64_t tile_lanes;
+    std::int64_t vector_lanes, most_lanes;  // of a tile; it has whole vectors but for the last tile
     // Packs one block of depth of the rows from `row` on; false where some four keep more than two.
     bool (*pack)(const GemmJob& job, const KeptValues& kept, std::int64_t block, std::int64_t row);
-    // Computes C for some rows and the tile of lanes from `lane` on. `scratch` holds `scratch_floats(rows)`, aligned to
-    // 64 bytes.
-    void (*multiply)(const GemmJob& job, const KeptValues& kept, std::int64_t first_row, std::int64_t last_row,
-                     std::int64_t lane, float* scratch);
+    // Computes C for a tile. `scratch` holds `scratch_floats(rows of the tile)`, aligned to 64 bytes.
+    void (*multiply)(const GemmJob& job, const KeptValues& kept, const GemmTile& tile, float* scratch);
     std::int64_t (*scratch_floats)(std::int64_t rows);
 };
 

@@ -38,42 +38,67 @@ inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
     return !any(excess);
 }
 
-// Gathers one row's block, zeros behind its end.
-inline void gather_row(const GemmJob& job, const Point* points, Index count, Index row, float* to) {
+// Gathers some rows of a block, zeros behind its end. `step` lies between any two elements of depth, or is 0. The
+// elements that are close in memory come one after the other.
+inline void gather_rows(const GemmJob& job, const Point* points, Index count, Index step, Index row, Index rows,
+                        float (*to)[kDepthBlock]) {
     const float* from = job.sparse + row * job.sparse_row;
-    for (Index k = 0; k < count; ++k) to[k] = from[points[k].offset];
-    for (Index k = count; k < kDepthBlock; ++k) to[k] = 0.0f;
-}
-
-// Gathers the blocks of neighbouring rows that lie side by side in memory.
-inline void gather_rows(const GemmJob& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
-    for (Index first = 0; first < kDepthBlock; first += kFloats) {
-        for (Index side = 0; side < kPackedRows; side += kFloats) {
-            Floats square[kFloats];
-            for (Index k = 0; k < kFloats; ++k) {
-                const bool inside = first + k < count;
-                square[k] = inside ? load<Floats>(job.sparse + points[first + k].offset + row + side) : Floats{};
-            }
-            transpose(square);
-            for (Index r = 0; r < kFloats; ++r) store(square[r], &to[side + r][first]);
+    if (step > job.sparse_row) {
+        for (Index k = 0; k < count; ++k) {
+            for (Index r = 0; r < rows; ++r) to[r][k] = from[points[k].offset + r * job.sparse_row];
+        }
+    } else if (step > 0) {
+        for (Index r = 0; r < rows; ++r) {
+            for (Index k = 0; k < count; ++k) to[r][k] = from[points[0].offset + r * job.sparse_row + k * step];
+        }
+    } else {
+        for (Index r = 0; r < rows; ++r) {
+            for (Index k = 0; k < count; ++k) to[r][k] = from[r * job.sparse_row + points[k].offset];
         }
     }
+    for (Index r = 0; r < rows; ++r) {
+        for (Index k = count; k < kDepthBlock; ++k) to[r][k] = 0.0f;
+    }
+}
+
+// Gathers the blocks of as many rows as a vector has, which lie side by side in memory.
+inline void transpose_rows(const GemmJob& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
+    for (Index first = 0; first < kDepthBlock; first += kFloats) {
+        Floats square[kFloats];
+        for (Index k = 0; k < kFloats; ++k) {
+            square[k] = first + k < count ? load<Floats>(job.sparse + points[first + k].offset + row) : Floats{};
+        }
+        transpose(square);
+        for (Index r = 0; r < kFloats; ++r) store(square[r], &to[r][first]);
+    }
+}
+
+inline Index even_step(const Point* points, Index count) {
+    const Index step = count > 1 ? points[1].offset - points[0].offset : 1;
+    for (Index k = 2; k < count; ++k) {
+        if (points[k].offset - points[k - 1].offset != step) return 0;
+    }
+    return step;
 }
 
 inline bool pack_rows(const GemmJob& job, const KeptValues& kept, Index block, Index row) {
     const Index count = smaller(kDepthBlock, job.sparse_depth.size - block * kDepthBlock);
-    const Index rows = smaller(kPackedRows, job.rows - row);
+    const Index last = smaller(job.rows, row + kPackedRows);
     Point points[kDepthBlock];
     walk(job.sparse_depth, block * kDepthBlock, count, points);
-    alignas(64) float gathered[kPackedRows][kDepthBlock];
-    if (job.sparse_row == 1 && rows == kPackedRows) {
-        gather_rows(job, points, count, row, gathered);
-    } else {
-        for (Index r = 0; r < rows; ++r) gather_row(job, points, count, row + r, gathered[r]);
-    }
+    const Index step = even_step(points, count);
     bool fits = true;
-    for (Index r = 0; r < rows; ++r) {
-        fits = pack_row(gathered[r], kept, (block * job.rows + row + r) * kKeptOfBlock) && fits;
+    while (row < last) {
+        alignas(64) float gathered[kFloats][kDepthBlock];
+        const Index rows = smaller(kFloats, last - row);
+        if (job.sparse_row == 1 && rows == kFloats) {
+            transpose_rows(job, points, count, row, gathered);
+        } else {
+            gather_rows(job, points, count, step, row, rows, gathered);
+        }
+        for (Index r = 0; r < rows; ++r, ++row) {
+            fits = pack_row(gathered[r], kept, (block * job.rows + row) * kKeptOfBlock) && fits;
+        }
     }
     return fits;
 }
