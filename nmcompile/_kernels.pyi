@@ -1,5 +1,7 @@
 from torch import Tensor
 
+from nmcompile.backends.cpu.contraction import Axis
+
 MAX_BLOCK: int
 MAX_BATCH_DIMS: int
 INSTRUCTION_SETS: tuple[str, ...]
@@ -33,3 +35,22 @@ def transposable(
     threads: int,
 ) -> None:
     """Write what follows from the exact transposable 2:4 mask of `x` into the outputs that are not None."""
+
+def gemm(
+    sparse: Tensor,
+    rows: int,
+    sparse_row: int,
+    sparse_depth: Axis,
+    dense: Tensor,
+    dense_depth: Axis,
+    dense_lanes: Axis,
+    height: int,
+    width: int,
+    output: Tensor,
+    output_row: int,
+    output_lanes: Axis,
+    bias: Tensor | None,
+    isa: str,
+    threads: int,
+) -> bool:
+    """Write a contraction of float32 tensors into `output`; False, and nothing written, where `sparse` is not 2:4."""

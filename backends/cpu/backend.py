@@ -1,23 +1,48 @@
-"""The CPU backend: pruning and exact transposable 2:4 masks by native kernels.
+"""The CPU backend: native kernels that prune, find exact transposable 2:4 masks, and multiply 2:4 sparse operands."""
 
-Every GEMM stays with the backends that are asked next.
-"""
-
+import itertools
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, fx
 
+from nmcompile.backends.cpu import conv, linear
+from nmcompile.backends.cpu.choices import latest
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.prune import cpu_prune, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
+from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.backends.reference import conv as dense_conv
+from nmcompile.backends.reference import linear as dense_linear
 from nmcompile.ir import operations as ops
 from nmcompile.ir.grouping import grouped
+from nmcompile.ir.layers import ConvLayer
+from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.protocols import Support
+
+SPARSE: dict[Any, Any] = {
+    dense_linear.linear_forward: linear.linear_forward,
+    dense_linear.linear_input_gradient: linear.linear_input_gradient,
+    dense_linear.linear_weight_gradient: linear.linear_weight_gradient,
+    dense_conv.conv_forward: conv.conv_forward,
+    dense_conv.conv_input_gradient: conv.conv_input_gradient,
+    dense_conv.conv_weight_gradient: conv.conv_weight_gradient,
+}
+# The operand that the sparse kernel takes in each GEMM: its position in the node's arguments, and the axes along which
+# its blocks may run.
+OPERAND: dict[Any, tuple[int, frozenset[str]]] = {
+    ops.gemm_forward: (1, frozenset({"in"})),
+    ops.gemm_backward: (1, frozenset({"out"})),
+    ops.gemm_update: (0, frozenset({"auto", "batch", "flat"})),
+}
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """Takes the prune nodes whose operator has a native kernel, and `transposable` masks with the pattern 2:4.
+    """Takes the prune nodes whose operator has a native kernel, `transposable` masks with the pattern 2:4, and the GEMM
+    nodes with an operand that keeps two of four.
 
     On another device than the CPU they run as the reference does.
     """
@@ -28,10 +53,12 @@ class CpuBackend:
         return kernel_support()
 
     def supports(self, node: fx.Node) -> Support:
+        if node.target in OPERAND:
+            return gemm_support(node)
         if node.target is ops.apply_mask:
             return mask_support(node)
         if node.target is not ops.prune:
-            return Support(False, "no native kernel but those that prune")
+            return Support(False, "no native kernel but those that prune or multiply")
         operator, n_keep, block = node.args[1:4]
         assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
         return prune_support(operator, n_keep, block)
@@ -40,8 +67,42 @@ class CpuBackend:
         if node.target is ops.apply_mask:
             # The graph only applies the mask. It is computed when it is refreshed, outside the graph.
             node.meta["mask_kernel"] = MASK_KERNEL
-        else:
+        elif node.target is ops.prune:
             ops.replace_node(node, prune_natively, node.args)
+        else:
+            _lower_gemm(node)
+
+
+def gemm_support(node: fx.Node) -> Support:
+    """Whether there is a sparse kernel for a GEMM node that is not lowered yet."""
+    layer, row = node.meta["layer"], _pruned_row(node)
+    if isinstance(layer, ConvLayer) and layer.spatial_dims > 2:
+        return Support(False, f"no sparse kernel for {layer.kind}")
+    if row is None or row.pattern is None:
+        return Support(False, "the operand that the sparse kernel takes is not pruned")
+    if 4 % row.pattern.block or row.pattern.n_keep * 2 > row.pattern.block:
+        return Support(False, f"no sparse kernel for {row.pattern}, only for patterns that keep two of four")
+    if row.axis not in OPERAND[node.target][1]:
+        return Support(False, f"the {row.operand} is pruned along {row.axis}, not along the sum of this GEMM")
+    return kernel_support()
+
+
+def _pruned_row(node: fx.Node) -> PlanRow | None:
+    """The plan row that pruned the operand, on a grid or not."""
+    operand: Any = node.args[OPERAND[node.target][0]]
+    while operand.meta.get("kind") == "quantize":
+        operand = operand.args[0]
+    row: PlanRow | None = operand.meta.get("row")
+    return row
+
+
+def _lower_gemm(node: fx.Node) -> None:
+    """The reference backend's node, with a choice of the kernel."""
+    row, name = _pruned_row(node), f"{node.meta['layer'].name} {node.meta['phase'].value} {next(_numbers)}"
+    blocks = (row.axis, row.pattern.block) if node.target is ops.gemm_update and row and row.pattern else ()
+    ReferenceBackend().lower(node)
+    ops.replace_node(node, SPARSE[node.target], (*node.args, *blocks, name))
+    node.meta["choice"] = partial(latest, name)
 
 
 def mask_support(node: fx.Node) -> Support:

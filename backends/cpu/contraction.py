@@ -33,6 +33,18 @@ class Axis(NamedTuple):
     digits: tuple[tuple[int, int, int, int], ...]
     start: tuple[int, int, int] = (0, 0, 0)
 
+    @property
+    def size(self) -> int:
+        return math.prod(digit[0] for digit in self.digits)
+
+    def ends(self, place: int) -> Pair:
+        """The lowest and the highest row (`place` 1) or column (2)."""
+        reach = [(digit[0] - 1) * digit[place + 1] for digit in self.digits]
+        return self.start[place] + sum(min(0, r) for r in reach), self.start[place] + sum(max(0, r) for r in reach)
+
+    def without_places(self) -> "Axis":
+        return Axis(tuple((*digit[:2], 0, 0) for digit in self.digits), (self.start[0], 0, 0))
+
 
 class Contraction(NamedTuple):
     """What `nmcompile._kernels.gemm` takes. An element of `dense` whose place is outside the image is zero."""
@@ -49,6 +61,21 @@ class Contraction(NamedTuple):
     output: Tensor
     output_row: int
     output_lanes: Axis
+
+    @property
+    def multiplications(self) -> int:
+        """What the product takes with a dense S."""
+        return self.rows * self.sparse_depth.size * self.dense_lanes.size
+
+    def settled(self) -> "Contraction":
+        """The same; without an image where no place is outside of it, so that reads run on from row to row."""
+        axes = self.dense_depth, self.dense_lanes
+        for place, size in ((1, self.height), (2, self.width)):
+            ends = [axis.ends(place) for axis in axes]
+            if sum(low for low, _ in ends) < 0 or sum(high for _, high in ends) >= size:
+                return self
+        depth, lanes = (axis.without_places() for axis in axes)
+        return self._replace(dense_depth=depth, dense_lanes=lanes, height=1, width=1)
 
 
 class Window(NamedTuple):
@@ -77,7 +104,7 @@ def forward(input: Tensor, weight: Tensor, output: Tensor, window: Window) -> Co
         output,
         output.stride(1),
         _plain(_dim(output, 0), _dim(output, 2), _dim(output, 3)),
-    )
+    ).settled()
 
 
 def update(grad_output: Tensor, input: Tensor, grad_weight: Tensor, window: Window, samples: int) -> Contraction:
@@ -104,7 +131,7 @@ def update(grad_output: Tensor, input: Tensor, grad_weight: Tensor, window: Wind
         grad_weight,
         grad_weight.stride(0),
         _plain(*written),
-    )
+    ).settled()
 
 
 def backward(grad_output: Tensor, weight: Tensor, grad_input: Tensor, window: Window) -> Iterator[Contraction]:
@@ -116,7 +143,7 @@ def backward(grad_output: Tensor, weight: Tensor, grad_input: Tensor, window: Wi
     for phase in product(range(window.stride[0]), range(window.stride[1])):
         taps = [_taps(phase[i], weight.shape[2 + i], *(value[i] for value in window)) for i in range(2)]
         sizes = [-(-(grad_input.shape[2 + i] - phase[i]) // window.stride[i]) for i in range(2)]
-        if taps[0].count and taps[1].count and min(sizes) > 0:
+        if taps[0].number and taps[1].number and min(sizes) > 0:
             yield _backward_of(grad_output, weight, grad_input, window.stride, phase, taps, sizes)
 
 
@@ -125,7 +152,7 @@ class _Taps(NamedTuple):
 
     first: int
     step: int
-    count: int
+    number: int
     place: int
     advance: int
 
@@ -148,9 +175,9 @@ def _backward_of(
     sizes: list[int],
 ) -> Contraction:
     (v, h), (row, column) = taps, (grad_output.stride(2), grad_output.stride(3))
-    weights = (v.count, v.step * weight.stride(2), 0, 0), (h.count, h.step * weight.stride(3), 0, 0)
+    weights = (v.number, v.step * weight.stride(2), 0, 0), (h.number, h.step * weight.stride(3), 0, 0)
     first = v.first * weight.stride(2) + h.first * weight.stride(3)
-    reached = (v.count, v.advance * row, v.advance, 0), (h.count, h.advance * column, 0, h.advance)
+    reached = (v.number, v.advance * row, v.advance, 0), (h.number, h.advance * column, 0, h.advance)
     place = v.place * row + h.place * column, v.place, h.place
     lanes = (grad_output.shape[0], grad_output.stride(0), 0, 0), (sizes[0], row, 1, 0), (sizes[1], column, 0, 1)
     written = tuple((sizes[i], stride[i] * grad_input.stride(2 + i), 0, 0) for i in range(2))
@@ -169,7 +196,7 @@ def _backward_of(
         grad_input,
         grad_input.stride(1),
         Axis(((*_dim(grad_input, 0), 0, 0), *written), (start, 0, 0)),
-    )
+    ).settled()
 
 
 def _kernel(input: Tensor, weight: Tensor, window: Window) -> tuple[tuple[int, int, int, int], ...]:

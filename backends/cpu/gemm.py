@@ -1,0 +1,97 @@
+"""The three GEMMs of a layer by the native sparse kernel.
+
+Each writes its result into a tensor, or returns False where the pruned operand keeps more than two of some four (a
+block with a NaN is kept whole): the caller then runs the dense kernel. Zeros are skipped, so an infinity or NaN of the
+other operand that meets nothing but zeros adds nothing, where a dense product gives NaN.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmcompile.backends.cpu import contraction
+from nmcompile.backends.cpu.contraction import Contraction, Pair, Window
+
+
+class Geometry(NamedTuple):
+    """Of a convolution of one or two spatial dims; of a linear layer with nothing in it."""
+
+    stride: Sequence[int] = ()
+    padding: Sequence[int] = ()
+    dilation: Sequence[int] = ()
+    groups: int = 1
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.stride
+
+    @property
+    def window(self) -> Window:
+        return Window(_pair(self.stride, 1), _pair(self.padding, 0), _pair(self.dilation, 1))
+
+    def images(self, x: Tensor) -> Tensor:
+        """A view `(samples, channels, height, width)` of what the layer reads or writes."""
+        if self.is_linear:
+            return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
+        return x if x.dim() == 4 else x.unsqueeze(2)
+
+    def kernels(self, weight: Tensor) -> Tensor:
+        """A view `(out, in, height, width)` of the weight."""
+        return weight.view(*weight.shape, *(1,) * (4 - weight.dim())) if self.is_linear else self.images(weight)
+
+
+def sparse_forward(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, geometry: Geometry) -> bool:
+    """Y = X Wᵀ + b for a weight that is pruned along in-channels."""
+    window, groups = geometry.window, geometry.groups
+    x, w, y = _readable(geometry.images(input), window), geometry.kernels(weight), geometry.images(output)
+    biases = [None] * groups if bias is None else bias.contiguous().chunk(groups)
+    parts = zip(x.chunk(groups, 1), w.chunk(groups), y.chunk(groups, 1), biases, strict=True)
+    return all(_run([contraction.forward(xs, ws, ys, window)], bs) for xs, ws, ys, bs in parts)
+
+
+def sparse_backward(grad_output: Tensor, weight: Tensor, grad_input: Tensor, geometry: Geometry) -> bool:
+    """dX = dY W for a weight that is pruned along out-channels."""
+    window, groups = geometry.window, geometry.groups
+    if window.stride != (1, 1):  # there may be inputs that no output has seen
+        grad_input.zero_()
+    dy, w, dx = geometry.images(grad_output), geometry.kernels(weight), geometry.images(grad_input)
+    parts = zip(dy.chunk(groups, 1), w.chunk(groups), dx.chunk(groups, 1), strict=True)
+    return all(_run(contraction.backward(*part, window)) for part in parts)
+
+
+def sparse_update(
+    grad_output: Tensor, input: Tensor, grad_weight: Tensor, geometry: Geometry, axis: str, block: int
+) -> bool:
+    """dW = dYᵀ X for a dY that is pruned along `axis` (see `nmcompile.ir.grouping.grouped`) in blocks."""
+    window, groups = geometry.window, geometry.groups
+    dy, x, dw = geometry.images(grad_output), geometry.images(input), geometry.kernels(grad_weight)
+    x, samples = _readable(x, window), _samples_of_block(dy, axis, block, geometry)
+    parts = zip(dy.chunk(groups, 1), x.chunk(groups, 1), dw.chunk(groups), strict=True)
+    return all(_run([contraction.update(*part, window, samples)]) for part in parts)
+
+
+def _samples_of_block(grad_output: Tensor, axis: str, block: int, geometry: Geometry) -> int:
+    """`block` where a block runs across samples, at each position; 1 where it runs along positions."""
+    across = axis == "batch" or (axis == "auto" and not geometry.is_linear)
+    return block if across and grad_output.shape[0] % block == 0 else 1
+
+
+def _readable(input: Tensor, window: Window) -> Tensor:
+    """The input in the layout that a window with a stride can read: neighbours in a row are then not used together."""
+    if window.stride == (1, 1) or input.stride(1) == 1:
+        return input
+    return input.contiguous(memory_format=torch.channels_last)
+
+
+def _run(contractions: Iterable[Contraction], bias: Tensor | None = None) -> bool:
+    from nmcompile import _kernels
+
+    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
+    return all(_kernels.gemm(*one, bias, best, threads) for one in contractions)
+
+
+def _pair(values: Sequence[int], missing: int) -> Pair:
+    height, width = (*(missing,) * (2 - len(values)), *values)
+    return height, width

@@ -1,0 +1,68 @@
+"""One call of a GEMM: what its kernels read and how large the product is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nmcompile.backends.cpu.choices import note, run_best
+from nmcompile.backends.cpu.cost import predicted_speedup
+from nmcompile.backends.cpu.gemm import Geometry
+from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.ir.choice import Choice
+
+
+@dataclass(frozen=True)
+class GemmCall:
+    """What a GEMM is called with.
+
+    Args:
+        name: of the node that calls, for `nmcompile.backends.cpu.choices.latest`.
+        phase: `"forward"`, `"backward"` or `"update"`.
+        geometry: of the layer.
+        operands: that the kernels read.
+        rows, depth, lanes: of one group's product (see `nmcompile.backends.cpu.contraction`).
+    """
+
+    name: str
+    phase: str
+    geometry: Geometry
+    operands: tuple[Tensor | None, ...]
+    rows: int
+    depth: int
+    lanes: int
+
+    def run(self, empty: Callable[[], Tensor], fill: Callable[[Tensor], bool], dense: Callable[[], Tensor]) -> Tensor:
+        """The product by the kernel that pays.
+
+        Args:
+            empty: a tensor for the result.
+            fill: write the result with the sparse kernel; False where the operand is not 2:4.
+            dense: the result by the dense kernel.
+        """
+        refusal = self._refusal()
+        if refusal:
+            note(self.name, Choice("dense", refusal))
+            return dense()
+
+        def sparse() -> Tensor | None:
+            output = empty()
+            return output if fill(output) else None
+
+        threads = torch.get_num_threads()
+        layouts = tuple(None if x is None else (tuple(x.shape), x.stride()) for x in self.operands)
+        problem = self.phase, self.geometry, layouts, threads
+        multiplications = self.rows * self.depth * self.lanes * self.geometry.groups
+        return run_best(self.name, problem, multiplications, lambda: self._predicted(threads), sparse, dense)
+
+    def _refusal(self) -> str:
+        """Why there is no sparse kernel for these operands; empty if there is."""
+        wrong = (x for x in self.operands if x is not None and (x.dtype, x.device.type) != (torch.float32, "cpu"))
+        if (x := next(wrong, None)) is not None:
+            return f"no sparse kernel for {x.dtype} on {x.device.type}, only for torch.float32 on cpu"
+        support = kernel_support()
+        return "" if support.ok else support.reason
+
+    def _predicted(self, threads: int) -> float:
+        return predicted_speedup(self.rows, self.depth, self.lanes, self.geometry.is_linear, threads)

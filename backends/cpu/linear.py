@@ -1,0 +1,92 @@
+"""The three GEMMs of a linear layer as the reference backend has them, by the sparse or by the dense kernel.
+
+The pruned operand is dense with zeros. `call` names the node that calls.
+"""
+
+import torch
+from torch import Tensor
+
+from nmcompile.backends.cpu.gemm import Geometry, sparse_backward, sparse_forward, sparse_update
+from nmcompile.backends.cpu.gemm_call import GemmCall
+from nmcompile.backends.reference import linear
+
+GEOMETRY = Geometry()
+
+
+@torch.library.custom_op("nmcompile::cpu_linear_forward", mutates_args=())
+def _linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
+    """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W pruned along in-features."""
+    matrix = weight.t() if transposed else weight
+    gemm = GemmCall(call, "forward", GEOMETRY, (input, matrix, bias), *_sizes(matrix), _rows(input))
+    return gemm.run(
+        lambda: _like(input, matrix.shape[0]),
+        lambda output: sparse_forward(input, matrix, bias, output, GEOMETRY),
+        lambda: linear.linear_forward(input, weight, bias, transposed).contiguous(),
+    )
+
+
+@_linear_forward.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
+    return _like(input, weight.shape[1 if transposed else 0])
+
+
+@torch.library.custom_op("nmcompile::cpu_linear_input_gradient", mutates_args=())
+def _linear_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool, call: str) -> Tensor:
+    """dX = dY W, `(..., out)` to `(..., in)`, with W pruned along out-features."""
+    matrix = weight.t() if transposed else weight
+    gemm = GemmCall(call, "backward", GEOMETRY, (grad_output, matrix), *_sizes(matrix.t()), _rows(grad_output))
+    return gemm.run(
+        lambda: _like(grad_output, matrix.shape[1]),
+        lambda gradient: sparse_backward(grad_output, matrix, gradient, GEOMETRY),
+        lambda: linear.linear_input_gradient(grad_output, weight, transposed),
+    )
+
+
+@_linear_input_gradient.register_fake
+def _(grad_output: Tensor, weight: Tensor, transposed: bool, call: str) -> Tensor:
+    return _like(grad_output, weight.shape[0 if transposed else 1])
+
+
+@torch.library.custom_op("nmcompile::cpu_linear_weight_gradient", mutates_args=())
+def _linear_weight_gradient(
+    grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, call: str
+) -> Tensor:
+    """dW = dYᵀ X, of the weight's shape, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`)."""
+
+    def fill(gradient: Tensor) -> bool:
+        matrix = gradient.t() if transposed else gradient
+        return sparse_update(grad_output, input, matrix, GEOMETRY, axis, block)
+
+    size = grad_output.shape[-1], _rows(input), input.shape[-1]
+    return GemmCall(call, "update", GEOMETRY, (grad_output, input), *size).run(
+        lambda: _gradient(grad_output, input, transposed),
+        fill,
+        lambda: linear.linear_weight_gradient(grad_output, input, transposed),
+    )
+
+
+@_linear_weight_gradient.register_fake
+def _(grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, call: str) -> Tensor:
+    return _gradient(grad_output, input, transposed)
+
+
+linear_forward = torch.ops.nmcompile.cpu_linear_forward.default
+linear_input_gradient = torch.ops.nmcompile.cpu_linear_input_gradient.default
+linear_weight_gradient = torch.ops.nmcompile.cpu_linear_weight_gradient.default
+
+
+def _sizes(matrix: Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+def _like(x: Tensor, features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], features)
+
+
+def _gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
+    sizes = grad_output.shape[-1], input.shape[-1]
+    return input.new_empty(sizes[::-1] if transposed else sizes)
