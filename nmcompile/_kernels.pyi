@@ -49,6 +49,7 @@ def gemm(
     output: Tensor,
     output_row: int,
     output_lanes: Axis,
+    mask: Tensor | None,
     bias: Tensor | None,
     isa: str,
     threads: int,

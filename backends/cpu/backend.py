@@ -99,10 +99,32 @@ def _pruned_row(node: fx.Node) -> PlanRow | None:
 def _lower_gemm(node: fx.Node) -> None:
     """The reference backend's node, with a choice of the kernel."""
     row, name = _pruned_row(node), f"{node.meta['layer'].name} {node.meta['phase'].value} {next(_numbers)}"
-    blocks = (row.axis, row.pattern.block) if node.target is ops.gemm_update and row and row.pattern else ()
+    is_update = node.target is ops.gemm_update
     ReferenceBackend().lower(node)
-    ops.replace_node(node, SPARSE[node.target], (*node.args, *blocks, name))
+    target = SPARSE[node.target]
+    if is_update:
+        assert row is not None and row.pattern is not None
+        ops.replace_node(node, target, (*node.args, row.axis, row.pattern.block, name))
+    else:
+        first, *rest = node.args
+        ops.replace_node(node, target, (first, *_weight_and_mask(node), *rest[1:], name))
     node.meta["choice"] = partial(latest, name)
+
+
+def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The weight and the mask that the kernel applies while it reads the weight; without the node that would do it."""
+    pruned = node.args[1]
+    assert isinstance(pruned, fx.Node)
+    if pruned.target is not ops.apply_mask or len(pruned.users) > 1:
+        return pruned, None
+    if mask_support(pruned).ok:
+        node.meta["mask_kernel"] = MASK_KERNEL
+    node.meta["row"] = pruned.meta["row"]
+    weight, mask = pruned.args
+    assert isinstance(weight, fx.Node) and isinstance(mask, fx.Node)
+    node.args = (node.args[0], weight, *node.args[2:])
+    node.graph.erase_node(pruned)
+    return weight, mask
 
 
 def mask_support(node: fx.Node) -> Support:

@@ -147,6 +147,15 @@ def backward(grad_output: Tensor, weight: Tensor, grad_input: Tensor, window: Wi
             yield _backward_of(grad_output, weight, grad_input, window.stride, phase, taps, sizes)
 
 
+def reaches_all(weight: Tensor, window: Window) -> bool:
+    """Whether some weight meets every input position, so that `backward` writes all of dX."""
+    return all(
+        _taps(phase, weight.shape[2 + i], *(value[i] for value in window)).number
+        for i in range(2)
+        for phase in range(window.stride[i])
+    )
+
+
 class _Taps(NamedTuple):
     """Kernel positions `first, first + step, ...`, and the output position of the first and from each to the next."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cpu.gemm import Geometry, sparse_backward, sparse_forward, sparse_update
+from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.gemm_call import GemmCall
 from nmcompile.backends.reference import conv
 from nmcompile.ir.operations import like
@@ -20,6 +20,7 @@ Ints = Sequence[int]
 def _conv_forward(
     input: Tensor,
     weight: Tensor,
+    mask: Tensor | None,
     bias: Tensor | None,
     stride: Ints,
     padding: Ints,
@@ -31,11 +32,16 @@ def _conv_forward(
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     sizes, layout = _output_sizes(input, weight, geometry), _layout(input, weight)
     lanes = sizes[0] * torch.Size(sizes[2:]).numel()
-    gemm = GemmCall(call, "forward", geometry, (input, weight, bias), *_matrix(weight, groups), lanes)
+
+    def dense() -> Tensor:
+        output = conv.conv_forward(input, masked(weight, mask), bias, *_lists(geometry))
+        return output.contiguous(memory_format=layout)
+
+    gemm = GemmCall(call, "forward", geometry, (input, weight, mask, bias), *_matrix(weight, groups), lanes)
     return gemm.run(
-        lambda: input.new_empty(sizes).contiguous(memory_format=layout),
-        lambda output: sparse_forward(input, weight, bias, output, geometry),
-        lambda: conv.conv_forward(input, weight, bias, *_lists(geometry)).contiguous(memory_format=layout),
+        lambda: _empty(input, sizes, layout),
+        lambda output: sparse_forward(input, weight, mask, bias, output, geometry),
+        dense,
     )
 
 
@@ -43,6 +49,7 @@ def _conv_forward(
 def _(
     input: Tensor,
     weight: Tensor,
+    mask: Tensor | None,
     bias: Tensor | None,
     stride: Ints,
     padding: Ints,
@@ -51,13 +58,14 @@ def _(
     call: str,
 ) -> Tensor:
     sizes = _output_sizes(input, weight, Geometry(stride, padding, dilation, groups))
-    return input.new_empty(sizes).contiguous(memory_format=_layout(input, weight))
+    return _empty(input, sizes, _layout(input, weight))
 
 
 @torch.library.custom_op("nmcompile::cpu_conv_input_gradient", mutates_args=())
 def _conv_input_gradient(
     grad_output: Tensor,
     weight: Tensor,
+    mask: Tensor | None,
     input: Tensor,
     stride: Ints,
     padding: Ints,
@@ -71,11 +79,11 @@ def _conv_input_gradient(
     kernel = depth // weight.shape[1]
     # A position of the input meets one of `stride` taps in each direction, on average.
     lanes = grad_output.shape[0] * grad_output.shape[2:].numel()
-    gemm = GemmCall(call, "backward", geometry, (grad_output, weight), weight.shape[1], out * kernel, lanes)
+    gemm = GemmCall(call, "backward", geometry, (grad_output, weight, mask), weight.shape[1], out * kernel, lanes)
     return gemm.run(
         lambda: torch.empty_like(input),
-        lambda gradient: sparse_backward(grad_output, weight, gradient, geometry),
-        lambda: like(conv.conv_input_gradient(grad_output, weight, input, *_lists(geometry)), input),
+        lambda gradient: sparse_backward(grad_output, weight, mask, gradient, geometry),
+        lambda: like(conv.conv_input_gradient(grad_output, masked(weight, mask), input, *_lists(geometry)), input),
     )
 
 
@@ -83,6 +91,7 @@ def _conv_input_gradient(
 def _(
     grad_output: Tensor,
     weight: Tensor,
+    mask: Tensor | None,
     input: Tensor,
     stride: Ints,
     padding: Ints,
@@ -136,6 +145,10 @@ def _(
 conv_forward = torch.ops.nmcompile.cpu_conv_forward.default
 conv_input_gradient = torch.ops.nmcompile.cpu_conv_input_gradient.default
 conv_weight_gradient = torch.ops.nmcompile.cpu_conv_weight_gradient.default
+
+
+def _empty(x: Tensor, sizes: list[int], layout: torch.memory_format) -> Tensor:
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _matrix(weight: Tensor, groups: int) -> tuple[int, int]:

@@ -54,7 +54,9 @@ def _costs(threads: int) -> Costs:
     for rows, depth, lanes in SAMPLES:
         x, weight = torch.ones(lanes, depth), torch.ones(rows, depth)
         weight.view(rows, -1, 4)[..., 2:] = 0
-        times.append(_best(functools.partial(sparse_forward, x, weight, None, torch.empty(lanes, rows), Geometry())))
+        times.append(
+            _best(functools.partial(sparse_forward, x, weight, None, None, torch.empty(lanes, rows), Geometry()))
+        )
     terms = torch.tensor([_terms(*sample) for sample in SAMPLES], dtype=torch.float64)
     multiply, pack, copy = torch.linalg.solve(terms, torch.tensor(times, dtype=torch.float64)).clamp(min=0).tolist()
     x, weight = torch.ones(512, 512), torch.ones(512, 512)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nmcompile.backends.cpu import contraction
 from nmcompile.backends.cpu.contraction import Contraction, Pair, Window
+from nmcompile.ir.operations import apply_mask
 
 
 class Geometry(NamedTuple):
@@ -42,23 +43,29 @@ class Geometry(NamedTuple):
         return weight.view(*weight.shape, *(1,) * (4 - weight.dim())) if self.is_linear else self.images(weight)
 
 
-def sparse_forward(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, geometry: Geometry) -> bool:
-    """Y = X Wᵀ + b for a weight that is pruned along in-channels."""
+def sparse_forward(
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, output: Tensor, geometry: Geometry
+) -> bool:
+    """Y = X Wᵀ + b for a weight that is pruned along in-channels, or that is where the mask holds."""
     window, groups = geometry.window, geometry.groups
     x, w, y = _readable(geometry.images(input), window), geometry.kernels(weight), geometry.images(output)
-    biases = [None] * groups if bias is None else bias.contiguous().chunk(groups)
-    parts = zip(x.chunk(groups, 1), w.chunk(groups), y.chunk(groups, 1), biases, strict=True)
-    return all(_run([contraction.forward(xs, ws, ys, window)], bs) for xs, ws, ys, bs in parts)
+    parts = zip(x.chunk(groups, 1), w.chunk(groups), y.chunk(groups, 1), strict=True)
+    masks, biases = _masks(weight, mask, groups), _chunks(None if bias is None else bias.contiguous(), groups)
+    each = zip(parts, masks, biases, strict=True)
+    return all(_run([contraction.forward(*part, window)], ms, bs) for part, ms, bs in each)
 
 
-def sparse_backward(grad_output: Tensor, weight: Tensor, grad_input: Tensor, geometry: Geometry) -> bool:
-    """dX = dY W for a weight that is pruned along out-channels."""
+def sparse_backward(
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, grad_input: Tensor, geometry: Geometry
+) -> bool:
+    """dX = dY W for a weight that is pruned along out-channels, or that is where the mask holds."""
     window, groups = geometry.window, geometry.groups
-    if window.stride != (1, 1):  # there may be inputs that no output has seen
-        grad_input.zero_()
     dy, w, dx = geometry.images(grad_output), geometry.kernels(weight), geometry.images(grad_input)
     parts = zip(dy.chunk(groups, 1), w.chunk(groups), dx.chunk(groups, 1), strict=True)
-    return all(_run(contraction.backward(*part, window)) for part in parts)
+    if not contraction.reaches_all(w, window):
+        grad_input.zero_()
+    each = zip(parts, _masks(weight, mask, groups), strict=True)
+    return all(_run(contraction.backward(*part, window), ms) for part, ms in each)
 
 
 def sparse_update(
@@ -70,6 +77,11 @@ def sparse_update(
     x, samples = _readable(x, window), _samples_of_block(dy, axis, block, geometry)
     parts = zip(dy.chunk(groups, 1), x.chunk(groups, 1), dw.chunk(groups), strict=True)
     return all(_run([contraction.update(*part, window, samples)]) for part in parts)
+
+
+def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """What the dense kernels read."""
+    return weight if mask is None else apply_mask(weight, mask)
 
 
 def _samples_of_block(grad_output: Tensor, axis: str, block: int, geometry: Geometry) -> int:
@@ -85,11 +97,22 @@ def _readable(input: Tensor, window: Window) -> Tensor:
     return input.contiguous(memory_format=torch.channels_last)
 
 
-def _run(contractions: Iterable[Contraction], bias: Tensor | None = None) -> bool:
+def _masks(weight: Tensor, mask: Tensor | None, groups: int) -> Sequence[Tensor | None]:
+    """The mask of each group, with the strides of the weight."""
+    if mask is not None and mask.stride() != weight.stride():
+        mask = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.bool).copy_(mask)
+    return _chunks(mask, groups)
+
+
+def _chunks(x: Tensor | None, groups: int) -> Sequence[Tensor | None]:
+    return [None] * groups if x is None else x.chunk(groups)
+
+
+def _run(contractions: Iterable[Contraction], mask: Tensor | None = None, bias: Tensor | None = None) -> bool:
     from nmcompile import _kernels
 
     best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
-    return all(_kernels.gemm(*one, bias, best, threads) for one in contractions)
+    return all(_kernels.gemm(*one, mask, bias, best, threads) for one in contractions)
 
 
 def _pair(values: Sequence[int], missing: int) -> Pair:

@@ -58,7 +58,8 @@ class GemmCall:
 
     def _refusal(self) -> str:
         """Why there is no sparse kernel for these operands; empty if there is."""
-        wrong = (x for x in self.operands if x is not None and (x.dtype, x.device.type) != (torch.float32, "cpu"))
+        tensors = (x for x in self.operands if x is not None and x.dtype != torch.bool)
+        wrong = (x for x in tensors if (x.dtype, x.device.type) != (torch.float32, "cpu"))
         if (x := next(wrong, None)) is not None:
             return f"no sparse kernel for {x.dtype} on {x.device.type}, only for torch.float32 on cpu"
         support = kernel_support()

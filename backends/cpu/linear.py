@@ -6,7 +6,7 @@ The pruned operand is dense with zeros. `call` names the node that calls.
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cpu.gemm import Geometry, sparse_backward, sparse_forward, sparse_update
+from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.gemm_call import GemmCall
 from nmcompile.backends.reference import linear
 
@@ -14,36 +14,40 @@ GEOMETRY = Geometry()
 
 
 @torch.library.custom_op("nmcompile::cpu_linear_forward", mutates_args=())
-def _linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
+def _linear_forward(
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str
+) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W pruned along in-features."""
-    matrix = weight.t() if transposed else weight
-    gemm = GemmCall(call, "forward", GEOMETRY, (input, matrix, bias), *_sizes(matrix), _rows(input))
+    matrix, kept = _matrix(weight, mask, transposed)
+    gemm = GemmCall(call, "forward", GEOMETRY, (input, matrix, mask, bias), *_sizes(matrix), _rows(input))
     return gemm.run(
         lambda: _like(input, matrix.shape[0]),
-        lambda output: sparse_forward(input, matrix, bias, output, GEOMETRY),
-        lambda: linear.linear_forward(input, weight, bias, transposed).contiguous(),
+        lambda output: sparse_forward(input, matrix, kept, bias, output, GEOMETRY),
+        lambda: linear.linear_forward(input, masked(weight, mask), bias, transposed).contiguous(),
     )
 
 
 @_linear_forward.register_fake
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
+def _(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
     return _like(input, weight.shape[1 if transposed else 0])
 
 
 @torch.library.custom_op("nmcompile::cpu_linear_input_gradient", mutates_args=())
-def _linear_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool, call: str) -> Tensor:
+def _linear_input_gradient(
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str
+) -> Tensor:
     """dX = dY W, `(..., out)` to `(..., in)`, with W pruned along out-features."""
-    matrix = weight.t() if transposed else weight
-    gemm = GemmCall(call, "backward", GEOMETRY, (grad_output, matrix), *_sizes(matrix.t()), _rows(grad_output))
+    matrix, kept = _matrix(weight, mask, transposed)
+    gemm = GemmCall(call, "backward", GEOMETRY, (grad_output, matrix, mask), *_sizes(matrix.t()), _rows(grad_output))
     return gemm.run(
         lambda: _like(grad_output, matrix.shape[1]),
-        lambda gradient: sparse_backward(grad_output, matrix, gradient, GEOMETRY),
-        lambda: linear.linear_input_gradient(grad_output, weight, transposed),
+        lambda gradient: sparse_backward(grad_output, matrix, kept, gradient, GEOMETRY),
+        lambda: linear.linear_input_gradient(grad_output, masked(weight, mask), transposed),
     )
 
 
 @_linear_input_gradient.register_fake
-def _(grad_output: Tensor, weight: Tensor, transposed: bool, call: str) -> Tensor:
+def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str) -> Tensor:
     return _like(grad_output, weight.shape[0 if transposed else 1])
 
 
@@ -73,6 +77,13 @@ def _(grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: in
 linear_forward = torch.ops.nmcompile.cpu_linear_forward.default
 linear_input_gradient = torch.ops.nmcompile.cpu_linear_input_gradient.default
 linear_weight_gradient = torch.ops.nmcompile.cpu_linear_weight_gradient.default
+
+
+def _matrix(weight: Tensor, mask: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """Weight and mask as `(out, in)`."""
+    if not transposed:
+        return weight, mask
+    return weight.t(), None if mask is None else mask.t()
 
 
 def _sizes(matrix: Tensor) -> tuple[int, int]:

@@ -48,6 +48,10 @@ inline void walk(const GemmAxis& axis, Index first, Index count, Point* points) 
 struct Run {
     Point start;
     int first, length, slope;
+
+    bool is_placed_like(const Run& other) const {
+        return start.y == other.start.y && start.x == other.start.x && length == other.length && slope == other.slope;
+    }
 };
 
 // How many of `points` from `first` on, `stride` apart, are one run; at most a vector of them.
@@ -81,7 +85,7 @@ inline Inside inside_image(const GemmJob& job, const Run& run, const Point& at) 
 
 #if defined(__AVX512F__)
 inline __mmask16 bits(const Inside& part) {
-    return static_cast<__mmask16>(((1u << part.high) - 1u) & ~((1u << part.low) - 1u));
+    return static_cast<__mmask16>(_bzhi_u32(~0u << part.low, part.high));
 }
 #endif
 

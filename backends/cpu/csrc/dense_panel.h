@@ -17,6 +17,7 @@ struct TileOfLanes {
     TileOfLanes(const GemmAxis& axis, Index first, Index last) : count(last - first) {
         width = (count + kFloats - 1) / kFloats * kFloats;
         walk(axis, first, count, points);
+        for (Index lane = count; lane < width; ++lane) points[lane] = points[0];  // read by nobody, but addressed
         run_count = 0;
         for (Index lane = 0; lane < count; lane += runs[run_count++].length) {
             runs[run_count] = run_from(points, lane, count, 1);
@@ -41,15 +42,13 @@ inline void copy_runs(const GemmJob& job, const TileOfLanes& tile, const Point* 
 }
 
 // Depth in runs, `stride` apart: squares of lanes and depth, transposed.
-inline void transpose_run(const GemmJob& job, const TileOfLanes& tile, const Run& run, Index stride, float* panel) {
+inline void transpose_run(const GemmJob& job, const TileOfLanes& tile, const Run& run, const Inside* inside,
+                          Index stride, float* panel) {
+    const float* from = job.dense + run.start.offset;
     for (Index lane = 0; lane < tile.width; lane += kFloats) {
         Floats square[kFloats];
-        for (Index i = 0; i < kFloats; ++i) {
-            square[i] = Floats{};
-            if (lane + i >= tile.count) continue;
-            const Point& at = tile.points[lane + i];
-            square[i] = load_between(job.dense + run.start.offset + at.offset, inside_image(job, run, at));
-        }
+#pragma GCC unroll 16
+        for (Index i = 0; i < kFloats; ++i) square[i] = load_between(from + tile.points[lane + i].offset, inside[lane + i]);
         transpose(square);
         for (Index k = 0; k < run.length; ++k) store(square[k], panel + (run.first + k * stride) * tile.width + lane);
     }
@@ -59,11 +58,18 @@ inline void transpose_runs(const GemmJob& job, const TileOfLanes& tile, const Po
     // Where a block runs across two or four samples, each of them has runs of its own.
     Index stride = 4;
     while (stride > 1 && !(stride < count && depth[stride].offset == depth[0].offset + 1)) stride /= 2;
+    Inside inside[kTileLanes];
+    for (Index lane = tile.count; lane < tile.width; ++lane) inside[lane] = {0, 0};
+    Run last{};
     for (Index series = 0; series < smaller(stride, count); ++series) {
         for (Index k = series; k < count;) {
             const Run run = run_from(depth, k, count, stride);
-            transpose_run(job, tile, run, stride, panel);
+            if (!run.is_placed_like(last)) {
+                for (Index i = 0; i < tile.count; ++i) inside[i] = inside_image(job, run, tile.points[i]);
+            }
+            transpose_run(job, tile, run, inside, stride, panel);
             k += run.length * stride;
+            last = run;
         }
     }
 }

@@ -37,6 +37,7 @@ struct GemmAxis {
 struct GemmJob {
     std::int64_t rows;
     const float* sparse;  // at most two non-zeros in each four consecutive elements of depth
+    const std::uint8_t* mask;  // or null: elements that are to be taken for zeros, at the same offsets
     std::int64_t sparse_row;
     GemmAxis sparse_depth;
 

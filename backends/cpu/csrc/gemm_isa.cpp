@@ -96,6 +96,6 @@ void multiply(const GemmJob& job, const KeptValues& kept, const GemmTile& tile, 
 
 }  // namespace
 
-GemmKernel gemm_kernel() { return {kFloats, kTileLanes, pack_rows, multiply, scratch_floats}; }
+GemmKernel gemm_kernel() { return {kFloats, kTileLanes, pack, multiply, scratch_floats}; }
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -20,6 +20,7 @@ namespace nmcompile {
 namespace {
 
 using Input = nb::ndarray<const float, nb::device::cpu>;
+using Mask = nb::ndarray<const bool, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::device::cpu>;
 // Digits (size, offset, y, x), the last fastest, and the start (offset, y, x).
 using AxisSpec = std::tuple<std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_t, std::int32_t>>,
@@ -45,10 +46,11 @@ GemmAxis axis_of(const AxisSpec& spec) {
 bool checked_gemm(const Input& sparse, std::int64_t rows, std::int64_t sparse_row, const AxisSpec& sparse_depth,
                   const Input& dense, const AxisSpec& dense_depth, const AxisSpec& dense_lanes, std::int32_t height,
                   std::int32_t width, const Output& output, std::int64_t output_row, const AxisSpec& output_lanes,
-                  const Input& bias, const char* isa, unsigned threads) {
+                  const Mask& mask, const Input& bias, const char* isa, unsigned threads) {
     GemmJob job{};
     job.rows = rows;
     job.sparse = sparse.data();
+    job.mask = mask.is_valid() ? reinterpret_cast<const std::uint8_t*>(mask.data()) : nullptr;
     job.sparse_row = sparse_row;
     job.sparse_depth = axis_of(sparse_depth);
     job.dense = dense.data();
@@ -73,7 +75,7 @@ bool checked_gemm(const Input& sparse, std::int64_t rows, std::int64_t sparse_ro
 void bind_gemm(nb::module_& m) {
     m.def("gemm", &checked_gemm, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
           "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a, "height"_a, "width"_a, "output"_a.noconvert(),
-          "output_row"_a, "output_lanes"_a, "bias"_a.noconvert().none(), "isa"_a, "threads"_a,
+          "output_row"_a, "output_lanes"_a, "mask"_a.noconvert().none(), "bias"_a.noconvert().none(), "isa"_a, "threads"_a,
           "Write the product of a 2:4 sparse operand and a dense one; False where the first is not 2:4.");
 }
 

@@ -38,22 +38,38 @@ inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
     return !any(excess);
 }
 
+template <bool kMasked>
+float kept_element(const GemmJob& job, Index offset) {
+    return !kMasked || job.mask[offset] ? job.sparse[offset] : 0.0f;
+}
+
+template <bool kMasked>
+Floats kept_vector(const GemmJob& job, Index offset) {
+    const Floats x = load<Floats>(job.sparse + offset);
+    if constexpr (!kMasked) return x;
+    using Bytes = Vector<std::uint8_t, kFloats>;
+    const FloatInts keep = __builtin_convertvector(load<Bytes>(job.mask + offset), FloatInts) != 0;
+    return keep ? x : Floats{};
+}
+
 // Gathers some rows of a block, zeros behind its end. `step` lies between any two elements of depth, or is 0. The
 // elements that are close in memory come one after the other.
-inline void gather_rows(const GemmJob& job, const Point* points, Index count, Index step, Index row, Index rows,
-                        float (*to)[kDepthBlock]) {
-    const float* from = job.sparse + row * job.sparse_row;
+template <bool kMasked>
+void gather_rows(const GemmJob& job, const Point* points, Index count, Index step, Index row, Index rows,
+                 float (*to)[kDepthBlock]) {
     if (step > job.sparse_row) {
         for (Index k = 0; k < count; ++k) {
-            for (Index r = 0; r < rows; ++r) to[r][k] = from[points[k].offset + r * job.sparse_row];
-        }
-    } else if (step > 0) {
-        for (Index r = 0; r < rows; ++r) {
-            for (Index k = 0; k < count; ++k) to[r][k] = from[points[0].offset + r * job.sparse_row + k * step];
+            const Index from = points[k].offset + row * job.sparse_row;
+            for (Index r = 0; r < rows; ++r) to[r][k] = kept_element<kMasked>(job, from + r * job.sparse_row);
         }
     } else {
         for (Index r = 0; r < rows; ++r) {
-            for (Index k = 0; k < count; ++k) to[r][k] = from[r * job.sparse_row + points[k].offset];
+            const Index from = (row + r) * job.sparse_row;
+            Index k = 0;
+            for (; step == 1 && k + kFloats <= count; k += kFloats) {
+                store(kept_vector<kMasked>(job, from + points[0].offset + k), to[r] + k);
+            }
+            for (; k < count; ++k) to[r][k] = kept_element<kMasked>(job, from + points[k].offset);
         }
     }
     for (Index r = 0; r < rows; ++r) {
@@ -62,11 +78,12 @@ inline void gather_rows(const GemmJob& job, const Point* points, Index count, In
 }
 
 // Gathers the blocks of as many rows as a vector has, which lie side by side in memory.
-inline void transpose_rows(const GemmJob& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
+template <bool kMasked>
+void transpose_rows(const GemmJob& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
     for (Index first = 0; first < kDepthBlock; first += kFloats) {
         Floats square[kFloats];
         for (Index k = 0; k < kFloats; ++k) {
-            square[k] = first + k < count ? load<Floats>(job.sparse + points[first + k].offset + row) : Floats{};
+            square[k] = first + k < count ? kept_vector<kMasked>(job, points[first + k].offset + row) : Floats{};
         }
         transpose(square);
         for (Index r = 0; r < kFloats; ++r) store(square[r], &to[r][first]);
@@ -81,7 +98,8 @@ inline Index even_step(const Point* points, Index count) {
     return step;
 }
 
-inline bool pack_rows(const GemmJob& job, const KeptValues& kept, Index block, Index row) {
+template <bool kMasked>
+bool pack_rows(const GemmJob& job, const KeptValues& kept, Index block, Index row) {
     const Index count = smaller(kDepthBlock, job.sparse_depth.size - block * kDepthBlock);
     const Index last = smaller(job.rows, row + kPackedRows);
     Point points[kDepthBlock];
@@ -92,15 +110,19 @@ inline bool pack_rows(const GemmJob& job, const KeptValues& kept, Index block, I
         alignas(64) float gathered[kFloats][kDepthBlock];
         const Index rows = smaller(kFloats, last - row);
         if (job.sparse_row == 1 && rows == kFloats) {
-            transpose_rows(job, points, count, row, gathered);
+            transpose_rows<kMasked>(job, points, count, row, gathered);
         } else {
-            gather_rows(job, points, count, step, row, rows, gathered);
+            gather_rows<kMasked>(job, points, count, step, row, rows, gathered);
         }
         for (Index r = 0; r < rows; ++r, ++row) {
             fits = pack_row(gathered[r], kept, (block * job.rows + row) * kKeptOfBlock) && fits;
         }
     }
     return fits;
+}
+
+inline bool pack(const GemmJob& job, const KeptValues& kept, Index block, Index row) {
+    return job.mask ? pack_rows<true>(job, kept, block, row) : pack_rows<false>(job, kept, block, row);
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA
