@@ -61,11 +61,17 @@ def sparse_backward(
     """dX = dY W for a weight that is pruned along out-channels, or that is where the mask holds."""
     window, groups = geometry.window, geometry.groups
     dy, w, dx = geometry.images(grad_output), geometry.kernels(weight), geometry.images(grad_input)
-    parts = zip(dy.chunk(groups, 1), w.chunk(groups), dx.chunk(groups, 1), strict=True)
+    # Behind a stride, neighbours in a row are not written together either.
+    is_row_written = window.stride == (1, 1) or dx.stride(1) == 1
+    target = dx if is_row_written else torch.empty_like(dx, memory_format=torch.channels_last)
+    parts = zip(dy.chunk(groups, 1), w.chunk(groups), target.chunk(groups, 1), strict=True)
     if not contraction.reaches_all(w, window):
-        grad_input.zero_()
+        target.zero_()
     each = zip(parts, _masks(weight, mask, groups), strict=True)
-    return all(_run(contraction.backward(*part, window), ms) for part, ms in each)
+    fits = all(_run(contraction.backward(*part, window), ms) for part, ms in each)
+    if target is not dx:
+        dx.copy_(target)
+    return fits
 
 
 def sparse_update(

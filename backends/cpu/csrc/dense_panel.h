@@ -83,8 +83,8 @@ inline void fill_panel(const GemmJob& job, const TileOfLanes& tile, Index block,
     } else {
         transpose_runs(job, tile, depth, count, panel);
     }
-    // The places that fill up a group of four behind the end are read too.
-    for (Index i = count * tile.width; i < smaller(kDepthBlock, (count + 3) / 4 * 4) * tile.width; ++i) panel[i] = 0.0f;
+    // The places that fill up eight behind the end are read too.
+    for (Index i = count * tile.width; i < (count + 7) / 8 * 8 * tile.width; ++i) panel[i] = 0.0f;
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA
