@@ -130,7 +130,9 @@ def inspect(compiled: nn.Module) -> Report:
     """
     root, record = record_of(compiled)
     observed = {
-        triple.layer.name: Observation(triple.called, triple.positions, triple.graphs.kernels())
+        triple.layer.name: Observation(
+            triple.called, triple.positions, triple.graphs.kernels(), triple.graphs.choices()
+        )
         for triple in triples_of(root)
     }
     name = type(root).__name__

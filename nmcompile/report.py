@@ -12,6 +12,7 @@ from torch import fx
 from nmcompile.accuracy import Reverted
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, nearest
+from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import LayerPlan, PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
@@ -25,11 +26,14 @@ READ = ("weight", "input", "grad_output")
 
 @dataclass(frozen=True)
 class Observation:
-    """What a run showed of one layer: whether it was called, its output positions, and the backend of each phase."""
+    """What a run showed of one layer: whether it was called, its output positions, and for each phase the backend and
+    the kernel that it chose.
+    """
 
     called: bool
     positions: int | None
     kernels: Mapping[Phase, str] = field(default_factory=dict)
+    choices: Mapping[Phase, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class LayerReport:
     status: str
     positions: int | None
     kernels: Mapping[Phase, str]
+    choices: Mapping[Phase, Choice]
 
     @property
     def layer(self) -> Layer:
@@ -142,14 +147,14 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return "\n\n".join(
-            part for part in (self._title(), self._table("simple"), self._notes(), self._totals()) if part
-        )
+        parts = self._title(), self._table("simple"), self._notes(), self._kernels("simple"), self._totals()
+        return "\n\n".join(part for part in parts if part)
 
     def to_markdown(self) -> str:
         """The same as GitHub-flavoured markdown."""
         notes = self._notes()
-        parts = (f"# {self._title()}", self._table("github"), f"```\n{notes}\n```" if notes else "", self._totals())
+        notes = f"```\n{notes}\n```" if notes else ""
+        parts = f"# {self._title()}", self._table("github"), notes, self._kernels("github"), self._totals()
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def to_json(self) -> str:
@@ -191,6 +196,16 @@ class Report:
         widths = None if style == "github" else [None] * 7 + [60]
         return tabulate(rows, headers=headers, tablefmt=style, maxcolwidths=widths, disable_numparse=True)
 
+    def _kernels(self, style: str) -> str:
+        """Which kernels were chosen, and what was measured; empty before a backend that chooses has run."""
+        rows = [
+            [layer.name or "(model)", *(str(layer.choices.get(phase, "–")) for phase in Phase)]
+            for layer in self.layers
+            if layer.choices
+        ]
+        headers = ["kernels, dense / sparse time", *(phase.value for phase in Phase)]
+        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True) if rows else ""
+
     def _notes(self) -> str:
         captured = self.program.captured
         sections = {"stays Python": captured.python, "skipped": captured.skipped}
@@ -216,8 +231,22 @@ class Report:
                 )
         if totals["uncounted_layers"]:
             lines.append(f"MACs of {totals['uncounted_layers']} layers are unknown and not counted: pass args=")
-        lines.append("Every GEMM runs a dense kernel on the pruned operands; no speed-up is claimed.")
+        lines.append(self._gain())
         return "\n".join(lines)
+
+    def _gain(self) -> str:
+        """What the choice of kernels gained, or that there was none."""
+        choices = [choice for layer in self.layers for choice in layer.choices.values()]
+        measured = [choice for choice in choices if choice.speedup is not None]
+        if not any(choice.kernel == "sparse" for choice in choices):
+            return "Every GEMM runs a dense kernel on the pruned operands; no speed-up is claimed."
+        sparse = [choice for choice in choices if choice.kernel == "sparse"]
+        dense_time = sum(choice.dense_seconds or 0 for choice in measured)
+        time = sum(choice.seconds or 0 for choice in measured)
+        return (
+            f"{len(sparse)} of {len(choices)} GEMMs that ran had a sparse kernel; those measured take "
+            f"{time * 1e3:.1f} ms, and {dense_time * 1e3:.1f} ms with dense kernels on the same pruned operands"
+        )
 
 
 def build_report(
@@ -245,7 +274,8 @@ def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Obse
     example = program.captured.facts[name].positions
     positions = seen.positions if example is None else example
     graphs = PrintableGraphs(program.layers[name])
-    return LayerReport(plan, graphs, status, positions, seen.kernels or program.layers[name].kernels())
+    kernels = seen.kernels or program.layers[name].kernels()
+    return LayerReport(plan, graphs, status, positions, kernels, seen.choices)
 
 
 def _cell(rows: tuple[PlanRow, ...]) -> str:
@@ -277,4 +307,5 @@ def _layer_json(layer: LayerReport) -> dict[str, Any]:
             }
             for row in layer.plan.rows
         ],
+        "choices": {phase.value: asdict(choice) for phase, choice in layer.choices.items()},
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from nmcompile.ir.choice import Choice
 
 SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
-ROUNDS = 3
+ROUNDS = 4
 MARGIN = 0.98  # of the dense time, that the sparse kernel must stay below
 
 _measured: dict[Hashable, Choice] = {}
@@ -68,9 +68,7 @@ def _choice(
     dense: Callable[[], Tensor],
 ) -> Choice:
     if multiplications < SMALL:
-        return Choice(
-            "dense", f"small: {multiplications / 1e6:.2f} M multiplications, measured from {SMALL / 1e6:.0f} M"
-        )
+        return Choice("dense", f"small, {multiplications / 1e6:.2f} M multiplications")
     if torch.are_deterministic_algorithms_enabled():
         predicted = predict()
         return Choice(faster(1, predicted), "predicted: deterministic algorithms are asked for", predicted)

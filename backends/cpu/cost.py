@@ -1,10 +1,11 @@
 """The cost model: how much faster the sparse kernel is than the dense one, from the size of the product.
 
-    dense   rows · depth · lanes · d
-    sparse  rows · depth · lanes · m · waste  +  rows · depth · p  +  depth · lanes · c · (rows / rows of a task)
+    dense   rows · depth · lanes · m + rows · depth · r
+    sparse  rows · depth · lanes · m' · waste + rows · depth · p + depth · lanes · c · tasks
 
-with what this machine takes, measured once: d and m for a multiplication, p to pack an element of the sparse operand,
-c to copy one of the dense operand into a panel. `waste` is what the tiles' width leaves unused.
+with what this machine takes, measured once: m and m' for a multiplication, r to read an element of the weight, p to
+pack one, c to copy an element of the dense operand into a panel, once for every task over some of the rows. `waste` is
+what a tile leaves unused of its vectors, and the loading of values.
 """
 
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cpu.choices import seconds
@@ -19,51 +21,64 @@ from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 
 ROWS_OF_A_TASK = 1024
 TILE_VECTORS, VECTOR = 8, 16
-SAMPLES = (512, 512, 512), (2048, 512, 16), (16, 512, 2048)  # rows, depth and lanes: a term of each is the largest
+SAMPLES = (
+    (512, 512, 512),
+    (2048, 512, 16),
+    (16, 512, 2048),
+)  # rows, depth and lanes: in each another term is the largest
 
 
 class Costs(NamedTuple):
-    """Seconds for each multiplication of the dense kernels and of the sparse one, and for each element moved."""
+    """Seconds for each multiplication and for each element that is read, packed or copied."""
 
     linear: float
     convolution: float
-    multiply: float
+    read: float
+    sparse: float
     pack: float
     copy: float
 
 
 def predicted_speedup(rows: int, depth: int, lanes: int, is_linear: bool, threads: int) -> float:
     """Dense time / sparse time of one product."""
-    costs = _costs(threads)
-    dense = rows * depth * lanes * (costs.linear if is_linear else costs.convolution)
-    terms = _terms(rows, depth, lanes)
-    return dense / sum(term * cost for term, cost in zip(terms, costs[2:], strict=True))
+    costs, (products, weights) = _costs(threads), _dense_terms(rows, depth, lanes)
+    dense = products * (costs.linear if is_linear else costs.convolution) + weights * costs.read
+    return dense / sum(term * cost for term, cost in zip(_sparse_terms(rows, depth, lanes), costs[3:], strict=True))
 
 
-def _terms(rows: int, depth: int, lanes: int) -> tuple[float, float, float]:
+def _dense_terms(rows: int, depth: int, lanes: int) -> tuple[int, int]:
+    return rows * depth * lanes, rows * depth
+
+
+def _sparse_terms(rows: int, depth: int, lanes: int) -> tuple[int, int, int]:
     vectors = -(-lanes // VECTOR)
     tiles = -(-vectors // TILE_VECTORS)
-    # Each value is loaded once for all vectors of a tile, with its place.
-    loads = vectors + 2 * tiles
-    return rows * depth * VECTOR * loads, rows * depth, depth * lanes * -(-rows // ROWS_OF_A_TASK)
+    # A value is loaded, with its place, once for all vectors of a tile.
+    return rows * depth * (vectors + 2 * tiles), rows * depth, depth * lanes * -(-rows // ROWS_OF_A_TASK)
 
 
 @functools.cache
 def _costs(threads: int) -> Costs:
-    times = []
-    for rows, depth, lanes in SAMPLES:
-        x, weight = torch.ones(lanes, depth), torch.ones(rows, depth)
-        weight.view(rows, -1, 4)[..., 2:] = 0
-        times.append(
-            _best(functools.partial(sparse_forward, x, weight, None, None, torch.empty(lanes, rows), Geometry()))
-        )
-    terms = torch.tensor([_terms(*sample) for sample in SAMPLES], dtype=torch.float64)
-    multiply, pack, copy = torch.linalg.solve(terms, torch.tensor(times, dtype=torch.float64)).clamp(min=0).tolist()
-    x, weight = torch.ones(512, 512), torch.ones(512, 512)
+    operands = [(torch.ones(lanes, depth), torch.ones(rows, depth)) for rows, depth, lanes in SAMPLES]
+    for _, weight in operands:
+        weight.unflatten(1, (-1, 4))[..., 2:] = 0
+    dense = [_best(functools.partial(F.linear, x, weight)) for x, weight in operands[:2]]
+    sparse = [_best(functools.partial(_sparse, x, weight)) for x, weight in operands]
     image, kernel = torch.ones(1, 128, 28, 28), torch.ones(128, 128, 3, 3)
-    linear = _best(functools.partial(F.linear, x, weight)) / 512**3
     convolution = _best(functools.partial(F.conv2d, image, kernel, padding=1)) / (28**2 * kernel.numel())
-    return Costs(linear, convolution, multiply, pack, copy)
+    multiply, read = _solved([_dense_terms(*sample) for sample in SAMPLES[:2]], dense)
+    return Costs(multiply, convolution, read, *_solved([_sparse_terms(*sample) for sample in SAMPLES], sparse))
+
+
+def _sparse(x: Tensor, weight: Tensor) -> bool:
+    return sparse_forward(x, weight, None, None, x.new_empty(x.shape[0], weight.shape[0]), Geometry())
+
+
+def _solved(terms: list[tuple[int, ...]], times: list[float]) -> list[float]:
+    """The cost of each term; noise may make a small one negative."""
+    costs = torch.linalg.solve(torch.tensor(terms, dtype=torch.float64), torch.tensor(times, dtype=torch.float64))
+    solved: list[float] = costs.clamp(min=0).tolist()
+    return solved
 
 
 def _best(run: Callable[[], object]) -> float:

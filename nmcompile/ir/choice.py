@@ -21,8 +21,19 @@ class Choice:
     sparse_seconds: float | None = None
 
     @property
+    def seconds(self) -> float | None:
+        """Of the chosen kernel."""
+        return self.sparse_seconds if self.kernel == "sparse" else self.dense_seconds
+
+    @property
     def speedup(self) -> float | None:
         """Dense time / sparse time as measured."""
         if self.dense_seconds is None or not self.sparse_seconds:
             return None
         return self.dense_seconds / self.sparse_seconds
+
+    def __str__(self) -> str:
+        if self.speedup is None or self.dense_seconds is None or self.sparse_seconds is None:
+            return f"{self.kernel}: {self.reason}"
+        times = f"{self.dense_seconds * 1e3:.2f} / {self.sparse_seconds * 1e3:.2f} ms = {self.speedup:.2f}"
+        return f"{self.kernel}: {times}, predicted {self.predicted:.2f}"

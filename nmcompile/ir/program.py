@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from nmcompile.config import Phase
 from nmcompile.ir.captured import Captured, Site
+from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import LayerPlan, Plan
 
@@ -39,6 +40,13 @@ class ThreeGraphs:
         """Which backend runs which kind of node, phase by phase: `"prune: cpu, gemm: reference"`."""
         marked = {phase: [node.meta for node in graph.graph.nodes if "backend" in node.meta] for phase, graph in self}
         return {phase: ", ".join(f"{m['kind']}: {m['backend']}" for m in metas) for phase, metas in marked.items()}
+
+    def choices(self) -> dict[Phase, Choice]:
+        """The kernel that each GEMM ran last, where a backend chose one and the GEMM ran."""
+        asked = {
+            phase: node.meta["choice"]() for phase, graph in self for node in graph.graph.nodes if "choice" in node.meta
+        }
+        return {phase: choice for phase, choice in asked.items() if choice is not None}
 
     def mask_kernel(self) -> str:
         """The operator that a backend computes the weight's mask with, `"namespace::name"`; empty for the reference."""
