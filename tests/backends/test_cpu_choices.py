@@ -1,0 +1,178 @@
+"""The choice between the sparse and the dense kernel, with timings that the tests make up."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nmcompile
+from nmcompile.backends.cpu import choices, cost
+from nmcompile.backends.cpu.choices import SMALL, forget, latest, run_best
+from nmcompile.backends.cpu.conv import conv_forward, conv_input_gradient, conv_weight_gradient
+from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.linear import linear_forward, linear_input_gradient, linear_weight_gradient
+from nmcompile.ir.choice import Choice
+
+DENSE, SPARSE = torch.tensor(0), torch.tensor(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured() -> Iterator[None]:
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """How long each kernel takes; a kernel that is not timed is not called."""
+    times = {"dense": 1.0, "sparse": 1.0}
+
+    def seconds(run: Callable[[], object]) -> float:
+        return times["sparse" if run() is SPARSE else "dense"]
+
+    monkeypatch.setattr(choices, "seconds", seconds)
+    return times
+
+
+def run(call: str = "fc forward", problem: object = "a", size: int = SMALL, predicted: float = 1.5) -> Tensor:
+    return run_best(call, problem, size, lambda: predicted, lambda: SPARSE, lambda: DENSE)
+
+
+@pytest.mark.parametrize(("sparse_seconds", "chosen"), [(0.5, SPARSE), (0.97, SPARSE), (0.99, DENSE), (2.0, DENSE)])
+def test_the_faster_kernel_runs(timed: dict[str, float], sparse_seconds: float, chosen: Tensor) -> None:
+    timed["sparse"] = sparse_seconds
+    assert run() is chosen
+    kernel = "sparse" if chosen is SPARSE else "dense"
+    assert latest("fc forward") == Choice(kernel, "measured", 1.5, 1.0, sparse_seconds)
+
+
+def test_equal_problems_are_measured_once(timed: dict[str, float]) -> None:
+    timed["sparse"] = 0.5
+    run("first")
+    timed["sparse"] = 2.0
+    assert run("second") is SPARSE and latest("second") == latest("first")
+    assert run("third", problem="b") is DENSE
+    forget()
+    assert run("second") is DENSE
+
+
+def test_a_small_gemm_runs_dense_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
+    assert run(size=SMALL - 1) is DENSE
+    choice = latest("fc forward")
+    assert choice is not None and choice.kernel == "dense" and "small" in choice.reason and choice.speedup is None
+
+
+@pytest.mark.parametrize(("predicted", "chosen"), [(1.5, SPARSE), (0.9, DENSE)])
+def test_deterministic_algorithms_follow_the_prediction(
+    monkeypatch: pytest.MonkeyPatch, predicted: float, chosen: Tensor
+) -> None:
+    monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert run(predicted=predicted) is chosen
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_operand_that_keeps_too_much_runs_dense_and_is_not_remembered(timed: dict[str, float]) -> None:
+    timed["sparse"] = 0.5
+    run()
+    assert run_best("nan", "a", SMALL, lambda: 1.0, lambda: None, lambda: DENSE) is DENSE
+    choice = latest("nan")
+    assert choice is not None and choice.kernel == "dense" and "NaN" in choice.reason
+    assert run() is SPARSE
+
+
+def test_a_call_that_never_ran_has_no_choice() -> None:
+    assert latest("nobody") is None
+
+
+COSTS = cost.Costs(linear=1.0, convolution=0.8, read=4.0, sparse=10.0, pack=8.0, copy=2.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "lanes", "is_linear", "expected"),
+    [
+        # One tile of 8 vectors; loads 8 + 2.
+        (64, 32, 128, True, (64 * 32 * 128 + 64 * 32 * 4) / (64 * 32 * 10 * 10 + 64 * 32 * 8 + 32 * 128 * 2)),
+        (64, 32, 128, False, (64 * 32 * 128 * 0.8 + 64 * 32 * 4) / (64 * 32 * 10 * 10 + 64 * 32 * 8 + 32 * 128 * 2)),
+        # One lane takes a whole vector, and the value's loads are not shared.
+        (64, 32, 1, True, (64 * 32 + 64 * 32 * 4) / (64 * 32 * 3 * 10 + 64 * 32 * 8 + 32 * 2)),
+        # Two tasks over the rows copy twice.
+        (2048, 32, 16, True, (2048 * 32 * 16 + 2048 * 32 * 4) / (2048 * 32 * 3 * 10 + 2048 * 32 * 8 + 32 * 16 * 2 * 2)),
+    ],
+)
+def test_the_cost_model(
+    monkeypatch: pytest.MonkeyPatch, rows: int, depth: int, lanes: int, is_linear: bool, expected: float
+) -> None:
+    monkeypatch.setattr(cost, "_costs", lambda threads: COSTS)
+    assert cost.predicted_speedup(rows, depth, lanes, is_linear, threads=1) == pytest.approx(expected)
+
+
+def test_the_costs_of_this_machine_are_measured_without_touching_the_random_state() -> None:
+    if not kernel_support().ok:
+        pytest.skip(kernel_support().reason)
+    state = torch.get_rng_state()
+    assert cost.predicted_speedup(512, 512, 512, True, threads=torch.get_num_threads()) > 0
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_report_shows_what_was_chosen(timed: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernel_support().ok:
+        pytest.skip(kernel_support().reason)
+    monkeypatch.setattr(choices, "SMALL", 512)
+    monkeypatch.setattr(choices, "measure", lambda *_: Choice("sparse", "measured", 1.4, 0.003, 0.002))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    compiled = nmcompile.compile(model, config=nmcompile.CompileConfig(ends="sparse"))
+    assert "no speed-up is claimed" in str(nmcompile.inspect(compiled))
+    compiled(torch.randn(8, 8)).sum().backward()
+    report = nmcompile.inspect(compiled)
+    forward = report.layer("0").choices[nmcompile.Phase.FORWARD]
+    assert forward == Choice("sparse", "measured", 1.4, 0.003, 0.002) and forward.speedup == pytest.approx(1.5)
+    text = str(report)
+    assert "sparse: 3.00 / 2.00 ms = 1.50, predicted 1.40" in text and "dense: small, 0.00 M multiplications" in text
+    assert "had a sparse kernel; those measured take 4.0 ms, and 6.0 ms with dense kernels" in text
+    assert '"dense_seconds": 0.003' in report.to_json() and "| sparse: 3.00 / 2.00 ms" in report.to_markdown()
+
+
+def test_other_dtypes_run_dense_and_say_so() -> None:
+    if not kernel_support().ok:
+        pytest.skip(kernel_support().reason)
+    x, weight = torch.randn(8, 16).bfloat16(), torch.randn(4, 16).bfloat16()
+    got = linear_forward(x, weight, None, None, False, "bf16 forward")
+    assert torch.equal(got, nn.functional.linear(x, weight))
+    choice = latest("bf16 forward")
+    assert choice is not None and "torch.bfloat16" in choice.reason
+
+
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fakes_schemas_and_compiled_graphs(
+    kernel: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`opcheck` runs the operators with fake tensors and through AOTAutograd, and compares sizes and strides."""
+    if not kernel_support().ok:
+        pytest.skip(kernel_support().reason)
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice(kernel, "the test asks for it"))
+    checks = "test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"
+    x, w, b, dy = torch.randn(3, 5, 8), torch.randn(12, 8), torch.randn(12), torch.randn(3, 5, 12)
+    mask = torch.arange(12)[:, None].add(torch.arange(8)) % 4 < 2
+    pruned = dy.flatten(0, 1)
+    pruned[(torch.arange(15) % 4) > 1] = 0
+    for transposed in (False, True):
+        weight, kept = (w.t().contiguous(), mask.t().contiguous()) if transposed else (w, mask)
+        torch.library.opcheck(linear_forward, (x, weight, kept, b, transposed, "a"), test_utils=checks)
+        torch.library.opcheck(linear_input_gradient, (dy, weight, kept, transposed, "b"), test_utils=checks)
+        arguments = pruned.view(dy.shape), x, transposed, "flat", 4, "c"
+        torch.library.opcheck(linear_weight_gradient, arguments, test_utils=checks)
+    x, w = (t.contiguous(memory_format=layout) for t in (torch.randn(4, 8, 6, 7), torch.randn(12, 8, 3, 3)))
+    mask = torch.empty_like(w, dtype=torch.bool).copy_(mask[:, :, None, None])
+    dy = torch.randn(4, 12, 3, 3).contiguous(memory_format=layout)
+    dy[2:] = 0
+    geometry = [2, 2], [1, 0], [1, 1], 1
+    torch.library.opcheck(conv_forward, (x, w, mask, b, *geometry, "d"), test_utils=checks)
+    torch.library.opcheck(conv_input_gradient, (dy, w, mask, x, *geometry, "e"), test_utils=checks)
+    torch.library.opcheck(conv_weight_gradient, (dy, x, w, *geometry, "auto", 4, "f"), test_utils=checks)

@@ -1,0 +1,109 @@
+"""Which GEMM nodes the CPU backend takes, and what it says of the others."""
+
+import pytest
+import torch
+from torch import nn
+
+import nmcompile
+from nmcompile.backends.cpu import choices
+from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.linear import linear_forward
+from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning
+from nmcompile.ir.choice import Choice
+from nmcompile.pruning import NMPattern
+
+pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
+
+
+def gemm_backends(config: LayerConfig, layer: nn.Module) -> dict[Phase, str]:
+    """The backend of each phase's GEMM."""
+    compiled = nmcompile.compile(layer, "dense", config=CompileConfig(layers={"_default": config}, ends="sparse"))
+    graphs = nmcompile.inspect(compiled).layers[0].graphs
+    nodes = {phase: graphs[phase].graph.nodes for phase in Phase}
+    return {
+        phase: next(n.meta["backend"] for n in found if n.meta.get("kind") == "gemm") for phase, found in nodes.items()
+    }
+
+
+def refusals(config: LayerConfig, layer: nn.Module, phase: Phase) -> str:
+    compiled = nmcompile.compile(layer, "dense", config=CompileConfig(layers={"_default": config}, ends="sparse"))
+    graph = nmcompile.inspect(compiled).layers[0].graphs[phase].graph
+    reason: str = next(n.meta["refusals"]["cpu"] for n in graph.nodes if n.meta.get("kind") == "gemm")
+    return reason
+
+
+def pruning(operator: str, pattern: str, group: str = "auto") -> Pruning:
+    return Pruning(operator, NMPattern.parse(pattern), group)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:2", "1:4"])
+def test_patterns_that_keep_two_of_four(pattern: str) -> None:
+    config = LayerConfig(weight=pruning("transposable", pattern), update_gradient=pruning("mvue", pattern))
+    assert gemm_backends(config, nn.Linear(8, 8)) == dict.fromkeys(Phase, "cpu")
+    assert gemm_backends(config, nn.Conv1d(8, 8, 3)) == dict.fromkeys(Phase, "cpu")
+
+
+def test_a_row_wise_mask_is_sparse_forward_only() -> None:
+    config = LayerConfig(weight=pruning("greedy", "2:4"))
+    assert gemm_backends(config, nn.Linear(8, 8)) == {
+        Phase.FORWARD: "cpu",
+        Phase.BACKWARD: "reference",
+        Phase.UPDATE: "reference",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "phase", "words"),
+    [
+        (LayerConfig(weight=pruning("greedy", "4:8")), nn.Linear(8, 8), Phase.FORWARD, "no sparse kernel for 4:8"),
+        (LayerConfig(weight=pruning("greedy", "3:4")), nn.Linear(8, 8), Phase.FORWARD, "no sparse kernel for 3:4"),
+        (LayerConfig(weight=pruning("greedy", "2:4")), nn.Conv3d(8, 8, 3), Phase.FORWARD, "conv3d"),
+        (LayerConfig(weight=pruning("greedy", "2:4")), nn.Linear(8, 8), Phase.UPDATE, "is not pruned"),
+        (LayerConfig(weight=pruning("greedy", "2:4")), nn.Linear(8, 8), Phase.BACKWARD, "is not pruned"),
+        (LayerConfig(input=pruning("greedy", "2:4")), nn.Linear(8, 8), Phase.FORWARD, "is not pruned"),
+    ],
+)
+def test_refusals_say_why(config: LayerConfig, layer: nn.Module, phase: Phase, words: str) -> None:
+    assert words in refusals(config, layer, phase)
+
+
+def test_the_mask_is_applied_by_the_gemm_itself() -> None:
+    compiled = nmcompile.compile(nn.Linear(8, 8), config=CompileConfig(ends="sparse"))
+    report = nmcompile.inspect(compiled).layers[0]
+    names = [node.name for node in report.graphs[Phase.FORWARD].graph.nodes]
+    assert "weight_pruned" not in names and "weight_mask" in names
+    assert "# weight 2:4 transposable along in" in str(report.graphs)
+
+
+def test_a_quantized_weight_is_read_from_its_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    config = CompileConfig(ends="sparse")
+    sparse = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=[x], backend="cpu").eval()
+    dense = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=[x], backend="reference").eval()
+    torch.testing.assert_close(sparse(x), dense(x))
+    assert "gemm: cpu" in nmcompile.inspect(sparse).layers[1].kernels[Phase.FORWARD]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_the_pruned_operand_stays(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    model, x = nn.Linear(16, 16), torch.randn(8, 16)
+    with torch.no_grad():
+        model.weight[3, 5] = value
+    results = []
+    for backend in ("cpu", "reference"):
+        compiled = nmcompile.compile(model, config=CompileConfig(ends="sparse"), backend=backend)
+        results.append(compiled(x).isfinite())
+    assert torch.equal(*results) and not results[0][:, 3].any() and results[0][:, 4:].all()
+
+
+def test_what_is_not_finite_in_the_other_operand_meets_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 · inf is NaN in a dense product; a sparse one has no zeros to multiply with."""
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    weight = torch.ones(4, 8) * (torch.arange(8) % 4 < 2)
+    x = torch.ones(1, 8)
+    x[0, 3] = float("inf")
+    assert linear_forward(x, weight, None, None, False, "a").eq(4).all()
+    x[0, 1] = float("inf")
+    assert linear_forward(x, weight, None, None, False, "a").isinf().all()

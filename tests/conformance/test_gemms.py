@@ -1,0 +1,139 @@
+"""Every backend's three GEMMs on pruned operands beside sums of products in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmcompile import _kernels
+from nmcompile.backends.cpu import CpuBackend, choices
+from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.config import LayerConfig, Phase, Pruning
+from nmcompile.ir import operations as ops
+from nmcompile.ir.choice import Choice
+from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
+from nmcompile.ir.protocols import Backend
+from nmcompile.pruning import NMPattern
+from tests.conformance.gemms import assert_within_rounding, lowered_graphs, operands, run
+
+LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
+    "linear": (LinearLayer("a", (12, 8), True), (7, 8)),
+    "linear, one token": (LinearLayer("a", (12, 8), True), (1, 8)),
+    "linear, many dims": (LinearLayer("a", (20, 68), False), (2, 3, 5, 68)),
+    "linear, transposed": (LinearLayer("a", (8, 12), True, transposed=True), (4, 5, 8)),
+    "linear, large": (LinearLayer("a", (1100, 132), True), (301, 132)),
+    "conv1d": (conv_layer("a", (8, 4, 3), True, padding=1), (4, 4, 37)),
+    "conv2d": (conv_layer("a", (8, 12, 3, 2), True), (3, 12, 9, 21)),
+    "conv2d, padded": (conv_layer("a", (20, 8, 5, 3), False, padding=(2, 1)), (4, 8, 6, 17)),
+    "conv2d, strides": (conv_layer("a", (8, 8, 3, 3), True, stride=(2, 3), padding=(1, 2)), (4, 8, 11, 10)),
+    "conv2d, dilated strides": (conv_layer("a", (8, 4, 3, 3), True, stride=2, dilation=(2, 3)), (4, 4, 13, 14)),
+    "1x1": (conv_layer("a", (36, 20, 1, 1), True), (8, 20, 5, 5)),
+    "1x1, stride": (conv_layer("a", (8, 4, 1, 1), True, stride=2), (4, 4, 5, 6)),
+    "groups": (conv_layer("a", (16, 4, 3, 3), True, groups=2, padding=1), (4, 8, 7, 7)),
+    "conv2d, large": (conv_layer("a", (68, 36, 3, 3), True, padding=1), (4, 36, 19, 23)),
+}
+BACKENDS: tuple[Backend, ...] = ReferenceBackend(), CpuBackend()
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+PATTERNS = "2:4", "1:2", "1:4"
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A backend whose sparse kernels run whatever they gain."""
+    support = request.param.available()
+    if not support.ok:
+        pytest.skip(support.reason)
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    return request.param
+
+
+def pruned(layer: Layer, pattern: str) -> LayerConfig:
+    # Greedy pruning of dY needs no key. The mask is the test's own; the operator only says that it is transposable.
+    return LayerConfig(
+        Pruning("transposable", NMPattern.parse(pattern)), update_gradient=Pruning("greedy", NMPattern.parse(pattern))
+    )
+
+
+def both_ways(layer: Layer, pattern: NMPattern) -> Tensor:
+    """A mask that is N:M along in- and along out-features: the same diagonals in every tile."""
+    out, inner = (torch.arange(layer.weight_shape[dim]) for dim in (layer.out_dim, layer.in_dim))
+    mask = (out[:, None] + inner) % pattern.block < pattern.n_keep
+    if layer.out_dim:
+        mask = mask.t()
+    return mask.view(*mask.shape, *(1,) * (len(layer.weight_shape) - 2)).expand(layer.weight_shape).contiguous()
+
+
+def check(
+    layer: Layer, backend: Backend, pattern: str, tensors: tuple[Tensor, ...], swap: bool = False
+) -> list[Tensor]:
+    """Run the layer's graphs, compare, and return what they gave."""
+    parsed = NMPattern.parse(pattern)
+    graphs = lowered_graphs(layer, backend, pruning=pruned(layer, pattern))
+    x, weight, bias, grad_output = tensors
+    mask = torch.empty_like(weight, dtype=torch.bool).copy_(both_ways(layer, parsed))
+    kept = ops.prune(grad_output, "greedy", parsed.n_keep, parsed.block, "auto", layer.channel_dim)
+    got = run(graphs, x, weight, bias, grad_output, mask)
+    assert_within_rounding(layer, got, (x, weight * mask, bias, grad_output, kept))
+    if backend.name == "cpu":
+        assert {phase: choice.kernel for phase, choice in graphs.choices().items()} == dict.fromkeys(Phase, "sparse")
+    return got
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_three_gemms(name: str, pattern: str, backend: Backend) -> None:
+    layer, shape = LAYERS[name]
+    check(layer, backend, pattern, operands(layer, shape))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_operands_in_any_layout(name: str, backend: Backend) -> None:
+    layer, shape = LAYERS[name]
+    x, weight, bias, grad_output = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in operands(layer, shape))
+    check(layer, backend, "2:4", (x, weight, bias, grad_output))
+
+
+@pytest.mark.parametrize("name", [name for name, (layer, _) in LAYERS.items() if len(layer.weight_shape) == 4])
+@pytest.mark.parametrize("which", ["all", "input", "weight"])
+def test_channels_last(name: str, which: str, backend: Backend) -> None:
+    layer, shape = LAYERS[name]
+    x, weight, bias, grad_output = operands(layer, shape)
+    if which != "weight":
+        x, grad_output = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_output))
+    if which != "input":
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    got = check(layer, backend, "2:4", (x, weight, bias, grad_output))
+    assert isinstance(layer, ConvLayer)
+    eager = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    assert got[0].stride() == eager.stride()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 8])
+def test_blocks_across_samples_or_along_positions(samples: int, backend: Backend) -> None:
+    layer = conv_layer("a", (8, 8, 3, 3), True, padding=1)
+    check(layer, backend, "2:4", operands(layer, (samples, 8, 5, 7)))
+
+
+@pytest.mark.parametrize("isa", _kernels.INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_instruction_set(name: str, isa: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend.name != "cpu":
+        pytest.skip("only the CPU backend chooses instructions")
+    monkeypatch.setattr(_kernels, "INSTRUCTION_SETS", (isa,))
+    layer, shape = LAYERS[name]
+    check(layer, backend, "2:4", operands(layer, shape))
+
+
+@pytest.mark.parametrize("name", ["linear, large", "conv2d, large", "conv2d, strides"])
+def test_results_do_not_depend_on_the_number_of_threads(name: str, backend: Backend) -> None:
+    if backend.name != "cpu":
+        pytest.skip("PyTorch's own kernels promise nothing")
+    layer, shape = LAYERS[name]
+    tensors, threads = operands(layer, shape), torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(check(layer, backend, "2:4", tensors))
+    torch.set_num_threads(threads)
+    # db is PyTorch's sum.
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0][:3], other[:3], strict=True))
