@@ -20,7 +20,7 @@ def _format(phase: Phase, graph: fx.Graph) -> str:
     for node in graph.nodes:
         if node.op == "call_function":
             call = f"{getattr(node.target, '__name__', node.target)}({', '.join(map(str, node.args))})"
-            row = node.meta.get("row")
+            row = node.meta.get("row") or node.meta.get("fused")
             lines.append(f"  {node.name:<20} {node.meta.get('kind', ''):<6} {call}" + (f"    # {row}" if row else ""))
     return "\n".join(lines)
 

@@ -18,6 +18,8 @@ from nmcompile.ir.grouping import grouped
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.modules import RECORD
+from nmcompile.ir.operations import apply_mask
+from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.onnx_files import open_onnx
 from nmcompile.pruning import NMPattern
@@ -154,14 +156,21 @@ class _Checker(fx.Interpreter):
         self.checks = checks
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        row = n.meta.get("row")
+        result, row = super().run_node(n), n.meta.get("row")
+        if "fused" in n.meta:
+            # The GEMM masks the operand while it reads it.
+            operands: Any = self.map_nodes_to_values(n.args[1:3], n)
+            self._look_at(n.meta["fused"], apply_mask(*operands))
         # The mask of an input carries the row too, but is no operand.
-        if row is not None and row.is_sparse and isinstance(result, Tensor) and result.dtype != torch.bool:
-            name = f"{self.layer.name} ({self.phase.value})"
-            view, dim = _along(result, row.operand, row.axis, self.layer, row.pattern)
-            self.checks.append(_check(name, row.operand, row.axis, view, row.pattern, dim))
+        elif row is not None and row.is_sparse and isinstance(result, Tensor) and result.dtype != torch.bool:
+            self._look_at(row, result)
         return result
+
+    def _look_at(self, row: PlanRow, operand: Tensor) -> None:
+        assert row.operand is not None and row.axis is not None and row.pattern is not None
+        name = f"{self.layer.name} ({self.phase.value})"
+        view, dim = _along(operand, row.operand, row.axis, self.layer, row.pattern)
+        self.checks.append(_check(name, row.operand, row.axis, view, row.pattern, dim))
 
 
 def _along(x: Tensor, operand: str, axis: str, layer: Layer, pattern: NMPattern) -> tuple[Tensor, int]:

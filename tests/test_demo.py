@@ -153,4 +153,9 @@ def test_short_run_trains_compares_and_verifies(folder: Path) -> None:
 def test_the_run_follows_from_its_seed(folder: Path) -> None:
     arguments = ["demo", "--data", str(folder), "--epochs", "1", "--train-images", "32"]
     first, again = (CliRunner().invoke(cli, [*arguments, "--seed", "1"], catch_exceptions=False) for _ in range(2))
-    assert first.output == again.output
+    assert without_times(first.output) == without_times(again.output)
+
+
+def without_times(text: str) -> list[str]:
+    """What a run computes. Steps take another time in each run, and which kernels are faster may differ."""
+    return [line for line in text.splitlines() if not re.search(r"a step with a batch of|kernel|\d ms", line)]

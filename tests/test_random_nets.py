@@ -15,6 +15,7 @@ import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, presets
 from nmcompile.config import Pruning
 from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.three_gemm import GemmTriple
 
@@ -128,7 +129,9 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.meta.get("kind") == "gemm":
-            self.operands = self.fetch_args_kwargs_from_env(n)[0][:2]
+            self.operands = self.fetch_args_kwargs_from_env(n)[0]
+            if "fused" in n.meta:
+                self.operands = self.operands[0], apply_mask(*self.operands[1:3])
         return super().run_node(n)
 
 

@@ -119,7 +119,7 @@ def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         return pruned, None
     if mask_support(pruned).ok:
         node.meta["mask_kernel"] = MASK_KERNEL
-    node.meta["row"] = pruned.meta["row"]
+    node.meta["fused"] = pruned.meta["row"]
     weight, mask = pruned.args
     assert isinstance(weight, fx.Node) and isinstance(mask, fx.Node)
     node.args = (node.args[0], weight, *node.args[2:])

@@ -2,7 +2,8 @@
 
 `apply_mask`, `prune` and `to_grid` compute; the GEMM and bias operations only name what is to be computed, and a
 backend replaces them (`LoweringError` if it did not). `node.meta` holds the `kind` (`gemm`, `prune`, `quantize`,
-`bias`, `view`), the `layer`, the `phase`, and for a prune or quantize node the plan `row`.
+`bias`, `view`), the `layer`, the `phase`, and for a prune or quantize node the plan `row`. A GEMM that masks its second
+argument itself, with its third, has that row as `fused`.
 """
 
 from typing import Any

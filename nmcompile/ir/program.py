@@ -39,7 +39,9 @@ class ThreeGraphs:
     def kernels(self) -> dict[Phase, str]:
         """Which backend runs which kind of node, phase by phase: `"prune: cpu, gemm: reference"`."""
         marked = {phase: [node.meta for node in graph.graph.nodes if "backend" in node.meta] for phase, graph in self}
-        return {phase: ", ".join(f"{m['kind']}: {m['backend']}" for m in metas) for phase, metas in marked.items()}
+        return {
+            phase: ", ".join(kernel for meta in metas for kernel in _kernels(meta)) for phase, metas in marked.items()
+        }
 
     def choices(self) -> dict[Phase, Choice]:
         """The kernel that each GEMM ran last, where a backend chose one and the GEMM ran."""
@@ -64,6 +66,12 @@ class ThreeGraphs:
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = {phase: fx.GraphModule(nn.Module(), graph) for phase, graph in state["graphs"].items()}
         self.__dict__.update(state | {"graphs": modules})
+
+
+def _kernels(meta: dict[str, Any]) -> Iterator[str]:
+    if "fused" in meta:
+        yield f"prune: {meta['backend']}"
+    yield f"{meta['kind']}: {meta['backend']}"
 
 
 @dataclass

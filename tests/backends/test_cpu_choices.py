@@ -65,14 +65,11 @@ def test_a_small_gemm_runs_dense_and_nothing_is_measured(monkeypatch: pytest.Mon
     assert choice is not None and choice.kernel == "dense" and "small" in choice.reason and choice.speedup is None
 
 
-@pytest.mark.parametrize(("predicted", "chosen"), [(1.5, SPARSE), (0.9, DENSE)])
-def test_deterministic_algorithms_follow_the_prediction(
-    monkeypatch: pytest.MonkeyPatch, predicted: float, chosen: Tensor
-) -> None:
+def test_where_algorithms_have_to_be_deterministic_no_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
     torch.use_deterministic_algorithms(True)
     try:
-        assert run(predicted=predicted) is chosen
+        assert run(predicted=0.5) is SPARSE and run(size=SMALL - 1) is DENSE
     finally:
         torch.use_deterministic_algorithms(False)
 

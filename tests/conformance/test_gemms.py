@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmcompile import _kernels
 from nmcompile.backends.cpu import CpuBackend, choices
+from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.config import LayerConfig, Phase, Pruning
 from nmcompile.ir import operations as ops
@@ -33,6 +33,9 @@ LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
     "conv2d, large": (conv_layer("a", (68, 36, 3, 3), True, padding=1), (4, 36, 19, 23)),
 }
 BACKENDS: tuple[Backend, ...] = ReferenceBackend(), CpuBackend()
+INSTRUCTION_SETS: tuple[str, ...] = ()
+if kernel_support().ok:
+    from nmcompile._kernels import INSTRUCTION_SETS
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 PATTERNS = "2:4", "1:2", "1:4"
 
@@ -40,11 +43,20 @@ PATTERNS = "2:4", "1:2", "1:4"
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend whose sparse kernels run whatever they gain."""
-    support = request.param.available()
+    return forced(request.param, monkeypatch)
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    return forced(CpuBackend(), monkeypatch)
+
+
+def forced(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    support = backend.available()
     if not support.ok:
         pytest.skip(support.reason)
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
-    return request.param
+    return backend
 
 
 def pruned(layer: Layer, pattern: str) -> LayerConfig:
@@ -114,26 +126,22 @@ def test_blocks_across_samples_or_along_positions(samples: int, backend: Backend
     check(layer, backend, "2:4", operands(layer, (samples, 8, 5, 7)))
 
 
-@pytest.mark.parametrize("isa", _kernels.INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_instruction_set(name: str, isa: str, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend.name != "cpu":
-        pytest.skip("only the CPU backend chooses instructions")
-    monkeypatch.setattr(_kernels, "INSTRUCTION_SETS", (isa,))
+def test_every_instruction_set(name: str, isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
     layer, shape = LAYERS[name]
-    check(layer, backend, "2:4", operands(layer, shape))
+    check(layer, cpu, "2:4", operands(layer, shape))
 
 
 @pytest.mark.parametrize("name", ["linear, large", "conv2d, large", "conv2d, strides"])
-def test_results_do_not_depend_on_the_number_of_threads(name: str, backend: Backend) -> None:
-    if backend.name != "cpu":
-        pytest.skip("PyTorch's own kernels promise nothing")
+def test_results_do_not_depend_on_the_number_of_threads(name: str, cpu: Backend) -> None:
     layer, shape = LAYERS[name]
     tensors, threads = operands(layer, shape), torch.get_num_threads()
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append(check(layer, backend, "2:4", tensors))
+        results.append(check(layer, cpu, "2:4", tensors))
     torch.set_num_threads(threads)
     # db is PyTorch's sum.
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0][:3], other[:3], strict=True))
