@@ -101,8 +101,7 @@ def conv_calls(
     padding = kernel // 2
     x = torch.randn(samples, inputs, size, size).contiguous(memory_format=layout)
     weight = torch.randn(outputs, inputs, kernel, kernel).contiguous(memory_format=layout)
-    mask = transposable_mask(weight, "2:4")
-    mask = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+    mask = torch.empty_like(weight, dtype=torch.bool).copy_(transposable_mask(weight, "2:4", dims=(0, 1)))
     w, y = masked(weight, mask), F.conv2d(x, weight, None, stride, padding)
     grad_output, dx, dw = torch.randn_like(y), torch.empty_like(x), torch.empty_like(weight)
     dy = OPERATORS["greedy"].prune(grad_output, NMPattern(2, 4), 0, None).contiguous(memory_format=layout)

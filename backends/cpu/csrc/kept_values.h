@@ -38,18 +38,27 @@ inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
     return !any(excess);
 }
 
+// Without a branch, which half of a mask's elements would mislead.
 template <bool kMasked>
 float kept_element(const GemmJob& job, Index offset) {
-    return !kMasked || job.mask[offset] ? job.sparse[offset] : 0.0f;
+    const float x = job.sparse[offset];
+    if constexpr (!kMasked) return x;
+    const std::uint32_t keep = 0u - static_cast<std::uint32_t>(job.mask[offset] != 0);
+    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & keep);
 }
 
 template <bool kMasked>
 Floats kept_vector(const GemmJob& job, Index offset) {
     const Floats x = load<Floats>(job.sparse + offset);
     if constexpr (!kMasked) return x;
+#if defined(__AVX512F__)
+    const __m128i mask = _mm_loadu_si128(reinterpret_cast<const __m128i*>(job.mask + offset));
+    return std::bit_cast<Floats>(_mm512_maskz_mov_ps(_mm_test_epi8_mask(mask, mask), std::bit_cast<__m512>(x)));
+#else
     using Bytes = Vector<std::uint8_t, kFloats>;
     const FloatInts keep = __builtin_convertvector(load<Bytes>(job.mask + offset), FloatInts) != 0;
     return keep ? x : Floats{};
+#endif
 }
 
 // Gathers some rows of a block, zeros behind its end. `step` lies between any two elements of depth, or is 0. The
