@@ -1,4 +1,5 @@
-"""Whole training steps, dense and sparse in turns: forward, backward, update, pruning, optimizer and mask refresh.
+"""Whole training steps, dense and sparse in turns: forward, backward, update, pruning and optimizer. Masks are
+refreshed every 40 steps only, which the few timed here do not reach.
 
 Each variant trains its own copy of the model: eager; for the MLP also eager with oneDNN's linear operator, the best
 dense path to be had on AMD; and compiled in mode "training".

@@ -238,6 +238,9 @@ class Report:
         """What the choice of kernels gained, or that there was none."""
         choices = [choice for layer in self.layers for choice in layer.choices.values()]
         measured = [choice for choice in choices if choice.speedup is not None]
+        nodes = (node for layer in self.layers for _, graph in layer.graphs.three for node in graph.graph.nodes)
+        if not choices and any("choice" in node.meta for node in nodes):
+            return "Sparse or dense kernels are chosen when their GEMM first runs; no speed-up is claimed before."
         if not any(choice.kernel == "sparse" for choice in choices):
             return "Every GEMM runs a dense kernel on the pruned operands; no speed-up is claimed."
         sparse = [choice for choice in choices if choice.kernel == "sparse"]

@@ -15,6 +15,7 @@ from nmcompile.ir.choice import Choice
 SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
 ROUNDS = 4
 MARGIN = 0.98  # of the dense time, that the sparse kernel must stay below
+UNFIT = Choice("dense", "the operand keeps more than its pattern: is there a NaN in it?")
 
 _measured: dict[Hashable, Choice] = {}
 _latest: dict[str, Choice] = {}
@@ -40,7 +41,7 @@ def run_best(
     choice = _choice(problem, multiplications, predict, sparse, dense)
     result = sparse() if choice.kernel == "sparse" else None
     if result is None and choice.kernel == "sparse":
-        choice = Choice("dense", "the operand keeps more than its pattern: is there a NaN in it?", choice.predicted)
+        choice = UNFIT
     note(call, choice)
     return dense() if result is None else result
 
@@ -72,6 +73,8 @@ def _choice(
     if torch.are_deterministic_algorithms_enabled():
         return Choice("sparse", "not measured, so that every run rounds alike: deterministic algorithms are asked for")
     if problem not in _measured:
+        if sparse() is None:
+            return UNFIT  # what it takes to notice that is no measurement
         _measured[problem] = measure(predict(), sparse, dense)
     return _measured[problem]
 

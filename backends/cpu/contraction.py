@@ -8,7 +8,7 @@
     update     dW   dYᵀ   out-channels  X    samples, output positions kernel, in-channels
 
 S is the pruned operand, cut into fours along depth. All tensors are images `(samples, channels, height, width)` of any
-strides; a linear layer is a 1x1 convolution. Nothing is copied: the kernel reads D where it lies.
+strides; a linear layer is a 1x1 convolution. The kernel reads D where it lies, with no matrix of windows in between.
 """
 
 import math

@@ -88,17 +88,7 @@ def _conv_input_gradient(
 
 
 @_conv_input_gradient.register_fake
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    input: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
-    call: str,
-) -> Tensor:
+def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, *_: object) -> Tensor:
     return torch.empty_like(input)
 
 
@@ -127,18 +117,7 @@ def _conv_weight_gradient(
 
 
 @_conv_weight_gradient.register_fake
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
-    axis: str,
-    block: int,
-    call: str,
-) -> Tensor:
+def _(grad_output: Tensor, input: Tensor, weight: Tensor, *_: object) -> Tensor:
     return torch.empty_like(weight)
 
 

@@ -20,7 +20,7 @@ from nmcompile.backends.cpu.choices import seconds
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 
 ROWS_OF_A_TASK = 1024
-TILE_VECTORS, VECTOR = 8, 16
+TILE_VECTORS, VECTOR = 8, 16  # of the AVX-512 kernel; others have narrower vectors, which the measured costs absorb
 SAMPLES = (
     (512, 512, 512),
     (2048, 512, 16),

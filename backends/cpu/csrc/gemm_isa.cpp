@@ -101,10 +101,10 @@ void write_transposed(const GemmJob& job, const TileOfLanes& to, Index first_row
     write_row_runs(job, to, row, last_row, sums + (row - first_row) * to.width);
 }
 
-// A panel, room behind it for a store that goes beyond, and the sums.
+// A panel and the sums; room behind each for a store, or a load, that goes beyond.
 constexpr Index kPanelFloats = kDepthBlock * kTileLanes + kTileLanes;
 
-Index scratch_floats(Index rows) { return kPanelFloats + rows * kTileLanes; }
+Index scratch_floats(Index rows) { return kPanelFloats + rows * kTileLanes + kFloats; }
 
 void multiply(const GemmJob& job, const KeptValues& kept, const GemmTile& tile, float* scratch) {
     static constexpr decltype(&add_block<1>) add_blocks[] = {add_block<1>, add_block<2>, add_block<3>, add_block<4>,
