@@ -18,8 +18,8 @@ from nmcompile.exporting import export as export
 from nmcompile.finalization import finalize as finalize
 from nmcompile.ir.modules import ThreeGemm as ThreeGemm
 from nmcompile.pruning import NMPattern as NMPattern
-from nmcompile.training.state import load_sparse_state_dict as load_sparse_state_dict
-from nmcompile.training.state import sparse_state_dict as sparse_state_dict
+from nmcompile.sparse_state import load_sparse_state_dict as load_sparse_state_dict
+from nmcompile.sparse_state import sparse_state_dict as sparse_state_dict
 from nmcompile.verification import verify as verify
 
 __version__ = "0.1.0"

@@ -17,20 +17,16 @@ from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.triton import TritonBackend
 from nmcompile.calibration import calibrate
 from nmcompile.capture import capture_model
-from nmcompile.compilation import Compilation, record_of
+from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of, restore_all
 from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, nearest
-from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
-from nmcompile.ir.program import Program
+from nmcompile.ir.modules import RECORD
+from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.protocols import Backend
 from nmcompile.ir.three_gemm import GemmTriple
-from nmcompile.passes import compile_passes
-from nmcompile.passes.plan_phases import plan_phases
-from nmcompile.passes.replace_modules import replace_modules
+from nmcompile.profitability import find_dense_phases
 from nmcompile.report import Observation, Report, build_report
-from nmcompile.training.binding import TripleFactory
 from nmcompile.training.state import triples_of
-from nmcompile.training.steps import watch_optimizers
 
 ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CpuBackend())
 """What `backend="auto"` asks before the reference backend, in this order, where it is available."""
@@ -74,7 +70,8 @@ def compile(
         A module of the model's class.
 
     Raises:
-        ConfigError: an unknown mode, pattern, layer name or backend; `validation` without `max_drop` or the reverse.
+        ConfigError: an unknown mode, pattern, layer name or backend; `validation` without `max_drop` or the reverse;
+            `where="pays"` without `args`.
         CaptureError: nothing to compile, or the model refuses `args`.
         PreconditionError: a layer named in `config` cannot be pruned as asked.
         BackendUnavailable: the backend asked for cannot run here.
@@ -100,7 +97,12 @@ def compile(
             names = [triple.layer.name for triple in kept]
             reverted = revert_layers(validation(decompile(source)), names, build, validation, max_drop)
             chosen = _without(asked, reverted.layers)
-    return rewrite(source, config=chosen, kept=kept, inplace=inplace, reverted=reverted)
+    dense_phases = None
+    if asked.where == "pays":
+        trial = rewrite(source, config=chosen, kept=kept)
+        dense_phases = find_dense_phases(trial, *_example(args, kwargs))
+        kept = list(triples_of(trial))
+    return rewrite(source, config=chosen, kept=kept, inplace=inplace, reverted=reverted, dense_phases=dense_phases)
 
 
 def analyze(
@@ -113,10 +115,16 @@ def analyze(
     backend: str | Backend = "auto",
 ) -> Report:
     """What `compile` would do, without changing anything, the random state included. Takes and raises the same."""
-    source = _module(model)
+    source, asked = _module(model), config or CompileConfig()
+    dense_phases = None
+    if asked.where == "pays":
+        trial = compile(source, mode, args=args, kwargs=kwargs, config=replace(asked, where="all"), backend=backend)
+        dense_phases = find_dense_phases(trial, *_example(args, kwargs))
     plain = decompile(source) if is_compiled(source) else source
-    program = _program(plain, mode, args, kwargs, config, backend)
-    return build_report(program, {}, model_name=type(plain).__name__, mode=mode)
+    preset(mode)
+    backends = _backends(backend)
+    done = compilation_of(capture_model(plain, args, kwargs), mode, asked, backends, dense_phases=dense_phases)
+    return build_report(done.program, {}, model_name=type(plain).__name__, mode=mode)
 
 
 def inspect(compiled: nn.Module) -> Report:
@@ -142,7 +150,7 @@ def inspect(compiled: nn.Module) -> Report:
 def decompile(compiled: nn.Module) -> nn.Module:
     """The plain model: the classes and forwards that it had, the same parameters and buffers, nothing masked."""
     plain = share_copy(compiled)
-    _restore_all(plain)
+    restore_all(plain)
     return plain
 
 
@@ -176,20 +184,10 @@ def _module(model: Model) -> nn.Module:
     return model
 
 
-def _program(
-    model: nn.Module,
-    mode: str,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
-    config: CompileConfig | None,
-    backend: str | Backend,
-) -> Program:
-    default, backends = preset(mode), _backends(backend)
-    captured = capture_model(model, args, kwargs)
-    program = Program(captured, plan_phases(captured, default, config or CompileConfig()))
-    for one_pass in compile_passes(backends):
-        one_pass.run(program)
-    return program
+def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:
+    if args is None and kwargs is None:
+        raise ConfigError("where='pays' times the layers with the inputs that an example brings them; pass args=")
+    return args or (), kwargs
 
 
 def _backends(backend: str | Backend) -> tuple[Backend, ...]:
@@ -224,27 +222,20 @@ def _rewrite(
     kept: Iterable[GemmTriple],
     inplace: bool = False,
     reverted: Reverted | None = None,
+    dense_phases: DensePhases | None = None,
 ) -> nn.Module:
     """Capture, plan and lower, then change the module tree; what can fail comes first."""
+    preset(mode)
+    backends = _backends(backend)
     plain = decompile(source) if is_compiled(source) else source
-    program = _program(plain, mode, args, kwargs, config, backend)
+    captured = capture_model(plain, args, kwargs)
+    done = compilation_of(captured, mode, config, backends, reverted, dense_phases)
     target = source if inplace else plain if plain is not source else share_copy(source)
-    factory = TripleFactory(target, program, config, torch.initial_seed(), kept)
-    triples = {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
-    _restore_all(target)
-    replace_modules(target, program, triples)
-    turn_off_fast_path(target)
-    target.__dict__[RECORD] = Compilation(program, mode, reverted)
-    watch_optimizers()
+    triples = bind_layers(target, done, torch.initial_seed(), kept)
+    install_layers(target, done, triples)
     return target
 
 
 def _without(config: CompileConfig, layers: tuple[str, ...]) -> CompileConfig:
     """The config with more layers left dense."""
     return replace(config, layers={**config.layers, **dict.fromkeys(layers)})
-
-
-def _restore_all(model: nn.Module) -> None:
-    for module in model.modules():
-        restore(module)
-        module.__dict__.pop(RECORD, None)

@@ -42,7 +42,7 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
         CalibrationError: no data, data with NaN or infinity, or an input that is always zero; it names the layer.
     """
     steps = {id(step): step for triple in triples_of(compiled) for step in triple.steps.activations}
-    with _evaluating(compiled):
+    with evaluating(compiled):
         observed, examples = _observe(compiled, data)
         clips = {key: _clip(step, observed[key]) for key, step in steps.items()}
         for key, step in steps.items():
@@ -51,7 +51,7 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode; behind, in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -1,13 +1,24 @@
-"""What a compiled model remembers of how it came about."""
+"""From a captured model to one that runs its three-GEMM graphs, and what it remembers of how it came about."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from nmcompile.accuracy import Reverted
+from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import StateError
-from nmcompile.ir.modules import RECORD
+from nmcompile.ir.captured import Captured
+from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
+from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.program import Program
+from nmcompile.ir.protocols import Backend
+from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.passes import compile_passes
+from nmcompile.passes.plan_phases import plan_phases
+from nmcompile.passes.replace_modules import replace_modules
+from nmcompile.training.binding import TripleFactory
+from nmcompile.training.steps import watch_optimizers
 
 
 @dataclass(frozen=True)
@@ -16,13 +27,55 @@ class Compilation:
 
     Args:
         program: with its graphs lowered.
-        mode: that was asked for.
+        mode, config, backends: that were asked for.
         reverted: what accuracy control decided, if it was asked to.
+        dense_phases: what was found not to pay; None if nobody asked.
     """
 
     program: Program
     mode: str
+    config: CompileConfig
+    backends: tuple[Backend, ...]
     reverted: Reverted | None = None
+    dense_phases: DensePhases | None = None
+
+
+def compilation_of(
+    captured: Captured,
+    mode: str,
+    config: CompileConfig,
+    backends: tuple[Backend, ...],
+    reverted: Reverted | None = None,
+    dense_phases: DensePhases | None = None,
+) -> Compilation:
+    """Plan a captured model and lower its graphs."""
+    plan = plan_phases(captured, preset(mode), config).without(dense_phases or {})
+    program = Program(captured, plan)
+    for one_pass in compile_passes(backends):
+        one_pass.run(program)
+    return Compilation(program, mode, config, backends, reverted, dense_phases)
+
+
+def bind_layers(model: nn.Module, done: Compilation, seed: int, kept: Iterable[GemmTriple]) -> dict[str, GemmTriple]:
+    """The running form of every layer that is rewritten, by name; changes nothing in `model`."""
+    factory = TripleFactory(model, done.program, done.config, seed, kept)
+    return {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
+
+
+def install_layers(model: nn.Module, done: Compilation, triples: dict[str, GemmTriple]) -> None:
+    """Change the module tree, whatever it was compiled to before."""
+    restore_all(model)
+    replace_modules(model, done.program, triples)
+    turn_off_fast_path(model)
+    model.__dict__[RECORD] = done
+    watch_optimizers()
+
+
+def restore_all(model: nn.Module) -> None:
+    """The plain modules again."""
+    for module in model.modules():
+        restore(module)
+        module.__dict__.pop(RECORD, None)
 
 
 def record_of(compiled: nn.Module) -> tuple[nn.Module, Compilation]:

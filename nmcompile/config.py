@@ -23,6 +23,7 @@ ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
 PLACEMENTS = ("operand", "activation")
 GRANULARITIES = ("tensor", "channel")
+WHERE = ("all", "pays")
 
 
 class Phase(enum.Enum):
@@ -134,6 +135,10 @@ class CompileConfig:
         placement: where activations are pruned and quantized: at the `"operand"` of each GEMM, or, for layers that a
             ReLU follows directly, at that `"activation"`, so that everything behind it (batch norm, pooling, a residual
             branch) reads the pruned values, and the GEMMs behind take them as they come. Needs the whole graph.
+        where: `"all"` prunes what the plan says; `"pays"` times each layer alone with the inputs that `args` bring it,
+            pruned and not, and gives up the pruning of the phases that are not faster for it. It is decided once, when
+            the model is compiled (in the autocast context, with the threads and in the mode, `train()` or `eval()`, of
+            that moment), by the first rank for all, and kept in `sparse_state_dict`.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
@@ -143,14 +148,15 @@ class CompileConfig:
     clip: str = "mse"
     granularity: str = "tensor"
     placement: str = "operand"
+    where: str = "all"
 
     def __post_init__(self) -> None:
         if self.refresh is not None and self.refresh < 1:
             raise ConfigError(f"refresh is {self.refresh}; give a number of optimizer steps >= 1, or None to freeze")
         if self.sr_ste < 0:
             raise ConfigError(f"sr_ste is {self.sr_ste}; SR-STE's λ cannot be negative")
-        choices = ("ends", ENDS), ("clip", CLIPS), ("granularity", GRANULARITIES), ("placement", PLACEMENTS)
-        for name, known in choices:
+        choices = {"ends": ENDS, "clip": CLIPS, "granularity": GRANULARITIES, "placement": PLACEMENTS, "where": WHERE}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
         for key, value in self.layers.items():

@@ -14,14 +14,13 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.plan import LayerPlan, PlanRow
+from nmcompile.ir.plan import READ, LayerPlan, PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.report_graphs import format_three_graphs, inline_forward
 
 SCHEMA_VERSION = 1
 BITS = 32
 OPERANDS = {"weight": "W", "input": "X", "output": "Y", "grad_output": "dY"}
-READ = ("weight", "input", "grad_output")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The plan: for every layer and phase, which operand is pruned or quantized how, and why not where it is not."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from nmcompile.config import Phase
 from nmcompile.ir.layers import Layer
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.quantization import Grid
+
+READ = ("weight", "input", "grad_output")
+"""The operands that a GEMM reads."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,23 @@ class LayerPlan:
         rows = self.rows_of(Phase.FORWARD)
         return next((row for row in rows if row.operand == operand and row.is_quantized), None)
 
+    def parts(self) -> tuple[tuple[Phase, ...], ...]:
+        """The phases that prune, those together that can only be pruned together: a mask acts on the forward and on the
+        backward GEMM, a pruned input on all three.
+        """
+        if self.find(Phase.FORWARD, "input"):
+            return (tuple(Phase),)
+        weight = (Phase.FORWARD, Phase.BACKWARD) if self.find(Phase.FORWARD, "weight") else ()
+        gradients = [(p,) for p in (Phase.BACKWARD, Phase.UPDATE) if self.find(p, "grad_output") and p not in weight]
+        return ((weight,) if weight else ()) + tuple(gradients)
+
+    def without(self, reasons: Mapping[Phase, str]) -> "LayerPlan":
+        """The plan that prunes nothing in these phases, for these reasons; grids and pruned outputs stay."""
+        kept = [r for r in self.rows if r.phase not in reasons or r.is_quantized or r.operand == "output"]
+        dense = [PlanRow(self.layer.name, phase, reason=reason) for phase, reason in reasons.items()]
+        rows = (*kept, *dense)
+        return replace(self, rows=rows, rewritten=any(row.is_sparse or row.is_quantized for row in rows))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,5 +95,13 @@ class Plan:
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
 
+    def without(self, dense: "DensePhases") -> "Plan":
+        """The plan that prunes nothing in some phases of some layers."""
+        return Plan(tuple(p.without(dense[p.layer.name]) if dense.get(p.layer.name) else p for p in self.layers))
+
     def names(self) -> tuple[str, ...]:
         return tuple(plan.layer.name for plan in self.layers)
+
+
+DensePhases = Mapping[str, Mapping[Phase, str]]
+"""By layer name, the phases whose pruning was given up because it does not pay, with the reason."""

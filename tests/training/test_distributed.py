@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nmcompile
-from nmcompile import CompileConfig
+from nmcompile import CompileConfig, profitability
 from nmcompile.training.state import masks_of
 
 WORLD = 2
@@ -93,13 +94,21 @@ def frozen_masks(rank: int) -> tuple[dict[str, Tensor], ...]:
     return before, copied_masks(model), copied_masks(fresh)
 
 
+def decided(rank: int) -> dict[str, Tensor]:
+    """What `where="pays"` decides where the first rank would prune everything and the second nothing."""
+    with mock.patch.object(profitability, "_best_times", lambda steps: {p: len(p) * (rank - 0.5) for p in steps}):
+        torch.manual_seed(0)
+        config = CompileConfig(where="pays", ends="sparse")
+        return nmcompile.sparse_state_dict(nmcompile.compile(block(), args=(data(0, 0),), config=config))
+
+
 def worker(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     try:
         found = {case: results(rank, *case) for case in CASES}
-        torch.save(found | {"frozen": frozen_masks(rank)}, f"{folder}/{rank}.pt")
+        torch.save(found | {"frozen": frozen_masks(rank), "decided": decided(rank)}, f"{folder}/{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -137,3 +146,9 @@ def test_sharding_is_no_write_to_a_weight(ranks: list[dict[Any, Any]]) -> None:
     before, after, fresh = ranks[0]["frozen"]
     assert all(torch.equal(mask, before[name]) for name, mask in after.items())
     assert not all(torch.equal(mask, before[name]) for name, mask in fresh.items())
+
+
+def test_the_first_rank_decides_what_pays(ranks: list[dict[Any, Any]]) -> None:
+    first, second = (rank["decided"] for rank in ranks)
+    assert list(first) == list(second)
+    assert not any(tensor.any() for name, tensor in second.items() if name.endswith(".dense_phases"))

@@ -1,0 +1,198 @@
+"""`CompileConfig(where="pays")`: which phases lose by being pruned, from a measurement of each layer alone."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, fx, nn
+
+from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.calibration import evaluating
+from nmcompile.compilation import Compilation, record_of
+from nmcompile.config import Phase
+from nmcompile.finalization import stored_weight
+from nmcompile.ir.interpretation import interpreted
+from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
+from nmcompile.ir.program import Program
+from nmcompile.ir.protocols import Backend
+from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.passes import compile_passes
+from nmcompile.training.binding import TripleFactory
+from nmcompile.training.state import triples_of
+
+ROUNDS = 7
+MARGIN = 0.98  # of the dense time, that pruning must stay below
+NOT_REACHED = "no call with args reaches it, so whether pruning pays is not known (where='pays')"
+
+Phases = tuple[Phase, ...]
+Times = Mapping[tuple[Phases, ...], float]
+Steps = Mapping[tuple[Phases, ...], Callable[[], object]]
+
+
+def find_dense_phases(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> DensePhases:
+    """The phases to leave dense, the same on all ranks: the first one measures.
+
+    Each layer is timed with the input that `args` bring it: every combination of what it prunes, and the plain layer.
+    In `train()` that is forward and backward, in `eval()` the forward alone.
+
+    Args:
+        trial: compiled, everything pruned; neither it nor any random state is changed.
+        args, kwargs: for one call of it.
+    """
+    found: list[DensePhases] = [{}]
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    if is_alone or distributed.get_rank() == 0:
+        devices = {parameter.device for parameter in trial.parameters() if parameter.is_cuda}
+        with torch.random.fork_rng(list(devices)):
+            found = [_measure_layers(trial, _inputs(trial, args, kwargs or {}))]
+    if not is_alone:
+        distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def decide(times: Times) -> dict[Phase, str]:
+    """The phases to leave dense, with the reason.
+
+    Args:
+        times: seconds of a step of the layer by the parts that it prunes; `()` is the plain layer.
+    """
+    best = min((parts for parts in times if parts), key=lambda parts: times[parts])
+    kept = set(itertools.chain(*best)) if times[best] < MARGIN * times[()] else set()
+    everything = max(times, key=len)
+    reason = (
+        f"pruning does not pay (where='pays'): {times[everything] * 1e3:.2f} ms with everything pruned, "
+        f"{times[best] * 1e3:.2f} at best, {times[()] * 1e3:.2f} dense"
+    )
+    return {phase: reason for part in everything for phase in part if phase not in kept}
+
+
+class _Recorder(fx.Interpreter):
+    """Notes the layout of the input."""
+
+    def __init__(self, triple: GemmTriple, phase: Phase, inputs: dict[str, Tensor]) -> None:
+        super().__init__(triple.graphs[phase])
+        self.triple = triple
+        self.inputs = inputs
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().placeholder(target, args, kwargs)
+        if target == "input":
+            self.inputs[self.triple.layer.name] = torch.empty_like(value, device="meta")
+        return value
+
+
+@torch.no_grad()
+def _inputs(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By layer, a tensor on the meta device as large and laid out as its input.
+
+    Where the layer pads apart from its GEMM, it is padded already, and is once more when it is timed, in all variants.
+    """
+    inputs: dict[str, Tensor] = {}
+    with evaluating(trial), interpreted(triples_of(trial), lambda triple, phase: _Recorder(triple, phase, inputs)):
+        trial(*args, **kwargs)
+    return inputs
+
+
+def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhases:
+    _, record = record_of(trial)
+    measured: dict[Any, Times] = {}
+    dense: dict[str, Mapping[Phase, str]] = {}
+    for triple in triples_of(trial):
+        plan, name = triple.graphs.plan, triple.layer.name
+        parts = plan.parts()
+        if not parts:
+            continue
+        if name not in inputs:
+            dense[name] = {phase: NOT_REACHED for part in parts for phase in part}
+            continue
+        problem = _problem(trial, record, triple, inputs[name])
+        if problem not in measured:
+            measured[problem] = _best_times(_steps(trial, record, triple, inputs[name]))
+        dense[name] = decide(measured[problem])
+    return dense
+
+
+def _problem(trial: nn.Module, record: Compilation, triple: GemmTriple, input: Tensor) -> Any:
+    """What decides how long a layer takes: equal problems are measured once."""
+    rows = tuple(replace(row, layer="", reason="") for row in triple.graphs.plan.rows)
+    is_first = record.program.captured.facts[triple.layer.name].first
+    layout = tuple(input.shape), input.stride(), input.dtype
+    return replace(triple.layer, name=""), rows, layout, is_first, trial.training
+
+
+def _best_times(steps: Steps) -> Times:
+    """The shortest of some calls of each, in turns, behind a first one that chooses kernels and makes masks."""
+    times = {parts: [math.inf] for parts in steps}
+    for turn in range(1 + ROUNDS):
+        for parts, step in steps.items():
+            start = time.perf_counter()
+            step()
+            _wait()
+            if turn:
+                times[parts].append(time.perf_counter() - start)
+    return {parts: min(found) for parts, found in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Tensor) -> Steps:
+    """A step of one layer by the parts that it prunes."""
+    weight = stored_weight(trial, triple)
+    device = next(trial.parameters()).device if weight is None else weight.device
+    dtype = layout.dtype if weight is None else weight.dtype
+    values = torch.randn(triple.layer.weight_shape, device=device, dtype=dtype) if weight is None else weight.detach()
+    bias = torch.zeros(triple.layer.out_features, device=device, dtype=dtype) if triple.layer.has_bias else None
+    input = torch.empty_like(layout, device=device).normal_()
+    operands = [input, values, bias]
+    if trial.training:
+        is_first = record.program.captured.facts[triple.layer.name].first
+        operands = [x if x is None or (is_first and x is input) else x.requires_grad_() for x in operands]
+    layers = dict(_variants(trial, record, triple))
+    return {parts: _step(layer, operands, trial.training) for parts, layer in layers.items()}
+
+
+def _step(run: Callable[..., Tensor], operands: Sequence[Tensor | None], training: bool) -> Callable[[], object]:
+    wanted = [x for x in operands if x is not None and x.requires_grad]
+
+    def step() -> object:
+        with nullcontext() if training else torch.no_grad():
+            output = run(*operands)
+        return torch.autograd.grad(output, wanted, torch.ones_like(output)) if training else output
+
+    return step
+
+
+def _variants(
+    trial: nn.Module, record: Compilation, triple: GemmTriple
+) -> Iterator[tuple[tuple[Phases, ...], Callable[..., Tensor]]]:
+    plan = triple.graphs.plan
+    parts = plan.parts()
+    for count in range(len(parts) + 1):
+        for kept in itertools.combinations(parts, count):
+            dropped = {phase: "" for part in parts if part not in kept for phase in part}
+            yield kept, _layer(trial, record, triple, plan.without(dropped) if dropped else plan)
+
+
+def _layer(trial: nn.Module, record: Compilation, triple: GemmTriple, plan: LayerPlan) -> Callable[..., Tensor]:
+    """A layer by another plan: what would run in its place."""
+    name = plan.layer.name
+    if not plan.rewritten:
+        graph = _lowered(record, plan, (ReferenceBackend(),)).layers[name][Phase.FORWARD]
+        return lambda input, *rest: graph(plan.layer.prepare(input)[0], *(x for x in rest if x is not None))[0]
+    factory = TripleFactory(trial, _lowered(record, plan, record.backends), record.config, 0, [triple])
+    return factory.make(triple.site)
+
+
+def _lowered(record: Compilation, plan: LayerPlan, backends: Sequence[Backend]) -> Program:
+    program = Program(record.program.captured, Plan((plan,)))
+    for one_pass in compile_passes(backends):
+        one_pass.run(program)
+    return program

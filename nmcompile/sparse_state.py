@@ -1,0 +1,138 @@
+"""What exact resumption needs beside `state_dict()`, as named tensors: masks, step counts, random streams, clips, and
+which phases were found not to pay.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of
+from nmcompile.config import Phase
+from nmcompile.errors import StateError, nearest
+from nmcompile.ir.grid_steps import ActivationStep
+from nmcompile.ir.modules import RECORD
+from nmcompile.ir.plan import DensePhases
+from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.training.masks import STALE
+from nmcompile.training.state import masks_among, triples_of
+
+FORMAT = 1
+DENSE = ".dense_phases"
+LOADED = "pruning did not pay where the loaded state was decided (where='pays')"
+
+
+def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict()` does not hold, as tensors that safetensors can write.
+
+    Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
+    (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
+    inputs and outputs), `seed` and `format`; with `where="pays"` also `<layer>.dense_phases` (bool, of the forward, the
+    backward and the update GEMM: whether its pruning was given up).
+
+    Raises:
+        StateError: the model is not compiled.
+    """
+    return _state(_layers(model), _dense_phases(model))
+
+
+def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `sparse_state_dict` returned, after `load_state_dict`: training goes on bit for bit.
+
+    A model that was compiled with `where="pays"` is planned as the state says, whatever was measured here; load before
+    it is wrapped (by DDP, FSDP2 or `torch.compile`).
+
+    Raises:
+        StateError: the model is not compiled, or the state is of another format, plan or shape; nothing is loaded then.
+    """
+    layers, planned = _layers(model), _dense_phases(model)
+    decided = _read_dense_phases(state, planned)
+    if decided is not None and planned is not None and not _are_same(decided, planned):
+        _replan(model, layers, decided, state)
+        layers = list(triples_of(model))
+    else:
+        _check(state, _state(layers, planned))
+    _load(layers, state)
+
+
+def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Tensor]:
+    state = {"format": torch.tensor(FORMAT), "seed": torch.tensor(layers[0].stream.seed if layers else 0)}
+    for name, mask in masks_among(layers).items():
+        state[f"{name}.mask"] = mask.tensor.detach().clone()
+        state[f"{name}.clock"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
+    for triple in layers:
+        state[f"{triple.layer.name}.draw"] = triple.stream.draw.clone()
+        for step in triple.steps.activations:
+            state[_clip_key(step)] = step.clip.detach().clone()
+    for name, reasons in (dense or {}).items():
+        state[f"{name}{DENSE}"] = torch.tensor([phase in reasons for phase in Phase])
+    return state
+
+
+def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
+    for name, mask in masks_among(layers).items():
+        steps, stale = (int(value) for value in state[f"{name}.clock"])
+        mask.tensor.copy_(state[f"{name}.mask"])
+        mask.steps = steps
+        mask.accept_version()
+        mask.clock[STALE] = stale
+    for triple in layers:
+        triple.stream.seed = int(state["seed"])
+        triple.stream.draw.copy_(state[f"{triple.layer.name}.draw"])
+        for step in triple.steps.activations:
+            if not state[_clip_key(step)].isnan():
+                step.calibrate(state[_clip_key(step)])
+
+
+def _read_dense_phases(state: dict[str, Tensor], planned: DensePhases | None) -> DensePhases | None:
+    """What the state says of the layers that this model may leave dense; None where it does not say it of each."""
+    if planned is None and any(key.endswith(DENSE) for key in state):
+        raise StateError("the sparse state was saved with CompileConfig(where='pays'); compile the model with it too")
+    keys = {name: f"{name}{DENSE}" for name in planned or {}}
+    if any(key not in state or state[key].shape != (len(Phase),) for key in keys.values()):
+        return None
+    return {name: {p: LOADED for p, gone in zip(Phase, state[key], strict=True) if gone} for name, key in keys.items()}
+
+
+def _are_same(one: DensePhases, other: DensePhases) -> bool:
+    return {name: set(reasons) for name, reasons in one.items()} == {n: set(reasons) for n, reasons in other.items()}
+
+
+def _replan(model: nn.Module, layers: list[GemmTriple], decided: DensePhases, state: dict[str, Tensor]) -> None:
+    root, record = record_of(model)
+    what = record.program.captured, record.mode, record.config, record.backends, record.reverted
+    done = compilation_of(*what, dense_phases=decided)
+    triples = bind_layers(root, done, int(state.get("seed", torch.tensor(0))), layers)
+    _check(state, _state(list(triples.values()), decided))
+    install_layers(root, done, triples)
+
+
+def _dense_phases(model: nn.Module) -> DensePhases | None:
+    records = (module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__)
+    return next((record.dense_phases for record in records), None)
+
+
+def _clip_key(step: ActivationStep) -> str:
+    return f"{step.layer}.output_clip" if step.row.operand == "output" else f"{step.layer}.clip"
+
+
+def _layers(model: nn.Module) -> list[GemmTriple]:
+    layers = list(triples_of(model))
+    if not layers and not _dense_phases(model):
+        raise StateError(f"{type(model).__name__} holds no three-GEMM layer; give a model that nmcompile.compile made")
+    return layers
+
+
+def _check(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if "format" not in state or int(state["format"]) > FORMAT:
+        raise StateError(
+            f"sparse state of format {state.get('format', 'none')} cannot be read; this version reads up to {FORMAT}"
+        )
+    for name in expected.keys() - state.keys():
+        raise StateError(
+            f"the sparse state lacks {name!r}; {nearest(name, state)}; compile with the mode it was saved in"
+        )
+    for name in state.keys() - expected.keys():
+        raise StateError(f"the model has nothing for {name!r} of the sparse state; {nearest(name, expected)}")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}"
+            raise StateError(f"{name!r} of the sparse state has shape {shapes}")
