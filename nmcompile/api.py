@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.accuracy import Reverted, revert_layers
 from nmcompile.backends.cpu import CpuBackend
+from nmcompile.backends.cusparselt import CusparseltBackend
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.triton import TritonBackend
 from nmcompile.calibration import calibrate
@@ -28,8 +29,10 @@ from nmcompile.profitability import find_dense_phases
 from nmcompile.report import Observation, Report, build_report
 from nmcompile.training.state import triples_of
 
-ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CpuBackend())
-"""What `backend="auto"` asks before the reference backend, in this order, where it is available."""
+ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CusparseltBackend(), CpuBackend())
+"""What `backend="auto"` asks before the reference backend, in this order, where it is available; for a model on the CPU
+in the reverse order.
+"""
 Model = nn.Module | ExportedProgram
 
 
@@ -58,8 +61,8 @@ def compile(
             `"gradients"`) or `"dense"`, which rewrites everything and prunes nothing.
         args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
         config: anything finer than the mode.
-        backend: `"auto"` (what runs here), `"cpu"`, `"triton"`, `"reference"`, or a `Backend`; what it does not take
-            the reference backend runs.
+        backend: `"auto"` (what runs here, by the device that the parameters are on now), `"cpu"`, `"triton"`,
+            `"cusparselt"`, `"reference"`, or a `Backend`; what it does not take the reference backend runs.
         calibration: batches for the clips of quantized inputs (see `calibrate`); a clip that an earlier compilation
             found for the same grid is kept without it.
         validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers
@@ -122,7 +125,7 @@ def analyze(
         dense_phases = find_dense_phases(trial, *_example(args, kwargs))
     plain = decompile(source) if is_compiled(source) else source
     preset(mode)
-    backends = _backends(backend)
+    backends = _backends(backend, source)
     done = compilation_of(capture_model(plain, args, kwargs), mode, asked, backends, dense_phases=dense_phases)
     return build_report(done.program, {}, model_name=type(plain).__name__, mode=mode)
 
@@ -190,11 +193,13 @@ def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> 
     return args or (), kwargs
 
 
-def _backends(backend: str | Backend) -> tuple[Backend, ...]:
+def _backends(backend: str | Backend, model: nn.Module) -> tuple[Backend, ...]:
     """The backends to ask, in this order; the reference backend takes what is left."""
     reference = ReferenceBackend()
     if backend == "auto":
-        return *(one for one in ACCELERATED if one.available().ok), reference
+        is_on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+        asked = ACCELERATED if is_on_gpu else ACCELERATED[::-1]
+        return *(one for one in asked if one.available().ok), reference
     if backend == reference.name:
         return (reference,)
     chosen = _named(backend) if isinstance(backend, str) else backend
@@ -226,7 +231,7 @@ def _rewrite(
 ) -> nn.Module:
     """Capture, plan and lower, then change the module tree; what can fail comes first."""
     preset(mode)
-    backends = _backends(backend)
+    backends = _backends(backend, source)
     plain = decompile(source) if is_compiled(source) else source
     captured = capture_model(plain, args, kwargs)
     done = compilation_of(captured, mode, config, backends, reverted, dense_phases)

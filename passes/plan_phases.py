@@ -56,7 +56,7 @@ class _LayerPlanner:
 
     def plan(self) -> LayerPlan:
         key, asked = self._asked(self.site)
-        is_named = key not in ("", DEFAULT)
+        is_named = key not in (None, DEFAULT)
         reason = self._dense_reason(asked, is_named)
         if reason:
             rows = [self._dense(phase, reason) for phase in Phase]
@@ -72,9 +72,9 @@ class _LayerPlanner:
         changed = any(row.is_sparse or row.is_quantized for row in rows)
         return LayerPlan(self.layer, tuple(rows), rewrites_all or changed)
 
-    def _asked(self, site: Site) -> tuple[str, LayerConfig | None]:
+    def _asked(self, site: Site) -> tuple[str | None, LayerConfig | None]:
         """What a layer is to get, and the key of the config that says so."""
-        return self.config.lookup(site.layer.name, site.weight) or ("", self.default)
+        return self.config.lookup(site.layer.name, site.weight) or (None, self.default)
 
     def _dense_reason(self, asked: LayerConfig | None, is_named: bool) -> str:
         """Why the whole layer stays as it is, or nothing."""
@@ -188,9 +188,9 @@ class _LayerPlanner:
     def _dense(self, phase: Phase, reason: str) -> PlanRow:
         return PlanRow(self.layer.name, phase, reason=reason)
 
-    def _check_exact(self, key: str, asked: LayerConfig | None, rows: list[PlanRow]) -> None:
+    def _check_exact(self, key: str | None, asked: LayerConfig | None, rows: list[PlanRow]) -> None:
         """A layer that is named exactly gets what was asked, or an error: no silent dense."""
-        if asked is None or key not in (self.layer.name, self.site.weight):
+        if asked is None or key is None or key not in (self.layer.name, self.site.weight):
             return
         wanted = (
             (Phase.FORWARD, "weight", asked.weight),

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from nmcompile.backends.choices import latest
 from nmcompile.backends.cpu import conv, linear
-from nmcompile.backends.cpu.choices import latest
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.prune import cpu_prune, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN

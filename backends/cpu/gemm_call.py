@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cpu.choices import note, run_best
+from nmcompile.backends.choices import note, run_best
 from nmcompile.backends.cpu.cost import predicted_speedup
 from nmcompile.backends.cpu.gemm import Geometry
 from nmcompile.backends.cpu.kernels import kernel_support
@@ -18,7 +18,7 @@ class GemmCall:
     """What a GEMM is called with.
 
     Args:
-        name: of the node that calls, for `nmcompile.backends.cpu.choices.latest`.
+        name: of the node that calls, for `nmcompile.backends.choices.latest`.
         phase: `"forward"`, `"backward"` or `"update"`.
         geometry: of the layer.
         operands: that the kernels read.

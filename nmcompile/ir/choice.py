@@ -10,7 +10,8 @@ class Choice:
     Args:
         kernel: `"sparse"` or `"dense"`; both compute the same product of the same pruned operands.
         reason: what decided.
-        predicted: the speed-up of the sparse kernel that the cost model expects, dense time / sparse time.
+        predicted: the speed-up of the sparse kernel that the cost model expects, dense time / sparse time, if there
+            is such a model.
         dense_seconds, sparse_seconds: of one call each, None where nothing was measured.
     """
 
@@ -36,4 +37,4 @@ class Choice:
         if self.speedup is None or self.dense_seconds is None or self.sparse_seconds is None:
             return f"{self.kernel}: {self.reason}"
         times = f"{self.dense_seconds * 1e3:.2f} / {self.sparse_seconds * 1e3:.2f} ms = {self.speedup:.2f}"
-        return f"{self.kernel}: {times}, predicted {self.predicted:.2f}"
+        return f"{self.kernel}: {times}" + (f", predicted {self.predicted:.2f}" if self.predicted else "")

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmcompile.backends.cpu import CpuBackend, choices
+from nmcompile.backends import choices
+from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.config import LayerConfig, Phase, Pruning

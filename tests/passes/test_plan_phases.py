@@ -242,6 +242,12 @@ def test_a_layer_that_is_named_is_pruned_though_it_is_first(key: str) -> None:
     }
 
 
+@pytest.mark.parametrize("config", [CompileConfig(), SPARSE])
+def test_a_model_that_is_one_layer_has_an_empty_name_that_nobody_gave(config: CompileConfig) -> None:
+    report = nmcompile.analyze(nn.Linear(8, 8), args=(torch.randn(2, 8),), config=config)
+    assert (report.layers[0].status == "sparse") is (config is SPARSE)
+
+
 def test_the_default_key_replaces_the_mode_but_names_no_layer() -> None:
     planned = plan(net(), "training", CompileConfig(layers={"_default": presets["gradients"], "2": None}))
     assert {name for name, one in planned.items() if one.rewritten} == {"5"}

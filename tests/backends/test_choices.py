@@ -1,17 +1,20 @@
 """The choice between the sparse and the dense kernel, with timings that the tests make up."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.backends.cpu import choices, cost
-from nmcompile.backends.cpu.choices import SMALL, forget, latest, run_best
+from nmcompile.backends import choices
+from nmcompile.backends.choices import SMALL, forget, latest, load_choices, run_best, save_choices
+from nmcompile.backends.cpu import cost
 from nmcompile.backends.cpu.conv import conv_forward, conv_input_gradient, conv_weight_gradient
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward, linear_input_gradient, linear_weight_gradient
+from nmcompile.errors import FileError, StateError
 from nmcompile.ir.choice import Choice
 
 native = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
@@ -57,6 +60,44 @@ def test_equal_problems_are_measured_once(timed: dict[str, float]) -> None:
     assert run("third", problem="b") is DENSE
     forget()
     assert run("second") is DENSE
+
+
+def test_choices_outlive_the_process_in_a_file(
+    timed: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed["sparse"] = 0.5
+    problem = ("forward", (3, 4), None)
+    run(problem=problem)
+    kept = latest("fc forward")
+    save_choices(tmp_path / "choices.json")
+    forget()
+    load_choices(tmp_path / "choices.json")
+    monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
+    assert run("again", problem=problem) is SPARSE and latest("again") == kept
+    forget()
+    save_choices(tmp_path / "none.json")
+    load_choices(tmp_path / "none.json")
+
+
+def test_a_file_of_another_machine_or_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "choices.json"
+    save_choices(path)
+    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+    with pytest.raises(StateError, match="measured with"):
+        load_choices(path)
+    for text in ("", "[]", "{}", '{"setting": {}, "choices": {"a": {"kernel": 1, "colour": 2}}}'):
+        path.write_text(text)
+        with pytest.raises(FileError, match="cannot be read"):
+            load_choices(path)
+    with pytest.raises(FileError, match="missing"):
+        load_choices(tmp_path / "missing.json")
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
+    assert run() is DENSE and latest("fc forward") == choices.CAPTURING
 
 
 def test_a_small_gemm_runs_dense_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,32 @@
 """Sparse or dense kernel: a small GEMM runs dense; a larger one is measured with both when it first runs.
 
 Both kernels compute the same product of the same pruned operands, so that a choice never changes the mathematics, only
-how sums round. The dense kernel rounds as PyTorch does.
+how sums round. The dense kernel rounds as PyTorch does. What was measured can be kept in a file.
 """
 
+import json
+import os
+import platform
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nmcompile.errors import FileError, StateError
+from nmcompile.files import write_atomically
 from nmcompile.ir.choice import Choice
 
 SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
 ROUNDS = 4
 MARGIN = 0.98  # of the dense time, that the sparse kernel must stay below
-UNFIT = Choice("dense", "the operand keeps more than its pattern: is there a NaN in it?")
+UNFIT = Choice("dense", "no sparse kernel computes it: a NaN in the operand, or no algorithm of the library is right")
+CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
 
 _measured: dict[Hashable, Choice] = {}
+_loaded: dict[str, Choice] = {}
 _latest: dict[str, Choice] = {}
 
 
@@ -25,7 +34,7 @@ def run_best(
     call: str,
     problem: Hashable,
     multiplications: int,
-    predict: Callable[[], float],
+    predict: Callable[[], float | None],
     sparse: Callable[[], Tensor | None],
     dense: Callable[[], Tensor],
 ) -> Tensor:
@@ -33,9 +42,9 @@ def run_best(
 
     Args:
         call: the name of the GEMM that asks.
-        problem: what decides how long both kernels take; equal problems are measured once in a process.
+        problem: what decides how long both kernels take; equal problems (by `repr`, for files) are measured once.
         multiplications: of the dense product.
-        predict: the speed-up, dense time / sparse time, by the cost model.
+        predict: the speed-up, dense time / sparse time, by the cost model, if there is one.
         sparse, dense: run the kernels. `sparse` gives None where the operand keeps more than its pattern.
     """
     choice = _choice(problem, multiplications, predict, sparse, dense)
@@ -59,12 +68,45 @@ def latest(call: str) -> Choice | None:
 def forget() -> None:
     """Measure again what has been measured: after the machine or its load has changed."""
     _measured.clear()
+    _loaded.clear()
+
+
+def save_choices(path: str | os.PathLike[str]) -> None:
+    """Write what was measured in this process as JSON, so that another on this machine need not measure it."""
+    known = _loaded | {repr(problem): choice for problem, choice in _measured.items()}
+    found = {problem: asdict(choice) for problem, choice in known.items()}
+    write_atomically(path, json.dumps({"setting": _setting(), "choices": found}, indent=2).encode())
+
+
+def load_choices(path: str | os.PathLike[str]) -> None:
+    """Take over what `save_choices` wrote.
+
+    Raises:
+        FileError: no such file, or no file of that kind.
+        StateError: it was measured on another machine, or with another PyTorch.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        setting, found = content["setting"], {key: Choice(**value) for key, value in content["choices"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} cannot be read as measured choices ({error}); write it with save_choices") from error
+    if setting != _setting():
+        raise StateError(f"{path} was measured with {setting}, and this is {_setting()}; measure again and save that")
+    _loaded.update(found)
+
+
+def _setting() -> dict[str, str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"torch": torch.__version__, "processor": name or platform.processor(), "cuda": device}
 
 
 def _choice(
     problem: Hashable,
     multiplications: int,
-    predict: Callable[[], float],
+    predict: Callable[[], float | None],
     sparse: Callable[[], Tensor | None],
     dense: Callable[[], Tensor],
 ) -> Choice:
@@ -72,14 +114,18 @@ def _choice(
         return Choice("dense", f"small, {multiplications / 1e6:.2f} M multiplications")
     if torch.are_deterministic_algorithms_enabled():
         return Choice("sparse", "not measured, so that every run rounds alike: deterministic algorithms are asked for")
+    if problem not in _measured and _loaded and repr(problem) in _loaded:
+        _measured[problem] = _loaded[repr(problem)]
     if problem not in _measured:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return CAPTURING
         if sparse() is None:
             return UNFIT  # what it takes to notice that is no measurement
         _measured[problem] = measure(predict(), sparse, dense)
     return _measured[problem]
 
 
-def measure(predicted: float, sparse: Callable[[], object], dense: Callable[[], object]) -> Choice:
+def measure(predicted: float | None, sparse: Callable[[], object], dense: Callable[[], object]) -> Choice:
     """Time both kernels in turn and choose by the best of a few calls each."""
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(1 + ROUNDS):
@@ -95,7 +141,9 @@ def faster(sparse_seconds: float, dense_seconds: float) -> str:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """How long one call takes, on the device that it runs on."""
     start = time.perf_counter()
     run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start

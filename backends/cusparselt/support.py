@@ -1,0 +1,66 @@
+"""What cuSPARSELt takes, as far as it can be said without a GPU."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmcompile.ir.protocols import Support
+from nmcompile.pruning import NMPattern
+
+OLDEST = (8, 0)
+DTYPES = (torch.float16, torch.bfloat16)
+SPARSE_MULTIPLE = 16  # of both sizes of the sparse operand, for 16-bit elements
+DENSE_MULTIPLE = 8  # of the free size of the dense operand
+KNOWN_BAD = {"0.8.0": "0.8.0 is slower than others on Hopper and L4; nvidia-cusparselt-cu13 0.8.1 and later are not"}
+
+
+class Sizes(NamedTuple):
+    """Of a product of a sparse (rows, depth) and a dense (lanes, depth) operand."""
+
+    rows: int
+    depth: int
+    lanes: int
+
+
+def padded(sizes: Sizes) -> Sizes:
+    """The sizes after zeros were appended that cuSPARSELt asks for."""
+    multiples = SPARSE_MULTIPLE, SPARSE_MULTIPLE, DENSE_MULTIPLE
+    return Sizes(*(-(-size // multiple) * multiple for size, multiple in zip(sizes, multiples, strict=True)))
+
+
+def version_text(number: int) -> str:
+    """`602` is 0.6.2: major * 10000 + minor * 100 + patch."""
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def cusparselt_support() -> Support:
+    """Whether the library can run on this machine, with its version; never raises."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return Support(False, "no NVIDIA GPU, or a torch without CUDA")
+    if not torch.backends.cusparselt.is_available():
+        return Support(False, "this torch was built without cuSPARSELt")
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        return Support(False, f"{torch.cuda.get_device_name()} has compute capability {capability}, below {OLDEST}")
+    version = version_text(torch.backends.cusparselt.version() or 0)
+    return Support(True, f"cuSPARSELt {KNOWN_BAD.get(version, version)}")
+
+
+def pattern_support(pattern: NMPattern) -> Support:
+    """Whether what obeys the pattern is 2:4."""
+    if 4 % pattern.block or pattern.n_keep * 2 > pattern.block:
+        return Support(False, f"sparse tensor cores take operands that keep two of four, not {pattern}")
+    return Support(True)
+
+
+def operand_refusal(*operands: Tensor) -> str:
+    """Why these tensors cannot be multiplied here; empty if they can."""
+    for x in operands:
+        if x.device.type != "cuda":
+            return f"an operand is on {x.device.type}, not on cuda"
+        if x.dtype not in DTYPES:
+            return f"no sparse tensor cores for {x.dtype}; use autocast to float16 or bfloat16"
+        if x.numel() == 0:
+            return "an operand is empty"
+    return ""

@@ -1,0 +1,73 @@
+"""Peak memory of training steps, each variant in a process of its own: what its largest resident set has over what it
+held before the model was made.
+
+python benchmarks/memory.py   # writes results/memory.json
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from timing import processor
+from vision import models
+
+import nmcompile
+
+VARIANTS = ("dense", "training", "t-weights", "gradients")
+STEPS = 3
+RESULT = Path(__file__).parent / "results" / "memory.json"
+
+
+def peak(variant: str, batch: int) -> int:
+    """Bytes that training takes in this process."""
+    nmcompile.compile(torch.nn.Linear(8, 8), "training")  # the code itself is no memory of training
+    torch.nn.Linear(8, 8)(torch.randn(2, 8)).sum().backward()
+    before = _resident()
+    torch.manual_seed(0)
+    model = models.resnet18()
+    if variant != "dense":
+        model = nmcompile.compile(model, variant, inplace=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(
+            model(torch.randn(batch, 3, 224, 224)), torch.randint(1000, (batch,))
+        ).backward()
+        optimizer.step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--variant", choices=VARIANTS, help="measure this one here and print its bytes")
+    options = parser.parse_args()
+    if options.variant:
+        print(peak(options.variant, options.batch))
+        return
+    found: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
+    for _ in range(options.repeats):
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, "--variant", variant, "--batch", str(options.batch)]
+            found[variant].append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    medians = {variant: statistics.median(bytes_) for variant, bytes_ in found.items()}
+    ratios = {variant: value / medians["dense"] for variant, value in medians.items()}
+    for variant in VARIANTS:
+        print(f"{variant}: {medians[variant] / 2**20:.0f} MiB, {ratios[variant]:.3f} of dense")
+    setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": processor()}
+    row = {"workload": f"ResNet-18, batch {options.batch}, SGD with momentum", "bytes": medians, "of dense": ratios}
+    RESULT.write_text(json.dumps({**setting, "repeats": options.repeats, "results": [row]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
