@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import nmcompile
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning, preset, presets
 from nmcompile.errors import ConfigError, PreconditionError
