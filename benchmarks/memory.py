@@ -1,11 +1,15 @@
 """Peak memory of training steps, each variant in a process of its own: what its largest resident set has over what it
 held before the model was made.
 
+Once with glibc's default settings, which keep freed blocks of up to 32 MiB and so count what is fragmented, and once
+with every block of a tensor returned when it is freed, which counts what is alive.
+
 python benchmarks/memory.py   # writes results/memory.json
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -20,6 +24,10 @@ import nmcompile
 
 VARIANTS = ("dense", "training", "t-weights", "gradients")
 STEPS = 3
+ALLOCATORS = {
+    "blocks returned": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    "glibc's defaults": {},
+}
 RESULT = Path(__file__).parent / "results" / "memory.json"
 
 
@@ -42,6 +50,13 @@ def peak(variant: str, batch: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
+def peak_elsewhere(variant: str, batch: int, environment: dict[str, str]) -> int:
+    """The same of a new process."""
+    command = [sys.executable, __file__, "--variant", variant, "--batch", str(batch)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+    return int(done.stdout)
+
+
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
@@ -55,18 +70,24 @@ def main() -> None:
     if options.variant:
         print(peak(options.variant, options.batch))
         return
-    found: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
-    for _ in range(options.repeats):
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, "--variant", variant, "--batch", str(options.batch)]
-            found[variant].append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    medians = {variant: statistics.median(bytes_) for variant, bytes_ in found.items()}
-    ratios = {variant: value / medians["dense"] for variant, value in medians.items()}
-    for variant in VARIANTS:
-        print(f"{variant}: {medians[variant] / 2**20:.0f} MiB, {ratios[variant]:.3f} of dense")
+    rows = []
+    for name, environment in ALLOCATORS.items():
+        found: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
+        for _ in range(options.repeats):
+            for variant in VARIANTS:
+                found[variant].append(peak_elsewhere(variant, options.batch, environment))
+        medians = {variant: statistics.median(bytes_) for variant, bytes_ in found.items()}
+        ratios = {variant: value / medians["dense"] for variant, value in medians.items()}
+        print(
+            name,
+            *(f"{key} {medians[key] / 2**20:.0f} MiB ({ratios[key]:.3f})" for key in VARIANTS),
+            sep="; ",
+            flush=True,
+        )
+        workload = f"ResNet-18, batch {options.batch}, SGD with momentum"
+        rows.append({"workload": workload, "allocator": name, "bytes": medians, "of dense": ratios})
     setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": processor()}
-    row = {"workload": f"ResNet-18, batch {options.batch}, SGD with momentum", "bytes": medians, "of dense": ratios}
-    RESULT.write_text(json.dumps({**setting, "repeats": options.repeats, "results": [row]}, indent=2) + "\n")
+    RESULT.write_text(json.dumps({**setting, "repeats": options.repeats, "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
