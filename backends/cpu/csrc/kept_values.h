@@ -1,12 +1,60 @@
 // Packs the sparse operand: the two values that each four keep, and where they were.
 #pragma once
 
+#include <array>
+#include <bit>
+#include <cstring>
+
 #include "axis_walk.h"
 #include "gemm_isa.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
 
+#if defined(__AVX512F__)
+// What eight elements keep, by which of them are not zero: two of each four, with the first zeros where there are fewer.
+struct KeptOfEight {
+    std::uint32_t places = 0;  // four bytes
+    std::uint8_t mask = 0;
+    bool excess = false;
+};
+
+constexpr std::array<KeptOfEight, 256> kept_of_eight() {
+    std::array<KeptOfEight, 256> table;
+    for (int nonzero = 0; nonzero < 256; ++nonzero) {
+        KeptOfEight& entry = table[nonzero];
+        for (int four = 0; four < 2; ++four) {
+            int mask = nonzero >> 4 * four & 15;
+            entry.excess |= std::popcount(static_cast<unsigned>(mask)) > 2;
+            for (int place = 0; std::popcount(static_cast<unsigned>(mask)) < 2; ++place) mask |= 1 << place;
+            for (int place = 0, count = 0; place < 4 && count < 2; ++place) {
+                if (mask >> place & 1) entry.places |= static_cast<std::uint32_t>(4 * four + place) << 8 * (2 * four + count++);
+            }
+            entry.mask |= mask << 4 * four;
+        }
+    }
+    return table;
+}
+
+constexpr std::array<KeptOfEight, 256> kKeptOfEight = kept_of_eight();
+
 // Packs a row of one block; `at` is the row's place in the packed arrays. False where some four keep more than two.
+inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
+    bool excess = false;
+    for (std::uint64_t first = 0; first < kDepthBlock; first += 16) {
+        const __m512 x = _mm512_loadu_ps(row + first);
+        const unsigned nonzero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        const KeptOfEight &low = kKeptOfEight[nonzero & 255], &high = kKeptOfEight[nonzero >> 8];
+        excess |= low.excess | high.excess;
+        const __m512 values = _mm512_maskz_compress_ps(low.mask | high.mask << 8, x);
+        _mm256_storeu_ps(kept.values + at + first / 2, _mm512_castps512_ps256(values));
+        const std::uint64_t places = (low.places | std::uint64_t{high.places} << 32) +
+                                     first * 0x0101010101010101u + 0x0808080800000000u;
+        std::memcpy(kept.places + at + first / 2, &places, sizeof(places));
+    }
+    return !excess;
+}
+#else
+// The same with vectors of any length.
 inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
     FloatInts excess{};
     for (int first = 0; first < kDepthBlock; first += 4 * kFloats) {
@@ -37,6 +85,7 @@ inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
     }
     return !any(excess);
 }
+#endif
 
 // Without a branch, which half of a mask's elements would mislead.
 template <bool kMasked>
