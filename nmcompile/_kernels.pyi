@@ -55,3 +55,31 @@ def gemm(
     threads: int,
 ) -> bool:
     """Write a contraction of float32 tensors into `output`; False, and nothing written, where `sparse` is not 2:4."""
+
+class PackedSparse:
+    """A float32 operand that is 2:4 along its depth, without its zeros."""
+
+    @property
+    def bytes(self) -> int:
+        """How much memory it takes."""
+
+def pack_sparse(
+    sparse: Tensor, rows: int, sparse_row: int, sparse_depth: Axis, mask: Tensor | None, isa: str, threads: int
+) -> PackedSparse | None:
+    """The sparse operand of a contraction, packed; None where it is not 2:4."""
+
+def gemm_packed(
+    packed: PackedSparse,
+    dense: Tensor,
+    dense_depth: Axis,
+    dense_lanes: Axis,
+    height: int,
+    width: int,
+    output: Tensor,
+    output_row: int,
+    output_lanes: Axis,
+    bias: Tensor | None,
+    isa: str,
+    threads: int,
+) -> None:
+    """Write a contraction of float32 tensors, one of which is packed, into `output`."""

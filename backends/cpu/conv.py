@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
-from nmcompile.backends.cpu.gemm_call import GemmCall
+from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
+from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.reference import conv
+from nmcompile.ir.at_rest import are_weights_at_rest
 from nmcompile.ir.operations import like
 
 Ints = Sequence[int]
@@ -37,10 +39,11 @@ def _conv_forward(
         output = conv.conv_forward(input, masked(weight, mask), bias, *_lists(geometry))
         return output.contiguous(memory_format=layout)
 
-    gemm = GemmCall(call, "forward", geometry, (input, weight, mask, bias), *_matrix(weight, groups), lanes)
+    phase = AT_REST if are_weights_at_rest() else "forward"
+    gemm = GemmCall(call, phase, geometry, (input, weight, mask, bias), *_matrix(weight, groups), lanes)
     return gemm.run(
         lambda: _empty(input, sizes, layout),
-        lambda output: sparse_forward(input, weight, mask, bias, output, geometry),
+        lambda output: sparse_forward(input, weight, mask, bias, output, geometry, kept_packs(weight, mask, groups)),
         dense,
     )
 

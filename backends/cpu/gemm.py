@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nmcompile.backends.cpu import contraction
 from nmcompile.backends.cpu.contraction import Contraction, Pair, Window
+from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.ir.operations import apply_mask
 
 
@@ -44,15 +45,27 @@ class Geometry(NamedTuple):
 
 
 def sparse_forward(
-    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, output: Tensor, geometry: Geometry
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor,
+    geometry: Geometry,
+    packs: Packs | None = None,
 ) -> bool:
-    """Y = X Wᵀ + b for a weight that is pruned along in-channels, or that is where the mask holds."""
+    """Y = X Wᵀ + b for a weight that is pruned along in-channels, or that is where the mask holds.
+
+    `packs` keeps the packed weight for the next call with the same weight and mask.
+    """
     window, groups = geometry.window, geometry.groups
     x, w, y = _readable(geometry.images(input), window), geometry.kernels(weight), geometry.images(output)
     parts = zip(x.chunk(groups, 1), w.chunk(groups), y.chunk(groups, 1), strict=True)
     masks, biases = _masks(weight, mask, groups), _chunks(None if bias is None else bias.contiguous(), groups)
-    each = zip(parts, masks, biases, strict=True)
-    return all(_run([contraction.forward(*part, window)], ms, bs) for part, ms, bs in each)
+    if packs is None:
+        each = zip(parts, masks, biases, strict=True)
+        return all(_run([contraction.forward(*part, window)], ms, bs) for part, ms, bs in each)
+    contractions = [contraction.forward(*part, window) for part in parts]
+    return _run_packed(contractions, masks, biases, packs)
 
 
 def sparse_backward(
@@ -119,6 +132,23 @@ def _run(contractions: Iterable[Contraction], mask: Tensor | None = None, bias: 
 
     best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
     return all(_kernels.gemm(*one, mask, bias, best, threads) for one in contractions)
+
+
+def _run_packed(
+    contractions: Sequence[Contraction], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], packs: Packs
+) -> bool:
+    from nmcompile import _kernels
+
+    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
+    if not packs:
+        packs += [
+            _kernels.pack_sparse(*one[:4], ms, best, threads) for one, ms in zip(contractions, masks, strict=True)
+        ]
+    if any(pack is None for pack in packs):
+        return False
+    for one, pack, bs in zip(contractions, packs, biases, strict=True):
+        _kernels.gemm_packed(pack, *one[4:], bs, best, threads)
+    return True
 
 
 def _pair(values: Sequence[int], missing: int) -> Pair:

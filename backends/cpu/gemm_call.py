@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmcompile.backends.choices import note, run_best
+from nmcompile.backends.choices import latest, note, run_best
 from nmcompile.backends.cpu.cost import predicted_speedup
 from nmcompile.backends.cpu.gemm import Geometry
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.packed_weights import forget_packs
 from nmcompile.ir.choice import Choice
+
+AT_REST = "forward at rest"
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class GemmCall:
 
     Args:
         name: of the node that calls, for `nmcompile.backends.choices.latest`.
-        phase: `"forward"`, `"backward"` or `"update"`.
+        phase: `"forward"`, `"forward at rest"` (with a weight that stays packed), `"backward"` or `"update"`.
         geometry: of the layer.
         operands: that the kernels read.
         rows, depth, lanes: of one group's product (see `nmcompile.backends.cpu.contraction`).
@@ -54,7 +57,10 @@ class GemmCall:
         layouts = tuple(None if x is None else (tuple(x.shape), x.stride()) for x in self.operands)
         problem = self.phase, self.geometry, layouts, threads
         multiplications = self.rows * self.depth * self.lanes * self.geometry.groups
-        return run_best(self.name, problem, multiplications, lambda: self._predicted(threads), sparse, dense)
+        result = run_best(self.name, problem, multiplications, lambda: self._predicted(threads), sparse, dense)
+        if self.phase == AT_REST and (choice := latest(self.name)) and choice.kernel == "dense":
+            forget_packs(self.operands[1])
+        return result
 
     def _refusal(self) -> str:
         """Why there is no sparse kernel for these operands; empty if there is."""

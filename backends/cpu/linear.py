@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
-from nmcompile.backends.cpu.gemm_call import GemmCall
+from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
+from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.reference import linear
+from nmcompile.ir.at_rest import are_weights_at_rest
 
 GEOMETRY = Geometry()
 
@@ -19,10 +21,11 @@ def _linear_forward(
 ) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W pruned along in-features."""
     matrix, kept = _matrix(weight, mask, transposed)
-    gemm = GemmCall(call, "forward", GEOMETRY, (input, matrix, mask, bias), *_sizes(matrix), _rows(input))
+    phase = AT_REST if are_weights_at_rest() else "forward"
+    gemm = GemmCall(call, phase, GEOMETRY, (input, matrix, mask, bias), *_sizes(matrix), _rows(input))
     return gemm.run(
         lambda: _like(input, matrix.shape[0]),
-        lambda output: sparse_forward(input, matrix, kept, bias, output, GEOMETRY),
+        lambda output: sparse_forward(input, matrix, kept, bias, output, GEOMETRY, kept_packs(weight, mask)),
         lambda: linear.linear_forward(input, masked(weight, mask), bias, transposed).contiguous(),
     )
 

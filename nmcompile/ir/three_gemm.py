@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from nmcompile.config import Phase
 from nmcompile.errors import GradientError
+from nmcompile.ir.at_rest import weights_at_rest
 from nmcompile.ir.captured import Site
 from nmcompile.ir.grid_steps import GridSteps
 from nmcompile.ir.layers import Layer
@@ -82,7 +83,9 @@ class GemmTriple:
         input, weight, bias = _autocast(input, weight, bias)
         input, unbatched = self.layer.prepare(input)
         operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
-        output: Tensor = _ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
+        is_moving = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        with nullcontext() if is_moving else weights_at_rest():
+            output: Tensor = _ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
         self._observe(output)
         return output.squeeze(0) if unbatched else output
 

@@ -58,16 +58,20 @@ std::int64_t rows_of_a_task(const GemmJob& job, std::int64_t tiles, std::int64_t
     return std::min(kMostRows, std::max(kFewestRows, pieces(job.rows, wanted)));
 }
 
-}  // namespace
+std::int64_t depth_blocks(std::int64_t depth) { return pieces(depth, kDepthBlock); }
 
-bool gemm(const GemmJob& job, InstructionSet isa, unsigned threads) {
-    const GemmKernel kernel = kernel_of(isa);
-    const std::int64_t blocks = pieces(job.sparse_depth.size, kDepthBlock), kept_count = blocks * job.rows * kKeptOfBlock;
-    static thread_local Scratch packed;
-    KeptValues kept{packed.floats(kept_count + pieces(kept_count, sizeof(float))), nullptr};
-    kept.places = reinterpret_cast<std::uint8_t*>(kept.values + kept_count);
+// Values first, then their places.
+std::int64_t packed_floats(std::int64_t rows, std::int64_t depth) {
+    const std::int64_t kept = depth_blocks(depth) * rows * kKeptOfBlock;
+    return kept + pieces(kept, sizeof(float));
+}
 
-    const std::int64_t groups = pieces(job.rows, kPackedRows);
+KeptValues kept_in(float* data, std::int64_t rows, std::int64_t depth) {
+    return {data, reinterpret_cast<std::uint8_t*>(data + depth_blocks(depth) * rows * kKeptOfBlock)};
+}
+
+bool pack_all(const GemmJob& job, const GemmKernel& kernel, const KeptValues& kept, unsigned threads) {
+    const std::int64_t blocks = depth_blocks(job.sparse_depth.size), groups = pieces(job.rows, kPackedRows);
     std::atomic<bool> fits = true;
     // All blocks of the same rows, one after the other: what shares cache lines stays in a cache.
     in_parallel(groups, 1, threads, [&](std::int64_t first, std::int64_t last) {
@@ -75,8 +79,10 @@ bool gemm(const GemmJob& job, InstructionSet isa, unsigned threads) {
             if (!kernel.pack(job, kept, i % blocks, i / blocks * kPackedRows)) fits = false;
         }
     });
-    if (!fits) return false;
+    return fits;
+}
 
+void multiply_all(const GemmJob& job, const GemmKernel& kernel, const KeptValues& kept, unsigned threads) {
     const std::int64_t lanes = lanes_of_a_tile(job.dense_lanes.size, kernel);
     const std::int64_t tiles = pieces(job.dense_lanes.size, lanes);
     const std::int64_t rows = rows_of_a_task(job, tiles, threads), parts = pieces(job.rows, rows);
@@ -88,6 +94,35 @@ bool gemm(const GemmJob& job, InstructionSet isa, unsigned threads) {
             kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(rows)));
         }
     });
+}
+
+}  // namespace
+
+void PackedSparse::Free::operator()(float* data) const { ::operator delete(data, std::align_val_t(kLine)); }
+
+PackedSparse::PackedSparse(std::int64_t rows, std::int64_t depth)
+    : rows_(rows), depth_(depth), data_(static_cast<float*>(::operator new(bytes(), std::align_val_t(kLine)))) {}
+
+KeptValues PackedSparse::kept() const { return kept_in(data_.get(), rows_, depth_); }
+
+std::int64_t PackedSparse::bytes() const { return packed_floats(rows_, depth_) * sizeof(float); }
+
+std::unique_ptr<PackedSparse> pack_sparse(const GemmJob& job, InstructionSet isa, unsigned threads) {
+    auto packed = std::make_unique<PackedSparse>(job.rows, job.sparse_depth.size);
+    return pack_all(job, kernel_of(isa), packed->kept(), threads) ? std::move(packed) : nullptr;
+}
+
+void gemm_packed(const GemmJob& job, const PackedSparse& packed, InstructionSet isa, unsigned threads) {
+    multiply_all(job, kernel_of(isa), packed.kept(), threads);
+}
+
+bool gemm(const GemmJob& job, InstructionSet isa, unsigned threads) {
+    const GemmKernel kernel = kernel_of(isa);
+    static thread_local Scratch scratch;
+    const std::int64_t depth = job.sparse_depth.size;
+    const KeptValues kept = kept_in(scratch.floats(packed_floats(job.rows, depth)), job.rows, depth);
+    if (!pack_all(job, kernel, kept, threads)) return false;
+    multiply_all(job, kernel, kept, threads);
     return true;
 }
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "instruction_sets.h"
 
@@ -15,6 +15,12 @@ namespace nmcompile {
 constexpr int kDepthBlock = 64;                 // elements of depth that one panel holds
 constexpr int kKeptOfBlock = kDepthBlock / 2;   // values that a row keeps of them
 constexpr int kMaxDigits = 4;
+
+// S without its zeros: for each block of depth and each row, kKeptOfBlock values and their places in the block.
+struct KeptValues {
+    float* values;
+    std::uint8_t* places;
+};
 
 // Where one index of an axis is: an offset in elements and a place in the image.
 struct Point {
@@ -50,6 +56,29 @@ struct GemmJob {
     GemmAxis output_lanes;
     const float* bias;  // one for each row, or null
 };
+
+// S without its zeros, packed once for many products.
+class PackedSparse {
+public:
+    PackedSparse(std::int64_t rows, std::int64_t depth);
+    KeptValues kept() const;
+    std::int64_t rows() const { return rows_; }
+    std::int64_t depth() const { return depth_; }
+    std::int64_t bytes() const;
+
+private:
+    struct Free {
+        void operator()(float* data) const;
+    };
+    std::int64_t rows_, depth_;
+    std::unique_ptr<float, Free> data_;
+};
+
+// Null where S has more than two non-zeros in some four. Only S and its axes are read of the job.
+std::unique_ptr<PackedSparse> pack_sparse(const GemmJob& job, InstructionSet isa, unsigned threads);
+
+// The product of the packed S; nothing of S is read of the job but its sizes.
+void gemm_packed(const GemmJob& job, const PackedSparse& packed, InstructionSet isa, unsigned threads);
 
 // False where S has more than two non-zeros in some four; C is then not written. Sums run along depth in one order,
 // whatever the number of threads.

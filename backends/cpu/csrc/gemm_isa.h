@@ -7,12 +7,6 @@
 
 namespace nmcompile {
 
-// S without its zeros: for each block of depth and each row, kKeptOfBlock values and their places in the block.
-struct KeptValues {
-    float* values;
-    std::uint8_t* places;
-};
-
 constexpr std::int64_t kPackedRows = 64;  // that are packed together
 
 struct GemmTile {

@@ -5,6 +5,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -43,16 +44,18 @@ GemmAxis axis_of(const AxisSpec& spec) {
     return axis;
 }
 
-bool checked_gemm(const Input& sparse, std::int64_t rows, std::int64_t sparse_row, const AxisSpec& sparse_depth,
-                  const Input& dense, const AxisSpec& dense_depth, const AxisSpec& dense_lanes, std::int32_t height,
-                  std::int32_t width, const Output& output, std::int64_t output_row, const AxisSpec& output_lanes,
-                  const Mask& mask, const Input& bias, const char* isa, unsigned threads) {
-    GemmJob job{};
+void set_sparse(GemmJob& job, const Input& sparse, std::int64_t rows, std::int64_t sparse_row,
+                const AxisSpec& sparse_depth, const Mask& mask) {
     job.rows = rows;
     job.sparse = sparse.data();
     job.mask = mask.is_valid() ? reinterpret_cast<const std::uint8_t*>(mask.data()) : nullptr;
     job.sparse_row = sparse_row;
     job.sparse_depth = axis_of(sparse_depth);
+}
+
+void set_dense(GemmJob& job, std::int64_t depth, const Input& dense, const AxisSpec& dense_depth,
+               const AxisSpec& dense_lanes, std::int32_t height, std::int32_t width, const Output& output,
+               std::int64_t output_row, const AxisSpec& output_lanes, const Input& bias) {
     job.dense = dense.data();
     job.dense_depth = axis_of(dense_depth);
     job.dense_lanes = axis_of(dense_lanes);
@@ -62,12 +65,45 @@ bool checked_gemm(const Input& sparse, std::int64_t rows, std::int64_t sparse_ro
     job.output_row = output_row;
     job.output_lanes = axis_of(output_lanes);
     job.bias = bias.is_valid() ? bias.data() : nullptr;
-    if (job.sparse_depth.size != job.dense_depth.size || job.dense_lanes.size != job.output_lanes.size) {
+    if (depth != job.dense_depth.size || job.dense_lanes.size != job.output_lanes.size) {
         throw std::invalid_argument("the axes do not fit each other");
     }
+}
+
+bool checked_gemm(const Input& sparse, std::int64_t rows, std::int64_t sparse_row, const AxisSpec& sparse_depth,
+                  const Input& dense, const AxisSpec& dense_depth, const AxisSpec& dense_lanes, std::int32_t height,
+                  std::int32_t width, const Output& output, std::int64_t output_row, const AxisSpec& output_lanes,
+                  const Mask& mask, const Input& bias, const char* isa, unsigned threads) {
+    GemmJob job{};
+    set_sparse(job, sparse, rows, sparse_row, sparse_depth, mask);
+    set_dense(job, job.sparse_depth.size, dense, dense_depth, dense_lanes, height, width, output, output_row,
+              output_lanes, bias);
     const InstructionSet chosen = instruction_set(isa);
     nb::gil_scoped_release release;
     return gemm(job, chosen, threads);
+}
+
+std::unique_ptr<PackedSparse> checked_pack(const Input& sparse, std::int64_t rows, std::int64_t sparse_row,
+                                           const AxisSpec& sparse_depth, const Mask& mask, const char* isa,
+                                           unsigned threads) {
+    GemmJob job{};
+    set_sparse(job, sparse, rows, sparse_row, sparse_depth, mask);
+    const InstructionSet chosen = instruction_set(isa);
+    nb::gil_scoped_release release;
+    return pack_sparse(job, chosen, threads);
+}
+
+void checked_packed(const PackedSparse& packed, const Input& dense, const AxisSpec& dense_depth,
+                    const AxisSpec& dense_lanes, std::int32_t height, std::int32_t width, const Output& output,
+                    std::int64_t output_row, const AxisSpec& output_lanes, const Input& bias, const char* isa,
+                    unsigned threads) {
+    GemmJob job{};
+    job.rows = packed.rows();
+    set_dense(job, packed.depth(), dense, dense_depth, dense_lanes, height, width, output, output_row, output_lanes,
+              bias);
+    const InstructionSet chosen = instruction_set(isa);
+    nb::gil_scoped_release release;
+    gemm_packed(job, packed, chosen, threads);
 }
 
 }  // namespace
@@ -77,6 +113,13 @@ void bind_gemm(nb::module_& m) {
           "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a, "height"_a, "width"_a, "output"_a.noconvert(),
           "output_row"_a, "output_lanes"_a, "mask"_a.noconvert().none(), "bias"_a.noconvert().none(), "isa"_a, "threads"_a,
           "Write the product of a 2:4 sparse operand and a dense one; False where the first is not 2:4.");
+    nb::class_<PackedSparse>(m, "PackedSparse", "A 2:4 operand without its zeros.")
+        .def_prop_ro("bytes", &PackedSparse::bytes, "How much memory it takes.");
+    m.def("pack_sparse", &checked_pack, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
+          "mask"_a.noconvert().none(), "isa"_a, "threads"_a, "A 2:4 operand packed; None where it is not 2:4.");
+    m.def("gemm_packed", &checked_packed, "packed"_a, "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a,
+          "height"_a, "width"_a, "output"_a.noconvert(), "output_row"_a, "output_lanes"_a, "bias"_a.noconvert().none(),
+          "isa"_a, "threads"_a, "Write the product of a packed operand and a dense one.");
 }
 
 }  // namespace nmcompile

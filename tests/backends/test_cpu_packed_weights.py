@@ -1,0 +1,154 @@
+"""Weights that stay packed while nobody asks for gradients: the same results, and no stale ones."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nmcompile
+from nmcompile import CompileConfig
+from nmcompile.backends import choices
+from nmcompile.backends.cpu import packed_weights
+from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.ir.choice import Choice
+from nmcompile.training.state import masks_of
+
+pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(24, 20), torch.randn(7, 24)),
+    "conv": (lambda: nn.Conv2d(16, 12, 3, padding=1, groups=2), torch.randn(2, 16, 5, 6)),
+    "last": (
+        lambda: nn.Conv2d(8, 12, 3).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Every GEMM runs sparse; the list has an entry for each operand that was packed to be kept."""
+    from nmcompile import _kernels
+
+    calls: list[int] = []
+    pack = _kernels.pack_sparse
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return pack(*args)
+
+    monkeypatch.setattr(_kernels, "pack_sparse", counted)
+    yield calls
+    packed_weights._kept.clear()
+
+
+def model(kind: str, mode: str = "weights") -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, x = LAYERS[kind]
+    compiled = nmcompile.compile(make(), mode, config=CompileConfig(ends="sparse"), backend="cpu")
+    return compiled, x
+
+
+def exact(compiled: nn.Module, x: Tensor) -> Tensor:
+    return nmcompile.finalize(compiled)(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_weight_is_packed_once_and_multiplies_as_before(kind: str, packed: list[int]) -> None:
+    compiled, x = model(kind)
+    with torch.enable_grad():
+        expected = compiled(x)
+    assert not packed
+    results = [compiled(x) for _ in range(3)] + [compiled(x[:1])]
+    assert len(packed) == (2 if kind == "conv" else 1)
+    assert all(torch.equal(result, expected) for result in results[:3])
+    torch.testing.assert_close(results[3], expected[:1])
+
+
+def write_in_place(weight: nn.Parameter) -> None:
+    with torch.no_grad():
+        weight.mul_(2)
+
+
+def write_through_data(weight: nn.Parameter) -> None:
+    weight.data.mul_(3)
+
+
+def put_another_in_place(weight: nn.Parameter) -> None:
+    weight.data = torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("write", [write_in_place, write_through_data, put_another_in_place])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_written_weight_is_packed_again(kind: str, write: Callable[[nn.Parameter], None]) -> None:
+    compiled, x = model(kind)
+    with torch.no_grad():
+        compiled(x)
+        write(compiled.weight)  # type: ignore[arg-type]
+        result = compiled(x)
+        for mask in masks_of(compiled).values():
+            effective = torch.where(mask.tensor, compiled.weight, 0)  # type: ignore[arg-type]
+        plain = nmcompile.decompile(compiled)
+        plain.weight = nn.Parameter(effective)
+        torch.testing.assert_close(result, plain(x))
+
+
+@torch.no_grad()
+def test_another_mask_packs_again(packed: list[int]) -> None:
+    compiled, x = model("linear")
+    compiled(x)
+    (mask,) = masks_of(compiled).values()
+    mask.tensor.copy_(mask.tensor.roll(4, 1))
+    result = compiled(x)
+    assert len(packed) == 2
+    torch.testing.assert_close(result, exact(compiled, x))
+
+
+def test_training_between_evaluations_keeps_nothing_stale() -> None:
+    compiled, x = model("linear", "training")
+    optimizer = torch.optim.SGD(compiled.parameters(), 0.5)
+    for _ in range(3):
+        compiled(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), exact(compiled, x))
+
+
+@torch.inference_mode()
+def test_inference_mode_keeps_packed_weights_too(packed: list[int]) -> None:
+    compiled, x = model("linear")
+    assert torch.equal(compiled(x), compiled(x))
+
+
+@torch.no_grad()
+def test_an_operand_that_is_not_2_4_runs_dense() -> None:
+    compiled, x = model("linear")
+    (mask,) = masks_of(compiled).values()
+    compiled(x)
+    mask.tensor.fill_(True)
+    expected = nn.functional.linear(x, compiled.weight, compiled.bias)  # type: ignore[arg-type]
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@torch.no_grad()
+def test_where_the_dense_kernel_is_faster_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, x = model("linear")
+    compiled(x)
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("dense", "the test asks for it"))
+    compiled(x)
+    assert len(packed_weights._kept) == 0
+
+
+@torch.no_grad()
+def test_a_dead_model_leaves_nothing_behind() -> None:
+    compiled, x = model("linear")
+    compiled(x)
+    assert len(packed_weights._kept) == 1
+    del compiled
+    gc.collect()
+    assert len(packed_weights._kept) == 0
