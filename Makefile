@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt backends/cpu/csrc/*)
 
-.PHONY: help demo test slow lint types wheel clean
+.PHONY: help demo test slow lint types asan wheel clean
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -23,6 +23,15 @@ lint: $(VENV)/.lint  ## ruff, rules and format
 
 types: $(VENV)/.lint  ## mypy, strict
 	$(BIN)/mypy
+
+asan: $(VENV)/.test  ## the tests of the native kernels under AddressSanitizer
+	$(BIN)/pip install -q -c constraints.txt nanobind
+	cmake -S . -B build/asan -DNMCOMPILE_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+		-Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	cmake --build build/asan --parallel
+	NMCOMPILE_KERNELS=$$(ls build/asan/_kernels.*) ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) \
+		$(BIN)/python -m pytest -q tests/backends tests/conformance -k "cpu or gemms"
 
 wheel: $(VENV)/.venv  ## build a wheel into dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .

@@ -1,9 +1,10 @@
 """The sparse GEMMs of the CPU backend beside PyTorch's dense ones on the same pruned operands.
 
-Every call of ours packs its sparse operand, with the mask applied, as a training step does. Peers, for linear layers:
-`F.linear` and its gradients by `mm` (MKL), oneDNN's linear operator (the best dense path to be had on AMD), and
-PyTorch's own CSR product, its weight converted beforehand. For convolutions: PyTorch's, which are oneDNN's.
-Outputs are compared first.
+Every call of ours packs its sparse operand, with the mask applied, as a training step does; in `forward, packed ahead`
+the weight is packed beforehand, as it is without gradients. Peers, for linear layers: `F.linear` and its gradients by
+`mm` (MKL), oneDNN's linear operator (the best dense path to be had on AMD; beside the packed weight also with its own
+weight reordered beforehand), and PyTorch's own CSR product, its weight converted beforehand. For convolutions:
+PyTorch's, which are oneDNN's. Outputs are compared first.
 
 python benchmarks/gemm.py   # writes results/gemm.json and, with matplotlib, results/gemm.svg
 """
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.pruning import OPERATORS, NMPattern, transposable_mask
 
 Calls = dict[str, Callable[[], Tensor]]
@@ -66,6 +68,18 @@ def linear_calls(tokens: int, inputs: int, outputs: int) -> Iterator[tuple[str, 
             "sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, sparse)),
             "F.linear": lambda: F.linear(x, w),
             "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+            "CSR": lambda: csr.mm(x.t()).t(),
+        },
+    )
+    packs: Packs = []
+    ordered = torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), tokens)
+    yield (
+        "forward, packed ahead",
+        {
+            "sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, sparse, packs)),
+            "F.linear": lambda: F.linear(x, w),
+            "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+            "oneDNN, reordered": lambda: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], ""),
             "CSR": lambda: csr.mm(x.t()).t(),
         },
     )
@@ -117,6 +131,14 @@ def conv_calls(
         "forward",
         {
             "sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, geometry)),
+            "oneDNN": lambda: F.conv2d(x, w, None, stride, padding),
+        },
+    )
+    packs: Packs = []
+    yield (
+        "forward, packed ahead",
+        {
+            "sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, geometry, packs)),
             "oneDNN": lambda: F.conv2d(x, w, None, stride, padding),
         },
     )

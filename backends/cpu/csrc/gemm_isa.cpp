@@ -18,24 +18,27 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Four values at once, each of them in all lanes of a vector: one load instead of four.
-struct FourValues {
-#if defined(__AVX512F__)
-    __m512 values;
-    explicit FourValues(const float* from) : values(_mm512_broadcast_f32x4(_mm_loadu_ps(from))) {}
-    template <int kWhich>
-    Floats get() const {
-        return std::bit_cast<Floats>(_mm512_permute_ps(values, kWhich * 0x55));
-    }
-#else
+// Four values, each of them in all lanes of a vector: a load for each.
+struct LoadedValues {
     const float* from;
-    explicit FourValues(const float* from) : from(from) {}
+    explicit LoadedValues(const float* from) : from(from) {}
     template <int kWhich>
     Floats get() const {
         return from[kWhich] - Floats{};
     }
-#endif
 };
+
+#if defined(__AVX512F__)
+// One load for the four, and permutations.
+struct PermutedValues {
+    __m512 values;
+    explicit PermutedValues(const float* from) : values(_mm512_broadcast_f32x4(_mm_loadu_ps(from))) {}
+    template <int kWhich>
+    Floats get() const {
+        return std::bit_cast<Floats>(_mm512_permute_ps(values, kWhich * 0x55));
+    }
+};
+#endif
 
 template <int kVectors>
 [[gnu::always_inline]] inline void add_value(const Floats& value, const float* row, Floats* sum) {
@@ -45,7 +48,7 @@ template <int kVectors>
 
 // Adds what one row keeps of a block of depth, a multiple of four values, to its sums of a tile. The sums stay in
 // registers; each value meets a panel's row that the multiply-add reads as its memory operand: no shuffles.
-template <int kVectors>
+template <class FourValues, int kVectors>
 void add_row(const float* values, const std::uint8_t* places, Index kept, const float* panel, float* sums, bool fresh) {
     constexpr Index kWidth = kVectors * kFloats;
     Floats sum[kVectors];
@@ -53,22 +56,22 @@ void add_row(const float* values, const std::uint8_t* places, Index kept, const 
     for (int v = 0; v < kVectors; ++v) sum[v] = fresh ? Floats{} : load<Floats>(sums + v * kFloats);
     for (Index i = 0; i < kept; i += 4) {
         const FourValues four(values + i);
-        add_value<kVectors>(four.get<0>(), panel + places[i] * kWidth, sum);
-        add_value<kVectors>(four.get<1>(), panel + places[i + 1] * kWidth, sum);
-        add_value<kVectors>(four.get<2>(), panel + places[i + 2] * kWidth, sum);
-        add_value<kVectors>(four.get<3>(), panel + places[i + 3] * kWidth, sum);
+        add_value<kVectors>(four.template get<0>(), panel + places[i] * kWidth, sum);
+        add_value<kVectors>(four.template get<1>(), panel + places[i + 1] * kWidth, sum);
+        add_value<kVectors>(four.template get<2>(), panel + places[i + 2] * kWidth, sum);
+        add_value<kVectors>(four.template get<3>(), panel + places[i + 3] * kWidth, sum);
     }
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) store(sum[v], sums + v * kFloats);
 }
 
-template <int kVectors>
+template <class FourValues, int kVectors>
 void add_block(const GemmJob& job, const KeptValues& kept, Index block, const GemmTile& tile, const float* panel,
                float* sums) {
     const Index count = smaller(kDepthBlock, job.dense_depth.size - block * kDepthBlock);
     for (Index row = tile.first_row; row < tile.last_row; ++row, sums += kVectors * kFloats) {
         const Index at = (block * job.rows + row) * kKeptOfBlock;
-        add_row<kVectors>(kept.values + at, kept.places + at, (count + 7) / 8 * 4, panel, sums, block == 0);
+        add_row<FourValues, kVectors>(kept.values + at, kept.places + at, (count + 7) / 8 * 4, panel, sums, block == 0);
     }
 }
 
@@ -106,9 +109,11 @@ constexpr Index kPanelFloats = kDepthBlock * kTileLanes + kTileLanes;
 
 Index scratch_floats(Index rows) { return kPanelFloats + rows * kTileLanes + kFloats; }
 
+template <class FourValues>
 void multiply(const GemmJob& job, const KeptValues& kept, const GemmTile& tile, float* scratch) {
-    static constexpr decltype(&add_block<1>) add_blocks[] = {add_block<1>, add_block<2>, add_block<3>, add_block<4>,
-                                                             add_block<5>, add_block<6>, add_block<7>, add_block<8>};
+    static constexpr decltype(&add_block<FourValues, 1>) add_blocks[] = {
+        add_block<FourValues, 1>, add_block<FourValues, 2>, add_block<FourValues, 3>, add_block<FourValues, 4>,
+        add_block<FourValues, 5>, add_block<FourValues, 6>, add_block<FourValues, 7>, add_block<FourValues, 8>};
     static_assert(sizeof(add_blocks) == kTileVectors * sizeof(add_blocks[0]));
     float *panel = scratch, *sums = scratch + kPanelFloats;
     const TileOfLanes from(job.dense_lanes, tile.first_lane, tile.last_lane);
@@ -123,6 +128,12 @@ void multiply(const GemmJob& job, const KeptValues& kept, const GemmTile& tile, 
 
 }  // namespace
 
-GemmKernel gemm_kernel() { return {kFloats, kTileLanes, pack, multiply, scratch_floats}; }
+GemmKernel gemm_kernel() {
+#if defined(__AVX512F__)
+    // AMD's Zen 4 loads one vector in a cycle, and the panel needs them all; Intel permutes where it multiplies.
+    if (__builtin_cpu_is("amd")) return {kFloats, kTileLanes, pack, multiply<PermutedValues>, scratch_floats};
+#endif
+    return {kFloats, kTileLanes, pack, multiply<LoadedValues>, scratch_floats};
+}
 
 }  // namespace nmcompile::NMCOMPILE_ISA
