@@ -2,9 +2,8 @@
 
 Every call of ours packs its sparse operand, with the mask applied, as a training step does; in `forward, packed ahead`
 the weight is packed beforehand, as it is without gradients. Peers, for linear layers: `F.linear` and its gradients by
-`mm` (MKL), oneDNN's linear operator (the best dense path to be had on AMD; beside the packed weight also with its own
-weight reordered beforehand), and PyTorch's own CSR product, its weight converted beforehand. For convolutions:
-PyTorch's, which are oneDNN's. Outputs are compared first.
+`mm` (MKL), oneDNN's linear operator (the best dense path to be had on AMD), and PyTorch's own CSR product, its weight
+converted beforehand. For convolutions: PyTorch's, which are oneDNN's. Outputs are compared first.
 
 python benchmarks/gemm.py   # writes results/gemm.json and, with matplotlib, results/gemm.svg
 """
@@ -72,14 +71,12 @@ def linear_calls(tokens: int, inputs: int, outputs: int) -> Iterator[tuple[str, 
         },
     )
     packs: Packs = []
-    ordered = torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), tokens)
     yield (
         "forward, packed ahead",
         {
             "sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, sparse, packs)),
             "F.linear": lambda: F.linear(x, w),
             "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-            "oneDNN, reordered": lambda: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], ""),
             "CSR": lambda: csr.mm(x.t()).t(),
         },
     )

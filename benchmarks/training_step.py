@@ -2,7 +2,7 @@
 refreshed every 40 steps only, which the few timed here do not reach.
 
 Each variant trains its own copy of the model: eager; for the MLP also eager with oneDNN's linear operator, the best
-dense path to be had on AMD; and compiled in mode "training".
+dense path to be had on AMD; and compiled in mode "training", everything pruned ("sparse") or what pays.
 
 python benchmarks/training_step.py   # writes results/training_step.json; takes some minutes
 """
@@ -12,7 +12,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -100,6 +100,8 @@ def variants(load: Workload) -> dict[str, nn.Module]:
     if isinstance(load.model, nn.Sequential):
         found["best dense"] = BestDense(copy.deepcopy(load.model))
     found["sparse"] = nmcompile.compile(copy.deepcopy(load.model), "training", config=load.config)
+    paying = replace(load.config, where="pays")
+    found["pays"] = nmcompile.compile(copy.deepcopy(load.model), "training", args=(load.x,), config=paying)
     return found
 
 
@@ -128,7 +130,12 @@ def main() -> None:
         trained = variants(load)
         times = in_turns({variant: stepper(model, load) for variant, model in trained.items()}, options.repeats)
         medians = {variant: statistics.median(found) for variant, found in times.items()}
-        ratios = {variant: time / medians["sparse"] for variant, time in medians.items() if variant != "sparse"}
+        ratios = {
+            f"{ours} over {peer}": time / medians[ours]
+            for ours in ("sparse", "pays")
+            for peer, time in medians.items()
+            if peer not in ("sparse", "pays")
+        }
         choices = [c for layer in nmcompile.inspect(trained["sparse"]).layers for c in layer.choices.values()]
         sparse = sum(choice.kernel == "sparse" for choice in choices)
         results.append(

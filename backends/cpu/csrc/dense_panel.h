@@ -35,6 +35,8 @@ inline void copy_runs(const GemmJob& job, const TileOfLanes& tile, const Point* 
         }
         const float* from = job.dense + depth[k].offset;
         float* row = panel + k * tile.width;
+        // Lanes behind the last are multiplied too, and what memory happens to hold may be denormal: very slow.
+        store(Floats{}, row + tile.width - kFloats);
         for (Index i = 0; i < tile.run_count; ++i) {
             store(load_between(from + tile.runs[i].start.offset, inside[i]), row + tile.runs[i].first);
         }

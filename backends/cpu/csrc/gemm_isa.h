@@ -7,7 +7,7 @@
 
 namespace nmcompile {
 
-constexpr std::int64_t kPackedRows = 64;  // that are packed together
+constexpr std::int64_t kPackedRows = 32;  // that are packed together
 
 struct GemmTile {
     std::int64_t first_row, last_row, first_lane, last_lane;
