@@ -247,8 +247,8 @@ class Report:
         time = sum(choice.seconds or 0 for choice in measured)
         return (
             f"{len(sparse)} of {len(choices)} GEMMs that ran had a sparse kernel; those measured take "
-            f"{time * 1e3:.1f} ms, and {dense_time * 1e3:.1f} ms with dense kernels on the same pruned operands. Whether a "
-            "layer is faster than without pruning, CompileConfig(where='pays') measures."
+            f"{time * 1e3:.1f} ms, and {dense_time * 1e3:.1f} ms with dense kernels on the same pruned operands. "
+            "Whether a layer is faster than without pruning, CompileConfig(where='pays') measures."
         )
 
 
