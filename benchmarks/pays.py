@@ -57,7 +57,9 @@ def main() -> None:
     for name, layer, x in layers():
         models = {name: copy.deepcopy(nn.Sequential(layer)) for name in ("dense", "dense again", "pays")}
         config = CompileConfig(where="pays", ends="sparse")
-        models["pays"] = nmcompile.compile(models["pays"], "training", args=(x,), config=config)
+        # With a gradient of the input, as a layer in the middle of a model has.
+        args = (x.detach().requires_grad_(),)
+        models["pays"] = nmcompile.compile(models["pays"], "training", args=args, config=config)
         plan = nmcompile.inspect(models["pays"]).layers[0].plan
         pruned = [phase.value for phase in Phase if any(row.is_sparse for row in plan.rows_of(phase))]
         times = in_turns({key: stepper(model, x) for key, model in models.items()}, options.repeats)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, fx, nn
+from torch.utils import _pytree as pytree
 
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.calibration import evaluating
@@ -88,14 +89,17 @@ class _Recorder(fx.Interpreter):
 
 @torch.no_grad()
 def _inputs(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """By layer, a tensor on the meta device as large and laid out as its input.
+    """By layer, a tensor on the meta device as large and laid out as its input, and with a gradient if that has one.
 
     Where the layer pads apart from its GEMM, it is padded already, and is once more when it is timed, in all variants.
     """
     inputs: dict[str, Tensor] = {}
     with evaluating(trial), interpreted(triples_of(trial), lambda triple, phase: _Recorder(triple, phase, inputs)):
         trial(*args, **kwargs)
-    return inputs
+    # Nobody asks for the gradient of the model's own inputs, unless they say so.
+    facts, leaves = record_of(trial)[1].program.captured.facts, pytree.tree_leaves((args, kwargs))
+    asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    return {name: x.requires_grad_(trial.training and (asked or not facts[name].first)) for name, x in inputs.items()}
 
 
 def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhases:
@@ -110,19 +114,18 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
         if name not in inputs:
             dense[name] = {phase: NOT_REACHED for part in parts for phase in part}
             continue
-        problem = _problem(trial, record, triple, inputs[name])
+        problem = _problem(trial, triple, inputs[name])
         if problem not in measured:
             measured[problem] = _typical_times(_steps(trial, record, triple, inputs[name]))
         dense[name] = decide(measured[problem])
     return dense
 
 
-def _problem(trial: nn.Module, record: Compilation, triple: GemmTriple, input: Tensor) -> Any:
+def _problem(trial: nn.Module, triple: GemmTriple, input: Tensor) -> Any:
     """What decides how long a layer takes: equal problems are measured once."""
     rows = tuple(replace(row, layer="", reason="") for row in triple.graphs.plan.rows)
-    is_first = record.program.captured.facts[triple.layer.name].first
-    layout = tuple(input.shape), input.stride(), input.dtype
-    return replace(triple.layer, name=""), rows, layout, is_first, trial.training
+    layout = tuple(input.shape), input.stride(), input.dtype, input.requires_grad
+    return replace(triple.layer, name=""), rows, layout, trial.training
 
 
 def _typical_times(steps: Steps) -> Times:
@@ -153,8 +156,8 @@ def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Te
     input = torch.empty_like(layout, device=device).normal_()
     operands = [input, values, bias]
     if trial.training:
-        is_first = record.program.captured.facts[triple.layer.name].first
-        operands = [x if x is None or (is_first and x is input) else x.requires_grad_() for x in operands]
+        needed = layout.requires_grad, True, True
+        operands = [x if x is None else x.requires_grad_(n) for x, n in zip(operands, needed, strict=True)]
     layers = dict(_variants(trial, record, triple))
     return {parts: _step(layer, operands, trial.training) for parts, layer in layers.items()}
 

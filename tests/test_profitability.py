@@ -112,6 +112,23 @@ def test_a_saved_decision_holds_where_another_was_measured(paying: dict[int, obj
     assert list(nmcompile.sparse_state_dict(second)) == list(state)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_gradient_of_the_input_counts_where_it_is_asked_for(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: list[int] = []
+
+    def timed(steps: profitability.Steps) -> dict[tuple[tuple[Phase, ...], ...], float]:
+        for step in steps.values():
+            found = step()
+            assert isinstance(found, tuple)
+            gradients.append(len(found))
+        return dict.fromkeys(steps, 1.0)
+
+    monkeypatch.setattr(profitability, "_typical_times", timed)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4, bias=False))
+    nmcompile.compile(model, args=(X.clone().requires_grad_(asked),), config=CONFIG)
+    assert set(gradients) == ({3, 2} if asked else {2})
+
+
 def test_a_model_that_is_dense_throughout_keeps_its_decision(paying: dict[int, object]) -> None:
     paying.update({16: (), 8: ()})
     dense = nmcompile.compile(net(), args=(X,), config=CONFIG)
