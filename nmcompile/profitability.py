@@ -1,6 +1,7 @@
 """`CompileConfig(where="pays")`: which phases lose by being pruned, from a measurement of each layer alone."""
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from nmcompile.passes import compile_passes
 from nmcompile.training.binding import TripleFactory
 from nmcompile.training.state import triples_of
 
-ROUNDS = 9
+ROUNDS = 12
 MARGIN = 0.95  # of the dense time, that pruning must stay below: a run differs from the next by a few percent
 NOT_REACHED = "no call with args reaches it, so whether pruning pays is not known (where='pays')"
 
@@ -129,12 +130,17 @@ def _problem(trial: nn.Module, triple: GemmTriple, input: Tensor) -> Any:
 
 
 def _typical_times(steps: Steps) -> Times:
-    """The median of some calls of each, in turns, behind a first one that chooses kernels and makes masks."""
+    """The median of some calls of each, in turns, behind a first one that chooses kernels and makes masks.
+
+    Each turn has another order: what one leaves in caches and in the allocator, the next finds.
+    """
     times: dict[tuple[Phases, ...], list[float]] = {parts: [] for parts in steps}
+    order, dice = list(steps), random.Random(0)
     for turn in range(1 + ROUNDS):
-        for parts, step in steps.items():
+        dice.shuffle(order)
+        for parts in order:
             start = time.perf_counter()
-            step()
+            steps[parts]()
             _wait()
             if turn:
                 times[parts].append(time.perf_counter() - start)
