@@ -1,6 +1,6 @@
 """From a captured model to one that runs its three-GEMM graphs, and what it remembers of how it came about."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,7 +10,7 @@ from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import StateError
 from nmcompile.ir.captured import Captured
 from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
-from nmcompile.ir.plan import DensePhases
+from nmcompile.ir.plan import DensePhases, Plan
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.ir.three_gemm import GemmTriple
@@ -50,10 +50,15 @@ def compilation_of(
 ) -> Compilation:
     """Plan a captured model and lower its graphs."""
     plan = plan_phases(captured, preset(mode), config).without(dense_phases or {})
+    return Compilation(lowered(captured, plan, backends), mode, config, backends, reverted, dense_phases)
+
+
+def lowered(captured: Captured, plan: Plan, backends: Sequence[Backend]) -> Program:
+    """The graphs of a plan, lowered by the first backend that takes each node."""
     program = Program(captured, plan)
     for one_pass in compile_passes(backends):
         one_pass.run(program)
-    return Compilation(program, mode, config, backends, reverted, dense_phases)
+    return program
 
 
 def bind_layers(model: nn.Module, done: Compilation, seed: int, kept: Iterable[GemmTriple]) -> dict[str, GemmTriple]:

@@ -15,15 +15,12 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.calibration import evaluating
-from nmcompile.compilation import Compilation, record_of
+from nmcompile.compilation import Compilation, lowered, record_of
 from nmcompile.config import Phase
 from nmcompile.finalization import stored_weight
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
-from nmcompile.ir.program import Program
-from nmcompile.ir.protocols import Backend
 from nmcompile.ir.three_gemm import GemmTriple
-from nmcompile.passes import compile_passes
 from nmcompile.training.binding import TripleFactory
 from nmcompile.training.state import triples_of
 
@@ -192,16 +189,10 @@ def _variants(
 
 def _layer(trial: nn.Module, record: Compilation, triple: GemmTriple, plan: LayerPlan) -> Callable[..., Tensor]:
     """A layer by another plan: what would run in its place."""
-    name = plan.layer.name
+    name, captured = plan.layer.name, record.program.captured
     if not plan.rewritten:
-        graph = _lowered(record, plan, (ReferenceBackend(),)).layers[name][Phase.FORWARD]
+        graph = lowered(captured, Plan((plan,)), (ReferenceBackend(),)).layers[name][Phase.FORWARD]
         return lambda input, *rest: graph(plan.layer.prepare(input)[0], *(x for x in rest if x is not None))[0]
-    factory = TripleFactory(trial, _lowered(record, plan, record.backends), record.config, 0, [triple])
+    program = lowered(captured, Plan((plan,)), record.backends)
+    factory = TripleFactory(trial, program, record.config, 0, [triple])
     return factory.make(triple.site)
-
-
-def _lowered(record: Compilation, plan: LayerPlan, backends: Sequence[Backend]) -> Program:
-    program = Program(record.program.captured, Plan((plan,)))
-    for one_pass in compile_passes(backends):
-        one_pass.run(program)
-    return program

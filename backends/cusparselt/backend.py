@@ -53,7 +53,9 @@ class CusparseltBackend:
         """The reference backend's node, with a choice of the kernel."""
         name = f"{node.meta['layer'].name} {node.meta['phase'].value} cusparselt {next(_numbers)}"
         ReferenceBackend().lower(node)
-        ops.replace_node(node, SPARSE[node.target], (*node.args, name))
+        # Linear layers keep whether their weight is transposed; the geometry of a 1x1 convolution says nothing.
+        kept = node.args[:3] if isinstance(node.meta["layer"], ConvLayer) else node.args
+        ops.replace_node(node, SPARSE[node.target], (*kept, name))
         node.meta["choice"] = partial(latest, name)
 
 

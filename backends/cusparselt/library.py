@@ -5,6 +5,7 @@ product before it is timed, once for each shape.
 """
 
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,12 +44,22 @@ def multiply(compressed: Tensor, dense: Tensor, bias: Tensor | None, algorithm: 
 def best_algorithm(
     compressed: Tensor, dense: Tensor, bias: Tensor | None, expected: Callable[[], Tensor]
 ) -> Algorithm | None:
-    """The fastest algorithm that is right, searched once for each shape; None if none is."""
-    problem = tuple(compressed.shape), tuple(dense.shape), dense.stride(), dense.dtype, bias is None, dense.device
+    """The fastest algorithm that is right, searched once for each shape; None if none is, or while a graph is captured.
+
+    Where algorithms have to be deterministic it is the first that is right.
+    """
+    shapes = tuple(compressed.shape), tuple(dense.shape), dense.stride()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    problem = *shapes, dense.dtype, bias is None, dense.device, is_deterministic
     if problem not in _found:
-        right = list(_right_algorithms(compressed, dense, bias, expected()))
-        times = {one: _time(lambda one=one: multiply(compressed, dense, bias, one)) for one in right}  # type: ignore[misc]
-        _found[problem] = min(times, key=lambda one: times[one]) if times else None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
+        right = _right_algorithms(compressed, dense, bias, expected())
+        if is_deterministic:  # no clock decides
+            _found[problem] = next(right, None)
+        else:
+            times = {one: _time(partial(multiply, compressed, dense, bias, one)) for one in right}
+            _found[problem] = min(times, key=lambda one: times[one]) if times else None
     return _found[problem]
 
 

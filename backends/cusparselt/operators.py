@@ -4,15 +4,11 @@ The weight is dense with its zeros. `call` names the node that calls. What the l
 reference backend has it.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows, run_product
 from nmcompile.backends.reference import conv, linear
-
-Ints = Sequence[int]
 
 
 @torch.library.custom_op("nmcompile::cusparselt_linear_forward", mutates_args=())
@@ -52,18 +48,13 @@ def _pointwise_forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
     call: str,
 ) -> Tensor:
     """Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
-    geometry = list(stride), list(padding), list(dilation), groups
     return run_product(
         Product(call, weight.flatten(1), by_rows(input, 1), bias),
         lambda rows: by_channels(rows, input, weight.shape[0]),
-        lambda: conv.conv_forward(input, weight, bias, *geometry),
+        lambda: conv.conv_forward(input, weight, bias, *_geometry(input)),
     )
 
 
@@ -72,10 +63,6 @@ def _(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
     call: str,
 ) -> Tensor:
     rows = input.new_empty(input.numel() // input.shape[1], weight.shape[0])
@@ -87,18 +74,13 @@ def _pointwise_input_gradient(
     grad_output: Tensor,
     weight: Tensor,
     input: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
     call: str,
 ) -> Tensor:
     """dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
-    geometry = list(stride), list(padding), list(dilation), groups
     return run_product(
         Product(call, weight.flatten(1).t(), by_rows(grad_output, 1)),
         lambda rows: by_channels(rows, input, weight.shape[1]),
-        lambda: conv.conv_input_gradient(grad_output, weight, input, *geometry),
+        lambda: conv.conv_input_gradient(grad_output, weight, input, *_geometry(input)),
     )
 
 
@@ -107,10 +89,6 @@ def _(
     grad_output: Tensor,
     weight: Tensor,
     input: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
     call: str,
 ) -> Tensor:
     return by_channels(input.new_empty(input.numel() // input.shape[1], input.shape[1]), input, input.shape[1])
@@ -120,3 +98,9 @@ linear_forward = torch.ops.nmcompile.cusparselt_linear_forward.default
 linear_input_gradient = torch.ops.nmcompile.cusparselt_linear_input_gradient.default
 pointwise_forward = torch.ops.nmcompile.cusparselt_pointwise_forward.default
 pointwise_input_gradient = torch.ops.nmcompile.cusparselt_pointwise_input_gradient.default
+
+
+def _geometry(input: Tensor) -> tuple[list[int], list[int], list[int], int]:
+    """Stride, padding, dilation and groups of a 1x1 convolution."""
+    dims = input.dim() - 2
+    return [1] * dims, [0] * dims, [1] * dims, 1

@@ -136,6 +136,19 @@ def test_a_wrong_algorithm_is_never_taken(stand_in: list[Sizes]) -> None:
     assert len(stand_in) == before, "searched again"
 
 
+def test_the_search_heeds_determinism_and_capture(stand_in: list[Sizes], monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse, dense = pruned(16, 16), torch.randn(8, 16)
+    monkeypatch.setattr(library, "_time", lambda run: pytest.fail("a clock decides"))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert best_algorithm(sparse, dense, None, lambda: dense @ sparse.t()) == RIGHT
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert best_algorithm(sparse, dense, None, lambda: pytest.fail("searched")) is None
+
+
 def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(
     stand_in: list[Sizes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,10 +228,9 @@ def test_fakes_and_schemas(layout: torch.memory_format, stand_in: list[Sizes]) -
         other = pruned(12, 8, dim=0).t().contiguous() if transposed else pruned(12, 8, dim=0)
         torch.library.opcheck(linear_input_gradient, (dy, other, transposed, "b"), test_utils=CHECKS)
     x, dy = (torch.randn(2, c, 3, 4).contiguous(memory_format=layout) for c in (8, 12))
-    geometry = [1, 1], [0, 0], [1, 1], 1
-    torch.library.opcheck(pointwise_forward, (x, pruned(12, 8, 1, 1), b, *geometry, "c"), test_utils=CHECKS)
+    torch.library.opcheck(pointwise_forward, (x, pruned(12, 8, 1, 1), b, "c"), test_utils=CHECKS)
     weight = pruned(12, 8, 1, 1, dim=0)
-    torch.library.opcheck(pointwise_input_gradient, (dy, weight, x, *geometry, "d"), test_utils=CHECKS)
+    torch.library.opcheck(pointwise_input_gradient, (dy, weight, x, "d"), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
