@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from nmcompile.config import Phase
 from nmcompile.errors import CalibrationError
+from nmcompile.ir import operations as ops
+from nmcompile.ir.absorbed_norm import AbsorbedNorm
 from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.three_gemm import GemmTriple
@@ -20,6 +23,7 @@ from nmcompile.training.state import triples_of
 
 PERCENTILE = 99.99
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+COARSE = 4  # bits; on finer grids rounding is no error to balance clipping with
 EXAMPLES = 8  # batches whose outputs are kept to choose among them
 
 
@@ -29,7 +33,7 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
 
     The histogram of each activation (after its pruning) is searched for the clip of the least squared error. That says
     which clips fit together, but not how much clipping the model bears: errors of rounding add up through the layers
-    otherwise than errors of clipping. So all clips are then multiplied by the one factor with the least squared error
+    otherwise than errors of clipping. So all clips of coarse grids are then multiplied by the one factor with the least squared error
     of the model's outputs on the first batches. Learned clips start from there. With
     `CompileConfig(clip="percentile")` each clip is the percentile 99.99 of its input.
 
@@ -47,7 +51,8 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
         clips = {key: _clip(step, observed[key]) for key, step in steps.items()}
         for key, step in steps.items():
             step.calibrate(clips[key])
-        _scale_clips(compiled, [step for step in steps.values() if step.row.operator != "percentile"], examples)
+        coarse = [step for step in steps.values() if step.grid.bits <= COARSE]
+        _scale_clips(compiled, [step for step in coarse if step.row.operator != "percentile"], examples)
 
 
 @contextmanager
@@ -66,12 +71,37 @@ def _observe(compiled: nn.Module, data: Iterable[Any]) -> tuple[dict[int, Histog
     """What each input holds, and some batches with the outputs that they have unquantized."""
     observed: dict[int, Histogram] = defaultdict(Histogram)
     examples: list[tuple[Any, list[Tensor]]] = []
-    with interpreted(triples_of(compiled), lambda triple, phase: _Observer(triple, phase, observed)):
+    observing = interpreted(triples_of(compiled), lambda triple, phase: _Observer(triple, phase, observed))
+    with observing, _observed_norms(compiled, observed):
         for batch in tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None):
             outputs = _floats(run_batch(compiled, batch))
             if len(examples) < EXAMPLES:
                 examples.append((batch, outputs))
     return observed, examples
+
+
+@contextmanager
+def _observed_norms(model: nn.Module, observed: dict[int, Histogram]) -> Iterator[None]:
+    """Inside, absorbed norms round nothing, and show what their grids would get to histograms."""
+    norms = [module for module in model.modules() if isinstance(module, AbsorbedNorm)]
+    for norm in norms:
+        step = norm.absorbing_layer.three_gemms[""].steps.output
+        norm.__dict__.update(to_grid=partial(_note, step, observed), to_accumulator=_unrounded)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.__dict__["to_grid"], norm.__dict__["to_accumulator"]
+
+
+def _unrounded(shift: Tensor, gain: Tensor) -> Tensor:
+    return shift
+
+
+def _note(step: ActivationStep | None, observed: dict[int, Histogram], x: Tensor) -> Tensor:
+    if step is not None:
+        observed[id(step)].observe(x)
+    return x
 
 
 def _scale_clips(compiled: nn.Module, steps: list[ActivationStep], examples: list[tuple[Any, list[Tensor]]]) -> None:
@@ -113,6 +143,8 @@ class _Observer(fx.Interpreter):
         self.observed = observed
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is ops.to_accumulator:
+            return self.env[n.all_input_nodes[0]]
         row = n.meta.get("row")
         if row is None or not row.is_quantized or row.operand not in self.steps:
             return super().run_node(n)

@@ -22,6 +22,7 @@ BITS = (2, 3, 4, 8)
 ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
 PLACEMENTS = ("operand", "activation")
+OUTPUTS = ("int8", "float")
 GRANULARITIES = ("tensor", "channel")
 WHERE = ("all", "pays")
 
@@ -135,6 +136,10 @@ class CompileConfig:
         placement: where activations are pruned and quantized: at the `"operand"` of each GEMM, or, for layers that a
             ReLU follows directly, at that `"activation"`, so that everything behind it (batch norm, pooling, a residual
             branch) reads the pruned values, and the GEMMs behind take them as they come. Needs the whole graph.
+        outputs: `"int8"` also puts the results of quantized layers on an 8-bit grid where something else than a
+            quantized layer reads them (a residual addition, a softmax, pruning): integer kernels write integers.
+            `"float"` leaves them, and runtimes compute such layers in floating point. Needs the whole graph, without
+            which results stay as they are.
         where: `"all"` prunes what the plan says; `"pays"` times each layer alone with the inputs that `args` bring it,
             pruned and not, and gives up the pruning of the phases that are not faster for it. It is decided once, when
             the model is compiled (in the autocast context, with the threads and in the mode, `train()` or `eval()`, of
@@ -148,6 +153,7 @@ class CompileConfig:
     clip: str = "mse"
     granularity: str = "tensor"
     placement: str = "operand"
+    outputs: str = "int8"
     where: str = "all"
 
     def __post_init__(self) -> None:
@@ -155,7 +161,8 @@ class CompileConfig:
             raise ConfigError(f"refresh is {self.refresh}; give a number of optimizer steps >= 1, or None to freeze")
         if self.sr_ste < 0:
             raise ConfigError(f"sr_ste is {self.sr_ste}; SR-STE's λ cannot be negative")
-        choices = {"ends": ENDS, "clip": CLIPS, "granularity": GRANULARITIES, "placement": PLACEMENTS, "where": WHERE}
+        choices = {"ends": ENDS, "clip": CLIPS, "granularity": GRANULARITIES, "placement": PLACEMENTS}
+        choices |= {"outputs": OUTPUTS, "where": WHERE}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")

@@ -37,9 +37,8 @@ def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
         raise PassError(f"layer {triple.layer.name!r}: its weight is computed in forward, so that no file can hold it")
     weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))
     steps = triple.steps
-    return DeployedLayer(
-        triple.layer, weight, _activation(triple, "input", steps.input), _activation(triple, "output", steps.output)
-    )
+    input, output = _activation(triple, "input", steps.input), _activation(triple, "output", steps.output)
+    return DeployedLayer(triple.layer, weight, input, output, triple.graphs.plan.norm)
 
 
 def _plain(model: nn.Module, site: Site) -> DeployedLayer:

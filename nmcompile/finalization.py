@@ -1,6 +1,7 @@
 """The plain model with its pruning and quantization made real in the weights."""
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from nmcompile.errors import PassError
 from nmcompile.ir.modules import RECORD, restore
-from nmcompile.ir.operations import apply_mask, to_grid
+from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training.state import masks_of, triples_of
 
@@ -20,6 +21,8 @@ FINALIZED = "_nmcompile_finalized"
 def finalize(compiled: nn.Module) -> nn.Module:
     """The plain model, a copy, whose weights are zero where the current masks say so, and on their grid if quantized.
 
+    Biases of layers with integer weights and inputs are whole steps of their accumulator, as those layers add them.
+
     Raises:
         PassError: a pruned weight is computed in forward (a standardized weight, say), so that no parameter can hold
             its zeros.
@@ -27,11 +30,12 @@ def finalize(compiled: nn.Module) -> nn.Module:
     plain = copy.deepcopy(compiled)
     masks = masks_of(plain)
     effective = {triple.site.weight: _effective(plain, triple) for triple in triples_of(plain) if _changes(triple)}
+    effective |= dict(_rounded_biases(plain))
     for module in plain.modules():
         restore(module)
         module.__dict__.pop(RECORD, None)
-    for name, weight in effective.items():
-        _write(plain, name, weight)
+    for name, values in effective.items():
+        _write(plain, name, values)
     plain.__dict__[FINALIZED] = masks
     return plain
 
@@ -77,6 +81,18 @@ def _effective(model: nn.Module, triple: GemmTriple) -> Tensor:
             f"parameter; leave it dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
     return weight
+
+
+def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """By name, the biases that integer kernels round."""
+    for triple in triples_of(model):
+        weight, name = stored_weight(model, triple), ".".join(filter(None, (triple.site.module, "bias")))
+        bias, input = named_weight(model, name), triple.steps.input
+        if triple.site.role or weight is None or bias is None or input is None or not input.is_calibrated:
+            continue
+        step = triple.steps.of_weight(weight)
+        if step is not None:
+            yield name, to_accumulator(bias, input.current(), step)
 
 
 def _write(model: nn.Module, name: str, weight: Tensor) -> None:

@@ -8,6 +8,7 @@ from nmcompile.passes.lower_nodes import LowerNodes as LowerNodes
 from nmcompile.passes.prune_gradients import PruneGradients as PruneGradients
 from nmcompile.passes.prune_inputs import PruneInputs as PruneInputs
 from nmcompile.passes.prune_weights import PruneWeights as PruneWeights
+from nmcompile.passes.quantize_biases import QuantizeBiases as QuantizeBiases
 from nmcompile.passes.quantize_inputs import QuantizeInputs as QuantizeInputs
 from nmcompile.passes.quantize_outputs import QuantizeOutputs as QuantizeOutputs
 from nmcompile.passes.quantize_weights import QuantizeWeights as QuantizeWeights
@@ -23,6 +24,7 @@ def compile_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:
         PruneGradients(),
         QuantizeWeights(),
         QuantizeInputs(),
+        QuantizeBiases(),
         QuantizeOutputs(),
         LowerNodes(tuple(backends)),
     )

@@ -5,7 +5,7 @@ machine and every resumed run plans the same.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nmcompile.config import DEFAULT, CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.errors import PreconditionError
@@ -68,9 +68,13 @@ class _LayerPlanner:
             rows = [row for phase in Phase for row in self._phase_rows(phase, asked)] + list(self._grid_rows(asked))
         rows += self._output_rows(self.site)
         self._check_exact(key, asked, rows)
+        is_integer = {"weight", "input"} <= {row.operand for row in rows if row.is_quantized}
+        if is_integer:
+            rows += self._result_rows(rows)
         rewrites_all = asked is not None and asked == LayerConfig() and not reason
         changed = any(row.is_sparse or row.is_quantized for row in rows)
-        return LayerPlan(self.layer, tuple(rows), rewrites_all or changed)
+        norm = self.captured.facts[self.layer.name].norm if is_integer and not self.site.role else ""
+        return LayerPlan(self.layer, tuple(rows), rewrites_all or changed, norm)
 
     def _asked(self, site: Site) -> tuple[str | None, LayerConfig | None]:
         """What a layer is to get, and the key of the config that says so."""
@@ -173,6 +177,30 @@ class _LayerPlanner:
         if asked.input_bits is not None:
             grid = Grid(asked.input_bits, signed=False)
             yield PlanRow(layer.name, Phase.FORWARD, "output", self.config.clip, grid=grid)
+
+    def _result_rows(self, rows: list[PlanRow]) -> Iterator[PlanRow]:
+        """The 8-bit grid of a result that something else than quantized layers reads: behind the ReLU that directly
+        follows, where it takes half of a signed grid, so that one grid serves runtimes with and without unsigned
+        integers; else behind the norm.
+        """
+        facts = self.captured.facts[self.layer.name]
+        if self.config.outputs == "float" or any(row.operand == "output" for row in rows):
+            return
+        if facts.readers and not all(self._takes_integers(name) for name in facts.readers):
+            grid = Grid(7, signed=False) if facts.rectified else Grid(8, signed=True)
+            operator = "mse" if self.config.clip == "pact" else self.config.clip
+            yield PlanRow(self.layer.name, Phase.FORWARD, "output", operator, grid=grid)
+
+    def _takes_integers(self, name: str) -> bool:
+        """Whether the layer of that name puts what it reads on a grid as it comes, with no pruning between."""
+        site = next((site for site in self.captured.sites if site.layer.name == name), None)
+        if site is None:
+            return False
+        reader = replace(self, site=site)
+        key, asked = reader._asked(site)
+        if asked is None or asked.input_bits is None or reader._dense_reason(asked, key not in (None, DEFAULT)):
+            return False
+        return not any(row.operand == "input" for row in reader._forward_rows(asked))
 
     def _input_arrives(self) -> bool:
         """Whether all that the input is computed from is pruned and quantized at its ReLU."""

@@ -1,6 +1,7 @@
-"""Prune and quantize the output of a layer behind its ReLU (`CompileConfig(placement="activation")`).
+"""Prune and quantize the output of a layer: behind its ReLU where that is pruned or its grid unsigned, else as it is.
 
 Y = add_bias(...)                   ->  to_grid(apply_mask(relu(Y), output_mask), output_step, bits)
+                                        to_grid(Y, output_step, bits)
 gemm_update(grad_output, input)     ->  gemm_update(inside_grid(apply_mask(grad_output, output_mask), beyond), input)
 gemm_backward(grad_output, weight)  ->  the same, and the gradient of output_step
 """
@@ -24,7 +25,7 @@ from nmcompile.passes.rewriting import gemm_node, placeholder
 class QuantizeOutputs:
     """Everything that reads the layer's output then reads an activation that is pruned and on its grid.
 
-    The model's own ReLU stays where it is and changes nothing any more, except that it lets no gradient through where a
+    Where a batch norm follows that export absorbs, the grid is the norm's (`nmcompile.ir.absorbed_norm`). The model's own ReLU stays where it is and changes nothing any more, except that it lets no gradient through where a
     small activation was rounded to zero.
     """
 
@@ -34,7 +35,7 @@ class QuantizeOutputs:
         modified = False
         for three in program.layers.values():
             prune, grid = three.plan.find(Phase.FORWARD, "output"), three.plan.grid_row("output")
-            if prune is None and grid is None:
+            if three.plan.norm or (prune is None and grid is None):
                 continue
             modified = True
             _rewrite_forward(three, prune, grid)
@@ -49,8 +50,10 @@ def _rewrite_forward(three: ThreeGraphs, prune: PlanRow | None, grid: PlanRow | 
     gemm_node(three, Phase.FORWARD)
     _refuse_twice(three, results[0])
     saved: dict[str, fx.Node] = {}
+    output = results[0]
     with graph.inserting_before(graph.output_node()):
-        output = _add(three, Phase.FORWARD, "view", "output_rectified", torch.relu, (results[0],))
+        if prune is not None or (grid is not None and grid.grid is not None and not grid.grid.signed):
+            output = _add(three, Phase.FORWARD, "view", "output_rectified", torch.relu, (output,))
         if prune is not None and prune.pattern is not None:
             args = output, prune.operator, prune.pattern.n_keep, prune.pattern.block, three.layer.channel_dim
             mask = _add(three, Phase.FORWARD, "prune", "output_mask", ops.prune_mask, args, prune)

@@ -1,6 +1,7 @@
 """Put the three-GEMM graphs of a program to work in a module tree.
 
 nn.Linear          ->  ThreeGemmLinear, the same object with another class
+nn.BatchNorm2d     ->  AbsorbedBatchNorm2d, where it alone reads a quantized layer
 y = F.linear(...)  ->  y = run_three_gemm(self.three_gemms, "linear", ...) in a generated forward
 """
 
@@ -11,6 +12,7 @@ from torch import fx, nn
 
 from nmcompile.capture.calls import match_call
 from nmcompile.errors import PreconditionError
+from nmcompile.ir.absorbed_norm import absorb
 from nmcompile.ir.attention import ThreeGemmAttention
 from nmcompile.ir.captured import Site
 from nmcompile.ir.modules import ThreeGemmLayer, install, install_graph, run_three_gemm
@@ -39,6 +41,9 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
             install_graph(module, graphs[name], roles)
         else:
             install(module, ThreeGemmAttention if isinstance(module, nn.MultiheadAttention) else ThreeGemmLayer, roles)
+    for plan in program.plan:
+        if plan.rewritten and plan.norm:
+            absorb(model.get_submodule(plan.norm), model.get_submodule(program.site(plan.layer.name).module))
 
 
 def _rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:

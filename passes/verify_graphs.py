@@ -97,7 +97,7 @@ def _planned(three: ThreeGraphs, phase: Phase, after: str) -> Iterator[PlanRow]:
     yield from (row for row in three.plan.rows_of(phase) if row.is_sparse and row.operand in pruned)
     grids = (three.plan.grid_row(operand) for operand in READS[phase] if operand in quantized)
     yield from (row for row in grids if row is not None)
-    if after in OUTPUTS:
+    if after in OUTPUTS and not three.plan.norm:
         yield from (row for row in three.plan.rows_of(phase) if row.operand == "output")
 
 

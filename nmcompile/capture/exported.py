@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
-from nmcompile.capture.sites import FoundSite
+from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.state import Memory
 from nmcompile.capture.stitch import SiteIndex
 from nmcompile.capture.weights import expression_of
@@ -138,10 +138,12 @@ class _Reader:
         self.parameters = {node: name.removeprefix(PREFIX) for node, name in names.items()}
         held = signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants
         self.constants = frozenset(self.parameters).union(*held)
+        self.norms = norm_names(model)
 
     def read(self) -> Exported:
         graph = own_copy(self.program.graph)
         layers: dict[fx.Node, tuple[str, ...]] = {}
+        norms: dict[fx.Node, str] = {}
         positions: dict[str, int] = {}
         for node, original in zip(graph.nodes, self.program.graph.nodes, strict=True):
             names = self._layers_of(original)
@@ -149,7 +151,9 @@ class _Reader:
                 layers[node] = names
             if len(names) == 1 and (count := self._positions(original, names[0])) is not None:
                 positions[names[0]] = positions.get(names[0], 0) + count
-        return Exported(WholeGraph(graph, layers, "export", self.constants), positions)
+            if node.op == "call_function" and operator_name(node) == "batch_norm" and _innermost(original) in self.norms:
+                norms[node] = _innermost(original)
+        return Exported(WholeGraph(graph, layers, "export", self.constants, norms), positions)
 
     def _layers_of(self, node: fx.Node) -> tuple[str, ...]:
         call = match_call(node)

@@ -8,6 +8,7 @@ from torch import fx, nn
 from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
+from nmcompile.capture.readers import norm_behind, readers_behind
 from nmcompile.capture.sites import own_class
 from nmcompile.ir.captured import Facts, Site, WholeGraph
 from nmcompile.ir.layers import ConvLayer
@@ -51,9 +52,18 @@ def facts_from_graph(
             positions=positions.get(name),
             rectified=bool(nodes[name]) and all(flow.is_rectified(node) for node in nodes[name]),
             sources=frozenset().union(*(flow.sources[node] for node in nodes[name])),
+            norm=norm_behind(whole, nodes[name]),
+            readers=_readers(model, whole, nodes[name]),
         )
         for name, site in by_name.items()
     }
+
+
+def _readers(model: nn.Module, whole: WholeGraph, nodes: Sequence[fx.Node]) -> frozenset[str]:
+    """What reads the results of all calls of a layer; nothing if the model returns one of them."""
+    ends = [next(iter(node.users)) if norm_behind(whole, nodes) else node for node in nodes]
+    found = [readers_behind(model, whole, node) for node in ends]
+    return frozenset().union(*found) if all(found) else frozenset()
 
 
 def _reads_nonnegative(site: Site, node: fx.Node, proven: set[fx.Node]) -> bool:

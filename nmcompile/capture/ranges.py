@@ -46,17 +46,19 @@ def is_nonnegative(value: Any, proven: set[fx.Node]) -> bool:
     return isinstance(value, int | float) and value >= 0
 
 
-def _is_nonnegative(model: nn.Module, node: fx.Node, proven: set[fx.Node]) -> bool:
+def plain_name(model: nn.Module, node: fx.Node) -> str:
+    """What a node computes, as the sets above name it; `""` for what torch does not define."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        if not is_torch_nn(module):
-            return False
-        name, bounds = own_class(module).__name__, _Bounds(node, module)
-    elif node.op in ("call_function", "call_method"):
-        name, bounds = operator_name(node), _Bounds(node, None)
+        name = own_class(module).__name__ if is_torch_nn(module) else ""
     else:
-        return False
-    name = name.replace("_", "").lower()
+        name = operator_name(node) if node.op in ("call_function", "call_method") else ""
+    return name.replace("_", "").lower()
+
+
+def _is_nonnegative(model: nn.Module, node: fx.Node, proven: set[fx.Node]) -> bool:
+    name = plain_name(model, node)
+    bounds = _Bounds(node, model.get_submodule(str(node.target)) if node.op == "call_module" else None)
     if name in ALWAYS:
         return True
     if name in ("mul", "imul") and len(node.args) > 1 and node.args[0] is node.args[1]:

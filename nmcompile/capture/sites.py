@@ -12,6 +12,7 @@ from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RECURRENT = "recurrent layer: its GEMMs run inside one fused kernel"
 NOT_GEMMS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
@@ -61,6 +62,12 @@ def find_module_layers(model: nn.Module) -> ModuleLayers:
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class as its author wrote it, without what parametrizations or a GraphModule derive from it."""
     return next(cls for cls in type(module).__mro__ if cls.__module__ != "torch.nn.utils.parametrize")
+
+
+def norm_names(model: nn.Module) -> frozenset[str]:
+    """The modules that are one of torch's batch norms with running statistics."""
+    norms = ((name, m) for name, m in model.named_modules() if own_class(m) in NORMS)
+    return frozenset(name for name, m in norms if m.running_mean is not None)
 
 
 def is_torch_nn(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
 from nmcompile.capture.regions import is_traceable
-from nmcompile.capture.sites import FoundSite
+from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.capture.weights import parameters_behind, read_attribute
 from nmcompile.ir.captured import WholeGraph
@@ -28,7 +28,9 @@ def stitch(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) 
         graph = _graph_of(model, protected)
     except Exception as error:
         return None, f"{type(model).__name__}.forward cannot be traced ({summary(error)})"
-    return WholeGraph(graph, _layers_of(model, graph, SiteIndex(sites)), "fx"), ""
+    names = norm_names(model)
+    norms = {node: str(node.target) for node in graph.nodes if node.op == "call_module" and node.target in names}
+    return WholeGraph(graph, _layers_of(model, graph, SiteIndex(sites)), "fx", norms=norms), ""
 
 
 class SiteIndex:

@@ -23,10 +23,15 @@ class Affine:
 
 
 def absorb_norm(site: LayerNode) -> Affine | None:
-    """Take the norm that alone reads the layer's output out of the graph, in place; None where there is none."""
+    """Take the norm that alone reads the layer's output out of the graph, in place; None where there is none.
+
+    A norm that reads an output on its grid stays.
+    """
     output = site.node.outputs[0]
     norm = _norm_behind(output)
     if norm is None or output.is_graph_output() or not _channels_fit(site):
+        return None
+    if site.deployed.output.grid is not None and module_of(norm) != site.deployed.norm:
         return None
     constants = [value.const_value for value in norm.inputs[1:] if value is not None]
     if len(constants) != 4 or any(constant is None for constant in constants):

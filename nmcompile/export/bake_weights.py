@@ -17,8 +17,8 @@ from nmcompile.errors import ExportError
 from nmcompile.export.absorb_norms import Affine
 from nmcompile.export.build_nodes import add_initializer, insert_before
 from nmcompile.export.find_layers import Doubles, LayerNode
+from nmcompile.quantization import absorbed_step
 
-TINIEST = float(np.finfo(np.float32).tiny)  # runtimes divide by scales
 OFF_GRID = 1e-3  # steps; float32 rounding of an integer times a step is below 1e-5
 
 
@@ -45,7 +45,8 @@ def bake_weights(model: ir.Model, sites: Sequence[LayerNode], affines: Sequence[
                 shared[key] = operand
         site.node.replace_input_with(1, operand)
         if affine is not None:
-            _set_bias(site.node, add_initializer(model, f"{site.name}.bias", affine.shift.astype(_dtype(site))))
+            shift = _rounded_shift(site, affine).astype(_dtype(site))
+            _set_bias(site.node, add_initializer(model, f"{site.name}.bias", shift))
 
 
 def _baked(model: ir.Model, site: LayerNode, affine: Affine | None, container: str) -> ir.Value:
@@ -74,9 +75,25 @@ def _quantized(model: ir.Model, site: LayerNode, values: Doubles, affine: Affine
         return _dequantized(model, site, integers, steps, container)
     gain = np.ones(values.shape[site.out_dim]) if affine is None else affine.gain
     rows = np.moveaxis(np.broadcast_to(steps, values.shape), site.out_dim, 0).reshape(len(gain), -1)[:, 0]
-    alive = rows * np.abs(gain) >= TINIEST  # a norm with gamma 0 leaves its shift only
+    absorbed = _absorbed(rows, gain)
+    alive = absorbed == rows * np.abs(gain)  # a norm with gamma 0 leaves its shift only
     integers = integers * _along(site, np.where(alive, np.sign(gain), 0.0))
-    return _dequantized(model, site, integers, np.where(alive, rows * np.abs(gain), rows), container)
+    return _dequantized(model, site, integers, absorbed, container)
+
+
+def _absorbed(steps: Doubles, gain: Doubles) -> Doubles:
+    absorbed: Doubles = absorbed_step(torch.tensor(steps), torch.tensor(gain)).numpy()
+    return absorbed
+
+
+def _rounded_shift(site: LayerNode, affine: Affine) -> Doubles:
+    """What the norm adds, in whole steps of the accumulator where the model in torch rounds it so."""
+    weight, input = site.deployed.weight, site.deployed.input
+    if weight.scale is None or input.scale is None or affine.module != site.deployed.norm:
+        return affine.shift
+    step = _absorbed(_doubles(weight.scale).reshape(-1), affine.gain) * np.float32(input.scale)
+    rounded: Doubles = np.round(affine.shift / step) * step
+    return rounded
 
 
 def _dequantized(model: ir.Model, site: LayerNode, integers: Doubles, scale: Doubles, container: str) -> ir.Value:

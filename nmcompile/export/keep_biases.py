@@ -53,7 +53,8 @@ def _scale(operand: ir.Value | None) -> Doubles | None:
 
 def _is_whole(bias: Doubles, step: Doubles) -> bool:
     steps = bias / step
-    return bool((np.abs(steps - np.round(steps)) <= WHOLE).all() and (np.abs(steps) < 2**31).all())
+    slack = np.maximum(WHOLE, np.abs(steps) * np.finfo(np.float32).eps)  # a float32 holds no more digits
+    return bool((np.abs(steps - np.round(steps)) <= slack).all() and (np.abs(steps) < 2**31).all())
 
 
 def _add_behind(node: ir.Node, bias: ir.Value, name: str) -> None:

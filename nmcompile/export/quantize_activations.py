@@ -1,7 +1,8 @@
-"""Layers with a grid for an activation -> quantized inputs, and outputs quantized behind their ReLU.
+"""Layers with a grid for an activation -> quantized inputs, and outputs quantized behind their ReLU or as they are.
 
     Conv(x, w)        ->  Conv(Dequantize(Clip(Quantize(x, scale, 0), low, high)), w)
     Relu(Conv(x, w))  ->  Dequantize(Clip(Quantize(Relu(Conv(x, w)), scale, 0), low, high))
+    Conv(x, w)        ->  Dequantize(Clip(Quantize(Conv(x, w), scale, zero), low, high))
 
 The Clip is one of integers: one of floats in front would keep ONNX Runtime from its integer kernels.
 """
@@ -25,7 +26,7 @@ def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: st
     """Prune and quantize the inputs and outputs of all sites, in place; equal inputs once.
 
     Raises:
-        ExportError: an output that something else than a ReLU reads.
+        ExportError: an output to be quantized behind its ReLU that something else reads.
     """
     done: dict[tuple[ir.Value, DeployedActivation, bool], ir.Value] = {}
     for site in sites:
@@ -47,18 +48,15 @@ def is_emulated(grid: Grid, target: str) -> bool:
 
 
 def _quantize_behind(model: ir.Model, site: LayerNode, target: str) -> None:
-    readers = list(site.node.outputs[0].consumers())
-    if site.node.outputs[0].is_graph_output() or any(reader.op_type != "Relu" for reader in readers):
-        raise ExportError(
-            f"layer {site.name!r}: its output is to be pruned and quantized behind a ReLU, but the graph reads it "
-            "elsewhere too; leave the layer out with CompileConfig.layers, or take placement='operand'"
-        )
-    for relu in readers:
-        activation = relu.outputs[0]
+    wanted, result = site.deployed.output, _result(site)
+    is_rectified = wanted.pattern is not None or (wanted.grid is not None and not wanted.grid.signed)
+    for activation in _rectified(site, result) if is_rectified else (result,):
         # Something for the new nodes to stand in front of, and for a name that the graph's output needs.
         end = ir.Node("", "Identity", [activation], name=f"{site.name}.output")
         end.outputs[0].shape, end.outputs[0].type = activation.shape, activation.type
-        relu.append(end)
+        producer = activation.producer()
+        assert producer is not None
+        producer.append(end)
         name, activation.name = activation.name, f"{activation.name}.dense"
         others = ((user, operand) for user, operand in activation.uses() if user is not end)
         for user, operand in tuple(others):
@@ -68,7 +66,29 @@ def _quantize_behind(model: ir.Model, site: LayerNode, target: str) -> None:
             if output is activation:
                 outputs[index] = end.outputs[0]
         end.outputs[0].name = name
-        end.replace_input_with(0, _Place(model, site, end, "output_").put(activation, site.deployed.output, target))
+        end.replace_input_with(0, _Place(model, site, end, "output_").put(activation, wanted, target))
+
+
+def _result(site: LayerNode) -> ir.Value:
+    """What the layer's node computes, behind a bias that is a node of its own."""
+    output = site.node.outputs[0]
+    readers = list(output.consumers())
+    if site.node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Add":
+        return output
+    size = site.deployed.layer.out_features
+    others = (value for value in readers[0].inputs if value is not output and value is not None)
+    biases = (value for value in others if value.const_value is not None and value.const_value.size == size)
+    return readers[0].outputs[0] if site.deployed.layer.has_bias and any(biases) else output
+
+
+def _rectified(site: LayerNode, result: ir.Value) -> list[ir.Value]:
+    readers = list(result.consumers())
+    if result.is_graph_output() or any(reader.op_type != "Relu" for reader in readers):
+        raise ExportError(
+            f"layer {site.name!r}: its output is to be pruned and quantized behind a ReLU, but the graph reads it "
+            "elsewhere too; leave the layer out with CompileConfig.layers, or take placement='operand'"
+        )
+    return [relu.outputs[0] for relu in readers]
 
 
 @dataclass(frozen=True)
@@ -90,14 +110,23 @@ class _Place:
         scale = self._constant("scale", np.float32(wanted.scale))
         if is_emulated(wanted.grid, target):
             return self._emulated(x, scale, wanted.grid)
-        dtype = np.dtype(np.uint8 if target == "onnxruntime" and not wanted.grid.signed else np.int8)
-        zero = self._constant("zero_point", dtype.type(0))
+        dtype = np.dtype(np.uint8 if target == "onnxruntime" and self._is_unsigned(wanted.grid) else np.int8)
+        offset = 128 if dtype == np.uint8 and wanted.grid.signed else 0
+        zero = self._constant("zero_point", dtype.type(offset))
         x = self._insert("QuantizeLinear", [x, scale, zero], "quantize")
-        x = self._clipped(x, wanted.grid, dtype)
+        x = self._clipped(x, wanted.grid, dtype, offset)
         return self._insert("DequantizeLinear", [x, scale, zero], "dequantize")
 
-    def _clipped(self, x: ir.Value, grid: Grid, dtype: np.dtype[np.generic]) -> ir.Value:
-        low, high = (self._constant(end, dtype.type(n)) for end, n in (("low", grid.low), ("high", grid.high)))
+    def _is_unsigned(self, grid: Grid) -> bool:
+        """Whether ONNX Runtime gets unsigned integers: where the grid is, and at an output where the input's is, since
+        its kernels write the type that they read.
+        """
+        input = self.site.deployed.input.grid
+        return not grid.signed or (self.kind == "output_" and input is not None and not input.signed)
+
+    def _clipped(self, x: ir.Value, grid: Grid, dtype: np.dtype[np.generic], offset: int = 0) -> ir.Value:
+        ends = ("low", grid.low + offset), ("high", grid.high + offset)
+        low, high = (self._constant(end, dtype.type(n)) for end, n in ends)
         return self._insert("Clip", [x, low, high], "clip")
 
     def _emulated(self, x: ir.Value, scale: ir.Value, grid: Grid) -> ir.Value:

@@ -40,6 +40,9 @@ class Facts:
         rectified: whether every reader of its output is a ReLU.
         sources: the layers whose outputs its input is computed from, `""` among them for anything else that stands
             before it (a model input, an embedding); empty where nothing is known.
+        norm: the batch norm, called once, that alone reads its output; `""` if there is none.
+        readers: the layers that its output (behind the norm) reaches through ReLUs, max-pooling and views alone, `""`
+            among them for any other operator; empty where nothing is known, or where the model returns it.
     """
 
     first: bool = False
@@ -48,6 +51,8 @@ class Facts:
     positions: int | None = None
     rectified: bool = False
     sources: frozenset[str] = frozenset()
+    norm: str = ""
+    readers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class WholeGraph:
         layers: each node that is (or holds) layers, with their names.
         source: `"fx"` or `"export"`.
         constants: the placeholders that stand for parameters and buffers, by name.
+        norms: the nodes that are a batch norm, with the module's name.
     """
 
     graph: fx.Graph
     layers: Mapping[fx.Node, tuple[str, ...]]
     source: str
     constants: frozenset[str] = frozenset()
+    norms: Mapping[fx.Node, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WholeGraph":
         # Read-only, and its keys are nodes: copies of a model share it.

@@ -32,7 +32,8 @@ class DeployedWeight:
 class DeployedActivation:
     """What happens to an activation: pruned by value along channels, per sample, then quantized.
 
-    At the input it happens in front of the GEMM, at the output behind the ReLU that reads it.
+    At the input it happens in front of the GEMM; at the output behind the ReLU that reads it where it is pruned or its
+    grid unsigned, else behind the GEMM, its bias and its norm.
     """
 
     pattern: NMPattern | None = None
@@ -42,9 +43,16 @@ class DeployedActivation:
 
 @dataclass(frozen=True)
 class DeployedLayer:
-    """One conv or linear layer by name."""
+    """One conv or linear layer.
+
+    Args:
+        layer: its geometry and name.
+        weight, input, output: what became of them.
+        norm: the batch norm that the layer absorbs, and whose shift is whole steps of its accumulator; `""` if none.
+    """
 
     layer: Layer
     weight: DeployedWeight
     input: DeployedActivation = DeployedActivation()
     output: DeployedActivation = DeployedActivation()
+    norm: str = ""

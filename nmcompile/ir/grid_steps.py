@@ -57,7 +57,7 @@ class GridSteps:
         weight_grid: of the weight.
         weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
         input: of the input.
-        output: of the output behind its ReLU.
+        output: of the output, behind its ReLU where that grid is unsigned.
     """
 
     weight_grid: Grid | None = None
@@ -76,6 +76,12 @@ class GridSteps:
         if self.weight_grid is None:
             return None
         return sawb_scale(weight, self.weight_grid.bits, dim=self.weight_dim)
+
+    @torch.no_grad()
+    def of_accumulator(self, weight: Tensor) -> Tensor | None:
+        """The step of the GEMM's integer sums, float64, one or `(out,)`; None unless weight and input are quantized."""
+        step, input_step = self.of_weight(weight), self.of_input()
+        return None if step is None or input_step is None else step.double().reshape(-1) * input_step.double()
 
     def check(self) -> None:
         """Raise CalibrationError where an activation has no clip yet."""

@@ -19,7 +19,18 @@ RECORD = "_nmcompile"
 """Under this name a compiled model remembers how it came about."""
 
 
-class ThreeGemm:
+class Rewritten:
+    """Mixin of every module whose class was changed; what it needs beyond its own state lies in its `__dict__`."""
+
+    PREFIX = "ThreeGemm"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so what is pickled (and copied) is what it is made from.
+        mixin, base = type(self).__bases__
+        return _rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
+
+
+class ThreeGemm(Rewritten):
     """Mixin of every module that runs three-GEMM graphs; `three_gemms` holds them by role.
 
     A conv or linear layer has one triple, with role `""`; its graphs are the three properties below. A module whose
@@ -68,11 +79,6 @@ class ThreeGemm:
                 step.move(fn(torch.empty(0, dtype=torch.bool, device=step.clip.device)).device)
         return result
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so what is pickled (and copied) is what it is made from.
-        mixin, base = type(self).__bases__
-        return _rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
-
 
 class ThreeGemmLayer(ThreeGemm):
     """A conv or linear module."""
@@ -103,6 +109,11 @@ class ThreeGemmGraph(ThreeGemmRegion):
 def install(module: nn.Module, mixin: type[ThreeGemm], triples: dict[str, GemmTriple]) -> None:
     """Let `module` run `triples` through the forward of a mixin."""
     module.__dict__["three_gemms"] = triples
+    put_class(module, mixin)
+
+
+def put_class(module: nn.Module, mixin: type[Rewritten]) -> None:
+    """Give `module` a subclass of its own class and the mixin."""
     module.__class__ = _layer_class(mixin, type(module))
 
 
@@ -121,14 +132,14 @@ def restore(module: nn.Module) -> None:
     """
     if "three_gemm_fast_path" in module.__dict__:
         module.activation_relu_or_gelu = module.__dict__.pop("three_gemm_fast_path")
-    if not isinstance(module, ThreeGemm):
+    if not isinstance(module, Rewritten):
         return
-    if len(type(module).__bases__) != 2 or not issubclass(type(module).__bases__[0], ThreeGemm):
+    if len(type(module).__bases__) != 2 or not issubclass(type(module).__bases__[0], Rewritten):
         raise PassError(
             f"{type(module).__name__} was changed again after nmcompile.compile (by a parametrization or FSDP?); undo "
             "that before decompiling or compiling again"
         )
-    for name in ("three_gemms", "three_gemm_graph"):
+    for name in ("three_gemms", "three_gemm_graph", "absorbing_layer"):
         module.__dict__.pop(name, None)
     module.__class__ = type(module).__bases__[1]
 
@@ -151,15 +162,15 @@ def run_three_gemm(
 _classes: dict[tuple[type, type], type[nn.Module]] = {}
 
 
-def _layer_class(mixin: type[ThreeGemm], base: type[nn.Module]) -> type[nn.Module]:
+def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Module]:
     """One class for each mixin and base, so that equal layers share it."""
     if (mixin, base) not in _classes:
         members = {"__module__": base.__module__}
-        _classes[mixin, base] = type(f"ThreeGemm{base.__name__}", (mixin, base), members)
+        _classes[mixin, base] = type(f"{mixin.PREFIX}{base.__name__}", (mixin, base), members)
     return _classes[mixin, base]
 
 
-def _region_class(mixin: type[ThreeGemm], base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
+def _region_class(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
     # Only the generated code is wanted; what it names, the module itself will hold. The graph that is kept gets no
     # owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
@@ -168,7 +179,7 @@ def _region_class(mixin: type[ThreeGemm], base: type[nn.Module], graph: fx.Graph
     return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
 
 
-def _rebuild(mixin: type[ThreeGemm], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
+def _rebuild(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
     plain = base.__new__(base)
     if graph is not None:
         plain.__class__ = _region_class(mixin, base, graph)

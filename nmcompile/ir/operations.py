@@ -68,6 +68,12 @@ def to_grid(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     return like((integers(x, step, grid) * step).to(x.dtype), x)
 
 
+def to_accumulator(bias: Tensor, input_step: Tensor, weight_step: Tensor) -> Tensor:
+    """`(out,)` to whole steps of the accumulator of integers: input step times weight step, one or one for each row."""
+    step = input_step.double() * weight_step.double().reshape(-1)
+    return ((bias.double() / step).round() * step).to(bias.dtype)
+
+
 def beyond_grid(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """int8: 1 where `x` is clipped from above, -1 where from below, 0 elsewhere."""
     grid = Grid(bits, signed)

@@ -2,6 +2,7 @@
 
 from nmcompile.quantization.fake_quantize import fake_quantize as fake_quantize
 from nmcompile.quantization.grid import Grid as Grid
+from nmcompile.quantization.grid import absorbed_step as absorbed_step
 from nmcompile.quantization.grid import integers as integers
 from nmcompile.quantization.histogram import Histogram as Histogram
 from nmcompile.quantization.pact import pact_quantize as pact_quantize

@@ -1,5 +1,7 @@
 """Quantize and dequantize with a straight-through gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,20 @@ def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
     Raises:
         OperandError: `scale` does not broadcast to the shape of `x`.
     """
-    on_grid = integers(x, scale, grid)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    inside = torch.clamp(wide, grid.low * torch.as_tensor(scale), grid.high * torch.as_tensor(scale))
-    quantized = inside + (on_grid * scale - inside).detach()
-    return quantized.to(x.dtype)
+    result: Tensor = _StraightThrough.apply(x, scale, grid)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    # x + (quantized - x).detach() would be simpler, and off the grid by a rounding error.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
+        on_grid = (integers(x, scale, grid) * scale).to(x.dtype)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((x >= grid.low * scale) & (x <= grid.high * scale))
+        return on_grid
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, grad, 0.0), None, None

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nmcompile.errors import ConfigError, OperandError
 
+TINIEST = float(torch.finfo(torch.float32).tiny)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -58,6 +60,19 @@ def integers(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
         )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.clamp(torch.round(wide / scale), grid.low, grid.high)
+
+
+def absorbed_step(step: Tensor, gain: Tensor) -> Tensor:
+    """The step of channels once a norm's gain is absorbed: `step` times its size, but for gains that leave nothing.
+
+    Runtimes divide by steps: a channel with gain 0, or next to it, holds zeros and keeps its step.
+
+    Args:
+        step: 0-d or `(channels,)`, floating point.
+        gain: `(channels,)`, of any sign.
+    """
+    absorbed = step * gain.abs()
+    return torch.where(absorbed >= TINIEST, absorbed, step)
 
 
 def _broadcasts(small: Tensor, large: Tensor) -> bool:

@@ -1,0 +1,49 @@
+"""What reads a layer's output: a batch norm that export absorbs, layers that take integers, or anything else."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import fx, nn
+
+from nmcompile.capture.calls import match_call
+from nmcompile.capture.ranges import plain_name
+from nmcompile.ir.captured import WholeGraph
+
+# What integers pass through as they are: zero stays zero, an order stays an order, elements move.
+TRANSPARENT = {
+    "relu", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "featuredropout", "flatten", "unflatten",
+    "view", "reshape", "permute", "transpose", "t", "contiguous", "squeeze", "unsqueeze", "clone", "alias", "detach",
+    *(f"maxpool{dims}d" for dims in (1, 2, 3)),
+}  # fmt: skip
+
+
+def norm_behind(whole: WholeGraph, nodes: Sequence[fx.Node]) -> str:
+    """The batch norm that alone reads a layer's output, each called once; `""` if there is none."""
+    if len(nodes) != 1 or len(nodes[0].users) != 1:
+        return ""
+    norm = next(iter(nodes[0].users))
+    name = whole.norms.get(norm, "")
+    is_its_input = norm.args[:1] == (nodes[0],) or norm.kwargs.get("input") is nodes[0]
+    return name if is_its_input and list(whole.norms.values()).count(name) == 1 else ""
+
+
+def readers_behind(model: nn.Module, whole: WholeGraph, node: fx.Node) -> frozenset[str]:
+    """The layers that read a value through operators that keep integers, `""` for any other; empty if it is returned."""
+    found = list(_readers(model, whole, node))
+    return frozenset() if None in found else frozenset(name for name in found if name is not None)
+
+
+def _readers(model: nn.Module, whole: WholeGraph, node: fx.Node) -> Iterator[str | None]:
+    """None stands for the model's output."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                yield None
+            elif user in whole.layers or match_call(user) is not None:
+                names = whole.layers.get(user, ())
+                yield names[0] if len(names) == 1 else ""
+            elif plain_name(model, user) not in TRANSPARENT:
+                yield ""
+            elif user not in seen:
+                seen.add(user)
+                waiting.append(user)
