@@ -15,6 +15,7 @@ from nmcompile.pruning import greedy, greedy_by_value
 from nmcompile.training import clips
 from nmcompile.training.state import masks_of, triples_of
 
+NORM = ("running_mean", "running_var", "weight", "bias")
 X = torch.randn(8, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -45,9 +46,14 @@ def compiled(net: nn.Module, calibrate: bool = True, **options: object) -> nn.Mo
     return nmcompile.compile(net, "inference", args=(X,), config=config, calibration=[X] if calibrate else None)
 
 
-def clip_of(model: nn.Module, layer: str) -> float:
-    (step,) = [t.steps.input for t in triples_of(model) if t.layer.name == layer and t.steps.input is not None]
+def clip_of(model: nn.Module, layer: str, operand: str = "input") -> float:
+    (step,) = [getattr(t.steps, operand) for t in triples_of(model) if t.layer.name == layer]
     return float(step.clip)
+
+
+def whole(bias: Tensor, step: Tensor | float) -> Tensor:
+    """Rounded to whole steps."""
+    return ((bias.double() / step).round() * step).float()
 
 
 def sawb(w: Tensor, bits: int = 4) -> Tensor:
@@ -64,7 +70,7 @@ def on_grid(x: Tensor, step: Tensor | float, low: int, high: int) -> Tensor:
     return ((x.double() / step).round().clamp(low, high) * step).float()
 
 
-def reference(model: nn.Module, net: Net, x: Tensor) -> Tensor:
+def reference(model: nn.Module, net: Net, x: Tensor, outputs: str) -> Tensor:
     """The quantized network layer by layer, from the definitions."""
 
     def weight(conv: nn.Conv2d) -> Tensor:
@@ -74,15 +80,26 @@ def reference(model: nn.Module, net: Net, x: Tensor) -> Tensor:
     y = torch.relu(F.conv2d(x, net.stem.weight, net.stem.bias))
     y = greedy_by_value(y, "4:8", dim=1)
     y = F.conv2d(on_grid(y, clip_of(model, "unsigned") / 15, 0, 15), weight(net.unsigned))
-    y = net.norm(y)
-    y = F.conv2d(on_grid(y, clip_of(model, "signed") / 7, -7, 7), weight(net.signed), net.signed.bias)
+    mean, var, gamma, beta = (getattr(net.norm, name).double() for name in NORM)
+    gain = gamma / (var + net.norm.eps).sqrt()
+    shift = whole(beta - mean * gain, clip_of(model, "unsigned") / 15 * sawb(net.unsigned.weight) * gain.abs())
+    y = y * gain.float().view(-1, 1, 1) + shift.view(-1, 1, 1)
+    step = clip_of(model, "signed") / 7
+    assert net.signed.bias is not None
+    bias = whole(net.signed.bias, step * sawb(net.signed.weight))
+    y = F.conv2d(on_grid(y, step, -7, 7), weight(net.signed), bias)
+    if outputs == "int8":
+        y = on_grid(y, clip_of(model, "signed", "output") / 127, -127, 127)
     return F.linear(y.flatten(1), net.fc.weight, net.fc.bias)
 
 
 @torch.no_grad()
-def test_eval_is_the_definition(net: Net) -> None:
-    model = compiled(net).eval()
-    torch.testing.assert_close(model(X), reference(model, net, X))
+@pytest.mark.parametrize("outputs", ["int8", "float"])
+def test_eval_is_the_definition(net: Net, outputs: str) -> None:
+    net.norm.running_mean.normal_()  # type: ignore[union-attr]
+    net.norm.weight.normal_()
+    model = compiled(net, outputs=outputs).eval()
+    torch.testing.assert_close(model(X), reference(model, net, X, outputs))
     assert torch.equal(model(X), model(X))
 
 
@@ -156,7 +173,7 @@ def test_quantization_aware_training_learns_weights_and_clips(net: Net) -> None:
     before = [clip.detach().clone() for clip in clips(model)]
     optimizer = torch.optim.SGD([*model.parameters(), *clips(model)], 0.05)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(X), torch.arange(8) % 4)
         loss.backward()
@@ -277,7 +294,7 @@ def test_other_bits(net: Net, bits: int) -> None:
 
 @torch.no_grad()
 def test_no_common_factor_on_the_clips_serves_the_outputs_better(net: Net) -> None:
-    model = compiled(net).eval()
+    model = compiled(net, outputs="float").eval()
     pruned = greedy_by_value(torch.relu(net.stem(X)), "4:8", dim=1)
     steps = [triple.steps.input for triple in triples_of(model) if triple.steps.input is not None]
     found = [float(step.clip) for step in steps]

@@ -15,8 +15,9 @@ from nmcompile.capture import capture_model
 from nmcompile.deployment import deployed_layers
 from nmcompile.errors import ExportError, PreconditionError
 from nmcompile.export import write_onnx
+from nmcompile.ir.operations import to_accumulator
 from nmcompile.pruning import greedy_by_value
-from nmcompile.quantization import Grid, integers, sawb_quantize
+from nmcompile.quantization import Grid, integers, sawb_quantize, sawb_scale
 from nmcompile.training import clips
 from nmcompile.training.state import triples_of
 
@@ -154,7 +155,8 @@ def test_gradients_equal_those_of_straight_through_estimation(clip: str) -> None
     linear = net[1]
     assert isinstance(linear, nn.Linear) and linear.bias.grad is not None
     mask = nmcompile.pruning.mask(linear.weight, "2:4")
-    dense = F.linear(input, sawb_quantize(linear.weight, 4, mask=mask), linear.bias)
+    bias = to_accumulator(linear.bias, step, sawb_scale(linear.weight, 4))
+    dense = F.linear(input, sawb_quantize(linear.weight, 4, mask=mask), bias)
     torch.testing.assert_close(linear.bias.grad, torch.where((y > 0) & (dense <= top), gradient, 0.0).sum(0))
     if clip == "pact":
         assert any(steps.output.clip is one for one in clips(model))

@@ -31,7 +31,7 @@ def absorb_norm(site: LayerNode) -> Affine | None:
     norm = _norm_behind(output)
     if norm is None or output.is_graph_output() or not _channels_fit(site):
         return None
-    if site.deployed.output.grid is not None and module_of(norm) != site.deployed.norm:
+    if site.deployed.output.grid is not None and not site.absorbs(module_of(norm)):
         return None
     constants = [value.const_value for value in norm.inputs[1:] if value is not None]
     if len(constants) != 4 or any(constant is None for constant in constants):

@@ -89,7 +89,7 @@ def _absorbed(steps: Doubles, gain: Doubles) -> Doubles:
 def _rounded_shift(site: LayerNode, affine: Affine) -> Doubles:
     """What the norm adds, in whole steps of the accumulator where the model in torch rounds it so."""
     weight, input = site.deployed.weight, site.deployed.input
-    if weight.scale is None or input.scale is None or affine.module != site.deployed.norm:
+    if weight.scale is None or input.scale is None or not site.absorbs(affine.module):
         return affine.shift
     step = _absorbed(_doubles(weight.scale).reshape(-1), affine.gain) * np.float32(input.scale)
     rounded: Doubles = np.round(affine.shift / step) * step

@@ -44,6 +44,10 @@ class LayerNode:
             return 0
         return 0 if self.node.op_type == "Gemm" and _is_transposed(self.node) else -1
 
+    def absorbs(self, module: str) -> bool:
+        """Whether the model in torch computes as if the layer had absorbed that norm."""
+        return bool(module) and module == self.deployed.norm
+
     def lay_out(self, weight: Doubles) -> Doubles:
         """A tensor of the stored weight's shape as the node reads it."""
         for value in self.layout:
