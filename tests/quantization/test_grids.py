@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor
 
 from nmcompile.errors import ConfigError, OperandError
@@ -126,9 +127,27 @@ def test_sawb_is_close_to_the_best_clip(law: str, bits: int) -> None:
     assert bits != 4 or error(w, float(w.abs().max()) / grid.high, grid) > 2 * best
 
 
+LAWS = {
+    "normal": stats.norm(),
+    "laplace": stats.laplace(),
+    "logistic": stats.logistic(),
+    "uniform": stats.uniform(-1, 2),
+    "triangular": stats.triang(0.5, -1, 2),
+    "von Mises": stats.vonmises(1.0),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_three_bits_are_fitted_to_seven_levels(law: str) -> None:
+    """The published pair, of eight levels, is more than 2 % off on three of the laws."""
+    w, grid = torch.from_numpy(LAWS[law].rvs(50_000, random_state=0)), Grid(3, True)
+    best = min(error(w, float(w.abs().mean()) * share / 100 / grid.high, grid) for share in range(150, 400, 4))
+    assert error(w, float(sawb_scale(w, 3)), grid) <= 1.01 * best
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_sawb_is_its_formula(bits: int) -> None:
-    c1, c2 = {2: (2.6, 1.71), 3: (7.509, 6.892), 4: (12.035, 12.03), 8: (31.76, 35.04)}[bits]
+    c1, c2 = {2: (2.6, 1.71), 3: (6.943, 6.304), 4: (12.035, 12.03), 8: (31.76, 35.04)}[bits]
     w = torch.randn(64, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     alpha = c1 * w.square().mean().sqrt() - c2 * w.abs().mean()
     assert w.abs().mean() < alpha < w.abs().max()
