@@ -11,7 +11,15 @@ from scipy import stats
 from torch import Tensor
 
 from nmcompile.errors import ConfigError, OperandError
-from nmcompile.quantization import Grid, fake_quantize, integers, pact_quantize, sawb_quantize, sawb_scale
+from nmcompile.quantization import (
+    Grid,
+    fake_quantize,
+    integers,
+    pact_quantize,
+    positive_clip,
+    sawb_quantize,
+    sawb_scale,
+)
 
 GRIDS = [Grid(bits, signed) for bits, signed in itertools.product((2, 3, 4, 8), (False, True))]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -219,6 +227,25 @@ def test_pact_gradients() -> None:
     expected = torch.autograd.grad(clamped, [x, clip], weight)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("clip", [0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-30])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_clip_at_zero_clips_everything_and_can_be_lifted(clip: float, bits: int) -> None:
+    x = torch.tensor([-1.0, 0.0, 1e-3, 3.0], requires_grad=True)
+    learned = torch.tensor(clip, requires_grad=True)
+    y = pact_quantize(x, learned, bits)
+    assert (y[:2] == 0).all() and (y[2:] > 0).all() and (y < 1e-28).all()
+    y.sum().backward()
+    assert learned.grad == (-2 if clip < 0 else 2)
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_positive_clip_is_taken_as_it_is(dtype: torch.dtype) -> None:
+    clip = torch.tensor([0.3, -6.0], dtype=dtype)
+    assert torch.equal(positive_clip(clip), clip.abs().to(torch.promote_types(dtype, torch.float32)))
+    assert positive_clip(torch.tensor(torch.nan)).isnan()
 
 
 def test_clip_gradients_of_half_precision_do_not_overflow() -> None:
