@@ -80,9 +80,11 @@ def export(
 @click.argument("path", type=click.Path(path_type=Path))
 def inspect(path: Path) -> None:
     """List the weights of an ONNX file: which patterns they obey, and what hides their zeros. Runs no code of it."""
-    from nmcompile.export import read_weights, weights_table
+    from nmcompile.export import weights_table
+    from nmcompile.onnx_files import open_onnx
+    from nmcompile.onnx_weights import read_weights
 
-    click.echo(weights_table(read_weights(path)))
+    click.echo(weights_table(read_weights(open_onnx(path))))
 
 
 @cli.command()

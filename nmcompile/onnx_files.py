@@ -7,13 +7,13 @@ what a tensor declares.
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import onnx
 from google.protobuf.message import DecodeError, Message
-from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto
+from onnx import ModelProto, SparseTensorProto, TensorProto
 
 from nmcompile.errors import FileError
 
@@ -56,16 +56,6 @@ def open_onnx(source: str | os.PathLike[str] | bytes) -> OnnxFile:
         return _checked("the model", source, None)
     path = Path(source)
     return _checked(str(path), _read(path), path)
-
-
-def constant_values(graph: GraphProto, seeds: Iterable[str]) -> frozenset[str]:
-    """`seeds` and what a checked graph computes from them alone; its nodes lie in topological order."""
-    constant = set(seeds)
-    for node in graph.node:
-        sources = [source for source in node.input if source]
-        if sources and constant.issuperset(sources):
-            constant.update(node.output)
-    return frozenset(constant)
 
 
 def _read(path: Path) -> bytes:

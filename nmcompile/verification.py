@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from nmcompile.capture import capture_model
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
-from nmcompile.export.read_onnx import planned_patterns, read_weights
+from nmcompile.export.read_onnx import planned_patterns
 from nmcompile.finalization import FINALIZED, effective_weight, named_weight
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.interpretation import interpreted
@@ -22,6 +22,7 @@ from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.onnx_files import open_onnx
+from nmcompile.onnx_weights import read_weights
 from nmcompile.pruning import NMPattern
 from nmcompile.training.binding import count_violations
 from nmcompile.training.masks import WeightMask

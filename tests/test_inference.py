@@ -183,6 +183,30 @@ def test_quantization_aware_training_learns_weights_and_clips(net: Net) -> None:
     assert all(new != old for new, old in zip(clips(model), before, strict=True))
 
 
+@pytest.mark.parametrize("placement", ["operand", "activation"])
+@pytest.mark.parametrize("start", [0.0, -1e-3])
+def test_a_clip_that_steps_drove_to_zero_is_lifted_again(start: float, placement: str) -> None:
+    """Nothing becomes NaN, and a few steps of gradient descent bring the clip to where the outputs need it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    model = compiled(net, clip="pact", ends="sparse", placement=placement)
+    x = X[:2]
+    wanted = model(x).detach()
+    learned = clips(model)
+    good = [clip.detach().abs().clone() for clip in learned]
+    for clip in learned:
+        clip.data.fill_(start)
+    optimizer = torch.optim.Adam(learned, 0.2)
+    for _ in range(25):
+        optimizer.zero_grad()
+        output = model(x)
+        assert output.isfinite().all()
+        (output - wanted).square().mean().backward()
+        optimizer.step()
+    for clip, before in zip(learned, good, strict=True):
+        assert 0.5 * before < clip.detach().abs() < 2 * before
+
+
 def test_clips_are_no_parameters(net: Net) -> None:
     model = compiled(net, clip="pact")
     assert list(model.state_dict()) == list(net.state_dict())

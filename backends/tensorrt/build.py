@@ -14,13 +14,13 @@ from nmcompile.backends.tensorrt.build_log import BuildLog, recorded
 from nmcompile.backends.tensorrt.engine_layers import EngineLayer, layers_from_json, layers_from_log
 from nmcompile.backends.tensorrt.installed import find_tensorrt, gpu_name
 from nmcompile.backends.tensorrt.layer_report import EngineReport, explain
-from nmcompile.backends.tensorrt.onnx_gemms import onnx_gemms
 from nmcompile.backends.tensorrt.progress import progress_monitor
 from nmcompile.backends.tensorrt.sidecar import Sidecar, write_plan
 from nmcompile.backends.tensorrt.sparsity_log import parse_sparsity
 from nmcompile.errors import BackendUnavailable, ConfigError, LoweringError
 from nmcompile.files import sha256, write_atomically
 from nmcompile.onnx_files import OnnxFile, open_onnx
+from nmcompile.onnx_weights import read_weights
 
 Batch = tuple[int, int, int]
 Shapes = dict[str, list[list[int]]]  # smallest, typical and largest shape of every input
@@ -72,7 +72,7 @@ def build_engine(
         onnx_sha256=sha256(model.content),
     )
     write_plan(Path(engine_path), plan, sidecar)
-    rows = explain(onnx_gemms(model), layers, parse_sparsity(log.lines), sparse)
+    rows = explain(read_weights(model), layers, parse_sparsity(log.lines), sparse)
     return EngineReport(Path(engine_path), sidecar, tuple(rows))
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from tabulate import tabulate
 
 from nmcompile.backends.tensorrt.engine_layers import EngineLayer
-from nmcompile.backends.tensorrt.onnx_gemms import OnnxGemm
 from nmcompile.backends.tensorrt.sidecar import Sidecar
 from nmcompile.backends.tensorrt.sparsity_log import Listed, SparsityLog
+from nmcompile.onnx_weights import OnnxWeight
+from nmcompile.pruning import NMPattern
 
 ALIGNMENT = {"FLOAT16": (16, 8), "INT8": (32, 32)}  # of in- and out-channels; precisions that have sparse tactics
+TWO_OF_FOUR = NMPattern(2, 4)
 WORTHWHILE = 256  # channels from which sparse tactics begin to win, kernel positions counted on the inner side
 
 FASTER = "eligible, but a dense tactic was timed as faster"
@@ -76,22 +78,22 @@ class EngineReport:
 
 
 def explain(
-    gemms: Iterable[OnnxGemm], layers: Sequence[EngineLayer], log: SparsityLog, sparse: bool
+    weights: Iterable[OnnxWeight], layers: Sequence[EngineLayer], log: SparsityLog, sparse: bool
 ) -> list[LayerReport]:
     """Join what the file holds, what the engine lists and what the builder said.
 
     Args:
-        gemms: of the ONNX file.
+        weights: of the ONNX file.
         layers: of the engine; empty if it lists none.
         log: the builder's lines on sparsity.
         sparse: whether sparse tactics were allowed.
     """
-    return [_explained(gemm, _layer_of(gemm, layers), log, sparse) for gemm in gemms]
+    return [_explained(weight, _layer_of(weight, layers), log, sparse) for weight in weights]
 
 
-def _explained(gemm: OnnxGemm, layer: EngineLayer | None, log: SparsityLog, sparse: bool) -> LayerReport:
-    obstacle = _obstacle(gemm)
-    names = [gemm.name] + ([layer.name] if layer else [])
+def _explained(weight: OnnxWeight, layer: EngineLayer | None, log: SparsityLog, sparse: bool) -> LayerReport:
+    obstacle = _obstacle(weight)
+    names = [weight.node] + ([layer.name] if layer else [])
     found = _among(log.eligible, names)
     chosen = _among(log.chosen, names) if sparse else False
     if chosen is None and layer is not None:
@@ -102,13 +104,13 @@ def _explained(gemm: OnnxGemm, layer: EngineLayer | None, log: SparsityLog, spar
     if not sparse:
         reason = SWITCHED_OFF
     elif not chosen:
-        reason = obstacle or (NOT_FOUND if found is False else _odds(gemm, layer, chosen))
+        reason = obstacle or (NOT_FOUND if found is False else _odds(weight, layer, chosen))
     return LayerReport(
-        name=gemm.name,
-        op=gemm.op,
-        in_channels=gemm.in_channels,
-        out_channels=gemm.out_channels,
-        precision=gemm.precision,
+        name=weight.node,
+        op=weight.op,
+        in_channels=weight.in_channels,
+        out_channels=weight.out_channels,
+        precision=weight.precision,
         eligible=not obstacle if found is None else found,
         sparse=chosen,
         tactic=layer.tactic if layer else None,
@@ -116,10 +118,10 @@ def _explained(gemm: OnnxGemm, layer: EngineLayer | None, log: SparsityLog, spar
     )
 
 
-def _layer_of(gemm: OnnxGemm, layers: Iterable[EngineLayer]) -> EngineLayer | None:
+def _layer_of(weight: OnnxWeight, layers: Iterable[EngineLayer]) -> EngineLayer | None:
     """The engine layer that holds the node; where its epilogue became a layer too, the one that has its name."""
-    holders = [layer for layer in layers if gemm.name in layer.nodes]
-    return max(holders, key=lambda layer: gemm.name in layer.name, default=None)
+    holders = [layer for layer in layers if weight.node in layer.nodes]
+    return max(holders, key=lambda layer: weight.node in layer.name, default=None)
 
 
 def _among(listed: Listed | None, names: Iterable[str]) -> bool | None:
@@ -128,42 +130,42 @@ def _among(listed: Listed | None, names: Iterable[str]) -> bool | None:
     return any(listed.has(name) for name in names)
 
 
-def _obstacle(gemm: OnnxGemm) -> str:
+def _obstacle(weight: OnnxWeight) -> str:
     """Why no TensorRT could run the node sparse, or ""."""
-    if gemm.hidden_by:
-        return f"its weight comes out of a {gemm.hidden_by} node; write the zeros into the initializer itself"
-    if gemm.in_channels % 4:
-        return f"{gemm.in_channels} in-channels{' a group' * (gemm.groups > 1)}: no multiple of 4"
-    if gemm.violations:
-        return f"its weight is not 2:4 along in-channels: {gemm.violations} blocks hold more than two non-zeros"
-    if gemm.precision not in ALIGNMENT:
-        return f"computed in {gemm.precision}; sparse tactics are for {' and '.join(ALIGNMENT)}"
+    if weight.hidden_by:
+        return f"its weight comes out of a {weight.hidden_by} node; write the zeros into the initializer itself"
+    if weight.in_channels % 4:
+        return f"{weight.in_channels} in-channels{' a group' * (weight.groups > 1)}: no multiple of 4"
+    if broken := weight.violations(TWO_OF_FOUR):
+        return f"its weight is not 2:4 along in-channels: {broken} blocks hold more than two non-zeros"
+    if weight.precision not in ALIGNMENT:
+        return f"computed in {weight.precision}; sparse tactics are for {' and '.join(ALIGNMENT)}"
     return ""
 
 
-def _odds(gemm: OnnxGemm, layer: EngineLayer | None, chosen: bool | None) -> str:
+def _odds(weight: OnnxWeight, layer: EngineLayer | None, chosen: bool | None) -> str:
     """Why an eligible node did not get a sparse tactic, or may not."""
-    hint = _misaligned(gemm) or _neighbours(gemm, layer) or _small(gemm)
+    hint = _misaligned(weight) or _neighbours(weight, layer) or _small(weight)
     known = UNKNOWN if chosen is None else FASTER
     return f"{known}; {hint}" if hint else known
 
 
-def _misaligned(gemm: OnnxGemm) -> str:
-    inner, outer = ALIGNMENT[gemm.precision]
-    if gemm.in_channels % inner == 0 and gemm.out_channels % outer == 0:
+def _misaligned(weight: OnnxWeight) -> str:
+    inner, outer = ALIGNMENT[weight.precision]
+    if weight.in_channels % inner == 0 and weight.out_channels % outer == 0:
         return ""
-    return f"{gemm.in_channels} in- and {gemm.out_channels} out-channels: multiples of {inner} and {outer} do best"
+    return f"{weight.in_channels} in- and {weight.out_channels} out-channels: multiples of {inner} and {outer} do best"
 
 
-def _neighbours(gemm: OnnxGemm, layer: EngineLayer | None) -> str:
+def _neighbours(weight: OnnxWeight, layer: EngineLayer | None) -> str:
     types = [] if layer is None else [kind for kind in layer.output_types if "int8" not in kind.lower()]
-    if gemm.precision != "INT8" or not types:
+    if weight.precision != "INT8" or not types:
         return ""
     return f"it writes {types[0]}; INT8 sparse tactics write INT8: quantize its output too"
 
 
-def _small(gemm: OnnxGemm) -> str:
-    inner = gemm.in_channels * gemm.kernel
-    if min(inner, gemm.out_channels) >= WORTHWHILE:
+def _small(weight: OnnxWeight) -> str:
+    inner = weight.in_channels * weight.kernel
+    if min(inner, weight.out_channels) >= WORTHWHILE:
         return ""
-    return f"{inner} by {gemm.out_channels} is small: sparse tactics begin to win at about {WORTHWHILE}"
+    return f"{inner} by {weight.out_channels} is small: sparse tactics begin to win at about {WORTHWHILE}"

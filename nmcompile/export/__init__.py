@@ -1,7 +1,5 @@
 """The ONNX writer, and what checks its files."""
 
-from nmcompile.export.read_onnx import OnnxWeight as OnnxWeight
-from nmcompile.export.read_onnx import read_weights as read_weights
 from nmcompile.export.read_onnx import weights_table as weights_table
 from nmcompile.export.verify_onnx import Verification as Verification
 from nmcompile.export.verify_onnx import verify_onnx as verify_onnx

@@ -10,10 +10,10 @@ from torch import nn
 from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import LayerCheck, check_layers
 from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
-from nmcompile.export.read_onnx import read_weights
 from nmcompile.export.write_onnx import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
 from nmcompile.onnx_files import OnnxFile, open_onnx
+from nmcompile.onnx_weights import read_weights
 
 
 @dataclass(frozen=True)

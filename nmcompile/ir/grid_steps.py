@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nmcompile.errors import CalibrationError
 from nmcompile.ir.plan import PlanRow
-from nmcompile.quantization import Grid, sawb_scale
+from nmcompile.quantization import Grid, positive_clip, sawb_scale
 
 
 class ActivationStep:
@@ -28,8 +28,8 @@ class ActivationStep:
         self.clip = nn.Parameter(torch.full((), torch.nan, device=device), requires_grad=row.operator == "pact")
 
     def current(self) -> Tensor:
-        """The step, 0-d float32; NaN before it is calibrated."""
-        return self.clip.abs() / self.grid.high
+        """The step, positive, 0-d float32; NaN before it is calibrated."""
+        return positive_clip(self.clip) / self.grid.high
 
     def check(self) -> None:
         """Raise CalibrationError where no clip was found yet."""

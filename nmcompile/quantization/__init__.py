@@ -6,5 +6,6 @@ from nmcompile.quantization.grid import absorbed_step as absorbed_step
 from nmcompile.quantization.grid import integers as integers
 from nmcompile.quantization.histogram import Histogram as Histogram
 from nmcompile.quantization.pact import pact_quantize as pact_quantize
+from nmcompile.quantization.pact import positive_clip as positive_clip
 from nmcompile.quantization.sawb import sawb_quantize as sawb_quantize
 from nmcompile.quantization.sawb import sawb_scale as sawb_scale

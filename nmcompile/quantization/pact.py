@@ -8,15 +8,27 @@ from torch import Tensor
 from nmcompile.errors import OperandError
 from nmcompile.quantization.grid import Grid, integers
 
+SMALLEST = 256 * torch.finfo(torch.float32).tiny  # so that the step, up to 255 times smaller, is still normal
+
+
+def positive_clip(clip: Tensor) -> Tensor:
+    """|clip|, and a positive number where that is zero, float32 at least: gradient steps may lead a clip anywhere.
+
+    dy/dclip is −1 below zero, else 1: even at zero, from where an optimizer can lift the clip.
+    """
+    wide = clip.to(torch.promote_types(clip.dtype, torch.float32))
+    return torch.where(wide < 0, -wide, wide) + SMALLEST  # which rounds to |clip| from about 1e-28 on
+
 
 def pact_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
     """`x` clipped to [0, clip] and rounded to 2^bits − 1 steps.
 
-    dy/dx is 1 inside [0, clip] and 0 outside; dy/dclip is 1 where x >= clip, else 0.
+    dy/dx is 1 inside [0, clip] and 0 outside; dy/dclip is 1 where x >= clip, else 0. A clip that is not positive is
+    taken as `positive_clip` says.
 
     Args:
         x: any shape, floating point.
-        clip: 0-d, positive.
+        clip: 0-d.
         bits: 2 to 8.
 
     Returns:
@@ -28,7 +40,7 @@ def pact_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
     """
     if clip.dim():
         raise OperandError(f"the clip has shape {tuple(clip.shape)}; PACT has one clip for a tensor, give it 0-d")
-    result: Tensor = _Pact.apply(x, clip, Grid(bits, signed=False))  # type: ignore[no-untyped-call]
+    result: Tensor = _Pact.apply(x, positive_clip(clip), Grid(bits, signed=False))  # type: ignore[no-untyped-call]
     return result
 
 

@@ -1,24 +1,31 @@
 """What a TensorRT build says, read from recorded text; no TensorRT is needed."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from nmcompile.backends.tensorrt.engine_layers import EngineLayer, layers_from_json, layers_from_log
 from nmcompile.backends.tensorrt.layer_report import EngineReport, explain
-from nmcompile.backends.tensorrt.onnx_gemms import OnnxGemm, onnx_gemms
 from nmcompile.backends.tensorrt.sidecar import Sidecar
 from nmcompile.backends.tensorrt.sparsity_log import Listed, SparsityLog, parse_sparsity
 from nmcompile.errors import FileError
-from nmcompile.onnx_files import open_onnx
+from nmcompile.onnx_weights import OnnxWeight
 
-GEMM = OnnxGemm("conv", "Conv", 256, 256, 9, 1, "INT8", hidden_by="", violations=0)
+
+def weight(
+    in_channels: int = 256, out_channels: int = 256, kernel: int = 9, violations: int = 0, **fields: Any
+) -> OnnxWeight:
+    """An INT8 convolution "conv", dense where `violations` says."""
+    rows = np.zeros((out_channels, kernel, in_channels), np.int8)
+    rows[:violations, 0, :3] = 1
+    shape = (out_channels, in_channels, kernel)
+    return replace(OnnxWeight("conv", "Conv", "w", shape, "INT8", rows, 1, "INT8", hidden_by=""), **fields)
+
+
 SILENT = SparsityLog(None, None)
 DENSE = EngineLayer("conv + relu", ("conv", "relu"), "sm80_xmma_fprop_implicit_gemm_dense_int8", ("Int8",))
 SPARSE = replace(DENSE, tactic="sm80_xmma_fprop_sparse_conv_int8_sptensor")
@@ -129,7 +136,7 @@ def test_a_listing_in_the_log_is_read() -> None:
 )
 @pytest.mark.parametrize("layer", [None, DENSE])
 def test_an_ineligible_layer_has_the_reason(change: dict[str, Any], reason: str, layer: EngineLayer | None) -> None:
-    (row,) = explain([replace(GEMM, **change)], [layer] if layer else [], SILENT, sparse=True)
+    (row,) = explain([weight(**change)], [layer] if layer else [], SILENT, sparse=True)
     assert (row.eligible, row.sparse) == (False, False)
     assert reason in row.reason
 
@@ -148,115 +155,44 @@ def test_an_ineligible_layer_has_the_reason(change: dict[str, Any], reason: str,
 )
 def test_an_eligible_dense_layer_has_the_likely_reason(change: dict[str, Any], types: str, reason: str) -> None:
     layer = replace(DENSE, output_types=(types,))
-    (row,) = explain([replace(GEMM, **change)], [layer], SILENT, sparse=True)
+    (row,) = explain([weight(**change)], [layer], SILENT, sparse=True)
     assert (row.eligible, row.sparse) == (True, False)
     assert reason in row.reason
 
 
 @pytest.mark.parametrize("log", [SILENT, SparsityLog(listed("conv + relu"), listed("conv + relu"))])
 def test_a_sparse_layer_needs_no_reason(log: SparsityLog) -> None:
-    (row,) = explain([GEMM], [SPARSE], log, sparse=True)
+    (row,) = explain([weight()], [SPARSE], log, sparse=True)
     assert (row.eligible, row.sparse, row.tactic, row.reason) == (True, True, SPARSE.tactic, "")
 
 
 def test_the_builder_has_the_last_word_on_what_was_chosen() -> None:
-    (row,) = explain([GEMM], [], SparsityLog(listed("conv"), listed()), sparse=True)
+    (row,) = explain([weight()], [], SparsityLog(listed("conv"), listed()), sparse=True)
     assert (row.eligible, row.sparse) == (True, False)
-    (row,) = explain([GEMM], [], SparsityLog(listed("other"), listed()), sparse=True)
+    (row,) = explain([weight()], [], SparsityLog(listed("other"), listed()), sparse=True)
     assert (row.eligible, row.sparse) == (False, False)
     assert "did not find" in row.reason
 
 
 def test_an_unknown_tactic_is_not_called_dense() -> None:
-    (row,) = explain([GEMM], [replace(DENSE, tactic=None)], SILENT, sparse=True)
+    (row,) = explain([weight()], [replace(DENSE, tactic=None)], SILENT, sparse=True)
     assert (row.eligible, row.sparse) == (True, None)
     assert "known once the plan is loaded" in row.reason
 
 
 def test_sparse_tactics_that_were_off_are_the_reason() -> None:
-    (row,) = explain([GEMM], [DENSE], SILENT, sparse=False)
+    (row,) = explain([weight()], [DENSE], SILENT, sparse=False)
     assert (row.sparse, row.reason) == (False, "built with sparse=False")
 
 
 def test_the_layer_and_not_its_epilogue_speaks_for_the_node() -> None:
     epilogue = EngineLayer("epilogue", ("conv", "relu"), "dense", ("Float",))
-    (row,) = explain([GEMM], [epilogue, replace(SPARSE, name="conv_myl0_2")], SILENT, sparse=True)
+    (row,) = explain([weight()], [epilogue, replace(SPARSE, name="conv_myl0_2")], SILENT, sparse=True)
     assert row.sparse is True
 
 
 def test_a_report_is_a_table_and_json() -> None:
     sidecar = Sidecar("tensorrt", "11", None, True, {"x": [[1, 8], [2, 8], [4, 8]]}, 3, "ab", "cd")
-    report = EngineReport(Path("m.plan"), sidecar, tuple(explain([GEMM], [SPARSE], SILENT, sparse=True)))
+    report = EngineReport(Path("m.plan"), sidecar, tuple(explain([weight()], [SPARSE], SILENT, sparse=True)))
     assert json.loads(report.to_json())["layers"][0]["sparse"] is True
     assert "1 layers: 1 eligible for sparse tactics, 1 known to have one" in str(report)
-
-
-@pytest.mark.parametrize("precision", ["FLOAT", "FLOAT16", "INT8"])
-def test_a_convolution_is_found_with_its_precision(conv_model: Callable[..., ModelProto], precision: str) -> None:
-    (gemm,) = onnx_gemms(open_onnx(conv_model(precision, channels=8, out_channels=12).SerializeToString()))
-    assert gemm == OnnxGemm("conv", "Conv", 8, 12, 9, 1, precision, hidden_by="", violations=0)
-
-
-def test_a_mask_in_the_graph_hides_the_zeros(conv_model: Callable[..., ModelProto]) -> None:
-    (gemm,) = onnx_gemms(open_onnx(conv_model(mask_node=True).SerializeToString()))
-    assert gemm.hidden_by == "Mul"
-
-
-def test_blocks_that_are_too_full_are_counted(conv_model: Callable[..., ModelProto]) -> None:
-    proto = conv_model("INT8")
-    weight = numpy_helper.to_array(proto.graph.initializer[0]).copy()
-    weight[3, 2, 0, 0] = weight[3, 7, 0, 0] = weight[5, 2, 1, 2] = 1
-    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "integers"))
-    assert [gemm.violations for gemm in onnx_gemms(open_onnx(proto.SerializeToString()))] == [3]
-
-
-LINEAR = np.zeros((6, 8), np.float32)  # (out, in)
-LINEAR[:, ::4] = LINEAR[:, 1::4] = 1
-
-
-def linear(nodes: list[NodeProto], weight: Any) -> bytes:
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, None)
-    x.type.tensor_type.shape.SetInParent()
-    graph = helper.make_graph(nodes, "graph", [x], [helper.make_tensor_value_info("y", 1, [])])
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), "w"))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(model.SerializeToString())
-
-
-@pytest.mark.parametrize(
-    ("weight", "nodes"),
-    [
-        (LINEAR.T, [helper.make_node("MatMul", ["x", "w"], ["y"], name="fc")]),
-        (LINEAR, [helper.make_node("MatMul", ["w", "x"], ["y"], name="fc")]),
-        (LINEAR.T, [helper.make_node("Gemm", ["x", "w"], ["y"], name="fc")]),
-        (LINEAR, [helper.make_node("Gemm", ["x", "w"], ["y"], name="fc", transB=1)]),
-        (LINEAR, [helper.make_node("Gemm", ["w", "x"], ["y"], name="fc")]),
-        (LINEAR.T, [helper.make_node("Gemm", ["w", "x"], ["y"], name="fc", transA=1)]),
-        (
-            LINEAR,
-            [
-                helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]),
-                helper.make_node("MatMul", ["x", "t"], ["y"], name="fc"),
-            ],
-        ),
-    ],
-)
-def test_the_contraction_of_a_linear_layer_is_found(weight: Any, nodes: list[NodeProto]) -> None:
-    """The weight is 2:4 along in-features alone, so a wrong axis would count violations."""
-    assert onnx_gemms(open_onnx(linear(nodes, weight))) == (
-        OnnxGemm("fc", nodes[-1].op_type, 8, 6, 1, 1, "FLOAT", hidden_by="", violations=0),
-    )
-
-
-def test_a_product_of_activations_is_no_layer() -> None:
-    assert onnx_gemms(open_onnx(linear([helper.make_node("MatMul", ["x", "x"], ["y"])], LINEAR))) == ()
-
-
-def test_deep_graphs_are_read() -> None:
-    """Thousands of nodes in a row, before an activation and behind a weight, are more than Python's stack holds."""
-    before = [helper.make_node("Relu", [f"x{i}" if i else "x"], [f"x{i + 1}"]) for i in range(3000)]
-    behind = [helper.make_node("Identity", [f"w{i}" if i else "w"], [f"w{i + 1}"]) for i in range(3000)]
-    product = helper.make_node("MatMul", ["x3000", "x3000"], ["p"])
-    nodes = [*before, product, *behind, helper.make_node("MatMul", ["p", "w3000"], ["y"], name="fc")]
-    (gemm,) = onnx_gemms(open_onnx(linear(nodes, LINEAR.T)))
-    assert (gemm.name, gemm.hidden_by, gemm.violations) == ("fc", "", 0)

@@ -1,0 +1,192 @@
+"""The constant weights that an ONNX file multiplies by, as its runtimes see them, whoever wrote it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
+
+from nmcompile.errors import FileError
+from nmcompile.onnx_files import OnnxFile
+from nmcompile.pruning import NMPattern
+
+Array = npt.NDArray[np.generic]
+NOTHING: Array = np.zeros((0, 0), np.int8)
+WEIGHT_OPERANDS = {"Conv": (1,), "Gemm": (1, 0), "MatMul": (1, 0)}
+TRANSPARENT = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Identity"})  # sparsity is seen through these
+SHAPE_ONLY = frozenset({"Transpose", "Reshape", "Flatten", "Identity"})
+PATTERNS = tuple(NMPattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8"))
+
+
+@dataclass(frozen=True)
+class OnnxWeight:
+    """A GEMM node and its weight.
+
+    Attributes:
+        node: its name.
+        op: Conv, Gemm or MatMul.
+        initializer: the name of the stored weight.
+        shape: as stored.
+        dtype: as stored, "INT8" for example.
+        rows: the weight as (out-channels, *kernel, in-channels of one group); empty where it is hidden.
+        groups: of a convolution.
+        precision: what the product is computed in, "INT8" or "FLOAT16" for example.
+        hidden_by: the operator that keeps runtimes from seeing the zeros, "Mul" for example; "" if none does.
+    """
+
+    node: str
+    op: str
+    initializer: str
+    shape: tuple[int, ...]
+    dtype: str
+    rows: Array
+    groups: int
+    precision: str
+    hidden_by: str
+
+    @property
+    def out_channels(self) -> int:
+        return int(self.rows.shape[0])
+
+    @property
+    def in_channels(self) -> int:
+        return int(self.rows.shape[-1])
+
+    @property
+    def kernel(self) -> int:
+        """Positions of a convolution's kernel; 1 for Gemm and MatMul."""
+        return math.prod(self.rows.shape[1:-1])
+
+    @property
+    def zeros(self) -> float:
+        """The fraction of zeros."""
+        return 1 - np.count_nonzero(self.rows) / self.rows.size if self.rows.size else 0.0
+
+    @property
+    def patterns(self) -> tuple[NMPattern, ...]:
+        """The usual patterns that the weight obeys in whole blocks."""
+        fitting = (pattern for pattern in PATTERNS if self.rows.size and self.in_channels % pattern.block == 0)
+        return tuple(pattern for pattern in fitting if not self.violations(pattern))
+
+    def violations(self, pattern: NMPattern) -> int:
+        """Blocks along in-channels with more than N non-zeros; a rest that fills no block counts as one."""
+        rest = -self.in_channels % pattern.block
+        padded = np.pad(self.rows != 0, [(0, 0)] * (self.rows.ndim - 1) + [(0, rest)])
+        return int((padded.reshape(-1, pattern.block).sum(axis=1) > pattern.n_keep).sum())
+
+
+def read_weights(file: OnnxFile) -> tuple[OnnxWeight, ...]:
+    """Every Conv, Gemm and MatMul of the main graph that multiplies by a constant, in its order.
+
+    Raises:
+        FileError: a weight that holds another number of elements than it declares.
+    """
+    return tuple(_Reader(file).weights())
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A value that a graph computes from stored tensors alone: the first of them, and what it went through."""
+
+    tensor: TensorProto
+    axes: tuple[int, ...]  # of the tensor, in their order now
+    hidden_by: str = ""
+
+    @property
+    def dtype(self) -> str:
+        return str(TensorProto.DataType.Name(self.tensor.data_type))
+
+    def behind(self, node: NodeProto) -> "_Constant":
+        """What the node makes of it."""
+        operator = _operator(node)
+        if self.hidden_by or operator in TRANSPARENT:
+            return self
+        order = tuple(_attribute(node, "perm").ints) or tuple(reversed(range(len(self.axes))))
+        if operator == "Transpose" and sorted(order) == sorted(self.axes):
+            return replace(self, axes=tuple(self.axes[axis] for axis in order))
+        return replace(self, hidden_by=operator)
+
+
+class _Reader:
+    """Passes the nodes in their order, which is topological: graphs are deeper than Python's stack."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        self.file = file
+        self.constants = {tensor.name: _stored(tensor) for tensor in file.proto.graph.initializer}
+        self.dequantize: dict[str, NodeProto] = {}  # the DequantizeLinear that a value comes from
+
+    def weights(self) -> Iterator[OnnxWeight]:
+        for node in self.file.proto.graph.node:
+            operands = WEIGHT_OPERANDS.get(_operator(node), ())
+            operand = next((operand for operand in operands if node.input[operand] in self.constants), None)
+            if operand is not None:
+                yield self._weight(node, operand)
+            self._follow(node)
+
+    def _weight(self, node: NodeProto, operand: int) -> OnnxWeight:
+        constant = self.constants[node.input[operand]]
+        shape = tuple(constant.tensor.dims)
+        return OnnxWeight(
+            node=node.name or node.output[0],
+            op=node.op_type,
+            initializer=constant.tensor.name,
+            shape=shape,
+            dtype=constant.dtype,
+            rows=NOTHING if constant.hidden_by or len(shape) < 2 else _rows(node, self._content(constant), operand),
+            groups=_attribute(node, "group", 1).i,
+            precision=self._precision(node, operand),
+            hidden_by=constant.hidden_by,
+        )
+
+    def _content(self, constant: _Constant) -> Array:
+        """The tensor as the node sees it."""
+        try:
+            stored = numpy_helper.to_array(constant.tensor, str(self.file.path.parent) if self.file.path else "")
+        except ValueError as error:
+            raise FileError(f"{self.file.name}: tensor {constant.tensor.name!r} cannot be read ({error})") from error
+        return np.transpose(stored, constant.axes)
+
+    def _precision(self, node: NodeProto, operand: int) -> str:
+        """The integers' type where both operands are quantized; else the type that the weight is dequantized to."""
+        dtype = self.constants[node.input[operand]].dtype
+        dequantize, other = (self.dequantize.get(node.input[i]) for i in (operand, 1 - operand))
+        if dequantize is None:
+            return dtype
+        scale, *zero_point = (self.constants[name].dtype for name in dequantize.input[1:] if name)
+        return scale if other is None else (*zero_point, dtype)[0]
+
+    def _follow(self, node: NodeProto) -> None:
+        """Note what is known of the node's outputs."""
+        operator, sources = _operator(node), [name for name in node.input if name]
+        if operator == "Constant":
+            self.constants[node.output[0]] = _stored(_attribute(node, "value").t)
+        elif sources and self.constants.keys() >= set(sources):
+            self.constants |= dict.fromkeys(node.output, self.constants[sources[0]].behind(node))
+        if operator == "DequantizeLinear":
+            self.dequantize[node.output[0]] = node
+        elif operator in SHAPE_ONLY and sources[0] in self.dequantize:
+            self.dequantize[node.output[0]] = self.dequantize[sources[0]]
+
+
+def _stored(tensor: TensorProto) -> _Constant:
+    return _Constant(tensor, tuple(range(len(tensor.dims))))
+
+
+def _operator(node: NodeProto) -> str:
+    """Its name, with the domain where that is not ONNX's own."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+
+
+def _attribute(node: NodeProto, name: str, default: int = 0) -> AttributeProto:
+    return next((entry for entry in node.attribute if entry.name == name), AttributeProto(i=default))
+
+
+def _rows(node: NodeProto, weight: Array, operand: int) -> Array:
+    """The weight as (out-channels, *kernel, in-channels)."""
+    if node.op_type == "Conv":
+        return np.moveaxis(weight, 1, -1)
+    contraction_is_last = _attribute(node, "transB" if operand else "transA").i == operand
+    rows = weight if contraction_is_last else np.swapaxes(weight, -1, -2)
+    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
