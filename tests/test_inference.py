@@ -210,7 +210,7 @@ def test_a_clip_that_steps_drove_to_zero_is_lifted_again(start: float, placement
 def test_clips_are_no_parameters(net: Net) -> None:
     model = compiled(net, clip="pact")
     assert list(model.state_dict()) == list(net.state_dict())
-    assert len(clips(model)) == 2 and not clips(compiled(net))
+    assert len(clips(model)) == 3 and not clips(compiled(net))  # two inputs, one output
     net.load_state_dict(model.state_dict())
 
 
