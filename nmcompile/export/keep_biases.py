@@ -35,6 +35,14 @@ def keep_bias(model: ir.Model, site: LayerNode) -> None:
     _add_behind(node, apart, f"{site.name}.add")
 
 
+def is_read_in_floats(value: ir.Value) -> bool:
+    """Whether anything but a QuantizeLinear reads a value, seen through what runtimes fuse or move."""
+    return any(
+        user.op_type != "QuantizeLinear" and (user.op_type not in BETWEEN or is_read_in_floats(user.outputs[0]))
+        for user in value.consumers()
+    )
+
+
 def _feeds_quantizer(value: ir.Value) -> bool:
     return any(
         user.op_type == "QuantizeLinear" or (user.op_type in BETWEEN and _feeds_quantizer(user.outputs[0]))

@@ -15,7 +15,7 @@ from nmcompile.export.absorb_norms import Affine, absorb_norm
 from nmcompile.export.bake_weights import bake_weights
 from nmcompile.export.clean_graph import clean_graph, drop_unused, strip_origin
 from nmcompile.export.find_layers import LayerNode, find_layers
-from nmcompile.export.keep_biases import keep_bias
+from nmcompile.export.keep_biases import is_read_in_floats, keep_bias
 from nmcompile.export.lift_weights import lift_weight
 from nmcompile.export.quantize_activations import is_emulated, quantize_activations
 from nmcompile.export.read_onnx import PLANNED
@@ -147,5 +147,8 @@ def _described(site: LayerNode, affine: Affine | None, target: str) -> ExportedN
     for operand, grid in (("input", site.deployed.input.grid), ("output", site.deployed.output.grid)):
         if grid is not None and is_emulated(grid, target):
             notes.append(f"{operand} rounded in floats: TensorRT's INT8 ends at 127, the grid at {grid.high}")
+    is_integer = site.deployed.weight.grid is not None and site.deployed.input.grid is not None
+    if is_integer and is_read_in_floats(site.node.outputs[0]):
+        notes.append("its result is read in floating point; integer kernels need args= and CompileConfig(outputs='int8')")
     norm = "" if affine is None else affine.module
     return ExportedNode(site.name, site.deployed.layer.name, site.node.op_type, norm, tuple(notes))
