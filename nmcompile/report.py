@@ -186,7 +186,7 @@ class Report:
                 "×".join(map(str, layer.layer.weight_shape)),
                 *(_cell(layer.plan.rows_of(phase)) for phase in Phase),
                 "–" if layer.macs is None else f"{layer.macs / 1e6:.2f} M",
-                layer.status if layer.status not in ("sparse", "dense") else "; ".join(layer.reasons),
+                _note(layer),
             ]
             for layer in self.layers
         ]
@@ -281,6 +281,13 @@ def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Obse
     return LayerReport(plan, graphs, status, positions, kernels, seen.choices)
 
 
+def _note(layer: LayerReport) -> str:
+    if layer.status not in ("sparse", "dense"):
+        return layer.status
+    absorbed = (f"absorbs {layer.plan.norm!r} in eval()",) if layer.plan.norm else ()
+    return "; ".join((*layer.reasons, *absorbed))
+
+
 def _cell(rows: tuple[PlanRow, ...]) -> str:
     cells: dict[str, str] = {}
     for row in rows:
@@ -310,5 +317,6 @@ def _layer_json(layer: LayerReport) -> dict[str, Any]:
             }
             for row in layer.plan.rows
         ],
+        "norm": layer.plan.norm,
         "choices": {phase.value: asdict(choice) for phase, choice in layer.choices.items()},
     }

@@ -103,6 +103,8 @@ def test_the_plan_quantizes_what_is_read_in_floating_point(net: nn.Module, x: Te
 
     assert outputs() == {"conv2": "s8", "conv3": "u7"}
     assert outputs(outputs="float") == {}
+    report = nmcompile.analyze(net, "inference", args=(x,))
+    assert "absorbs 'norm2' in eval()" in report.to_markdown() and '"norm": "norm2"' in report.to_json()
     # With 4:8 inputs it is pruning that reads conv1's result.
     assert outputs(layers={}) == {"conv1": "s8", "conv2": "s8", "conv3": "u7"}
 
