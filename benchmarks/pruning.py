@@ -2,7 +2,8 @@
 
 Calls take turns and write into buffers that are reused: a fresh buffer of 64 MB costs several copies in page faults, as
 the rows in which `clone` is the unit show. The first call of each group is its unit. A kernel that takes as long for
-the same elements in a cache as from memory is limited by its instructions.
+the same elements in a cache as from memory is limited by its instructions. One thread is timed by the processor time
+that it takes: other programs on the machine do not add to it.
 
 python benchmarks/pruning.py   # 64 MB tensors; writes results/pruning.json and, with matplotlib, results/pruning.svg
 """
@@ -10,6 +11,7 @@ python benchmarks/pruning.py   # 64 MB tensors; writes results/pruning.json and,
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -96,7 +98,7 @@ class Row:
 
 
 def rows_of(operator: str, calls: Calls, repeats: int) -> list[Row]:
-    found = in_turns(calls, repeats)
+    found = in_turns(calls, repeats, clock=time.perf_counter if torch.get_num_threads() > 1 else time.process_time)
     medians = {call: statistics.median(values) for call, values in found.items()}
     unit = next(iter(calls))
     return [
@@ -199,10 +201,12 @@ def main() -> None:
     parser.add_argument("--eager-repeats", type=int, default=3, help="of whole tensors by the slow reference operators")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pruning.json")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     if not kernel_support().ok:
         raise SystemExit(kernel_support().reason)
     torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
     rows = measure(options.size, options.repeats, options.eager_repeats)
     print(tabulate([asdict(row) for row in rows], headers="keys", floatfmt=".3f"))
     options.out.parent.mkdir(exist_ok=True)

@@ -6,6 +6,9 @@ MAX_BLOCK: int
 MAX_BATCH_DIMS: int
 INSTRUCTION_SETS: tuple[str, ...]
 
+def memory(bytes: int) -> Tensor:
+    """Bytes of any values, uint8, in memory that dropped ones have left if it fits."""
+
 def prune(
     op: str,
     x: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import kernel_support, takes
+from nmcompile.backends.cpu.spare_memory import empty_like
 from nmcompile.errors import OperandError
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS, NMPattern, check
@@ -52,7 +53,7 @@ def _cpu_prune(
         OperandError: `x` is no tensor that the operator takes, or the key is missing or no key.
         ConfigError: the pattern does not fit the operator.
     """
-    result = torch.empty_like(x, requires_grad=False)
+    result = empty_like(x)
     _write(x, operator, NMPattern(n_keep, block), dim, key, relu, result)
     return result
 

@@ -35,25 +35,29 @@ struct RoundKeys {
     explicit RoundKeys(std::uint64_t key) {
         auto k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
         for (int round = 0; round < 10; ++round) {
-            low[round] = k0;
-            high[round] = k1;
+            low[round] = Longs{} + k0;
+            high[round] = Longs{} + k1;
             k0 += 0x9E3779B9;
             k1 += 0xBB67AE85;
         }
     }
-    std::uint64_t low[10], high[10];
+    Longs low[10], high[10];
 };
 
-NMCOMPILE_INLINE Words philox4x32(Longs counter, const RoundKeys& keys) {
-    Longs c0 = counter, c1 = counter >> 32, c2 = {}, c3 = {};
+// Of `Count` counters, round by round: they hide each other's latency.
+template <int Count>
+NMCOMPILE_INLINE void philox4x32(const Longs* counters, const RoundKeys& keys, Words* words) {
+    for (int i = 0; i < Count; ++i) words[i] = Words{{counters[i], counters[i] >> 32, Longs{}, Longs{}}};
     for (int round = 0; round < 10; ++round) {
-        const Longs p0 = multiply(c0, 0xD2511F53), p1 = round == 0 ? Longs{} : multiply(c2, 0xCD9E8D57);
-        c0 = (p1 >> 32) ^ c1 ^ keys.low[round];
-        c1 = p1;
-        c2 = (p0 >> 32) ^ c3 ^ keys.high[round];
-        c3 = p0;
+        for (int i = 0; i < Count; ++i) {
+            auto& [c0, c1, c2, c3] = words[i].word;
+            const Longs p0 = multiply(c0, 0xD2511F53), p1 = round == 0 ? Longs{} : multiply(c2, 0xCD9E8D57);
+            c0 = (p1 >> 32) ^ c1 ^ keys.low[round];
+            c1 = p1;
+            c2 = (p0 >> 32) ^ c3 ^ keys.high[round];
+            c3 = p0;
+        }
     }
-    return {{c0, c1, c2, c3}};
 }
 
 NMCOMPILE_INLINE Longs pair(Longs low, Longs high) { return (low & 0xFFFFFFFFu) | (high << 32); }
@@ -81,16 +85,18 @@ class Window {
     }
 
    private:
-    static constexpr int kStep = 4 * kNumbers;  // two vectors of counters: they hide each other's latency
+    static constexpr int kAtOnce = 3;  // vectors of counters; on AVX2, two take longer and four do not fit the registers
+    static constexpr int kStep = kAtOnce * 2 * kNumbers;
 
     [[gnu::noinline]] void compute(std::uint64_t first, int count, const RoundKeys& keys) {
         begin_ = first & ~std::uint64_t{3};
         const auto wanted = first - begin_ + static_cast<std::uint64_t>(count);
         for (size_ = 0; size_ < wanted; size_ += kStep) {
-            const Longs counter = counting() + ((begin_ + size_) >> 2);
-            const Words one = philox4x32(counter, keys), other = philox4x32(counter + kNumbers / 2, keys);
-            put(one, numbers_ + size_);
-            put(other, numbers_ + size_ + kStep / 2);
+            Longs counters[kAtOnce];
+            for (int i = 0; i < kAtOnce; ++i) counters[i] = counting() + (((begin_ + size_) >> 2) + i * (kNumbers / 2));
+            Words words[kAtOnce];
+            philox4x32<kAtOnce>(counters, keys, words);
+            for (int i = 0; i < kAtOnce; ++i) put(words[i], numbers_ + size_ + i * 2 * kNumbers);
         }
     }
     static NMCOMPILE_INLINE void put(const Words& words, float* to) {
@@ -105,12 +111,15 @@ class Window {
 
 // One number for each lane, of any counters.
 inline Floats scattered(const std::uint64_t* numbers, const RoundKeys& keys) {
+    const Longs counters[2] = {load<Longs>(numbers) >> 2, load<Longs>(numbers + kNumbers / 2) >> 2}, one = Longs{} + 1;
+    Words words[2];
+    philox4x32<2>(counters, keys, words);
     Vector<std::uint32_t, kNumbers> halves[2];
     for (int h = 0; h < 2; ++h) {
-        const Longs number = load<Longs>(numbers + h * (kNumbers / 2)), one = Longs{} + 1;
-        const Words words = philox4x32(number >> 2, keys);
+        const Longs number = load<Longs>(numbers + h * (kNumbers / 2));
         const auto odd = equal(number & one, one), upper = equal(number & (one + one), one + one);
-        const Longs low = select(odd, words.word[1], words.word[0]), high = select(odd, words.word[3], words.word[2]);
+        const auto& [c0, c1, c2, c3] = words[h].word;
+        const Longs low = select(odd, c1, c0), high = select(odd, c3, c2);
         halves[h] = __builtin_bit_cast(Vector<std::uint32_t, kNumbers>, select(upper, high, low));
     }
     return uniform(__builtin_bit_cast(Longs, unzip(halves[0], halves[1]).first));

@@ -1,20 +1,34 @@
 // The Python module nmcompile._kernels. Tensors come through DLPack.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #include "gemm_module.h"
 #include "instruction_sets.h"
 #include "prune_module.h"
+#include "spare_memory.h"
 #include "transposable_module.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 using namespace nmcompile;
+
+namespace {
+
+nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>, nb::device::cpu> memory(std::size_t bytes) {
+    auto* const memory = new Memory(bytes);
+    const nb::capsule owner(memory, [](void* dropped) noexcept { delete static_cast<Memory*>(dropped); });
+    return {memory->data(), {bytes}, owner};
+}
+
+}  // namespace
 
 NB_MODULE(_kernels, m) {
     m.doc() = "Native kernels of the CPU backend; the modules of nmcompile.backends.cpu wrap them.";
     nb::list names;
     for (const InstructionSet isa : instruction_sets()) names.append(kInstructionSetNames[static_cast<int>(isa)]);
     m.attr("INSTRUCTION_SETS") = nb::tuple(names);
+    m.def("memory", &memory, "bytes"_a, "Bytes of any values, in memory that dropped ones have left if it fits.");
     bind_gemm(m);
     bind_prune(m);
     bind_transposable(m);

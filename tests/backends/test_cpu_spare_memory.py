@@ -1,0 +1,49 @@
+"""Large results take over the memory of dropped ones, and only of those."""
+
+import pytest
+import torch
+
+from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.prune import cpu_prune
+from nmcompile.backends.cpu.spare_memory import LARGE, empty_like
+
+pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
+
+ELEMENTS = LARGE // torch.float32.itemsize
+
+
+def test_memory_goes_on_when_nobody_holds_it() -> None:
+    x = torch.zeros(ELEMENTS)
+    first = empty_like(x).fill_(1)
+    place = first.data_ptr()
+    view = first[5:7]
+    del first
+    second = empty_like(x).fill_(2)
+    assert second.data_ptr() != place and view.tolist() == [1, 1]
+    del view
+    larger = empty_like(x.double())
+    assert larger.data_ptr() != place
+    third = empty_like(x).fill_(3)
+    assert third.data_ptr() == place
+    assert second.eq(2).all() and third.eq(3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_is_as_torch_has_it(dtype: torch.dtype) -> None:
+    for x in (
+        torch.empty(2, 3, 8, LARGE // 32, dtype=dtype).to(memory_format=torch.channels_last),
+        torch.empty(LARGE // 64, 64, dtype=dtype).t(),
+        torch.nn.Parameter(torch.empty(LARGE, dtype=dtype)),
+        torch.empty(5, dtype=dtype),
+        torch.empty(0, dtype=dtype),
+    ):
+        found, expected = empty_like(x), torch.empty_like(x, requires_grad=False)
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), dtype)
+        assert not found.requires_grad and not found._is_view() and found.data_ptr() % dtype.itemsize == 0
+
+
+def test_large_results_keep_their_values() -> None:
+    x = torch.randn(ELEMENTS // 64, 64)
+    first = cpu_prune(x, "greedy", 2, 4, 1)
+    second = cpu_prune(-x, "greedy", 2, 4, 1)
+    assert first.equal(-second)
