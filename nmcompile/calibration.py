@@ -33,9 +33,9 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
 
     The histogram of each activation (after its pruning) is searched for the clip of the least squared error. That says
     which clips fit together, but not how much clipping the model bears: errors of rounding add up through the layers
-    otherwise than errors of clipping. So all clips of coarse grids are then multiplied by the one factor with the least squared error
-    of the model's outputs on the first batches. Learned clips start from there. With
-    `CompileConfig(clip="percentile")` each clip is the percentile 99.99 of its input.
+    otherwise than errors of clipping. So all clips of coarse grids are then multiplied by the one factor with the least
+    squared error of the model's outputs on the first batches. Learned clips start from there. With
+    `CompileConfig(clip="percentile")` each clip is the percentile 99.99 of its activation.
 
     Args:
         compiled: a model compiled with a mode that quantizes inputs.

@@ -25,8 +25,9 @@ from nmcompile.passes.rewriting import gemm_node, placeholder
 class QuantizeOutputs:
     """Everything that reads the layer's output then reads an activation that is pruned and on its grid.
 
-    Where a batch norm follows that export absorbs, the grid is the norm's (`nmcompile.ir.absorbed_norm`). The model's own ReLU stays where it is and changes nothing any more, except that it lets no gradient through where a
-    small activation was rounded to zero.
+    Where a batch norm follows that export absorbs, the grid is the norm's (`nmcompile.ir.absorbed_norm`). The model's
+    own ReLU stays where it is and changes nothing any more, except that it lets no gradient through where a small
+    activation was rounded to zero.
     """
 
     name: ClassVar[str] = "quantize-outputs"

@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -19,7 +21,7 @@ from nmcompile.quantization import Grid, fake_quantize, sawb_scale
 from nmcompile.training import clips
 from nmcompile.training.state import triples_of
 
-WIDE = {"layers": {"_default": nmcompile.LayerConfig(weight=nmcompile.presets["inference"].weight, weight_bits=4, input_bits=4)}}  # fmt: skip
+WIDE = {"layers": {"_default": replace(nmcompile.presets["inference"], input=None)}}
 
 
 class Net(nn.Module):
@@ -68,7 +70,7 @@ def compiled(net: nn.Module, x: Tensor, **options: object) -> nn.Module:
     return nmcompile.compile(net, "inference", args=(x,), config=config, calibration=[x]).eval()
 
 
-def norm_of(model: nn.Module, name: str) -> AbsorbedNorm:
+def norm_of(model: nn.Module, name: str) -> Any:
     norm = model.get_submodule(name)
     assert isinstance(norm, AbsorbedNorm)
     return norm
@@ -115,7 +117,7 @@ def test_eval_hands_on_whole_steps_of_the_accumulator(net: Net, x: Tensor) -> No
     model = compiled(net, x, outputs="float")
     for conv, name in (("conv1", "norm1"), ("conv2", "norm2")):
         norm, seen = norm_of(model, name), list[Tensor]()
-        handle = norm.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y.double()))  # type: ignore[misc]
+        handle = norm.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y.double()))
         model(x)
         handle.remove()
         plain = getattr(net, name)

@@ -151,8 +151,9 @@ class _Reader:
                 layers[node] = names
             if len(names) == 1 and (count := self._positions(original, names[0])) is not None:
                 positions[names[0]] = positions.get(names[0], 0) + count
-            if node.op == "call_function" and operator_name(node) == "batch_norm" and _innermost(original) in self.norms:
-                norms[node] = _innermost(original)
+            is_norm = node.op == "call_function" and operator_name(node) == "batch_norm"
+            if is_norm and (module := _innermost(original)) in self.norms:
+                norms[node] = module
         return Exported(WholeGraph(graph, layers, "export", self.constants, norms), positions)
 
     def _layers_of(self, node: fx.Node) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ def norm_behind(whole: WholeGraph, nodes: Sequence[fx.Node]) -> str:
 
 
 def readers_behind(model: nn.Module, whole: WholeGraph, node: fx.Node) -> frozenset[str]:
-    """The layers that read a value through operators that keep integers, `""` for any other; empty if it is returned."""
+    """The layers that read a value through operators that keep integers, `""` for any other; none if it is returned."""
     found = list(_readers(model, whole, node))
     return frozenset() if None in found else frozenset(name for name in found if name is not None)
 

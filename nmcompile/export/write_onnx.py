@@ -149,6 +149,8 @@ def _described(site: LayerNode, affine: Affine | None, target: str) -> ExportedN
             notes.append(f"{operand} rounded in floats: TensorRT's INT8 ends at 127, the grid at {grid.high}")
     is_integer = site.deployed.weight.grid is not None and site.deployed.input.grid is not None
     if is_integer and is_read_in_floats(site.node.outputs[0]):
-        notes.append("its result is read in floating point; integer kernels need args= and CompileConfig(outputs='int8')")
+        notes.append(
+            "its result is read in floating point; integer kernels need args= and CompileConfig(outputs='int8')"
+        )
     norm = "" if affine is None else affine.module
     return ExportedNode(site.name, site.deployed.layer.name, site.node.op_type, norm, tuple(notes))

@@ -62,7 +62,6 @@ class AbsorbedNorm(Rewritten):
         return (input * gain.to(wide).view(shape) + shift.to(wide).view(shape)).to(input.dtype)
 
 
-
 def absorb(norm: nn.Module, layer: nn.Module) -> None:
     """Let `norm`, the batch norm that alone reads the output of the rewritten `layer`, compute as described."""
     norm.__dict__["absorbing_layer"] = layer  # no child: that would change the names of parameters
