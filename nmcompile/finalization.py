@@ -84,14 +84,15 @@ def _effective(model: nn.Module, triple: GemmTriple) -> Tensor:
 
 
 def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By name, the biases that integer kernels round."""
+    """By name, the biases that are added in whole steps."""
     for triple in triples_of(model):
-        weight, name = stored_weight(model, triple), ".".join(filter(None, (triple.site.module, "bias")))
-        bias, input = named_weight(model, name), triple.steps.input
-        if triple.site.role or weight is None or bias is None or input is None or not input.is_calibrated:
+        input = triple.steps.input
+        if not triple.graphs.plan.rounds_bias or input is None or not input.is_calibrated:
             continue
-        step = triple.steps.of_weight(weight)
-        if step is not None:
+        name = ".".join(filter(None, (triple.site.module, "bias")))
+        weight, bias = stored_weight(model, triple), named_weight(model, name)
+        step = None if weight is None else triple.steps.of_weight(weight)
+        if step is not None and bias is not None:
             yield name, to_accumulator(bias, input.current(), step)
 
 

@@ -73,8 +73,10 @@ class _LayerPlanner:
             rows += self._result_rows(rows)
         rewrites_all = asked is not None and asked == LayerConfig() and not reason
         changed = any(row.is_sparse or row.is_quantized for row in rows)
-        norm = self.captured.facts[self.layer.name].norm if is_integer and not self.site.role else ""
-        return LayerPlan(self.layer, tuple(rows), rewrites_all or changed, norm)
+        # Export finds integer kernels for modules; a functional call or attention keeps what it adds.
+        is_module = is_integer and not self.site.role
+        norm = self.captured.facts[self.layer.name].norm if is_module else ""
+        return LayerPlan(self.layer, tuple(rows), rewrites_all or changed, norm, is_module and self.layer.has_bias)
 
     def _asked(self, site: Site) -> tuple[str | None, LayerConfig | None]:
         """What a layer is to get, and the key of the config that says so."""

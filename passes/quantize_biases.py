@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from nmcompile.config import Phase
+from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
@@ -15,28 +16,25 @@ from nmcompile.passes.rewriting import gemm_node, placeholder
 
 @dataclass(frozen=True)
 class QuantizeBiases:
-    """Integer kernels add an integer bias; db passes straight through.
-
-    Left alone are biases of functional calls and of attention, which export finds no integer kernel for.
-    """
+    """Integer kernels add an integer bias; db passes straight through."""
 
     name: ClassVar[str] = "quantize-biases"
 
     def run(self, program: Program) -> PassResult:
-        rounded = [three for three in program.layers.values() if _is_integer(program, three)]
+        rounded = [three for three in program.layers.values() if three.plan.rounds_bias]
         for three in rounded:
             _round_bias(three)
         return PassResult(modified=bool(rounded))
 
 
-def _is_integer(program: Program, three: ThreeGraphs) -> bool:
-    grids = three.plan.grid_row("weight"), three.plan.grid_row("input")
-    return three.layer.has_bias and None not in grids and not program.site(three.layer.name).role
-
-
 def _round_bias(three: ThreeGraphs) -> None:
     graph, gemm = three[Phase.FORWARD].graph, gemm_node(three, Phase.FORWARD)
     add = next(node for node in gemm.users if node.target is ops.add_bias)
+    if add.args[1].target is ops.to_accumulator:
+        raise PreconditionError(
+            f"layer {three.layer.name!r}: the GEMM of its forward graph adds a rounded bias already; run each "
+            "quantization pass once"
+        )
     args = add.args[1], placeholder(graph, "input_step"), placeholder(graph, "weight_step")
     with graph.inserting_before(gemm):  # a backend may fuse the bias into the GEMM
         name, target = "bias_rounded", ops.to_accumulator

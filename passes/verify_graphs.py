@@ -19,6 +19,8 @@ PRUNED = {"expand-gemms": (), "prune-weights": ("weight",), "prune-inputs": ("we
 BEFORE = ("expand-gemms", "prune-weights", "prune-inputs", "prune-gradients")
 QUANTIZED = dict.fromkeys(BEFORE, ()) | {"quantize-weights": ("weight",)}
 """The same of quantized operands."""
+BIASES = ("quantize-biases", "quantize-outputs", "lower-nodes")
+"""The passes after which the biases are rounded too."""
 OUTPUTS = ("quantize-outputs", "lower-nodes")
 """The passes after which the outputs are pruned and quantized too."""
 READS = {Phase.FORWARD: ("weight", "input"), Phase.BACKWARD: ("weight",), Phase.UPDATE: ()}
@@ -35,7 +37,7 @@ def verify_graphs(program: Program, after: str) -> None:
     4. Forward returns its output and what it saved; backward dX and, with a quantized input or output, the gradient of
        its step; update dW and, with a bias, db.
     5. The GEMM reads, and forward returns, through prune and quantize nodes exactly what the plan prunes and quantizes,
-       with the planned operator, pattern and axis, or grid.
+       with the planned operator, pattern and axis, or grid; and a bias is rounded exactly where the plan says so.
 
     Args:
         program: with its graphs expanded; one without passes.
@@ -77,6 +79,10 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
 
 
 def _plan_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, after: str) -> str:
+    if phase is Phase.FORWARD:
+        is_rounded = any(node.target is ops.to_accumulator for node in graph.nodes)
+        if is_rounded != (three.plan.rounds_bias and after in BIASES):
+            return f"its bias is {'' if is_rounded else 'not '}rounded, which is not what is planned"
     gemm = next(node for node in graph.nodes if node.meta.get("kind") == "gemm")
     results: Any = graph.output_node().args[0]
     marked = _marked(gemm)
