@@ -5,6 +5,7 @@ from nmcompile.backends.cpu.contraction import Axis
 MAX_BLOCK: int
 MAX_BATCH_DIMS: int
 INSTRUCTION_SETS: tuple[str, ...]
+INTEGERS_DEPTH: int
 
 def prune(
     op: str,
@@ -83,3 +84,27 @@ def gemm_packed(
     threads: int,
 ) -> None:
     """Write a contraction of float32 tensors, one of which is packed, into `output`."""
+
+class PackedIntegers:
+    """A 2:4 matrix of 4-bit integers, in twelve bits for each four."""
+
+    @property
+    def bytes(self) -> int:
+        """How much memory it takes."""
+
+def pack_integers(integers: Tensor, threads: int) -> PackedIntegers | None:
+    """int8 `(rows, depth)` packed; None where some four keep more than two, or one has more than four bits."""
+
+def multiply_integers(
+    packed: PackedIntegers,
+    input: Tensor,
+    steps: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    isa: str,
+    threads: int,
+) -> None:
+    """Write X Qᵀ, times a step for each row of Q, plus the bias, into `output`.
+
+    `input` is filled up with zeros to a depth that `INTEGERS_DEPTH` divides; all are contiguous float32.
+    """
