@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,9 +34,12 @@ import nmcompile
 from nmcompile import CompileConfig, Phase, presets
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.packed_integers import GridInput
+from nmcompile.quantization import Grid
 
 SHAPES = (4096, 4096), (11008, 4096)  # out and in
 TOKENS = 1, 2, 4, 8, 16, 32
+INPUT_STEP = 0.03
 LAYER_TOKENS = 1, 16, 256
 LEVELS = {"MatMulNBits, level 0": 0, "MatMulNBits, level 4": 4}
 OURS = "packed integers"
@@ -74,10 +78,13 @@ def forms_of(integers: Tensor, step: float, x: Tensor, reach: int, threads: int)
 
     best, dense = _kernels.INSTRUCTION_SETS[0], integers.float() * step
     rows, tokens = integers.shape[0], x.shape[0]
-    y, steps = x.new_empty(tokens, rows), torch.full((rows,), step)
+    input = GridInput(x, torch.tensor(INPUT_STEP), Grid(4, signed=False))
+    y, steps = x.new_empty(tokens, rows), torch.full((rows,), step * INPUT_STEP)
 
     def packed_product(packed: Any) -> Tensor:
-        _kernels.multiply_integers(packed, x, steps, None, y, best, threads)
+        codes = input.codes()
+        assert codes is not None
+        _kernels.multiply_integers(packed, codes, 0, steps, None, y, best, threads)
         return y
 
     def sparse_product(packs: list[Any]) -> Tensor:
@@ -145,16 +152,21 @@ def integers_of(rows: int, depth: int) -> Tensor:
 def product_row(shape: tuple[int, int], tokens: int, reach: int, threads: int, repeats: int) -> Row:
     rows, depth = shape
     integers, step = integers_of(rows, depth), 0.01
-    x = torch.randint(0, 16, (tokens, depth)) * 0.03  # what 4-bit inputs are
+    x = torch.randint(0, 16, (tokens, depth)) * INPUT_STEP
     forms = forms_of(integers, step, x, reach, threads)
     exact = x.double() @ integers.double().t() * step
     for name, one in forms.items():
         # Level 4 rounds the input to eight bits.
         torch.testing.assert_close(one.read_all().double(), exact, rtol=1e-4, atol=0.5 if "level 4" in name else 1e-3)
-    times = in_turns({name: one.read_all for name, one in forms.items()}, repeats)
+    times = in_turns({name: one.read_all for name, one in forms.items()}, repeats, clock=clock_of(threads))
     medians = {name: statistics.median(values) / forms[name].count for name, values in times.items()}
     taken = {name: one.bytes_per_weight for name, one in forms.items()}
     return row_of(f"{rows} x {depth}", tokens, threads, medians, integers.numel(), taken)
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """Processor time of one thread, which a busy machine stretches less; that of several would count their waiting."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def row_of(
@@ -173,7 +185,7 @@ def layer_row(features: int, layers: int, tokens: int, threads: int, repeats: in
     compiled = nmcompile.compile(net, "inference", args=(x,), config=config, calibration=[x], backend="cpu").eval()
     with torch.no_grad():
         compiled(x)
-        times = in_turns({OURS: lambda: compiled(x), "eager": lambda: dense(x)}, repeats)
+        times = in_turns({OURS: lambda: compiled(x), "eager": lambda: dense(x)}, repeats, clock=clock_of(threads))
     kernels = {layer.choices[Phase.FORWARD].kernel for layer in nmcompile.inspect(compiled).layers}
     medians = {name: statistics.median(values) / layers for name, values in times.items()}
     name = f"layer {features} x {features}, kernel: {', '.join(sorted(kernels))}"

@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+def in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Milliseconds of each call, all of them once before any of them again."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warmup, repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= 0:
-                found[name].append((time.perf_counter() - start) * 1e3)
+                found[name].append((clock() - start) * 1e3)
     return found
 
 

@@ -98,13 +98,15 @@ def pack_integers(integers: Tensor, threads: int) -> PackedIntegers | None:
 def multiply_integers(
     packed: PackedIntegers,
     input: Tensor,
+    input_zero: int,
     steps: Tensor,
     bias: Tensor | None,
     output: Tensor,
     isa: str,
     threads: int,
 ) -> None:
-    """Write X Qᵀ, times a step for each row of Q, plus the bias, into `output`.
+    """Write K Qᵀ, times a step for each row of Q, plus the bias, into `output`.
 
-    `input` is filled up with zeros to a depth that `INTEGERS_DEPTH` divides; all are contiguous float32.
+    `input` is K + `input_zero`, uint8 of at most 15, filled up to a depth that `INTEGERS_DEPTH` divides; the others are
+    float32. All are contiguous.
     """

@@ -116,24 +116,30 @@ def _lower_gemm(node: fx.Node) -> None:
 
 
 def _has_small_integers(node: fx.Node) -> bool:
-    """Whether a linear layer's forward reads a masked weight from a signed grid that packed integers can hold."""
-    quantized: Any = node.args[1]
-    if node.target is not dense_linear.linear_forward or quantized.target is not ops.to_grid:
+    """Whether a linear layer's forward reads input and masked weight from grids that packed integers can hold."""
+    input, quantized, *_ = node.args
+    if node.target is not dense_linear.linear_forward or not (_is_on_grid(input) and _is_on_grid(quantized)):
         return False
-    pruned, _, bits, signed = quantized.args
+    assert isinstance(quantized, fx.Node)
+    pruned, _, _, signed = quantized.args
+    assert isinstance(pruned, fx.Node)
     is_read_once = len(quantized.users) == len(pruned.users) == 1
-    return bool(bits <= BITS and signed and pruned.target is ops.apply_mask and is_read_once)
+    return bool(signed) and pruned.target is ops.apply_mask and is_read_once
+
+
+def _is_on_grid(operand: Any) -> bool:
+    return operand.target is ops.to_grid and operand.args[2] <= BITS
 
 
 def _lower_on_grid(node: fx.Node, name: str) -> None:
     """The GEMM masks the weight and puts it on its grid itself."""
     input, quantized, bias, transposed = node.args
-    assert isinstance(quantized, fx.Node)
+    assert isinstance(input, fx.Node) and isinstance(quantized, fx.Node)
     step, bits = quantized.args[1:3]
     node.args = (input, quantized.args[0], bias, transposed)
     node.graph.erase_node(quantized)
-    weight, mask = _weight_and_mask(node)
-    ops.replace_node(node, linear_forward_on_grid, (input, weight, mask, step, bias, bits, transposed, name))
+    operands = *_weight_and_mask(node), step, input.args[1], bias
+    ops.replace_node(node, linear_forward_on_grid, (input, *operands, bits, *input.args[2:], transposed, name))
 
 
 def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from nmcompile.backends.choices import latest, note
 from nmcompile.backends.cpu.gemm_call import ON_GRID, GemmCall
 from nmcompile.backends.cpu.linear import GEOMETRY, linear_forward
-from nmcompile.backends.cpu.packed_integers import GridWeight
+from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
 from nmcompile.ir.at_rest import are_weights_at_rest
 from nmcompile.ir.choice import Choice
+from nmcompile.quantization import Grid
 
 MOST_TOKENS = 64  # far beyond what gains, so that nobody waits for a measurement without a prospect
 
@@ -24,13 +25,20 @@ def _linear_forward_on_grid(
     weight: Tensor,
     mask: Tensor,
     step: Tensor,
+    input_step: Tensor,
     bias: Tensor | None,
     bits: int,
+    input_bits: int,
+    input_signed: bool,
     transposed: bool,
     call: str,
 ) -> Tensor:
-    """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W masked along in-features and put on its signed grid."""
+    """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W masked along in-features and put on its signed grid.
+
+    X is on the grid of `input_step` already.
+    """
     on_grid = GridWeight(weight, mask, step, bits, transposed)
+    x = GridInput(input, input_step, Grid(input_bits, input_signed))
     tokens = input.shape[:-1].numel()
 
     def from_values() -> Tensor:
@@ -39,10 +47,12 @@ def _linear_forward_on_grid(
 
     if not are_weights_at_rest() or tokens > MOST_TOKENS:
         return from_values()
-    gemm = GemmCall(f"{call} integers", ON_GRID, GEOMETRY, (input, weight, mask, step, bias), *on_grid.shape, tokens)
+    gemm = GemmCall(
+        f"{call} integers", ON_GRID, GEOMETRY, (input, weight, mask, step, input_step, bias), *on_grid.shape, tokens
+    )
     output = gemm.run(
         lambda: input.new_empty(*input.shape[:-1], on_grid.shape[0]),
-        lambda output: on_grid.multiply(input, bias, output),
+        lambda output: on_grid.multiply(x, bias, output),
         from_values,
     )
     _note(call, gemm.name)
@@ -57,8 +67,11 @@ def _(
     weight: Tensor,
     mask: Tensor,
     step: Tensor,
+    input_step: Tensor,
     bias: Tensor | None,
     bits: int,
+    input_bits: int,
+    input_signed: bool,
     transposed: bool,
     call: str,
 ) -> Tensor:

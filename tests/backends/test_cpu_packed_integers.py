@@ -18,6 +18,7 @@ from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.ir.at_rest import weights_at_rest
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.kept import Kept
+from nmcompile.ir.operations import to_grid
 from nmcompile.training.state import masks_of
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
@@ -216,7 +217,8 @@ def test_fakes_and_schemas(granularity: str, transposed: bool) -> None:
     step = torch.rand(12, 1) if granularity == "channel" else torch.tensor(0.2)
     if transposed:
         weight, mask, step = weight.t().contiguous(), mask.t().contiguous(), step.t() if step.dim() else step
-    arguments = x, weight, mask, step, bias, 4, transposed, "a"
+    x, input_step = to_grid(x, torch.tensor(0.3), 4, True), torch.tensor(0.3)
+    arguments = x, weight, mask, step, input_step, bias, 4, 4, True, transposed, "a"
     for resting in (nullcontext(), weights_at_rest()):
         with resting:
             torch.library.opcheck(linear_forward_on_grid, arguments, test_utils=checks)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.cpu.packed_integers import GridWeight
+from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
 from nmcompile.ir.operations import apply_mask, to_grid
+from nmcompile.quantization import Grid
 from tests.conformance.gemms import UNIT
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
@@ -33,23 +34,30 @@ def grid_weight(out_features: int, in_features: int, granularity: str, transpose
     return GridWeight(weight, mask, step, 4, transposed)
 
 
-def product(weight: GridWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    output = x.new_full((*x.shape[:-1], weight.shape[0]), torch.nan)
+def grid_input(*shape: int, signed: bool) -> GridInput:
+    """An input with values that the grid clips."""
+    step, grid = torch.tensor(0.31), Grid(4, signed)
+    return GridInput(to_grid(3 * torch.randn(shape), step, 4, signed), step, grid)
+
+
+def product(weight: GridWeight, x: GridInput, bias: Tensor | None) -> Tensor:
+    output = torch.full((*x.values.shape[:-1], weight.shape[0]), torch.nan)
     assert weight.multiply(x, bias, output)
     return output
 
 
-def check(weight: GridWeight, x: Tensor, bias: Tensor | None) -> None:
-    """|error| <= n u / (1 - n u) times the sum of the magnitudes, for sums in any order, a step and a bias."""
-    step = weight.step.double()
-    on_grid = (weight.values().double() / step).round() * step
-    matrix = on_grid.t() if weight.transposed else on_grid
+def check(weight: GridWeight, x: GridInput, bias: Tensor | None) -> None:
+    """Integers add up exactly: what rounds is one step, the other, their product with the sum, and the bias."""
+    steps = weight.step.double(), x.step.double()
+    integers, inputs = ((v.double() / s).round() for v, s in zip((weight.values(), x.values), steps, strict=True))
+    matrix = integers.t() if weight.transposed else integers
+    total = inputs @ matrix.t() * (steps[0].reshape(-1) * steps[1])
     shift = torch.zeros(weight.shape[0]) if bias is None else bias
-    exact = x.double() @ matrix.t() + shift
-    magnitude = x.double().abs() @ matrix.t().abs() + shift.abs()
-    n = weight.shape[1] // 2 + 3
-    error = (product(weight, x, bias).double() - exact).abs()
-    assert bool((error <= n * UNIT / (1 - n * UNIT) * magnitude).all())
+    error = (product(weight, x, bias).double() - (total + shift)).abs()
+    assert bool((error <= 4 * UNIT * (total.abs() + shift.abs())).all())
+    # And what the dense kernel gives, up to how its sums round.
+    values = weight.values().t() if weight.transposed else weight.values()
+    torch.testing.assert_close(product(weight, x, bias), torch.nn.functional.linear(x.values, values, bias))
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -59,7 +67,8 @@ def test_any_size(shape: tuple[int, int], granularity: str, isa: str, monkeypatc
     monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
     weight = grid_weight(*shape, granularity)
     for tokens in TOKENS:
-        check(weight, torch.randn(tokens, shape[1]), torch.randn(shape[0]) if tokens % 2 else None)
+        x = grid_input(tokens, shape[1], signed=tokens % 3 == 0)
+        check(weight, x, torch.randn(shape[0]) if tokens % 2 else None)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -67,10 +76,10 @@ def test_any_size(shape: tuple[int, int], granularity: str, isa: str, monkeypatc
 def test_transposed_and_many_dims(granularity: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
     weight = grid_weight(12, 20, granularity, transposed=True)
-    check(weight, torch.randn(2, 3, 20), torch.randn(12))
-    check(weight, torch.randn(20), None)
-    check(weight, torch.randn(20, 6).t(), None)
-    check(weight, torch.randn(0, 20), None)
+    for shape in ((2, 3, 20), (20,), (0, 20)):
+        check(weight, grid_input(*shape, signed=True), torch.randn(12))
+    x = grid_input(20, 6, signed=False)
+    check(weight, x._replace(values=x.values.t()), None)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -85,7 +94,28 @@ def test_every_integer_in_every_place(isa: str, monkeypatch: pytest.MonkeyPatch)
             weight[row, 4 * fours + first] = row - 7
             weight[row, 4 * fours + second] = 7 - row // 2
     on_grid = GridWeight(weight, torch.ones_like(weight, dtype=torch.bool), torch.tensor(1.0), 4, False)
-    torch.testing.assert_close(product(on_grid, torch.eye(depth), None), weight.t(), rtol=0, atol=0)
+    for signed in (False, True):
+        one = GridInput(torch.eye(depth), torch.tensor(1.0), Grid(4, signed))
+        assert torch.equal(product(on_grid, one, None), weight.t())
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_the_largest_sums(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    depth = 2**17
+    weight = torch.tensor([[-7.0], [7.0]]) * torch.tensor([0, 1, 1, 0]).repeat(depth // 4)
+    on_grid = GridWeight(weight, weight != 0, torch.tensor(1.0), 4, False)
+    for signed, largest in ((False, 15), (True, 7), (True, -7)):
+        x = GridInput(torch.full((1, depth), float(largest)), torch.tensor(1.0), Grid(4, signed))
+        expected = torch.tensor([[-1.0, 1.0]]) * (7 * largest * depth // 2)
+        assert torch.equal(product(on_grid, x, None), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.1])
+def test_an_input_that_is_not_on_its_grid_has_no_integers(value: float) -> None:
+    x = grid_input(3, 36, signed=True)
+    x.values[1, 2] = value
+    assert not grid_weight(9, 36, "tensor").multiply(x, None, torch.empty(3, 9))
 
 
 def test_the_weights_are_those_of_the_graph() -> None:
@@ -97,7 +127,7 @@ def test_the_weights_are_those_of_the_graph() -> None:
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_results_do_not_depend_on_the_number_of_threads(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
-    weight, x, threads = grid_weight(203, 132, "tensor"), torch.randn(5, 132), torch.get_num_threads()
+    weight, x, threads = grid_weight(203, 132, "tensor"), grid_input(5, 132, signed=True), torch.get_num_threads()
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
@@ -113,7 +143,7 @@ def test_three_bits_for_each_weight() -> None:
     assert packed is not None and packed.bytes == 64 * 256 * 3 / 8
 
 
-@pytest.mark.parametrize("row", [[1, 2, 3, 0], [8, 0, 0, 0], [0, 0, -9, 0]])
+@pytest.mark.parametrize("row", [[1, 2, 3, 0], [8, 0, 0, 0], [0, 0, -8, 0]])
 def test_what_does_not_fit_is_not_packed(row: list[int]) -> None:
     from nmcompile._kernels import pack_integers
 
@@ -129,7 +159,7 @@ def test_a_weight_that_has_no_packed_integers(what: str) -> None:
         weight.weight[weight.mask.nonzero().unbind(1)] = torch.nan
     else:
         weight.weight[0, :3], weight.mask[0, :3] = 1, True
-    assert not weight.multiply(torch.randn(2, 16), None, torch.empty(2, 8))
+    assert not weight.multiply(grid_input(2, 16, signed=True), None, torch.empty(2, 8))
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
@@ -137,9 +167,10 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 
     packed = pack_integers(torch.zeros(5, 8, dtype=torch.int8), 1)
     assert packed is not None
-    good: dict[str, Any] = {"input": torch.zeros(2, 128), "steps": torch.zeros(5), "bias": None}
+    codes = torch.zeros(2, 128, dtype=torch.uint8)
+    good: dict[str, Any] = {"input": codes, "input_zero": 0, "steps": torch.zeros(5), "bias": None}
     good |= {"output": torch.empty(2, 5), "isa": INSTRUCTION_SETS[-1], "threads": 1}
-    bad = {"input": torch.zeros(2, 8), "steps": torch.zeros(4), "bias": torch.zeros(4)}
+    bad = {"input": codes[:, :8].clone(), "steps": torch.zeros(4), "bias": torch.zeros(4)}
     for name, tensor in bad.items():
         with pytest.raises(ValueError, match="do not fit"):
             multiply_integers(packed, **good | {name: tensor})

@@ -1,10 +1,19 @@
 // Steps along an axis that counts in mixed radix, and loads that stop at the edge of an image.
 #pragma once
 
-#include "floats.h"
 #include "gemm.h"
+#include "lanes.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
+
+using Index = std::int64_t;
+using Float = Lanes<float>;
+using Floats = Float::Reals;
+using FloatInts = Float::Ints;
+constexpr int kFloats = Float::kCount;
+
+inline Index smaller(Index a, Index b) { return a < b ? a : b; }
+inline Index greater(Index a, Index b) { return a > b ? a : b; }
 
 // Writes the points of the indices from `first` on; divides once, then counts.
 inline void walk(const GemmAxis& axis, Index first, Index count, Point* points) {

@@ -8,6 +8,16 @@
 namespace nmcompile::NMCOMPILE_ISA {
 namespace {
 
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return std::bit_cast<Floats>(_mm512_fmadd_ps(std::bit_cast<__m512>(a), std::bit_cast<__m512>(b), std::bit_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return std::bit_cast<Floats>(_mm256_fmadd_ps(std::bit_cast<__m256>(a), std::bit_cast<__m256>(b), std::bit_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
 // Four values, each of them in all lanes of a vector: a load for each.
 struct LoadedValues {
     const float* from;

@@ -13,7 +13,7 @@ namespace nmcompile {
 namespace {
 
 constexpr std::align_val_t kLine{64};
-constexpr std::int64_t kBlocksOfATask = 8;  // of rows: one task reads tens of kilobytes, once for all tokens
+constexpr std::int64_t kRowsOfATask = 32;  // tens of kilobytes, which a cache holds for all tokens
 
 std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
@@ -26,19 +26,34 @@ auto kernel_of(InstructionSet isa) {
 }
 
 // One row of a block of zeros; `row` is its number in the block. False where it cannot be packed.
-bool pack_row(const std::int8_t* integers, int count, int row, std::uint32_t* block) {
+bool pack_row(const std::int8_t* integers, int count, int row, std::uint8_t* block, std::int32_t& sum) {
     const int pair = row / 2;
-    std::uint32_t *const places = block, *const values = block + (1 + pair) * kStepLanes;
+    std::uint8_t *const places = block, *const values = block + (1 + pair) * kLaneBytes;
     for (int four = 0; four < count / 4; ++four) {
-        const int step = four / 4;
-        int lane = four % 4 * 4 + row % 2 * 2, kept = 0;
-        for (std::uint32_t place = 0; place < 4; ++place) {
-            const int value = integers[4 * four + static_cast<int>(place)];
+        const int half = four / (kBlockDepth / 8);
+        int lane = four % (kBlockDepth / 8) / 4 * 16 + row % 2 * 8 + four % 4 * 2, kept = 0;
+        for (int place = 0; place < 4; ++place) {
+            const int value = integers[4 * four + place];
             if (value == 0) continue;
-            if (value < -8 || value > 7 || ++kept > 2) return false;
-            places[lane] |= place << (2 * (8 * pair + step));
-            values[lane] |= (static_cast<std::uint32_t>(value) & 15u) << (4 * step);
+            if (value < -7 || value > 7 || ++kept > 2) return false;
+            places[lane] |= place << 2 * (2 * pair + half);
+            values[lane] |= (value & 15) << 4 * half;
+            sum += value;
             ++lane;
+        }
+    }
+    return true;
+}
+
+// Whether all blocks of the rows from `row` on can be packed.
+bool pack_rows(const std::int8_t* integers, std::int64_t depth, std::int64_t row, PackedIntegers& packed) {
+    std::uint8_t* block = packed.data() + row / kBlockRows * packed.blocks() * kBlockBytes;
+    std::fill_n(block, packed.blocks() * kBlockBytes, std::uint8_t{0});
+    for (std::int64_t from = 0; from < depth; from += kBlockDepth, block += kBlockBytes) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kBlockDepth, depth - from));
+        for (std::int64_t r = row; r < std::min(packed.rows(), row + kBlockRows); ++r) {
+            const std::int8_t* const part = integers + r * depth + from;
+            if (!pack_row(part, count, static_cast<int>(r - row), block, packed.sums()[r])) return false;
         }
     }
     return true;
@@ -46,29 +61,21 @@ bool pack_row(const std::int8_t* integers, int count, int row, std::uint32_t* bl
 
 }  // namespace
 
-void PackedIntegers::Free::operator()(std::uint32_t* words) const { ::operator delete(words, kLine); }
+void PackedIntegers::Free::operator()(std::uint8_t* data) const { ::operator delete(data, kLine); }
 
 PackedIntegers::PackedIntegers(std::int64_t rows, std::int64_t depth)
-    : rows_(rows), depth_(depth), words_(static_cast<std::uint32_t*>(::operator new(bytes(), kLine))) {}
+    : rows_(rows), depth_(depth), data_(static_cast<std::uint8_t*>(::operator new(bytes(), kLine))), sums_(rows) {}
 
-std::int64_t PackedIntegers::bytes() const {
-    return pieces(rows_, kBlockRows) * blocks() * kBlockWords * static_cast<std::int64_t>(sizeof(std::uint32_t));
-}
+std::int64_t PackedIntegers::bytes() const { return pieces(rows_, kBlockRows) * blocks() * kBlockBytes; }
 
 std::unique_ptr<PackedIntegers> pack_integers(const std::int8_t* integers, std::int64_t rows, std::int64_t depth,
                                               unsigned threads) {
+    if (depth > kMostDepth) return nullptr;
     auto packed = std::make_unique<PackedIntegers>(rows, depth);
-    const std::int64_t blocks = packed->blocks();
     std::atomic<bool> fits = true;
-    in_parallel(pieces(rows, kBlockRows) * blocks, blocks, threads, [&](std::int64_t first, std::int64_t last) {
+    in_parallel(pieces(rows, kBlockRows), 1, threads, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t i = first; i < last; ++i) {
-            std::uint32_t* const block = packed->words() + i * kBlockWords;
-            std::fill_n(block, kBlockWords, 0u);
-            const std::int64_t row = i / blocks * kBlockRows, from = i % blocks * kBlockDepth;
-            const int count = static_cast<int>(std::min<std::int64_t>(kBlockDepth, depth - from));
-            for (std::int64_t r = row; r < std::min(rows, row + kBlockRows); ++r) {
-                if (!pack_row(integers + r * depth + from, count, static_cast<int>(r - row), block)) fits = false;
-            }
+            if (!pack_rows(integers, depth, i * kBlockRows, *packed)) fits = false;
         }
     });
     return fits ? std::move(packed) : nullptr;
@@ -76,7 +83,7 @@ std::unique_ptr<PackedIntegers> pack_integers(const std::int8_t* integers, std::
 
 void multiply_integers(const IntegersJob& job, InstructionSet isa, unsigned threads) {
     const auto multiply = kernel_of(isa);
-    in_parallel(pieces(job.rows, kBlockRows), kBlocksOfATask, threads,
+    in_parallel(job.rows, kRowsOfATask, threads,
                 [&](std::int64_t first, std::int64_t last) { multiply(job, first, last); });
 }
 

@@ -16,7 +16,7 @@ namespace nmcompile {
 namespace {
 
 using Integers = nb::ndarray<const std::int8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Column = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -27,14 +27,15 @@ std::unique_ptr<PackedIntegers> checked_pack(const Integers& integers, unsigned 
                          static_cast<std::int64_t>(integers.shape(1)), threads);
 }
 
-void checked_multiply(const PackedIntegers& packed, const Matrix& input, const Column& steps, const Column& bias,
-                      const Output& output, const char* isa, unsigned threads) {
+void checked_multiply(const PackedIntegers& packed, const Codes& input, std::int32_t input_zero, const Column& steps,
+                      const Column& bias, const Output& output, const char* isa, unsigned threads) {
     const std::size_t rows = packed.rows(), depth = packed.blocks() * kBlockDepth, tokens = input.shape(0);
     const bool fits = input.shape(1) == depth && steps.shape(0) == rows && output.shape(0) == tokens &&
                       output.shape(1) == rows && (!bias.is_valid() || bias.shape(0) == rows);
     if (!fits) throw std::invalid_argument("the operands do not fit the packed integers");
-    const IntegersJob job{packed.words(), packed.rows(), packed.blocks(), input.data(), static_cast<std::int64_t>(tokens),
-                          steps.data(), bias.is_valid() ? bias.data() : nullptr, output.data()};
+    const IntegersJob job{packed.data(), packed.sums().data(), packed.rows(), packed.blocks(), input.data(), input_zero,
+                          static_cast<std::int64_t>(tokens), steps.data(), bias.is_valid() ? bias.data() : nullptr,
+                          output.data()};
     const InstructionSet chosen = instruction_set(isa);
     nb::gil_scoped_release release;
     multiply_integers(job, chosen, threads);
@@ -48,10 +49,9 @@ void bind_packed_integers(nb::module_& m) {
         .def_prop_ro("bytes", &PackedIntegers::bytes, "How much memory it takes.");
     m.def("pack_integers", &checked_pack, "integers"_a.noconvert(), "threads"_a,
           "Integers (rows, depth) packed; None where some four keep more than two, or one has more than four bits.");
-    m.def("multiply_integers", &checked_multiply, "packed"_a, "input"_a.noconvert(), "steps"_a.noconvert(),
-          "bias"_a.noconvert().none(), "output"_a.noconvert(), "isa"_a, "threads"_a,
-          "Write input (tokens, depth, filled up with zeros to a multiple of INTEGERS_DEPTH) times the transposed integers, "
-          "times a step for each row, plus the bias, to output (tokens, rows).");
+    m.def("multiply_integers", &checked_multiply, "packed"_a, "input"_a.noconvert(), "input_zero"_a,
+          "steps"_a.noconvert(), "bias"_a.noconvert().none(), "output"_a.noconvert(), "isa"_a, "threads"_a,
+          "Write (input - input_zero) (tokens, depth) times the transposed integers to output (tokens, rows).");
 }
 
 }  // namespace nmcompile
