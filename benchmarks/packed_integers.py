@@ -38,7 +38,7 @@ from nmcompile.backends.cpu.packed_integers import GridInput
 from nmcompile.quantization import Grid
 
 SHAPES = (4096, 4096), (11008, 4096)  # out and in
-TOKENS = 1, 2, 4, 8, 16, 32
+TOKENS = 1, 2, 4, 8, 16, 64, 256
 INPUT_STEP = 0.03
 LAYER_TOKENS = 1, 16, 256
 LEVELS = {"MatMulNBits, level 0": 0, "MatMulNBits, level 4": 4}

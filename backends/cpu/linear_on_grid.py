@@ -1,6 +1,7 @@
 """The forward GEMM of a linear layer with a weight on a 4-bit grid: from its packed integers, or from its values.
 
-With few tokens, reading the weight takes the time, and packed integers are a tenth of the values' bytes.
+With few tokens, reading the weight takes the time, and packed integers are a tenth of the values' bytes. With many, an
+instruction multiplies more integers than values.
 """
 
 from dataclasses import replace
@@ -15,8 +16,6 @@ from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
 from nmcompile.ir.at_rest import are_weights_at_rest
 from nmcompile.ir.choice import Choice
 from nmcompile.quantization import Grid
-
-MOST_TOKENS = 64  # far beyond what gains, so that nobody waits for a measurement without a prospect
 
 
 @torch.library.custom_op("nmcompile::cpu_linear_forward_on_grid", mutates_args=())
@@ -39,14 +38,14 @@ def _linear_forward_on_grid(
     """
     on_grid = GridWeight(weight, mask, step, bits, transposed)
     x = GridInput(input, input_step, Grid(input_bits, input_signed))
-    tokens = input.shape[:-1].numel()
 
     def from_values() -> Tensor:
         result: Tensor = linear_forward(input, on_grid.values(), None, bias, transposed, call)
         return result
 
-    if not are_weights_at_rest() or tokens > MOST_TOKENS:
+    if not are_weights_at_rest():
         return from_values()
+    tokens = input.shape[:-1].numel()
     gemm = GemmCall(
         f"{call} integers", ON_GRID, GEOMETRY, (input, weight, mask, step, input_step, bias), *on_grid.shape, tokens
     )

@@ -5,6 +5,7 @@ the integers of the input: sums are exact, and an instruction multiplies four ti
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -65,7 +66,8 @@ class GridInput(NamedTuple):
         return F.pad(codes, (0, -codes.shape[1] % _kernels.INTEGERS_DEPTH)).contiguous()
 
 
-class GridWeight(NamedTuple):
+@dataclass(frozen=True)
+class GridWeight:
     """`to_grid(apply_mask(weight, mask), step, bits, signed=True)`, made when it is read.
 
     Args:
@@ -87,6 +89,7 @@ class GridWeight(NamedTuple):
         first, second = self.weight.shape
         return (second, first) if self.transposed else (first, second)
 
+    @cached_property
     def forms(self) -> Forms:
         """Where its forms are kept; of a weight that may change, nowhere."""
         others = self.mask, self.step
@@ -94,7 +97,7 @@ class GridWeight(NamedTuple):
 
     def values(self) -> Tensor:
         """What a kernel without integers reads."""
-        forms = self.forms()
+        forms = self.forms
         if forms.values is None:
             # An inference tensor would have no version counter, by which packed forms of it are kept.
             with torch.inference_mode(False), torch.no_grad():
@@ -102,13 +105,13 @@ class GridWeight(NamedTuple):
         return forms.values
 
     def forget_values(self) -> None:
-        self.forms().values = None
+        self.forms.values = None
 
     def multiply(self, input: GridInput, bias: Tensor | None, output: Tensor) -> bool:
         """Write X Wᵀ + b to a contiguous `output`; False where one of the operands has no such integers."""
         from nmcompile import _kernels
 
-        forms, out_features = self.forms(), self.shape[0]
+        forms, out_features = self.forms, self.shape[0]
         forms.packed = forms.packed or [self._pack()]
         (packed,), codes = forms.packed, input.codes()
         if packed is None or codes is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, Phase
 from nmcompile.backends import choices
-from nmcompile.backends.cpu import linear_on_grid, packed_integers
+from nmcompile.backends.cpu import packed_integers
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.ir.at_rest import weights_at_rest
@@ -148,15 +148,6 @@ def test_values_are_kept_only_where_they_are_read(monkeypatch: pytest.MonkeyPatc
     del compiled, forms
     gc.collect()
     assert len(packed_integers._kept) == 0
-
-
-@torch.no_grad()
-def test_many_tokens_read_values(packed: list[int]) -> None:
-    compiled, x = model()
-    packed.clear()
-    many = x.repeat(linear_on_grid.MOST_TOKENS, 1)
-    torch.testing.assert_close(compiled(many), model(backend="reference")[0](many))
-    assert not packed and kernels(compiled) == ["sparse", "sparse"]
 
 
 @torch.no_grad()
