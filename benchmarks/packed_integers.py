@@ -4,7 +4,8 @@ bits for each weight, beside kernels that read the same weight in other forms.
 Peers: `F.linear` on the dense fp32 weight, our sparse kernel for fp32 values, and ONNX Runtime's MatMulNBits with the
 same 4-bit integers, in blocks of 32, computing in fp32 (accuracy level 0) and in int8 (level 4). Every form is there in
 so many copies, which are read in rotation, that no cache holds them; outputs are compared first. `layer` is what a user
-calls: a chain of layers compiled with mode "inference" beside the dense ones in eager mode.
+calls: a chain of layers compiled with mode "inference" beside the dense ones in eager mode. One thread is timed by its
+processor time, several by the clock on the wall.
 
 python benchmarks/packed_integers.py   # writes benchmarks/results/packed_integers.json
 """
