@@ -43,7 +43,8 @@ def _linear_forward_on_grid(
         result: Tensor = linear_forward(input, on_grid.values(), None, bias, transposed, call)
         return result
 
-    if not are_weights_at_rest():
+    # A view lives for one call only (a part of attention's weight), and nothing can be kept of it.
+    if not are_weights_at_rest() or weight._is_view():
         return from_values()
     tokens = input.shape[:-1].numel()
     gemm = GemmCall(

@@ -150,6 +150,35 @@ def test_values_are_kept_only_where_they_are_read(monkeypatch: pytest.MonkeyPatc
     assert len(packed_integers._kept) == 0
 
 
+class CrossAttention(nn.Module):
+    """Projects the queries by one part of a weight, keys and values by the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x.flip(1)
+        result: Tensor = self.attention(x, memory, memory)[0]
+        return result
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_parts_of_a_weight_are_not_packed_anew_in_each_call(mode: type, packed: list[int]) -> None:
+    torch.manual_seed(0)
+    net, x = CrossAttention(), torch.randn(2, 3, 16)
+    config = CompileConfig(layers={"_default": nmcompile.presets["inference"]}, ends="sparse")
+    compiled, expected = (
+        nmcompile.compile(net, "inference", args=(x,), config=config, calibration=[x], backend=name).eval()
+        for name in ("cpu", "reference")
+    )
+    packed.clear()
+    with mode():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), expected(x))
+    assert len(packed) <= 1  # of the projection of the output
+
+
 @torch.no_grad()
 def test_what_eight_bits_hold_is_not_packed(packed: list[int]) -> None:
     compiled, x = model(bits=8)
