@@ -31,7 +31,7 @@ asan: $(VENV)/.test  ## the tests of the native kernels under AddressSanitizer
 	cmake --build build/asan --parallel
 	NMCOMPILE_KERNELS=$$(ls build/asan/_kernels.*) ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q tests/backends tests/conformance -k "cpu or gemms"
+		$(BIN)/python -m pytest -q tests/backends tests/conformance -k "cpu or gemms or integers"
 
 wheel: $(VENV)/.venv  ## build a wheel into dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .

@@ -5,6 +5,7 @@ from nmcompile.backends.cpu.contraction import Axis
 MAX_BLOCK: int
 MAX_BATCH_DIMS: int
 INSTRUCTION_SETS: tuple[str, ...]
+INTEGERS_DEPTH: int
 
 def memory(bytes: int) -> Tensor:
     """Bytes of any values, uint8, in memory that dropped ones have left if it fits."""
@@ -86,3 +87,29 @@ def gemm_packed(
     threads: int,
 ) -> None:
     """Write a contraction of float32 tensors, one of which is packed, into `output`."""
+
+class PackedIntegers:
+    """A 2:4 matrix of 4-bit integers, in twelve bits for each four."""
+
+    @property
+    def bytes(self) -> int:
+        """How much memory it takes."""
+
+def pack_integers(integers: Tensor, threads: int) -> PackedIntegers | None:
+    """int8 `(rows, depth)` packed; None where some four keep more than two, or one has more than four bits."""
+
+def multiply_integers(
+    packed: PackedIntegers,
+    input: Tensor,
+    input_zero: int,
+    steps: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    isa: str,
+    threads: int,
+) -> None:
+    """Write K Qᵀ, times a step for each row of Q, plus the bias, into `output`.
+
+    `input` is K + `input_zero`, uint8 of at most 15, filled up to a depth that `INTEGERS_DEPTH` divides; the others are
+    float32. All are contiguous.
+    """

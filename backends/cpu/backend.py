@@ -10,6 +10,8 @@ from torch import Tensor, fx
 from nmcompile.backends.choices import latest
 from nmcompile.backends.cpu import conv, linear
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
+from nmcompile.backends.cpu.packed_integers import BITS
 from nmcompile.backends.cpu.prune import cpu_prune, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
 from nmcompile.backends.reference import ReferenceBackend
@@ -102,13 +104,42 @@ def _lower_gemm(node: fx.Node) -> None:
     is_update = node.target is ops.gemm_update
     ReferenceBackend().lower(node)
     target = SPARSE[node.target]
-    if is_update:
+    if _has_small_integers(node):
+        _lower_on_grid(node, name)
+    elif is_update:
         assert row is not None and row.pattern is not None
         ops.replace_node(node, target, (*node.args, row.axis, row.pattern.block, name))
     else:
         first, *rest = node.args
         ops.replace_node(node, target, (first, *_weight_and_mask(node), *rest[1:], name))
     node.meta["choice"] = partial(latest, name)
+
+
+def _has_small_integers(node: fx.Node) -> bool:
+    """Whether a linear layer's forward reads input and masked weight from grids that packed integers can hold."""
+    input, quantized, *_ = node.args
+    if node.target is not dense_linear.linear_forward or not (_is_on_grid(input) and _is_on_grid(quantized)):
+        return False
+    assert isinstance(quantized, fx.Node)
+    pruned, _, _, signed = quantized.args
+    assert isinstance(pruned, fx.Node)
+    is_read_once = len(quantized.users) == len(pruned.users) == 1
+    return bool(signed) and pruned.target is ops.apply_mask and is_read_once
+
+
+def _is_on_grid(operand: Any) -> bool:
+    return operand.target is ops.to_grid and operand.args[2] <= BITS
+
+
+def _lower_on_grid(node: fx.Node, name: str) -> None:
+    """The GEMM masks the weight and puts it on its grid itself."""
+    input, quantized, bias, transposed = node.args
+    assert isinstance(input, fx.Node) and isinstance(quantized, fx.Node)
+    step, bits = quantized.args[1:3]
+    node.args = (input, quantized.args[0], bias, transposed)
+    node.graph.erase_node(quantized)
+    operands = *_weight_and_mask(node), step, input.args[1], bias
+    ops.replace_node(node, linear_forward_on_grid, (input, *operands, bits, *input.args[2:], transposed, name))
 
 
 def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

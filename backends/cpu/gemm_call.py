@@ -14,6 +14,8 @@ from nmcompile.backends.cpu.packed_weights import forget_packs
 from nmcompile.ir.choice import Choice
 
 AT_REST = "forward at rest"
+ON_GRID = "forward at rest on a grid"
+READING = 16  # multiplications take about as long as reading a weight from memory
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class GemmCall:
 
     Args:
         name: of the node that calls, for `nmcompile.backends.choices.latest`.
-        phase: `"forward"`, `"forward at rest"` (with a weight that stays packed), `"backward"` or `"update"`.
+        phase: `"forward"`, `AT_REST` (with a weight that stays packed), `ON_GRID` (the same, packed as integers),
+            `"backward"` or `"update"`.
         geometry: of the layer.
         operands: that the kernels read.
         rows, depth, lanes: of one group's product (see `nmcompile.backends.cpu.contraction`).
@@ -56,8 +59,8 @@ class GemmCall:
         threads = torch.get_num_threads()
         layouts = tuple(None if x is None else (tuple(x.shape), x.stride()) for x in self.operands)
         problem = self.phase, self.geometry, layouts, threads
-        multiplications = self.rows * self.depth * self.lanes * self.geometry.groups
-        result = run_best(self.name, problem, multiplications, lambda: self._predicted(threads), sparse, dense)
+        work = self._multiplications()
+        result = run_best(self.name, problem, work, lambda: self._predicted(threads), sparse, dense)
         if self.phase == AT_REST and (choice := latest(self.name)) and choice.kernel == "dense":
             forget_packs(self.operands[1])
         return result
@@ -71,5 +74,13 @@ class GemmCall:
         support = kernel_support()
         return "" if support.ok else support.reason
 
-    def _predicted(self, threads: int) -> float:
+    def _multiplications(self) -> int:
+        """What the dense product takes, or what as many take as reading the weight if that is more."""
+        lanes = max(self.lanes, READING) if self.phase == ON_GRID else self.lanes
+        return self.rows * self.depth * lanes * self.geometry.groups
+
+    def _predicted(self, threads: int) -> float | None:
+        """The cost model knows nothing of integers."""
+        if self.phase == ON_GRID:
+            return None
         return predicted_speedup(self.rows, self.depth, self.lanes, self.geometry.is_linear, threads)

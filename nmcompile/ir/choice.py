@@ -8,11 +8,13 @@ class Choice:
     """One decision for one GEMM at one size.
 
     Args:
-        kernel: `"sparse"` or `"dense"`; both compute the same product of the same pruned operands.
+        kernel: `"sparse"`, `"integers"` (sparse, and packed to four bits) or `"dense"`; all compute the same product of
+            the same pruned operands.
         reason: what decided.
         predicted: the speed-up of the sparse kernel that the cost model expects, dense time / sparse time, if there
             is such a model.
-        dense_seconds, sparse_seconds: of one call each, None where nothing was measured.
+        dense_seconds, sparse_seconds, integers_seconds: of one call each, None where nothing was measured. Beside
+            integers, `dense_seconds` is the time of whatever other kernel is the fastest.
     """
 
     kernel: str
@@ -20,21 +22,29 @@ class Choice:
     predicted: float | None = None
     dense_seconds: float | None = None
     sparse_seconds: float | None = None
+    integers_seconds: float | None = None
 
     @property
     def seconds(self) -> float | None:
         """Of the chosen kernel."""
-        return self.sparse_seconds if self.kernel == "sparse" else self.dense_seconds
+        return self.dense_seconds if self.kernel == "dense" else self._pruned_seconds
+
+    @property
+    def _pruned_seconds(self) -> float | None:
+        return self.integers_seconds if self.kernel == "integers" else self.sparse_seconds
 
     @property
     def speedup(self) -> float | None:
         """Dense time / sparse time as measured."""
-        if self.dense_seconds is None or not self.sparse_seconds:
+        if self.dense_seconds is None or not self._pruned_seconds:
             return None
-        return self.dense_seconds / self.sparse_seconds
+        return self.dense_seconds / self._pruned_seconds
 
     def __str__(self) -> str:
-        if self.speedup is None or self.dense_seconds is None or self.sparse_seconds is None:
-            return f"{self.kernel}: {self.reason}"
-        times = f"{self.dense_seconds * 1e3:.2f} / {self.sparse_seconds * 1e3:.2f} ms = {self.speedup:.2f}"
-        return f"{self.kernel}: {times}" + (f", predicted {self.predicted:.2f}" if self.predicted else "")
+        text = f"{self.kernel}: {self.reason}"
+        if self.speedup is not None and self.dense_seconds is not None and self._pruned_seconds is not None:
+            times = f"{self.dense_seconds * 1e3:.2f} / {self._pruned_seconds * 1e3:.2f} ms = {self.speedup:.2f}"
+            text = f"{self.kernel}: {times}" + (f", predicted {self.predicted:.2f}" if self.predicted else "")
+        if self.kernel != "integers" and self.integers_seconds is not None:
+            text += f"; packed integers {self.integers_seconds * 1e3:.2f} ms"
+        return text

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import CalibrationError
+from nmcompile.ir.kept import Kept, can_keep
 from nmcompile.ir.plan import PlanRow
 from nmcompile.quantization import Grid, positive_clip, sawb_scale
+
+_weight_steps: Kept[Tensor] = Kept()
 
 
 class ActivationStep:
@@ -75,7 +78,10 @@ class GridSteps:
         """SAWB's step of the dense weight: no state, so that eval() is frozen as long as the weight is."""
         if self.weight_grid is None:
             return None
-        return sawb_scale(weight, self.weight_grid.bits, dim=self.weight_dim)
+        bits, dim = self.weight_grid.bits, self.weight_dim
+        if not can_keep(weight):
+            return sawb_scale(weight, bits, dim=dim)
+        return _weight_steps.get(weight, (), (bits, dim), lambda: sawb_scale(weight, bits, dim=dim))
 
     @torch.no_grad()
     def of_accumulator(self, weight: Tensor) -> Tensor | None:

@@ -77,14 +77,14 @@ class GemmTriple:
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
         """
         mask = None if self.mask is None else self.mask.current(weight)
-        weight_step = self.steps.of_weight(weight)
-        if rows is not None:
-            weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
-        input, weight, bias = _autocast(input, weight, bias)
-        input, unbatched = self.layer.prepare(input)
-        operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
         is_moving = torch.compiler.is_compiling() or torch.is_grad_enabled()
         with nullcontext() if is_moving else weights_at_rest():
+            weight_step = self.steps.of_weight(weight)
+            if rows is not None:
+                weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
+            input, weight, bias = _autocast(input, weight, bias)
+            input, unbatched = self.layer.prepare(input)
+            operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
             output: Tensor = _ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
         self._observe(output)
         return output.squeeze(0) if unbatched else output

@@ -1,7 +1,7 @@
 """Weights that stay packed while nobody asks for gradients: the same results, and no stale ones."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from nmcompile.backends import choices
 from nmcompile.backends.cpu import packed_weights
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.kept import Kept
 from nmcompile.training.state import masks_of
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
@@ -28,7 +29,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 
 @pytest.fixture(autouse=True)
-def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every GEMM runs sparse; the list has an entry for each operand that was packed to be kept."""
     from nmcompile import _kernels
 
@@ -41,8 +42,8 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return pack(*args)
 
     monkeypatch.setattr(_kernels, "pack_sparse", counted)
-    yield calls
-    packed_weights._kept.clear()
+    monkeypatch.setattr(packed_weights, "_kept", Kept())
+    return calls
 
 
 def model(kind: str, mode: str = "weights") -> tuple[nn.Module, Tensor]:

@@ -5,6 +5,7 @@
 
 #include "gemm_module.h"
 #include "instruction_sets.h"
+#include "packed_integers_module.h"
 #include "prune_module.h"
 #include "spare_memory.h"
 #include "transposable_module.h"
@@ -24,12 +25,15 @@ nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>, nb::device::cpu> memory(std:
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+    // What is kept of weights lives until the process ends, and is no leak.
+    nb::set_leak_warnings(false);
     m.doc() = "Native kernels of the CPU backend; the modules of nmcompile.backends.cpu wrap them.";
     nb::list names;
     for (const InstructionSet isa : instruction_sets()) names.append(kInstructionSetNames[static_cast<int>(isa)]);
     m.attr("INSTRUCTION_SETS") = nb::tuple(names);
     m.def("memory", &memory, "bytes"_a, "Bytes of any values, in memory that dropped ones have left if it fits.");
     bind_gemm(m);
+    bind_packed_integers(m);
     bind_prune(m);
     bind_transposable(m);
 }

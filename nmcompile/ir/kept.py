@@ -1,0 +1,98 @@
+"""What is derived from a weight on the CPU, kept between calls while a layer runs without gradients.
+
+It is derived again once the weight was written. The version counter shows most writes; those through `.data` it does
+not, so a sample of the elements is compared too.
+"""
+
+from collections.abc import Callable, Hashable
+from itertools import starmap
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nmcompile.ir.at_rest import are_weights_at_rest
+
+SAMPLES = 64
+PLAIN = Tensor, nn.Parameter
+Value = TypeVar("Value")
+
+
+class _Seen(NamedTuple):
+    """What a tensor looked like."""
+
+    address: int
+    version: int
+    strides: tuple[int, ...]
+    sample: Tensor
+
+    def is_of(self, x: Tensor) -> bool:
+        same = (self.address, self.version, self.strides) == (x.data_ptr(), x._version, x.stride())
+        return same and torch.equal(self.sample, _sample(x))
+
+
+class _Entry(NamedTuple):
+    sources: tuple[_Seen | None, ...]
+    how: Hashable
+    value: Any
+
+    def is_of(self, sources: tuple[Tensor | None, ...], how: Hashable) -> bool:
+        if self.how != how or len(self.sources) != len(sources):
+            return False
+        return all(starmap(_is_same, zip(self.sources, sources, strict=True)))
+
+
+class Kept(Generic[Value]):
+    """One value for each weight, which does not keep the weight alive."""
+
+    def __init__(self) -> None:
+        self._entries = WeakTensorKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(
+        self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable, derive: Callable[[], Value]
+    ) -> Value:
+        """What is kept, or what `derive` gives now, which must not hold the weight.
+
+        Args:
+            weight, others: what the value depends on; see `can_keep`.
+            how: what else it depends on.
+        """
+        sources = weight, *others
+        entry: _Entry | None = self._entries.get(weight)
+        if entry is None or not entry.is_of(sources, how):
+            # What is made in inference mode has no version counter.
+            with torch.inference_mode(False), torch.no_grad():
+                entry = self._entries[weight] = _Entry(tuple(map(_seen, sources)), how, derive())
+        value: Value = entry.value
+        return value
+
+    def forget(self, weight: Tensor | None) -> None:
+        """Free what is kept of a weight, if anything is."""
+        if weight in self._entries:
+            del self._entries[weight]
+
+
+def can_keep(*sources: Tensor | None) -> bool:
+    """Whether weights are at rest, and these are plain tensors on the CPU whose writes can be noticed."""
+    if torch.compiler.is_compiling() or not are_weights_at_rest():
+        return False
+    return all(x is None or (type(x) in PLAIN and x.device.type == "cpu" and not x.is_inference()) for x in sources)
+
+
+def _is_same(seen: _Seen | None, x: Tensor | None) -> bool:
+    return x is None if seen is None else x is not None and seen.is_of(x)
+
+
+def _seen(x: Tensor | None) -> _Seen | None:
+    return None if x is None else _Seen(x.data_ptr(), x._version, x.stride(), _sample(x).clone())
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Elements from all over the memory of a tensor without gaps; of others the first."""
+    count = min(SAMPLES, x.numel())
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.detach().as_strided((count,), (reach // max(1, count),))
