@@ -44,10 +44,11 @@ def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> d
     """Every variant, written; the norms of all of them are absorbed."""
     written = {"fp32, dense": folder / "dense.onnx"}
     nmcompile.export(nmcompile.compile(model, "dense", args=(x,)).eval(), written["fp32, dense"], (x,))
-    weights_only = CompileConfig(layers={"_default": replace(presets["inference"], input=None)})
+    unpruned = {"_default": replace(presets["inference"], input=None)}
     for name, config in (
-        ("nmcompile 2:4, 4-bit", weights_only),
-        ("nmcompile 2:4, 4-bit, 4:8 inputs", CompileConfig()),
+        ("nmcompile 2:4, 4-bit", CompileConfig(layers=unpruned, outputs="int8")),
+        ("nmcompile 2:4, 4-bit, results in fp32", CompileConfig(layers=unpruned)),
+        ("nmcompile 2:4, 4-bit, 4:8 inputs", CompileConfig(outputs="int8")),
     ):
         compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=batches).eval()
         written[name] = folder / f"{len(written)}.onnx"

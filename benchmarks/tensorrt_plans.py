@@ -44,7 +44,8 @@ def build(name: str, mode: str, options: dict[str, Any]) -> int:
     torch.manual_seed(0)
     model, x = NETWORKS[name]()
     calibration = [x] if mode == "inference" else None
-    compiled = nmcompile.compile(model, mode, args=(x,), calibration=calibration).eval()
+    config = nmcompile.CompileConfig(outputs="int8")  # where TensorRT wants integers on both sides
+    compiled = nmcompile.compile(model, mode, args=(x,), config=config, calibration=calibration).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.engine"
         nmcompile.export(compiled, path, (x,), verify=False, **options)

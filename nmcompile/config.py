@@ -22,7 +22,7 @@ BITS = (2, 3, 4, 8)
 ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
 PLACEMENTS = ("operand", "activation")
-OUTPUTS = ("int8", "float")
+OUTPUTS = ("float", "int8")
 GRANULARITIES = ("tensor", "channel")
 WHERE = ("all", "pays")
 
@@ -136,10 +136,10 @@ class CompileConfig:
         placement: where activations are pruned and quantized: at the `"operand"` of each GEMM, or, for layers that a
             ReLU follows directly, at that `"activation"`, so that everything behind it (batch norm, pooling, a residual
             branch) reads the pruned values, and the GEMMs behind take them as they come. Needs the whole graph.
-        outputs: `"int8"` also puts the results of quantized layers on an 8-bit grid where something else than a
+        outputs: `"int8"` puts the results of quantized layers on a calibrated 8-bit grid where something else than a
             quantized layer reads them (a residual addition, a softmax, pruning): integer kernels write integers.
-            `"float"` leaves them, and runtimes compute such layers in floating point. Needs the whole graph, without
-            which results stay as they are.
+            `"float"` leaves them, and runtimes compute such layers in floating point. For deployment: the clips follow
+            no training. Needs the whole graph, without which results stay as they are.
         where: `"all"` prunes what the plan says; `"pays"` times each layer alone with the inputs that `args` bring it,
             pruned and not, and gives up the pruning of the phases that are not faster for it. It is decided once, when
             the model is compiled (in the autocast context, with the threads and in the mode, `train()` or `eval()`, of
@@ -153,7 +153,7 @@ class CompileConfig:
     clip: str = "mse"
     granularity: str = "tensor"
     placement: str = "operand"
-    outputs: str = "int8"
+    outputs: str = "float"
     where: str = "all"
 
     def __post_init__(self) -> None:

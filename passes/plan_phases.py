@@ -190,7 +190,8 @@ class _LayerPlanner:
             return
         if facts.readers and not all(self._takes_integers(name) for name in facts.readers):
             grid = Grid(7, signed=False) if facts.rectified else Grid(8, signed=True)
-            yield PlanRow(self.layer.name, Phase.FORWARD, "output", self.config.clip, grid=grid)
+            operator = "mse" if self.config.clip == "pact" else self.config.clip  # 8 bits hold what there is
+            yield PlanRow(self.layer.name, Phase.FORWARD, "output", operator, grid=grid)
 
     def _takes_integers(self, name: str) -> bool:
         """Whether the layer of that name puts what it reads on a grid as it comes, with no pruning between."""

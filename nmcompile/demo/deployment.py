@@ -19,7 +19,8 @@ def deploy(dense: nn.Module, sparse: nn.Module, images: Images) -> None:
     """Print accuracy and file size of the dense model and of the sparse 4-bit one, from their files."""
     args = (images.test_images[:2],)
     calibration = images.train_images[:CALIBRATION].split(128)
-    quantized = nmcompile.compile(sparse, mode="inference", args=args, calibration=calibration).eval()
+    config = nmcompile.CompileConfig(outputs="int8")  # integers on both sides of every kernel
+    quantized = nmcompile.compile(sparse, "inference", args=args, config=config, calibration=calibration).eval()
     plain = nmcompile.compile(dense, mode="dense", args=args).eval()
     with tempfile.TemporaryDirectory() as folder:
         models = {"dense, fp32": (plain, "dense.onnx"), "sparse, 4-bit": (quantized, "sparse.onnx")}

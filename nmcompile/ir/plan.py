@@ -50,8 +50,8 @@ class LayerPlan:
     """One layer and its rows, at least one for each phase.
 
     `rewritten` is False where the layer stays the module that it was. `norm` is the batch norm behind it that export
-    absorbs, and behind which its output is quantized; `""` if there is none. `rounds_bias` says whether the bias is added
-    in whole steps of the accumulator of integers.
+    absorbs, and behind which its output is quantized; `""` if there is none. `rounds_bias` says whether the bias is
+    added in whole steps of the accumulator of integers.
     """
 
     layer: Layer

@@ -11,8 +11,7 @@ from nmcompile.quantization.grid import Grid, integers
 def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
     """`scale` times the grid's integer next to `x / scale`.
 
-    The gradient passes straight through where `x` lies inside the grid and is zero outside; what the grid clips moves a
-    scale that asks for a gradient (PACT).
+    The gradient passes straight through where `x` lies inside the grid and is zero outside; the scale gets none.
 
     Args:
         x: any shape, floating point; arithmetic is in float32, for float64 in float64.
@@ -34,16 +33,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
         on_grid = (integers(x, scale, grid) * scale).to(x.dtype)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(x > grid.high * scale, x < grid.low * scale)
-            ctx.scale, ctx.grid = scale, grid
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((x >= grid.low * scale) & (x <= grid.high * scale))
         return on_grid
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        above, below = ctx.saved_tensors
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            clipped = torch.where(above, grad * ctx.grid.high, torch.where(below, grad * ctx.grid.low, 0.0))
-            grad_scale = clipped.to(torch.promote_types(grad.dtype, torch.float32)).sum_to_size(ctx.scale.shape)
-        return torch.where(above | below, 0.0, grad), grad_scale, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, grad, 0.0), None, None

@@ -45,7 +45,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 def test_scheme_a_is_one_phase_from_scratch(net: nn.Module) -> None:
     (model,) = recipes.scheme_a(net, calibration=[X])
-    assert len(clips(model)) == 4 and all(mask.sr_ste == recipes.SR_STE for mask in masks_of(model).values())
+    assert len(clips(model)) == 2 and all(mask.sr_ste == recipes.SR_STE for mask in masks_of(model).values())
     losses = train(model)
     assert losses[-1] < losses[0]
     assert nmcompile.verify(nmcompile.finalize(model.eval())).ok
