@@ -6,6 +6,8 @@ add_bias(gemm, bias)  ->  add_bias(gemm, to_accumulator(bias, input_step, weight
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from nmcompile.config import Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
@@ -30,12 +32,13 @@ class QuantizeBiases:
 def _round_bias(three: ThreeGraphs) -> None:
     graph, gemm = three[Phase.FORWARD].graph, gemm_node(three, Phase.FORWARD)
     add = next(node for node in gemm.users if node.target is ops.add_bias)
-    if add.args[1].target is ops.to_accumulator:
+    bias = add.args[1]
+    if not isinstance(bias, fx.Node) or bias.target is ops.to_accumulator:
         raise PreconditionError(
             f"layer {three.layer.name!r}: the GEMM of its forward graph adds a rounded bias already; run each "
             "quantization pass once"
         )
-    args = add.args[1], placeholder(graph, "input_step"), placeholder(graph, "weight_step")
+    args = bias, placeholder(graph, "input_step"), placeholder(graph, "weight_step")
     with graph.inserting_before(gemm):  # a backend may fuse the bias into the GEMM
         name, target = "bias_rounded", ops.to_accumulator
         rounded = ops.add_node(graph, "view", three.layer, Phase.FORWARD, name, target, args)
