@@ -52,8 +52,9 @@ def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> d
     ):
         compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=batches).eval()
         written[name] = folder / f"{len(written)}.onnx"
-        # Not compared end to end: with random weights torch itself moves by 2 % where x is scaled by 1 + 1e-6.
-        nmcompile.export(compiled, written[name], (x,), verify=False)
+        # Pruned by value, a network of random weights moves by several percent in torch itself where x is scaled by
+        # 1 + 1e-6: that cannot be compared end to end.
+        nmcompile.export(compiled, written[name], (x,), verify="4:8" not in name)
     source = ort.InferenceSession(written["fp32, dense"], providers=["CPUExecutionProvider"]).get_inputs()[0].name
     for name, excluded in ((PEER, ENDS), ("ONNX Runtime static INT8, all layers", [])):
         written[name] = folder / f"{len(written)}.onnx"

@@ -18,6 +18,7 @@ from nmcompile.export.write_onnx import ExportedNode
 from nmcompile.ir.deployed import DeployedLayer
 
 MOST_STEPS = 1.0
+DIGITS = 1e-4  # steps; float32 tells results of some hundred steps apart to that
 EQUAL = 0.999
 INPUT_SIDE = frozenset({"prune", "quantize", "clip", "dequantize", "divide", "round", "multiply"})
 OUTPUT_SIDE = frozenset(f"output_{step}" for step in INPUT_SIDE)
@@ -45,7 +46,7 @@ class LayerCheck:
     def ok(self) -> bool:
         if not self.is_quantized:
             return self.most_steps <= RELATIVE_L2
-        return self.most_steps <= MOST_STEPS and self.equal >= EQUAL
+        return self.most_steps <= MOST_STEPS + DIGITS and self.equal >= EQUAL
 
 
 def check_layers(
