@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, FileError
 from nmcompile.export import OnnxReport, verify_onnx, write_onnx
+from nmcompile.export.compare_layers import LayerCheck
 
 
 def damage(path: Path, name: str, change: Callable[[Any], Any]) -> None:
@@ -82,3 +83,12 @@ def test_types_are_as_reported(written: tuple[Any, OnnxReport]) -> None:
     _, report = written
     kinds = {t.name: t.data_type for t in onnx.load(report.path).graph.initializer}
     assert all(kinds[f"{node.name}.weight_quantized"] == TensorProto.INT8 for node in report.nodes)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "differing", "steps", "ok"),
+    [(640, 1, 1.0, True), (640, 2, 1.0, False), (640, 1, 1.5, False), (8000, 8, 1.0, True), (8000, 9, 1.0, False)],
+)
+def test_one_of_a_thousand_outputs_may_differ_by_one_step(outputs: int, differing: int, steps: float, ok: bool) -> None:
+    check = LayerCheck("layer", steps, 1 - differing / outputs, True, outputs)
+    assert check.ok == ok
