@@ -250,3 +250,33 @@ def test_a_norm_behind_an_output_on_its_grid_is_not_absorbed(tmp_path: Path) -> 
     assert row is not None and row.phase is Phase.FORWARD and str(row.grid) == "s8"
     nmcompile.export(model, tmp_path / "model.onnx", (x,))
     assert any(node.op_type == "BatchNormalization" for node in onnx.load(tmp_path / "model.onnx").graph.node)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Linear(16, 32), nn.Linear(32, 5)
+        self.norm, self.attend = nn.LayerNorm(32), nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = self.norm(x)
+        return self.fc((x + self.attend(y, y, y, need_weights=False)[0])[:, 0])
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (Attention(), (2, 9, 16)),
+        (nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(72, 4)), (2, 8, 3, 3)),
+    ],
+    ids=["attention", "flatten"],
+)
+def test_results_that_are_reshaped(net: nn.Module, shape: tuple[int, ...], target: str, tmp_path: Path) -> None:
+    """ONNX Runtime moves quantization behind a Reshape."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    model = compiled(net.eval(), x, layers={})
+    assert any(triple.steps.output is not None for triple in triples_of(model))
+    report = nmcompile.export(model, tmp_path / "model.onnx", (x,), target=target)
+    assert report.verification is not None

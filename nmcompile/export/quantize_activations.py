@@ -21,6 +21,8 @@ from nmcompile.export.prune_activations import prune_activation
 from nmcompile.ir.deployed import DeployedActivation
 from nmcompile.quantization import Grid
 
+MOVES = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice"})
+
 
 def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: str) -> None:
     """Prune and quantize the inputs and outputs of all sites, in place; equal inputs once.
@@ -118,11 +120,14 @@ class _Place:
         return self._insert("DequantizeLinear", [x, scale, zero], "dequantize")
 
     def _is_unsigned(self, grid: Grid) -> bool:
-        """Whether ONNX Runtime gets unsigned integers: where the grid is, and at an output where the input's is, since
-        its kernels write the type that they read.
+        """Whether ONNX Runtime gets unsigned integers: where the grid is, and at outputs, but that a convolution writes
+        the type that it reads. In front of a Reshape or its like, signed outputs do not load in ONNX Runtime 1.32, which
+        moves the quantization behind it: "output_dtype INT8 does not match y_zero_point type UINT8".
         """
         input = self.site.deployed.input.grid
-        return not grid.signed or (self.kind == "output_" and input is not None and not input.signed)
+        reads_signed = self.site.node.op_type == "Conv" and input is not None and input.signed
+        is_moved = any(reader.op_type in MOVES for reader in self.node.outputs[0].consumers())
+        return not grid.signed or (self.kind == "output_" and (is_moved or not reads_signed))
 
     def _clipped(self, x: ir.Value, grid: Grid, dtype: np.dtype[np.generic], offset: int = 0) -> ir.Value:
         ends = ("low", grid.low + offset), ("high", grid.high + offset)
