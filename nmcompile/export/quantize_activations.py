@@ -121,8 +121,8 @@ class _Place:
 
     def _is_unsigned(self, grid: Grid) -> bool:
         """Whether ONNX Runtime gets unsigned integers: where the grid is, and at outputs, but that a convolution writes
-        the type that it reads. In front of a Reshape or its like, signed outputs do not load in ONNX Runtime 1.32, which
-        moves the quantization behind it: "output_dtype INT8 does not match y_zero_point type UINT8".
+        the type that it reads. In front of a Reshape or its like, signed outputs do not load in ONNX Runtime 1.32,
+        which moves the quantization behind it: "output_dtype INT8 does not match y_zero_point type UINT8".
         """
         input = self.site.deployed.input.grid
         reads_signed = self.site.node.op_type == "Conv" and input is not None and input.signed
