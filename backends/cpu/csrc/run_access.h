@@ -38,6 +38,8 @@ class RunAccess {
             gather(first, count, gathered);
             for (int i = 0; i < unit_; ++i) rows[i] = gathered[i];
         } else if constexpr (kLayout == Layout::units) {
+            // Drawing numbers keeps the core busy for longer than it looks ahead.
+            for (int i = 0; i < unit_; ++i) __builtin_prefetch(data_ + first * unit_ + i * kCount + kAhead);
             for (int i = 0; i < unit_; ++i) rows[i] = load<Row<T>>(data_ + first * unit_ + i * kCount);
             unzip_rows<Unit{}>(rows);
         } else {
@@ -66,6 +68,7 @@ class RunAccess {
    private:
     static constexpr int kCount = kLanesOf<Row<T>>;
     static constexpr std::uintptr_t kBytes = sizeof(Row<T>);
+    static constexpr Index kAhead = 2048 / sizeof(T);
 
     [[gnu::noinline]] void gather(Index first, Index count, Row<T>* rows) const {
         for (int i = 0; i < unit_; ++i) {
