@@ -1,24 +1,24 @@
 """Does an exported file compute what the torch model computes? End to end, in several runtimes."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
-from onnx.reference import ReferenceEvaluator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError
+from nmcompile.export.compare_layers import RELATIVE_L2
+from nmcompile.export.lockstep import Lockstep
+from nmcompile.export.runners import Arrays, Runner, onnxruntime_runner, reference_runner
 from nmcompile.onnx_files import OnnxFile
 
-RELATIVE_L2 = 1e-2
 SAME_TOP1 = 0.99
-Feeds = Mapping[str, np.ndarray[Any, Any]]
-Runner = Callable[[Feeds], list[np.ndarray[Any, Any]]]
+Batches = Sequence[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,42 +29,29 @@ class RuntimeCheck:
         runtime: its name.
         relative_l2: |difference| / |torch| over all outputs and batches.
         same_top1: the fraction of samples with the same largest class; 1 where no output has shape (batch, classes).
+        taken_over: how many integers torch took over from the runtime; more than none only where they had to run in
+            lockstep to agree.
     """
 
     runtime: str
     relative_l2: float
     same_top1: float
+    taken_over: int = 0
 
     @property
     def ok(self) -> bool:
         return self.relative_l2 <= RELATIVE_L2 and self.same_top1 >= SAME_TOP1  # a NaN is not
 
-
-def onnxruntime_runner(proto: onnx.ModelProto | str, target: str) -> Runner:
-    """Runs a model in ONNX Runtime on the CPU: as users run it if it was written for ONNX Runtime, else as it says.
-
-    What ONNX Runtime makes of files for others is not always what they say: it rounds biases, for one.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if target != "onnxruntime":
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    source = proto if isinstance(proto, str) else proto.SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return lambda feeds: list(session.run(None, dict(feeds)))
-
-
-def reference_runner(proto: onnx.ModelProto) -> Runner:
-    """Runs a model in ONNX's own evaluator."""
-    evaluator = ReferenceEvaluator(proto)
-    return lambda feeds: list(evaluator.run(None, dict(feeds)))
+    def __str__(self) -> str:
+        how = f"in lockstep, {self.taken_over} integers rounded otherwise: " if self.taken_over else ""
+        return f"{self.runtime}: {how}relative L2 {self.relative_l2:.1e}, same top-1 {self.same_top1:.1%}"
 
 
 def compare_runtime(
     name: str,
     run: Runner,
     inputs: Mapping[str, np.dtype[Any]],
-    reference: Callable[..., Any],
+    reference: Callable[[tuple[Any, ...], Arrays], Any],
     batches: Iterable[tuple[Any, ...]],
 ) -> RuntimeCheck:
     """Run both on the same batches.
@@ -73,17 +60,18 @@ def compare_runtime(
         name: of the runtime.
         run: the exported model.
         inputs: the dtypes of its inputs by name, in the order of forward's tensors.
-        reference: the torch model.
-        batches: arguments for it.
+        reference: gives the torch model's outputs from its arguments, and may look at what the runtime has found.
+        batches: arguments for the torch model.
     """
     squares, total, same, samples = 0.0, 0.0, 0, 0
     for args in batches:
         tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        with torch.no_grad():
-            expected = [x.double().numpy() for x in pytree.tree_leaves(reference(*args)) if isinstance(x, Tensor)]
         feeds = zip(inputs.items(), tensors, strict=True)
         found = run({key: x.detach().numpy().astype(dtype) for (key, dtype), x in feeds})
-        for want, got in zip(expected, found, strict=True):
+        with torch.no_grad():
+            results = pytree.tree_leaves(reference(args, found))
+        expected = [x.double().numpy() for x in results if isinstance(x, Tensor)]
+        for want, got in zip(expected, found[: len(expected)], strict=True):
             squares += float(np.square(got.astype(np.float64) - want).sum())
             total += float(np.square(want).sum())
             if want.ndim == 2:
@@ -93,30 +81,42 @@ def compare_runtime(
 
 
 def check_runtimes(
-    file: OnnxFile, target: str, reference: Callable[..., Any], batches: Iterable[tuple[Any, ...]]
+    file: OnnxFile, target: str, model: nn.Module, batches: Batches, lockstep: Callable[[], Lockstep]
 ) -> tuple[RuntimeCheck, ...]:
     """ONNX Runtime on all batches, and ONNX's own evaluator, which is slow, on one sample.
+
+    Where one differs from torch, the two run once more in lockstep, but for files with weights beside them.
 
     Raises:
         ExportError: a runtime computes something else.
     """
-    kept = list(batches)
     types = ((value.name, value.type.tensor_type.elem_type) for value in file.proto.graph.input)
     inputs = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in types}
-    runner = onnxruntime_runner(file.proto if file.path is None else str(file.path), target)
-    checks = [compare_runtime("ONNX Runtime", runner, inputs, reference, kept)]
-    if file.path is None:
-        one = pytree.tree_map_only(Tensor, lambda x: x[:1] if _has_open_batch(file) else x, kept[0])
-        checks.append(compare_runtime("onnx.reference", reference_runner(file.proto), inputs, reference, [one]))
-    for check in checks:
+    checks = []
+    for name, load, some in _runtimes(file, target, batches):
+        run = load(file.proto if file.path is None else str(file.path))
+        check = compare_runtime(name, run, inputs, lambda args, _: model(*args), some)
+        if not check.ok and file.path is None:
+            both = lockstep()
+            check = compare_runtime(name, load(both.proto), inputs, both.run, some)
+            check = replace(check, taken_over=both.taken_over)
         if not check.ok:
             raise ExportError(
-                f"{check.runtime} computes something else than torch: relative L2 {check.relative_l2:.2g} (at most "
+                f"{name} computes something else than torch: relative L2 {check.relative_l2:.2g} (at most "
                 f"{RELATIVE_L2:g}), the same top-1 on {check.same_top1:.1%} (at least {SAME_TOP1:.0%})"
             )
+        checks.append(check)
     return tuple(checks)
 
 
-def _has_open_batch(file: OnnxFile) -> bool:
-    dims = file.proto.graph.input[0].type.tensor_type.shape.dim
-    return bool(dims) and dims[0].HasField("dim_param")
+def _runtimes(file: OnnxFile, target: str, batches: Batches) -> Iterator[tuple[str, Callable[[Any], Runner], Batches]]:
+    """Name, loader and what to run of each runtime that can take the file."""
+    yield "ONNX Runtime", partial(onnxruntime_runner, target=target), batches
+    if file.path is None:
+        dims = file.proto.graph.input[0].type.tensor_type.shape.dim
+        is_open = bool(dims) and dims[0].HasField("dim_param")
+        yield (
+            "onnx.reference",
+            reference_runner,
+            [pytree.tree_map_only(Tensor, lambda x: x[:1] if is_open else x, batches[0])],
+        )

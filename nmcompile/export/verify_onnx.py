@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx
@@ -10,6 +11,7 @@ from torch import nn
 from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import LayerCheck, check_layers
 from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
+from nmcompile.export.lockstep import Lockstep
 from nmcompile.export.write_onnx import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
 from nmcompile.onnx_files import OnnxFile, open_onnx
@@ -26,11 +28,7 @@ class Verification:
     def __str__(self) -> str:
         steps = max((check.most_steps for check in self.layers if check.is_quantized), default=0.0)
         lines = [f"{len(self.layers)} layers fed the same input: at most {steps:.4f} quantization steps apart"]
-        lines += [
-            f"{check.runtime}: relative L2 {check.relative_l2:.1e}, same top-1 {check.same_top1:.1%}"
-            for check in self.runtimes
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.runtimes)])
 
 
 def verify_onnx(
@@ -52,7 +50,8 @@ def verify_onnx(
     _check_zeros(file, report, layers)
     proto = file.proto if file.path is None else onnx.load(file.path)
     checks = check_layers(proto, report.nodes, layers, model, lambda: model(*batches[0]), report.target)
-    return Verification(checks, check_runtimes(file, report.target, model, batches))
+    lockstep = partial(Lockstep, proto, report.nodes, layers, model, report.target)
+    return Verification(checks, check_runtimes(file, report.target, model, batches, lockstep))
 
 
 def _check_zeros(file: OnnxFile, report: OnnxReport, layers: Mapping[str, DeployedLayer]) -> None:

@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, FileError
 from nmcompile.export import OnnxReport, verify_onnx, write_onnx
-from nmcompile.export.compare_layers import LayerCheck
+from nmcompile.export.compare_layers import ROUNDING, LayerCheck
 
 
 def damage(path: Path, name: str, change: Callable[[Any], Any]) -> None:
@@ -55,13 +56,24 @@ def test_first_layer_that_differs_is_named(
         verify_onnx(report, model.layers, model.reference, [(images,)])
 
 
-def test_difference_outside_of_layers_is_found_end_to_end(written: tuple[Any, OnnxReport], images: Tensor) -> None:
+def test_difference_between_layers_is_named_after_the_next_one(written: tuple[Any, OnnxReport], images: Tensor) -> None:
     model, report = written
     proto = onnx.load(report.path)
     [relu] = [node for node in proto.graph.node if node.output[0] == "relu_2"]
     relu.op_type = "Abs"
     onnx.save(proto, report.path)
-    with pytest.raises(ExportError, match=r"ONNX Runtime computes something else than torch: relative L2"):
+    with pytest.raises(ExportError, match="layer 'token' reads something else in the file than in torch: up to"):
+        verify_onnx(report, model.layers, model.reference, [(images,)])
+
+
+def test_difference_behind_the_last_layer_is_found_end_to_end(written: tuple[Any, OnnxReport], images: Tensor) -> None:
+    model, report = written
+    proto = onnx.load(report.path)
+    last = next(node for node in proto.graph.node if node.output[0] == proto.graph.output[0].name)
+    proto.graph.node.append(onnx.helper.make_node("Abs", ["signed"], [last.output[0]]))
+    last.output[0] = "signed"
+    onnx.save(proto, report.path)
+    with pytest.raises(ExportError, match="ONNX Runtime computes something else than torch: relative L2"):
         verify_onnx(report, model.layers, model.reference, [(images,)])
 
 
@@ -92,3 +104,19 @@ def test_types_are_as_reported(written: tuple[Any, OnnxReport]) -> None:
 def test_one_of_a_thousand_outputs_may_differ_by_one_step(outputs: int, differing: int, steps: float, ok: bool) -> None:
     check = LayerCheck("layer", steps, 1 - differing / outputs, True, outputs)
     assert check.ok == ok
+
+
+def test_long_float_sums_may_differ_by_their_rounding() -> None:
+    assert LayerCheck("layer", 1.4, 1.0, True, 8000, rounding=0.5).ok
+    assert not LayerCheck("layer", 1.4, 1.0, True, 8000, rounding=0.3).ok
+
+
+@pytest.mark.parametrize(("length", "largest"), [(9, 127), (4608, 127), (65536, 100_000)])
+def test_rounding_covers_float32_sums_but_is_no_free_pass(length: int, largest: int) -> None:
+    x = torch.randn(200, length, generator=torch.Generator().manual_seed(0))
+    exact = x.double().sum(1)
+    step = float(exact.abs().max()) / largest
+    in_turn = torch.from_numpy(x.numpy().cumsum(1)[:, -1])  # torch would add in float64
+    found = float((in_turn.double() - exact).abs().max()) / step
+    allowed = ROUNDING * length**0.5 * largest
+    assert found < allowed < 10 * found

@@ -1,0 +1,113 @@
+"""The part of an exported file that belongs to one layer."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import NodeProto, helper, numpy_helper
+
+INPUT_SIDE = frozenset({"prune", "quantize", "clip", "dequantize", "divide", "round", "multiply"})
+OUTPUT_SIDE = frozenset(f"output_{step}" for step in INPUT_SIDE)
+STEPPED = frozenset({"DequantizeLinear", "Mul"})  # their second input is a scale
+
+
+def _kind(node: NodeProto) -> str:
+    """What a node of the writer's does: the end of its name."""
+    return node.name.rpartition(".")[2]
+
+
+class LayerPart:
+    """The part of a file that belongs to one layer, as a model of its own.
+
+    Attributes:
+        model: from the layer's input, before pruning and quantization, to its output with the bias, and with what
+            prunes and quantizes it behind its ReLU.
+        input: its name.
+        step: of the accumulator, a number or one for each out-channel, or of the quantized output; None if neither is
+            quantized.
+        is_pruned: whether the output is.
+        dtype: of its floats.
+        integers: the tensor that quantizes its input, in front of the DequantizeLinear; `""` if there is none.
+        input_scale, input_zero: of that tensor.
+        input_model: from the layer's input to what it dequantizes.
+        is_input_pruned: whether the input is.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, name: str) -> None:
+        graph = proto.graph
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.producers = {output: node for node in graph.node for output in node.output}
+        gemm = next(node for node in graph.node if node.name == name)
+        front = self._front(gemm.input[0])
+        self.input = front[-1].input[0] if front else gemm.input[0]
+        weight = self._sources(gemm.input[1])
+        behind = self._behind(graph.node, gemm)
+        nodes = [*reversed(front), *weight, gemm, *behind]
+        self.is_pruned = any(_kind(node) == "output_prune" for node in behind)
+        last = behind[-1] if behind else gemm
+        is_quantized_behind = _kind(last) in OUTPUT_SIDE and last.op_type in STEPPED
+        self.step = self._scale(last) if is_quantized_behind else self._step(gemm)
+        self.dtype, kind = self._dtype(gemm)
+        self.model = self._model(proto, nodes, kind)
+        self.integers = front[0].input[0] if front and front[0].op_type == "DequantizeLinear" else ""
+        if self.integers:
+            self.input_scale, self.input_zero = (self._constant(name) for name in front[0].input[1:])
+            self.input_model = self._model(proto, front[::-1], kind)
+            self.is_input_pruned = any(_kind(node) == "prune" for node in front)
+
+    def _model(self, proto: onnx.ModelProto, nodes: Sequence[NodeProto], kind: int) -> onnx.ModelProto:
+        used = {source for node in nodes for source in node.input}
+        body = helper.make_graph(
+            nodes,
+            "layer",
+            [helper.make_tensor_value_info(self.input, kind, None)],
+            [helper.make_tensor_value_info(nodes[-1].output[0], kind, None)],
+            [tensor for tensor in proto.graph.initializer if tensor.name in used],
+        )
+        return helper.make_model(
+            body, opset_imports=proto.opset_import, functions=proto.functions, ir_version=proto.ir_version
+        )
+
+    def _front(self, name: str) -> list[NodeProto]:
+        """What prunes and quantizes an input, nearest to the GEMM first; the writer names it after a layer."""
+        front = []
+        node = self.producers.get(name)
+        while node is not None and _kind(node) in INPUT_SIDE:
+            front.append(node)
+            node = self.producers.get(node.input[0])
+        return front
+
+    def _sources(self, name: str) -> list[NodeProto]:
+        node = self.producers.get(name)
+        return [] if node is None else [*(n for source in node.input for n in self._sources(source)), node]
+
+    def _behind(self, nodes: Sequence[NodeProto], gemm: NodeProto) -> list[NodeProto]:
+        """The bias, if it is a node of its own, then the ReLU and what prunes and quantizes its result."""
+        behind: list[NodeProto] = []
+        users = [node for node in nodes if gemm.output[0] in node.input]
+        if len(users) == 1 and users[0].op_type == "Add" and any(n in self.constants for n in users[0].input):
+            behind = users
+            users = [node for node in nodes if users[0].output[0] in node.input]
+        rest: list[NodeProto] = []
+        while len(users) == 1 and (_kind(users[0]) in OUTPUT_SIDE or (not rest and users[0].op_type == "Relu")):
+            rest += users
+            users = [node for node in nodes if rest[-1].output[0] in node.input]
+        return behind + (rest if len(rest) > 1 else [])
+
+    def _step(self, gemm: NodeProto) -> npt.NDArray[np.float64] | None:
+        input, weight = (self._scale(self.producers.get(operand)) for operand in gemm.input[:2])
+        return None if input is None or weight is None else input * weight
+
+    def _scale(self, node: NodeProto | None) -> npt.NDArray[np.float64] | None:
+        is_constant = node is not None and node.op_type in STEPPED and node.input[1] in self.constants
+        return self._constant(node.input[1]).astype(np.float64) if node is not None and is_constant else None
+
+    def _constant(self, name: str) -> npt.NDArray[np.generic]:
+        return numpy_helper.to_array(self.constants[name])
+
+    def _dtype(self, gemm: NodeProto) -> tuple[torch.dtype, int]:
+        tensor = self.constants.get(gemm.input[1])
+        is_half = tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT16
+        return (torch.float16, onnx.TensorProto.FLOAT16) if is_half else (torch.float32, onnx.TensorProto.FLOAT)

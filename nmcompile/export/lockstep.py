@@ -1,0 +1,119 @@
+"""The torch model in lockstep with a runtime: at each quantized layer it goes on from the integers of the runtime.
+
+A value next to the middle of two steps is rounded up behind one float32 sum and down behind another. Both are right.
+But each such step moves the sums that read it, more of them are then rounded otherwise, and after a few layers of four
+bits two correct runs differ as much as quantization itself does. In lockstep differences are judged where they arise,
+and go no further.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor, nn
+
+from nmcompile.errors import ExportError
+from nmcompile.export.compare_layers import LayerCheck
+from nmcompile.export.layer_part import LayerPart
+from nmcompile.export.runners import Arrays, onnxruntime_runner
+from nmcompile.export.write_onnx import ExportedNode
+from nmcompile.ir.deployed import DeployedLayer
+
+
+class Lockstep:
+    """Of one file and the torch model that it was made from.
+
+    Args:
+        proto: the file, weights included.
+        nodes: what the writer says that it wrote.
+        layers: by name.
+        model: computes in torch what the file should; its modules have the layers' names.
+        target: what the file was written for.
+
+    Attributes:
+        proto: the file with the integers that its layers read as further outputs.
+        taken_over: how many integers differed so far.
+    """
+
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        nodes: Sequence[ExportedNode],
+        layers: Mapping[str, DeployedLayer],
+        model: nn.Module,
+        target: str,
+    ) -> None:
+        modules = dict(model.named_modules())
+        calls = Counter(node.layer for node in nodes)
+        chosen = [n for n in nodes if calls[n.layer] == 1 and hasattr(modules.get(n.layer), "weight")]
+        parts = [(node, LayerPart(proto, node.name)) for node in chosen]
+        self._inputs = [
+            _Input(node.name, modules[node.layer], layers[node.layer], part, target)
+            for node, part in parts
+            if part.integers
+        ]
+        self._model = model
+        self._outputs = len(proto.graph.output)
+        self.taken_over = 0
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(proto)
+        self._tensors = {x.part.integers: x.part.input_zero.dtype for x in self._inputs}
+        for name, dtype in self._tensors.items():
+            kind = helper.np_dtype_to_tensor_dtype(dtype)
+            self.proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+
+    def run(self, args: tuple[Any, ...], found: Arrays) -> Any:
+        """What the torch model makes of `args` with the integers among the outputs `found` of the exposed file.
+
+        Raises:
+            ExportError: names the first layer whose input in torch is another one.
+        """
+        integers = dict(zip(self._tensors, found[self._outputs :], strict=True))
+        hooks = [
+            x.module.register_forward_pre_hook(lambda _, args, x=x: self._take_over(x, args, integers), prepend=True)
+            for x in self._inputs
+        ]
+        try:
+            return self._model(*args)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_over(self, input: "_Input", args: tuple[Any, ...], integers: Mapping[str, Any]) -> tuple[Any, ...]:
+        theirs = input.dequantized(integers[input.part.integers])
+        check = input.check(args[0], theirs)
+        if not check.ok:
+            raise ExportError(
+                f"layer {check.node!r} reads something else in the file than in torch: up to {check.most_steps:.3g} "
+                f"quantization steps apart, {check.equal:.2%} equal"
+            )
+        self.taken_over += round((1 - check.equal) * check.outputs)
+        return torch.from_numpy(theirs).reshape(args[0].shape).to(args[0]), *args[1:]
+
+
+class _Input:
+    """What one layer reads."""
+
+    def __init__(self, name: str, module: nn.Module, layer: DeployedLayer, part: LayerPart, target: str) -> None:
+        self.name, self.module, self.layer, self.part = name, module, layer.layer, part
+        self._quantize = onnxruntime_runner(part.input_model, target)
+
+    def dequantized(self, integers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        steps = integers.astype(np.int32) - self.part.input_zero.astype(np.int32)
+        result: np.ndarray[Any, Any] = steps.astype(self.part.input_scale.dtype) * self.part.input_scale
+        return result
+
+    def check(self, x: Tensor, theirs: np.ndarray[Any, Any]) -> LayerCheck:
+        """`x`, the layer's input in torch, put on the grid as the file does, beside what the file reads."""
+        prepared, _ = self.layer.prepare(x)
+        feed = prepared.detach().reshape(theirs.shape).to(self.part.dtype).numpy()
+        mine = self._quantize({self.part.input: feed})[0]
+        steps = np.abs(mine.astype(np.float64) - theirs) / self.part.input_scale
+        equal = float((steps < 0.5).mean()) if steps.size else 1.0
+        if self.part.is_input_pruned:  # of two elements that are all but equal either is kept
+            steps = steps[(mine == 0) == (theirs == 0)]
+        return LayerCheck(self.name, float(steps.max(initial=0)), equal, True, theirs.size, rounding=1e-4)

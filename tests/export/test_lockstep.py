@@ -1,0 +1,94 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nmcompile.errors import ExportError
+from nmcompile.export import compare_runtimes, verify_onnx, write_onnx
+from nmcompile.export.lockstep import Lockstep
+from nmcompile.export.runners import onnxruntime_runner
+
+Found = list[np.ndarray[Any, Any]]
+
+
+@pytest.fixture
+def report(net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path: Path) -> Any:
+    model = deploy(net)
+    return model, write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
+
+
+@pytest.fixture
+def lockstep(report: Any) -> Lockstep:
+    model, written = report
+    return Lockstep(onnx.load(written.path), written.nodes, model.layers, model.reference, written.target)
+
+
+@pytest.fixture
+def found(lockstep: Lockstep, images: Tensor) -> Found:
+    return onnxruntime_runner(lockstep.proto, "onnxruntime")({lockstep.proto.graph.input[0].name: images.numpy()})
+
+
+def test_the_integers_of_all_quantized_layers_are_exposed(report: Any, lockstep: Lockstep, found: Found) -> None:
+    model, _ = report
+    assert len(found) == 1 + len(model.layers)
+    assert all(x.dtype == np.int8 for x in found[1:])
+
+
+def test_runtime_that_agrees_changes_nothing(report: Any, lockstep: Lockstep, found: Found, images: Tensor) -> None:
+    model, _ = report
+    with torch.no_grad():
+        torch.testing.assert_close(lockstep.run((images,), found), model.reference(images))
+    assert lockstep.taken_over == 0
+
+
+def test_torch_goes_on_from_what_was_rounded_otherwise(
+    report: Any, lockstep: Lockstep, found: Found, images: Tensor
+) -> None:
+    model, _ = report
+    with torch.no_grad():
+        before = lockstep.run((images,), found)
+        sign = 1 if found[-1][0, 3] < 7 else -1
+        found[-1][0, 3] += sign  # of the last layer, so that no other one is left behind
+        after = lockstep.run((images,), found)
+    step = sign * model.layers["head"].input.scale * model.layers["head"].weight.values[:, 3]
+    torch.testing.assert_close(after - before, torch.cat([step[None], torch.zeros(3, 8)]))
+    assert lockstep.taken_over == 1
+
+
+def test_two_steps_are_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
+    found[1].reshape(-1)[0] += 2 if found[1].reshape(-1)[0] < 6 else -2
+    with torch.no_grad(), pytest.raises(ExportError, match="layer 'stem' reads something else in the file"):
+        lockstep.run((images,), found)
+
+
+def test_more_than_one_in_a_thousand_is_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
+    integers = found[1].reshape(-1)
+    changed = integers[: integers.size // 500]
+    changed += np.where(changed < 7, 1, -1).astype(np.int8)
+    with (
+        torch.no_grad(),
+        pytest.raises(ExportError, match=r"'stem' .* up to 1 quantization steps apart, 99.8\d% equal"),
+    ):
+        lockstep.run((images,), found)
+
+
+def test_runtimes_run_in_lockstep_where_they_disagree_alone(
+    report: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, written = report
+
+    def load(proto: onnx.ModelProto, target: str) -> Any:
+        """A runtime that rounds so that its outputs are others, unless its integers are looked at."""
+        run = onnxruntime_runner(proto, target)
+        is_exposed = len(proto.graph.output) > 1
+        return run if is_exposed else lambda feeds: [1.1 * output for output in run(feeds)]
+
+    monkeypatch.setattr(compare_runtimes, "onnxruntime_runner", load)
+    checks = verify_onnx(written, model.layers, model.reference, [(images,)]).runtimes
+    assert [check.runtime for check in checks] == ["ONNX Runtime", "onnx.reference"]
+    assert all(check.relative_l2 < 1e-5 for check in checks)
