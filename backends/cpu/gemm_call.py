@@ -15,6 +15,7 @@ from nmcompile.ir.choice import Choice
 
 AT_REST = "forward at rest"
 ON_GRID = "forward at rest on a grid"
+DTYPES = torch.float32, torch.bfloat16
 READING = 16  # multiplications take about as long as reading a weight from memory
 
 
@@ -57,7 +58,7 @@ class GemmCall:
             return output if fill(output) else None
 
         threads = torch.get_num_threads()
-        layouts = tuple(None if x is None else (tuple(x.shape), x.stride()) for x in self.operands)
+        layouts = tuple(None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in self.operands)
         problem = self.phase, self.geometry, layouts, threads
         work = self._multiplications()
         result = run_best(self.name, problem, work, lambda: self._predicted(threads), sparse, dense)
@@ -67,10 +68,11 @@ class GemmCall:
 
     def _refusal(self) -> str:
         """Why there is no sparse kernel for these operands; empty if there is."""
-        tensors = (x for x in self.operands if x is not None and x.dtype != torch.bool)
-        wrong = (x for x in tensors if (x.dtype, x.device.type) != (torch.float32, "cpu"))
-        if (x := next(wrong, None)) is not None:
-            return f"no sparse kernel for {x.dtype} on {x.device.type}, only for torch.float32 on cpu"
+        tensors = [x for x in self.operands if x is not None and x.dtype != torch.bool]
+        kinds = {(x.dtype, x.device.type) for x in tensors}
+        if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in DTYPES}:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            return f"no sparse kernel for {found}, only for torch.float32 or torch.bfloat16 on cpu"
         support = kernel_support()
         return "" if support.ok else support.reason
 

@@ -18,6 +18,7 @@ from nmcompile.ir.deployed import DeployedLayer
 
 RELATIVE_L2 = 1e-2
 MOST_STEPS = 1.0
+HALF = 0.5
 ROUNDING = 2.0**-23  # twice the relative error of one float32 rounding
 EQUAL = 0.999
 
@@ -31,10 +32,10 @@ class LayerCheck:
         most_steps: the largest difference in steps, for layers in floating point the relative L2 difference. A step is
             the accumulator's, input scale times weight scale, or that of an output which is quantized. Where an output
             is pruned, what only one side keeps (a tie but for rounding) is no difference in steps.
-        equal: the fraction of outputs less than half a step apart.
+        equal: the fraction of outputs less than half a step apart, or than `rounding` where that is more.
         outputs: how many there are. Of fewer than 1000, one may differ: a value next to the middle of two steps.
-        rounding: steps by which two float32 sums of the layer's length may differ, its square root times as much as
-            one rounding of the largest result (N. Higham and T. Mary's probabilistic bound).
+        rounding: steps by which two float32 sums may differ: as much as one rounding of the largest result, times the
+            square root of the sum's length (after N. Higham and T. Mary's probabilistic bound).
     """
 
     node: str
@@ -148,7 +149,7 @@ def _check(
     steps = difference / by_channel
     length = layer.weight.values.numel() / layer.layer.out_features
     rounding = ROUNDING * length**0.5 * float((np.abs(want) / by_channel).max(initial=0))
-    equal = float((steps < 0.5).mean()) if steps.size else 1.0
+    equal = float((steps < max(HALF, rounding)).mean()) if steps.size else 1.0
     if part.is_pruned:
         steps = steps[(result == 0) == (want == 0)]
     return LayerCheck(node.name, float(steps.max(initial=0)), equal, True, want.size, rounding)

@@ -101,13 +101,19 @@ def operands(layer: Layer, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tens
 
 
 def assert_within_rounding(layer: Layer, got: list[Tensor], tensors: tuple[Tensor, ...]) -> None:
-    """|error| <= n u / (1 - n u) times the sum of the magnitudes, for sums of n float32 products in any order."""
+    """|error| <= n u / (1 - n u) times the sum of the magnitudes, for sums of n float32 products in any order.
+
+    A result in bfloat16 is rounded once more.
+    """
     exact, magnitudes = expected(layer, *tensors), expected(layer, *(tensor.abs() for tensor in tensors))
     taps = prod(layer.weight_shape) // (layer.in_features * layer.out_features)
     positions = exact[0].numel() // layer.out_features
     terms = layer.in_features * taps + 1, layer.out_features // layer.groups * taps, positions, positions
+    dtype = tensors[0].dtype
     assert len(got) == 3 + layer.has_bias
     for mine, value, magnitude, n in zip(got, exact, magnitudes, terms, strict=False):
         n += 1  # the rounding of the product itself
-        assert mine.dtype == torch.float32 and mine.shape == value.shape
-        assert bool(((mine.double() - value).abs() <= n * UNIT / (1 - n * UNIT) * magnitude).all())
+        assert mine.dtype == dtype and mine.shape == value.shape
+        of_sum = n * UNIT / (1 - n * UNIT) * magnitude
+        of_result = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * (value.abs() + of_sum)
+        assert bool(((mine.double() - value).abs() <= of_sum + of_result).all())

@@ -135,6 +135,29 @@ def test_every_instruction_set(name: str, isa: str, cpu: Backend, monkeypatch: p
     check(layer, cpu, "2:4", operands(layer, shape))
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_bfloat16(name: str, isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    layer, shape = LAYERS[name]
+    check(layer, cpu, "2:4", tuple(tensor.bfloat16() for tensor in operands(layer, shape)))
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_pair_of_places(isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    layer = LinearLayer("a", (16, 4), False)
+    weight = torch.tensor([[float(place + 1) * (kept >> place & 1) for place in range(4)] for kept in range(16)])
+    few = (weight != 0).sum(1) <= 2
+    x = torch.tensor([[1.0, 16.0, 256.0, 4096.0]])
+    graphs = lowered_graphs(layer, cpu, pruning=LayerConfig(weight=Pruning("greedy", NMPattern(2, 4))))
+    for dtype in (torch.float32, torch.bfloat16):
+        bias, grad_output = torch.zeros(16, dtype=dtype), torch.zeros(1, 16, dtype=dtype)
+        got = run(graphs, x.to(dtype), (weight * few[:, None]).to(dtype), bias, grad_output, (weight != 0))
+        expected = (x.double() @ (weight * few[:, None]).double().t()).to(dtype)
+        assert torch.equal(got[0], expected)
+
+
 @pytest.mark.parametrize("name", ["linear, large", "conv2d, large", "conv2d, strides"])
 def test_results_do_not_depend_on_the_number_of_threads(name: str, cpu: Backend) -> None:
     layer, shape = LAYERS[name]

@@ -74,7 +74,8 @@ struct Inside {
 };
 
 // Those of a run that are inside the image when it is moved to `at`.
-inline Inside inside_image(const GemmJob& job, const Run& run, const Point& at) {
+template <class T>
+Inside inside_image(const GemmJob<T>& job, const Run& run, const Point& at) {
     const std::int32_t y = run.start.y + at.y, x = run.start.x + at.x;
     if (y < 0 || y >= job.height) return {0, 0};
     if (run.slope == 0) return {0, x < 0 || x >= job.width ? 0 : run.length};
@@ -89,24 +90,71 @@ inline __mmask16 bits(const Inside& part) {
 }
 #endif
 
-// Zeros elsewhere; no other memory is touched.
-inline Floats load_between(const float* from, const Inside& part) {
+// Elements from memory as floats, and back.
+template <class T>
+struct Memory;
+
+template <>
+struct Memory<float> {
+    static Floats read(const float* from) { return load<Floats>(from); }
+    static void write(const Floats& value, float* to) { store(value, to); }
 #if defined(__AVX512F__)
-    return std::bit_cast<Floats>(_mm512_maskz_loadu_ps(bits(part), from));
+    static Floats read(const float* from, __mmask16 part) {
+        return std::bit_cast<Floats>(_mm512_maskz_loadu_ps(part, from));
+    }
+    static void write(const Floats& value, float* to, __mmask16 part) {
+        _mm512_mask_storeu_ps(to, part, std::bit_cast<__m512>(value));
+    }
+#endif
+};
+
+template <>
+struct Memory<BFloat16> {
+    using Shorts = Vector<std::uint16_t, kFloats>;
+    using Words = Vector<std::uint32_t, kFloats>;
+
+    static Floats read(const BFloat16* from) { return widened(load<Shorts>(from)); }
+    static void write(const Floats& value, BFloat16* to) { store(narrowed(value), to); }
+#if defined(__AVX512F__)
+    static Floats read(const BFloat16* from, __mmask16 part) {
+        return widened(std::bit_cast<Shorts>(_mm256_maskz_loadu_epi16(part, from)));
+    }
+    static void write(const Floats& value, BFloat16* to, __mmask16 part) {
+        _mm256_mask_storeu_epi16(to, part, std::bit_cast<__m256i>(narrowed(value)));
+    }
+#endif
+
+   private:
+    static Floats widened(Shorts x) { return std::bit_cast<Floats>(__builtin_convertvector(x, Words) << 16); }
+    // To the nearest, ties to even; a NaN stays one.
+    static Shorts narrowed(const Floats& x) {
+        const Words bits = std::bit_cast<Words>(x), rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+        return __builtin_convertvector((x == x ? rounded : bits | 0x400000u) >> 16, Shorts);
+    }
+};
+
+// Zeros elsewhere; no other memory is touched.
+template <class T>
+Floats load_between(const T* from, const Inside& part) {
+#if defined(__AVX512F__)
+    return Memory<T>::read(from, bits(part));
 #else
-    if (part.low == 0 && part.high == kFloats) return load<Floats>(from);
+    if (part.low == 0 && part.high == kFloats) return Memory<T>::read(from);
     Floats result{};
-    for (int i = part.low; i < part.high; ++i) result[i] = from[i];
+    for (int i = part.low; i < part.high; ++i) result[i] = widen(from[i]);
     return result;
 #endif
 }
 
-inline void store_first(const Floats& value, int count, float* to) {
+template <class T>
+void store_first(const Floats& value, int count, T* to) {
 #if defined(__AVX512F__)
-    _mm512_mask_storeu_ps(to, bits({0, count}), std::bit_cast<__m512>(value));
+    Memory<T>::write(value, to, bits({0, count}));
 #else
-    if (count == kFloats) return store(value, to);
-    for (int i = 0; i < count; ++i) to[i] = value[i];
+    if (count == kFloats) return Memory<T>::write(value, to);
+    T all[kFloats];
+    Memory<T>::write(value, all);
+    for (int i = 0; i < count; ++i) to[i] = all[i];
 #endif
 }
 

@@ -27,13 +27,14 @@ struct TileOfLanes {
 
 // Lanes in runs: one load and one store for each run and element of depth. A store may go beyond its run: the next run,
 // or the next row, overwrites that, and behind the last row is room for it.
-inline void copy_runs(const GemmJob& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
+template <class T>
+void copy_runs(const GemmJob<T>& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
     Inside inside[kTileLanes];
     for (Index k = 0; k < count; ++k) {
         if (k == 0 || depth[k].y != depth[k - 1].y || depth[k].x != depth[k - 1].x) {
             for (Index i = 0; i < tile.run_count; ++i) inside[i] = inside_image(job, tile.runs[i], depth[k]);
         }
-        const float* from = job.dense + depth[k].offset;
+        const T* from = job.dense + depth[k].offset;
         float* row = panel + k * tile.width;
         // Lanes behind the last are multiplied too, and what memory happens to hold may be denormal: very slow.
         store(Floats{}, row + tile.width - kFloats);
@@ -44,9 +45,10 @@ inline void copy_runs(const GemmJob& job, const TileOfLanes& tile, const Point* 
 }
 
 // Depth in runs, `stride` apart: squares of lanes and depth, transposed.
-inline void transpose_run(const GemmJob& job, const TileOfLanes& tile, const Run& run, const Inside* inside,
-                          Index stride, float* panel) {
-    const float* from = job.dense + run.start.offset;
+template <class T>
+void transpose_run(const GemmJob<T>& job, const TileOfLanes& tile, const Run& run, const Inside* inside, Index stride,
+                   float* panel) {
+    const T* from = job.dense + run.start.offset;
     for (Index lane = 0; lane < tile.width; lane += kFloats) {
         Floats square[kFloats];
 #pragma GCC unroll 16
@@ -56,7 +58,8 @@ inline void transpose_run(const GemmJob& job, const TileOfLanes& tile, const Run
     }
 }
 
-inline void transpose_runs(const GemmJob& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
+template <class T>
+void transpose_runs(const GemmJob<T>& job, const TileOfLanes& tile, const Point* depth, Index count, float* panel) {
     // Where a block runs across two or four samples, each of them has runs of its own.
     Index stride = 4;
     while (stride > 1 && !(stride < count && depth[stride].offset == depth[0].offset + 1)) stride /= 2;
@@ -76,7 +79,9 @@ inline void transpose_runs(const GemmJob& job, const TileOfLanes& tile, const Po
     }
 }
 
-inline void fill_panel(const GemmJob& job, const TileOfLanes& tile, Index block, float* panel) {
+// Returns how many rows it has: behind the last element of depth follow zeros, as kernels read some at once.
+template <class T>
+Index fill_panel(const GemmJob<T>& job, const TileOfLanes& tile, Index block, float* panel) {
     const Index count = smaller(kDepthBlock, job.dense_depth.size - block * kDepthBlock);
     Point depth[kDepthBlock];
     walk(job.dense_depth, block * kDepthBlock, count, depth);
@@ -85,8 +90,9 @@ inline void fill_panel(const GemmJob& job, const TileOfLanes& tile, Index block,
     } else {
         transpose_runs(job, tile, depth, count, panel);
     }
-    // The places that fill up eight behind the end are read too.
-    for (Index i = count * tile.width; i < (count + 7) / 8 * 8 * tile.width; ++i) panel[i] = 0.0f;
+    const Index rows = (count + 15) / 16 * 16;
+    for (Index i = count * tile.width; i < rows * tile.width; ++i) panel[i] = 0.0f;
+    return rows;
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 #include "gemm_isa.h"
 #include "parallel.h"
@@ -18,12 +19,13 @@ constexpr std::int64_t kMostRows = 1024;     // whose sums stay in a cache of th
 constexpr std::int64_t kFewestRows = 128;    // that are worth a panel of their own
 constexpr std::int64_t kTasksPerThread = 8;  // so that the last of them does not leave the others waiting for long
 
-GemmKernel kernel_of(InstructionSet isa) {
+template <class T>
+GemmKernel<T> kernel_of(InstructionSet isa) {
 #if defined(__x86_64__)
-    if (isa == InstructionSet::v4) return v4::gemm_kernel();
-    if (isa == InstructionSet::v3) return v3::gemm_kernel();
+    if (isa == InstructionSet::v4) return v4::gemm_kernel<T>();
+    if (isa == InstructionSet::v3) return v3::gemm_kernel<T>();
 #endif
-    return baseline::gemm_kernel();
+    return baseline::gemm_kernel<T>();
 }
 
 // Memory that a thread keeps between calls: the pages of a fresh block would cost more than the packing.
@@ -49,11 +51,13 @@ private:
 std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 // As few tiles as there can be, of about the same size: a narrow one would leave the multiplier waiting.
-std::int64_t lanes_of_a_tile(std::int64_t lanes, const GemmKernel& kernel) {
+template <class T>
+std::int64_t lanes_of_a_tile(std::int64_t lanes, const GemmKernel<T>& kernel) {
     return pieces(pieces(lanes, pieces(lanes, kernel.most_lanes)), kernel.vector_lanes) * kernel.vector_lanes;
 }
 
-std::int64_t rows_of_a_task(const GemmJob& job, std::int64_t tiles, std::int64_t threads) {
+template <class T>
+std::int64_t rows_of_a_task(const GemmJob<T>& job, std::int64_t tiles, std::int64_t threads) {
     const std::int64_t wanted = threads <= 1 ? 1 : pieces(kTasksPerThread * threads, tiles);
     return std::min(kMostRows, std::max(kFewestRows, pieces(job.rows, wanted)));
 }
@@ -61,16 +65,17 @@ std::int64_t rows_of_a_task(const GemmJob& job, std::int64_t tiles, std::int64_t
 std::int64_t depth_blocks(std::int64_t depth) { return pieces(depth, kDepthBlock); }
 
 // Values first, then their places.
-std::int64_t packed_floats(std::int64_t rows, std::int64_t depth) {
-    const std::int64_t kept = depth_blocks(depth) * rows * kKeptOfBlock;
+std::int64_t packed_floats(std::int64_t rows, std::int64_t depth, std::int64_t values_of_block) {
+    const std::int64_t kept = depth_blocks(depth) * rows * values_of_block;
     return kept + pieces(kept, sizeof(float));
 }
 
-KeptValues kept_in(float* data, std::int64_t rows, std::int64_t depth) {
-    return {data, reinterpret_cast<std::uint8_t*>(data + depth_blocks(depth) * rows * kKeptOfBlock)};
+KeptValues kept_in(float* data, std::int64_t rows, std::int64_t depth, std::int64_t values_of_block) {
+    return {data, reinterpret_cast<std::uint8_t*>(data + depth_blocks(depth) * rows * values_of_block)};
 }
 
-bool pack_all(const GemmJob& job, const GemmKernel& kernel, const KeptValues& kept, unsigned threads) {
+template <class T>
+bool pack_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
     const std::int64_t blocks = depth_blocks(job.sparse_depth.size), groups = pieces(job.rows, kPackedRows);
     std::atomic<bool> fits = true;
     // All blocks of the same rows, one after the other: what shares cache lines stays in a cache.
@@ -82,7 +87,8 @@ bool pack_all(const GemmJob& job, const GemmKernel& kernel, const KeptValues& ke
     return fits;
 }
 
-void multiply_all(const GemmJob& job, const GemmKernel& kernel, const KeptValues& kept, unsigned threads) {
+template <class T>
+void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
     const std::int64_t lanes = lanes_of_a_tile(job.dense_lanes.size, kernel);
     const std::int64_t tiles = pieces(job.dense_lanes.size, lanes);
     const std::int64_t rows = rows_of_a_task(job, tiles, threads), parts = pieces(job.rows, rows);
@@ -100,30 +106,48 @@ void multiply_all(const GemmJob& job, const GemmKernel& kernel, const KeptValues
 
 void PackedSparse::Free::operator()(float* data) const { ::operator delete(data, std::align_val_t(kLine)); }
 
-PackedSparse::PackedSparse(std::int64_t rows, std::int64_t depth)
-    : rows_(rows), depth_(depth), data_(static_cast<float*>(::operator new(bytes(), std::align_val_t(kLine)))) {}
+PackedSparse::PackedSparse(std::int64_t rows, std::int64_t depth, std::int64_t values_of_block)
+    : rows_(rows),
+      depth_(depth),
+      values_of_block_(values_of_block),
+      data_(static_cast<float*>(::operator new(bytes(), std::align_val_t(kLine)))) {}
 
-KeptValues PackedSparse::kept() const { return kept_in(data_.get(), rows_, depth_); }
+KeptValues PackedSparse::kept() const { return kept_in(data_.get(), rows_, depth_, values_of_block_); }
 
-std::int64_t PackedSparse::bytes() const { return packed_floats(rows_, depth_) * sizeof(float); }
+std::int64_t PackedSparse::bytes() const { return packed_floats(rows_, depth_, values_of_block_) * sizeof(float); }
 
-std::unique_ptr<PackedSparse> pack_sparse(const GemmJob& job, InstructionSet isa, unsigned threads) {
-    auto packed = std::make_unique<PackedSparse>(job.rows, job.sparse_depth.size);
-    return pack_all(job, kernel_of(isa), packed->kept(), threads) ? std::move(packed) : nullptr;
+template <class T>
+std::unique_ptr<PackedSparse> pack_sparse(const GemmJob<T>& job, InstructionSet isa, unsigned threads) {
+    const GemmKernel kernel = kernel_of<T>(isa);
+    auto packed = std::make_unique<PackedSparse>(job.rows, job.sparse_depth.size, kernel.values_of_block);
+    return pack_all(job, kernel, packed->kept(), threads) ? std::move(packed) : nullptr;
 }
 
-void gemm_packed(const GemmJob& job, const PackedSparse& packed, InstructionSet isa, unsigned threads) {
-    multiply_all(job, kernel_of(isa), packed.kept(), threads);
+template <class T>
+void gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionSet isa, unsigned threads) {
+    const GemmKernel kernel = kernel_of<T>(isa);
+    if (kernel.values_of_block != packed.values_of_block()) {
+        throw std::invalid_argument("the operand was packed for another type or instruction set");
+    }
+    multiply_all(job, kernel, packed.kept(), threads);
 }
 
-bool gemm(const GemmJob& job, InstructionSet isa, unsigned threads) {
-    const GemmKernel kernel = kernel_of(isa);
+template <class T>
+bool gemm(const GemmJob<T>& job, InstructionSet isa, unsigned threads) {
+    const GemmKernel kernel = kernel_of<T>(isa);
     static thread_local Scratch scratch;
-    const std::int64_t depth = job.sparse_depth.size;
-    const KeptValues kept = kept_in(scratch.floats(packed_floats(job.rows, depth)), job.rows, depth);
+    const std::int64_t depth = job.sparse_depth.size, values = kernel.values_of_block;
+    const KeptValues kept = kept_in(scratch.floats(packed_floats(job.rows, depth, values)), job.rows, depth, values);
     if (!pack_all(job, kernel, kept, threads)) return false;
     multiply_all(job, kernel, kept, threads);
     return true;
 }
+
+template bool gemm<float>(const GemmJob<float>&, InstructionSet, unsigned);
+template bool gemm<BFloat16>(const GemmJob<BFloat16>&, InstructionSet, unsigned);
+template void gemm_packed<float>(const GemmJob<float>&, const PackedSparse&, InstructionSet, unsigned);
+template void gemm_packed<BFloat16>(const GemmJob<BFloat16>&, const PackedSparse&, InstructionSet, unsigned);
+template std::unique_ptr<PackedSparse> pack_sparse<float>(const GemmJob<float>&, InstructionSet, unsigned);
+template std::unique_ptr<PackedSparse> pack_sparse<BFloat16>(const GemmJob<BFloat16>&, InstructionSet, unsigned);
 
 }  // namespace nmcompile

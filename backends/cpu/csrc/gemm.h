@@ -9,14 +9,15 @@
 #include <memory>
 
 #include "instruction_sets.h"
+#include "storage.h"
 
 namespace nmcompile {
 
-constexpr int kDepthBlock = 64;                 // elements of depth that one panel holds
-constexpr int kKeptOfBlock = kDepthBlock / 2;   // values that a row keeps of them
+constexpr int kDepthBlock = 64;  // elements of depth that one panel holds
 constexpr int kMaxDigits = 4;
 
-// S without its zeros: for each block of depth and each row, kKeptOfBlock values and their places in the block.
+// S without its zeros: for each block of depth and each row, the values that it keeps and their places in a panel. What
+// a value is, a float or two neighbours in bfloat16, and how many there are, the kernel says.
 struct KeptValues {
     float* values;
     std::uint8_t* places;
@@ -40,48 +41,55 @@ struct GemmAxis {
     std::int64_t size;  // the product of the digits' sizes
 };
 
+// T is float or BFloat16; sums are in float32.
+template <class T>
 struct GemmJob {
     std::int64_t rows;
-    const float* sparse;  // at most two non-zeros in each four consecutive elements of depth
+    const T* sparse;  // at most two non-zeros in each four consecutive elements of depth
     const std::uint8_t* mask;  // or null: elements that are to be taken for zeros, at the same offsets
     std::int64_t sparse_row;
     GemmAxis sparse_depth;
 
-    const float* dense;
+    const T* dense;
     GemmAxis dense_depth, dense_lanes;
     std::int32_t height, width;
 
-    float* output;
+    T* output;
     std::int64_t output_row;
     GemmAxis output_lanes;
-    const float* bias;  // one for each row, or null
+    const T* bias;  // one for each row, or null
 };
 
-// S without its zeros, packed once for many products.
+// S without its zeros, packed once for many products with operands of the same type.
 class PackedSparse {
 public:
-    PackedSparse(std::int64_t rows, std::int64_t depth);
+    PackedSparse(std::int64_t rows, std::int64_t depth, std::int64_t values_of_block);
     KeptValues kept() const;
     std::int64_t rows() const { return rows_; }
     std::int64_t depth() const { return depth_; }
+    std::int64_t values_of_block() const { return values_of_block_; }
     std::int64_t bytes() const;
 
 private:
     struct Free {
         void operator()(float* data) const;
     };
-    std::int64_t rows_, depth_;
+    std::int64_t rows_, depth_, values_of_block_;
     std::unique_ptr<float, Free> data_;
 };
 
 // Null where S has more than two non-zeros in some four. Only S and its axes are read of the job.
-std::unique_ptr<PackedSparse> pack_sparse(const GemmJob& job, InstructionSet isa, unsigned threads);
+template <class T>
+std::unique_ptr<PackedSparse> pack_sparse(const GemmJob<T>& job, InstructionSet isa, unsigned threads);
 
-// The product of the packed S; nothing of S is read of the job but its sizes.
-void gemm_packed(const GemmJob& job, const PackedSparse& packed, InstructionSet isa, unsigned threads);
+// The product of the packed S; nothing of S is read of the job but its sizes. Throws std::invalid_argument where S was
+// packed for another kernel.
+template <class T>
+void gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionSet isa, unsigned threads);
 
 // False where S has more than two non-zeros in some four; C is then not written. Sums run along depth in one order,
 // whatever the number of threads.
-bool gemm(const GemmJob& job, InstructionSet isa, unsigned threads);
+template <class T>
+bool gemm(const GemmJob<T>& job, InstructionSet isa, unsigned threads);
 
 }  // namespace nmcompile

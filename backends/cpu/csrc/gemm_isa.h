@@ -13,24 +13,29 @@ struct GemmTile {
     std::int64_t first_row, last_row, first_lane, last_lane;
 };
 
+template <class T>
 struct GemmKernel {
     std::int64_t vector_lanes, most_lanes;  // of a tile; it has whole vectors but for the last tile
+    std::int64_t values_of_block;           // that a row keeps of a block of depth
     // Packs one block of depth of the rows from `row` on; false where some four keep more than two.
-    bool (*pack)(const GemmJob& job, const KeptValues& kept, std::int64_t block, std::int64_t row);
+    bool (*pack)(const GemmJob<T>& job, const KeptValues& kept, std::int64_t block, std::int64_t row);
     // Computes C for a tile. `scratch` holds `scratch_floats(rows of the tile)`, aligned to 64 bytes.
-    void (*multiply)(const GemmJob& job, const KeptValues& kept, const GemmTile& tile, float* scratch);
+    void (*multiply)(const GemmJob<T>& job, const KeptValues& kept, const GemmTile& tile, float* scratch);
     std::int64_t (*scratch_floats)(std::int64_t rows);
 };
 
 namespace baseline {
-GemmKernel gemm_kernel();
+template <class T>
+GemmKernel<T> gemm_kernel();
 }
 #if defined(__x86_64__)
 namespace v3 {
-GemmKernel gemm_kernel();
+template <class T>
+GemmKernel<T> gemm_kernel();
 }
 namespace v4 {
-GemmKernel gemm_kernel();
+template <class T>
+GemmKernel<T> gemm_kernel();
 }
 #endif
 

@@ -17,12 +17,20 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+template <>
+struct nanobind::detail::dtype_traits<nmcompile::BFloat16> {
+    static constexpr dlpack::dtype value{static_cast<std::uint8_t>(dlpack::dtype_code::Bfloat), 16, 1};
+    static constexpr auto name = const_name("bfloat16");
+};
+
 namespace nmcompile {
 namespace {
 
-using Input = nb::ndarray<const float, nb::device::cpu>;
+template <class T>
+using Input = nb::ndarray<const T, nb::device::cpu>;
 using Mask = nb::ndarray<const bool, nb::device::cpu>;
-using Output = nb::ndarray<float, nb::device::cpu>;
+template <class T>
+using Output = nb::ndarray<T, nb::device::cpu>;
 // Digits (size, offset, y, x), the last fastest, and the start (offset, y, x).
 using AxisSpec = std::tuple<std::vector<std::tuple<std::int64_t, std::int64_t, std::int32_t, std::int32_t>>,
                             std::tuple<std::int64_t, std::int32_t, std::int32_t>>;
@@ -44,7 +52,8 @@ GemmAxis axis_of(const AxisSpec& spec) {
     return axis;
 }
 
-void set_sparse(GemmJob& job, const Input& sparse, std::int64_t rows, std::int64_t sparse_row,
+template <class T>
+void set_sparse(GemmJob<T>& job, const Input<T>& sparse, std::int64_t rows, std::int64_t sparse_row,
                 const AxisSpec& sparse_depth, const Mask& mask) {
     job.rows = rows;
     job.sparse = sparse.data();
@@ -53,9 +62,10 @@ void set_sparse(GemmJob& job, const Input& sparse, std::int64_t rows, std::int64
     job.sparse_depth = axis_of(sparse_depth);
 }
 
-void set_dense(GemmJob& job, std::int64_t depth, const Input& dense, const AxisSpec& dense_depth,
-               const AxisSpec& dense_lanes, std::int32_t height, std::int32_t width, const Output& output,
-               std::int64_t output_row, const AxisSpec& output_lanes, const Input& bias) {
+template <class T>
+void set_dense(GemmJob<T>& job, std::int64_t depth, const Input<T>& dense, const AxisSpec& dense_depth,
+               const AxisSpec& dense_lanes, std::int32_t height, std::int32_t width, const Output<T>& output,
+               std::int64_t output_row, const AxisSpec& output_lanes, const Input<T>& bias) {
     job.dense = dense.data();
     job.dense_depth = axis_of(dense_depth);
     job.dense_lanes = axis_of(dense_lanes);
@@ -70,11 +80,12 @@ void set_dense(GemmJob& job, std::int64_t depth, const Input& dense, const AxisS
     }
 }
 
-bool checked_gemm(const Input& sparse, std::int64_t rows, std::int64_t sparse_row, const AxisSpec& sparse_depth,
-                  const Input& dense, const AxisSpec& dense_depth, const AxisSpec& dense_lanes, std::int32_t height,
-                  std::int32_t width, const Output& output, std::int64_t output_row, const AxisSpec& output_lanes,
-                  const Mask& mask, const Input& bias, const char* isa, unsigned threads) {
-    GemmJob job{};
+template <class T>
+bool checked_gemm(const Input<T>& sparse, std::int64_t rows, std::int64_t sparse_row, const AxisSpec& sparse_depth,
+                  const Input<T>& dense, const AxisSpec& dense_depth, const AxisSpec& dense_lanes, std::int32_t height,
+                  std::int32_t width, const Output<T>& output, std::int64_t output_row, const AxisSpec& output_lanes,
+                  const Mask& mask, const Input<T>& bias, const char* isa, unsigned threads) {
+    GemmJob<T> job{};
     set_sparse(job, sparse, rows, sparse_row, sparse_depth, mask);
     set_dense(job, job.sparse_depth.size, dense, dense_depth, dense_lanes, height, width, output, output_row,
               output_lanes, bias);
@@ -83,21 +94,23 @@ bool checked_gemm(const Input& sparse, std::int64_t rows, std::int64_t sparse_ro
     return gemm(job, chosen, threads);
 }
 
-std::unique_ptr<PackedSparse> checked_pack(const Input& sparse, std::int64_t rows, std::int64_t sparse_row,
+template <class T>
+std::unique_ptr<PackedSparse> checked_pack(const Input<T>& sparse, std::int64_t rows, std::int64_t sparse_row,
                                            const AxisSpec& sparse_depth, const Mask& mask, const char* isa,
                                            unsigned threads) {
-    GemmJob job{};
+    GemmJob<T> job{};
     set_sparse(job, sparse, rows, sparse_row, sparse_depth, mask);
     const InstructionSet chosen = instruction_set(isa);
     nb::gil_scoped_release release;
     return pack_sparse(job, chosen, threads);
 }
 
-void checked_packed(const PackedSparse& packed, const Input& dense, const AxisSpec& dense_depth,
-                    const AxisSpec& dense_lanes, std::int32_t height, std::int32_t width, const Output& output,
-                    std::int64_t output_row, const AxisSpec& output_lanes, const Input& bias, const char* isa,
+template <class T>
+void checked_packed(const PackedSparse& packed, const Input<T>& dense, const AxisSpec& dense_depth,
+                    const AxisSpec& dense_lanes, std::int32_t height, std::int32_t width, const Output<T>& output,
+                    std::int64_t output_row, const AxisSpec& output_lanes, const Input<T>& bias, const char* isa,
                     unsigned threads) {
-    GemmJob job{};
+    GemmJob<T> job{};
     job.rows = packed.rows();
     set_dense(job, packed.depth(), dense, dense_depth, dense_lanes, height, width, output, output_row, output_lanes,
               bias);
@@ -106,20 +119,26 @@ void checked_packed(const PackedSparse& packed, const Input& dense, const AxisSp
     gemm_packed(job, packed, chosen, threads);
 }
 
-}  // namespace
-
-void bind_gemm(nb::module_& m) {
-    m.def("gemm", &checked_gemm, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
+template <class T>
+void bind_products_of(nb::module_& m) {
+    m.def("gemm", &checked_gemm<T>, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
           "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a, "height"_a, "width"_a, "output"_a.noconvert(),
           "output_row"_a, "output_lanes"_a, "mask"_a.noconvert().none(), "bias"_a.noconvert().none(), "isa"_a, "threads"_a,
           "Write the product of a 2:4 sparse operand and a dense one; False where the first is not 2:4.");
+    m.def("pack_sparse", &checked_pack<T>, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
+          "mask"_a.noconvert().none(), "isa"_a, "threads"_a, "A 2:4 operand packed; None where it is not 2:4.");
+    m.def("gemm_packed", &checked_packed<T>, "packed"_a, "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a,
+          "height"_a, "width"_a, "output"_a.noconvert(), "output_row"_a, "output_lanes"_a, "bias"_a.noconvert().none(),
+          "isa"_a, "threads"_a, "Write the product of a packed operand and a dense one of the same type.");
+}
+
+}  // namespace
+
+void bind_gemm(nb::module_& m) {
     nb::class_<PackedSparse>(m, "PackedSparse", "A 2:4 operand without its zeros.")
         .def_prop_ro("bytes", &PackedSparse::bytes, "How much memory it takes.");
-    m.def("pack_sparse", &checked_pack, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
-          "mask"_a.noconvert().none(), "isa"_a, "threads"_a, "A 2:4 operand packed; None where it is not 2:4.");
-    m.def("gemm_packed", &checked_packed, "packed"_a, "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a,
-          "height"_a, "width"_a, "output"_a.noconvert(), "output_row"_a, "output_lanes"_a, "bias"_a.noconvert().none(),
-          "isa"_a, "threads"_a, "Write the product of a packed operand and a dense one.");
+    bind_products_of<float>(m);
+    bind_products_of<BFloat16>(m);
 }
 
 }  // namespace nmcompile

@@ -5,7 +5,7 @@
 #include <bit>
 #include <cstring>
 
-#include "axis_walk.h"
+#include "dense_panel.h"
 #include "gemm_isa.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
@@ -37,8 +37,9 @@ constexpr std::array<KeptOfEight, 256> kept_of_eight() {
 
 constexpr std::array<KeptOfEight, 256> kKeptOfEight = kept_of_eight();
 
-// Packs a row of one block; `at` is the row's place in the packed arrays. False where some four keep more than two.
-inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
+// Packs a row of one block, value by value; `at` is the row's place in the packed arrays. False where some four keep more
+// than two.
+inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
     bool excess = false;
     for (std::uint64_t first = 0; first < kDepthBlock; first += 16) {
         const __m512 x = _mm512_loadu_ps(row + first);
@@ -55,7 +56,7 @@ inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
 }
 #else
 // The same with vectors of any length.
-inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
+inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
     FloatInts excess{};
     for (int first = 0; first < kDepthBlock; first += 4 * kFloats) {
         // A vector of each place in the fours.
@@ -87,18 +88,29 @@ inline bool pack_row(const float* row, const KeptValues& kept, Index at) {
 }
 #endif
 
+// Each value by itself, which meets the panel as it is.
+struct SingleValues {
+    static constexpr Index kValues = kDepthBlock / 2;  // of a block
+    static constexpr Index kLanes = kTileLanes;        // of a tile at most
+    static constexpr Index kOwnRows = 0;               // of a panel of its own
+    static const float* panel_of(const float* panel, Index, Index, float*) { return panel; }
+    static bool pack_row(const float* row, const KeptValues& kept, Index at) {
+        return pack_singles(row, kept, at);
+    }
+};
+
 // Without a branch, which half of a mask's elements would mislead.
-template <bool kMasked>
-float kept_element(const GemmJob& job, Index offset) {
-    const float x = job.sparse[offset];
+template <bool kMasked, class T>
+float kept_element(const GemmJob<T>& job, Index offset) {
+    const float x = widen(job.sparse[offset]);
     if constexpr (!kMasked) return x;
     const std::uint32_t keep = 0u - static_cast<std::uint32_t>(job.mask[offset] != 0);
     return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & keep);
 }
 
-template <bool kMasked>
-Floats kept_vector(const GemmJob& job, Index offset) {
-    const Floats x = load<Floats>(job.sparse + offset);
+template <bool kMasked, class T>
+Floats kept_vector(const GemmJob<T>& job, Index offset) {
+    const Floats x = Memory<T>::read(job.sparse + offset);
     if constexpr (!kMasked) return x;
 #if defined(__AVX512F__)
     const __m128i mask = _mm_loadu_si128(reinterpret_cast<const __m128i*>(job.mask + offset));
@@ -112,8 +124,8 @@ Floats kept_vector(const GemmJob& job, Index offset) {
 
 // Gathers some rows of a block, zeros behind its end. `step` lies between any two elements of depth, or is 0. The
 // elements that are close in memory come one after the other.
-template <bool kMasked>
-void gather_rows(const GemmJob& job, const Point* points, Index count, Index step, Index row, Index rows,
+template <bool kMasked, class T>
+void gather_rows(const GemmJob<T>& job, const Point* points, Index count, Index step, Index row, Index rows,
                  float (*to)[kDepthBlock]) {
     if (step > job.sparse_row) {
         for (Index k = 0; k < count; ++k) {
@@ -136,8 +148,8 @@ void gather_rows(const GemmJob& job, const Point* points, Index count, Index ste
 }
 
 // Gathers the blocks of as many rows as a vector has, which lie side by side in memory.
-template <bool kMasked>
-void transpose_rows(const GemmJob& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
+template <bool kMasked, class T>
+void transpose_rows(const GemmJob<T>& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
     for (Index first = 0; first < kDepthBlock; first += kFloats) {
         Floats square[kFloats];
         for (Index k = 0; k < kFloats; ++k) {
@@ -156,8 +168,8 @@ inline Index even_step(const Point* points, Index count) {
     return step;
 }
 
-template <bool kMasked>
-bool pack_rows(const GemmJob& job, const KeptValues& kept, Index block, Index row) {
+template <class Form, bool kMasked, class T>
+bool pack_rows(const GemmJob<T>& job, const KeptValues& kept, Index block, Index row) {
     const Index count = smaller(kDepthBlock, job.sparse_depth.size - block * kDepthBlock);
     const Index last = smaller(job.rows, row + kPackedRows);
     Point points[kDepthBlock];
@@ -173,14 +185,15 @@ bool pack_rows(const GemmJob& job, const KeptValues& kept, Index block, Index ro
             gather_rows<kMasked>(job, points, count, step, row, rows, gathered);
         }
         for (Index r = 0; r < rows; ++r, ++row) {
-            fits = pack_row(gathered[r], kept, (block * job.rows + row) * kKeptOfBlock) && fits;
+            fits = Form::pack_row(gathered[r], kept, (block * job.rows + row) * Form::kValues) && fits;
         }
     }
     return fits;
 }
 
-inline bool pack(const GemmJob& job, const KeptValues& kept, Index block, Index row) {
-    return job.mask ? pack_rows<true>(job, kept, block, row) : pack_rows<false>(job, kept, block, row);
+template <class Form, class T>
+bool pack(const GemmJob<T>& job, const KeptValues& kept, Index block, Index row) {
+    return job.mask ? pack_rows<Form, true>(job, kept, block, row) : pack_rows<Form, false>(job, kept, block, row);
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA
