@@ -3,7 +3,7 @@
 Every call of ours packs its sparse operand, with the mask applied, as a training step does; in `forward, packed ahead`
 the weight is packed beforehand, as it is without gradients. Peers, for linear layers: `F.linear` and its gradients by
 `mm` (MKL), oneDNN's linear operator (the best dense path to be had on AMD), and PyTorch's own CSR product, its weight
-converted beforehand. For convolutions: PyTorch's, which are oneDNN's. Outputs are compared first.
+converted beforehand (float32 only). For convolutions: PyTorch's, which are oneDNN's. Outputs are compared first.
 
 python benchmarks/gemm.py   # writes results/gemm.json and, with matplotlib, results/gemm.svg
 """
@@ -40,6 +40,7 @@ CONV = (
     (8, 128, 256, 28, 3, 2),
     (8, 256, 64, 56, 1, 1),
 )
+DTYPES = {torch.float32: "linear", torch.bfloat16: "linear-bf16"}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 
 
@@ -54,32 +55,24 @@ class Row:
     speedup: dict[str, float]
 
 
-def linear_calls(tokens: int, inputs: int, outputs: int) -> Iterator[tuple[str, Calls]]:
-    x, grad_output = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
-    weight = torch.randn(outputs, inputs)
+def linear_calls(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> Iterator[tuple[str, Calls]]:
+    x, grad_output = torch.randn(tokens, inputs, dtype=dtype), torch.randn(tokens, outputs, dtype=dtype)
+    weight = torch.randn(outputs, inputs, dtype=dtype)
     mask = transposable_mask(weight, "2:4")
     w, dy = masked(weight, mask), OPERATORS["greedy"].prune(grad_output, NMPattern(2, 4), 0, None)
     y, dx, dw = x.new_empty(tokens, outputs), torch.empty_like(x), torch.empty_like(weight)
-    sparse, csr = Geometry(), to_csr(w)
-    yield (
-        "forward",
-        {
-            "sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, sparse)),
-            "F.linear": lambda: F.linear(x, w),
-            "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-            "CSR": lambda: csr.mm(x.t()).t(),
-        },
-    )
+    sparse = Geometry()
+    dense: Calls = {
+        "F.linear": lambda: F.linear(x, w),
+        "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+    }
+    if dtype == torch.float32:  # CSR products know no bfloat16
+        csr = to_csr(w)
+        dense["CSR"] = lambda: csr.mm(x.t()).t()
+    yield "forward", {"sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, sparse)), **dense}
     packs: Packs = []
-    yield (
-        "forward, packed ahead",
-        {
-            "sparse": lambda: filled(y, sparse_forward(x, weight, mask, None, y, sparse, packs)),
-            "F.linear": lambda: F.linear(x, w),
-            "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-            "CSR": lambda: csr.mm(x.t()).t(),
-        },
-    )
+    ahead = lambda: filled(y, sparse_forward(x, weight, mask, None, y, sparse, packs))  # noqa: E731
+    yield "forward, packed ahead", {"sparse": ahead, **dense}
     yield (
         "backward",
         {
@@ -162,9 +155,10 @@ def filled(output: Tensor, done: bool) -> Tensor:
 
 def rows_of(gemm: str, phases: Iterator[tuple[str, Calls]], threads: int, repeats: int) -> Iterator[Row]:
     for phase, calls in phases:
-        results = [call().double() for call in calls.values()]
+        results = [call() for call in calls.values()]
         for other in results[1:]:
-            torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-3)
+            exact = results[0].dtype == torch.float32
+            torch.testing.assert_close(results[0], other, rtol=1e-4 if exact else 2**-7, atol=1e-3)
         medians = {name: statistics.median(times) for name, times in in_turns(calls, repeats).items()}
         ours = medians["sparse"]
         yield Row(gemm, phase, threads, medians, {name: t / ours for name, t in medians.items() if name != "sparse"})
@@ -174,9 +168,10 @@ def measure(repeats: int, threads: tuple[int, ...]) -> list[Row]:
     rows = []
     for count in threads:
         torch.set_num_threads(count)
-        for shape in LINEAR:
-            name = "linear {} x {} -> {}".format(*shape)
-            rows += rows_of(name, linear_calls(*shape), count, repeats)
+        for dtype, kind in DTYPES.items():
+            for shape in LINEAR:
+                name = "{} {} x {} -> {}".format(kind, *shape)
+                rows += rows_of(name, linear_calls(*shape, dtype), count, repeats)
         for samples, inputs, outputs, size, kernel, stride in CONV:
             for layout, memory_format in LAYOUTS.items():
                 name = f"conv {samples} x {inputs} x {size}² -> {outputs}, {kernel}x{kernel}/{stride}, {layout}"

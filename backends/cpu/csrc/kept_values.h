@@ -14,9 +14,13 @@ namespace nmcompile::NMCOMPILE_ISA {
 // What eight elements keep, by which of them are not zero: two of each four, with the first zeros where there are fewer.
 struct KeptOfEight {
     std::uint32_t places = 0;  // four bytes
+    std::uint16_t pairs = 0;   // two bytes: of the places in each four, their number among the six pairs of four
     std::uint8_t mask = 0;
     bool excess = false;
 };
+
+constexpr int kPairs = 6;
+constexpr int kPairOf[3][4] = {{0, 0, 1, 2}, {0, 0, 3, 4}, {0, 0, 0, 5}};
 
 constexpr std::array<KeptOfEight, 256> kept_of_eight() {
     std::array<KeptOfEight, 256> table;
@@ -26,9 +30,14 @@ constexpr std::array<KeptOfEight, 256> kept_of_eight() {
             int mask = nonzero >> 4 * four & 15;
             entry.excess |= std::popcount(static_cast<unsigned>(mask)) > 2;
             for (int place = 0; std::popcount(static_cast<unsigned>(mask)) < 2; ++place) mask |= 1 << place;
+            int kept[2] = {};
             for (int place = 0, count = 0; place < 4 && count < 2; ++place) {
-                if (mask >> place & 1) entry.places |= static_cast<std::uint32_t>(4 * four + place) << 8 * (2 * four + count++);
+                if (mask >> place & 1) kept[count++] = place;
             }
+            for (int i = 0; i < 2; ++i) {
+                entry.places |= static_cast<std::uint32_t>(4 * four + kept[i]) << 8 * (2 * four + i);
+            }
+            entry.pairs |= static_cast<std::uint16_t>((kPairs * four + kPairOf[kept[0]][kept[1]]) << 8 * four);
             entry.mask |= mask << 4 * four;
         }
     }
@@ -37,18 +46,29 @@ constexpr std::array<KeptOfEight, 256> kept_of_eight() {
 
 constexpr std::array<KeptOfEight, 256> kKeptOfEight = kept_of_eight();
 
+struct KeptOfSixteen {
+    const KeptOfEight &low, &high;
+    __m256 values;
+
+    explicit KeptOfSixteen(const float* from) : KeptOfSixteen(_mm512_loadu_ps(from)) {}
+    bool excess() const { return low.excess | high.excess; }
+
+   private:
+    explicit KeptOfSixteen(__m512 x) : KeptOfSixteen(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ)) {}
+    KeptOfSixteen(__m512 x, unsigned nonzero) : low(kKeptOfEight[nonzero & 255]), high(kKeptOfEight[nonzero >> 8]) {
+        values = _mm512_castps512_ps256(_mm512_maskz_compress_ps(low.mask | high.mask << 8, x));
+    }
+};
+
 // Packs a row of one block, value by value; `at` is the row's place in the packed arrays. False where some four keep more
 // than two.
 inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
     bool excess = false;
     for (std::uint64_t first = 0; first < kDepthBlock; first += 16) {
-        const __m512 x = _mm512_loadu_ps(row + first);
-        const unsigned nonzero = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        const KeptOfEight &low = kKeptOfEight[nonzero & 255], &high = kKeptOfEight[nonzero >> 8];
-        excess |= low.excess | high.excess;
-        const __m512 values = _mm512_maskz_compress_ps(low.mask | high.mask << 8, x);
-        _mm256_storeu_ps(kept.values + at + first / 2, _mm512_castps512_ps256(values));
-        const std::uint64_t places = (low.places | std::uint64_t{high.places} << 32) +
+        const KeptOfSixteen some(row + first);
+        excess |= some.excess();
+        _mm256_storeu_ps(kept.values + at + first / 2, some.values);
+        const std::uint64_t places = (some.low.places | std::uint64_t{some.high.places} << 32) +
                                      first * 0x0101010101010101u + 0x0808080800000000u;
         std::memcpy(kept.places + at + first / 2, &places, sizeof(places));
     }
@@ -122,6 +142,14 @@ Floats kept_vector(const GemmJob<T>& job, Index offset) {
 #endif
 }
 
+// Lets the next block of a row come while this one is packed: the processor does not see so many rows advance.
+template <bool kMasked, class T>
+void fetch_block(const GemmJob<T>& job, Index offset) {
+    constexpr Index kOfLine = 64 / sizeof(T);
+    for (Index i = 0; i < kDepthBlock; i += kOfLine) __builtin_prefetch(job.sparse + offset + i);
+    if constexpr (kMasked) __builtin_prefetch(job.mask + offset);
+}
+
 // Gathers some rows of a block, zeros behind its end. `step` lies between any two elements of depth, or is 0. The
 // elements that are close in memory come one after the other.
 template <bool kMasked, class T>
@@ -135,6 +163,7 @@ void gather_rows(const GemmJob<T>& job, const Point* points, Index count, Index 
     } else {
         for (Index r = 0; r < rows; ++r) {
             const Index from = (row + r) * job.sparse_row;
+            if (step == 1) fetch_block<kMasked>(job, from + points[0].offset + kDepthBlock);
             Index k = 0;
             for (; step == 1 && k + kFloats <= count; k += kFloats) {
                 store(kept_vector<kMasked>(job, from + points[0].offset + k), to[r] + k);

@@ -7,25 +7,22 @@
 #if defined(__AVX512F__)
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr int kPairs = 6;
-
 struct PairedValues {
     static constexpr Index kValues = kDepthBlock / 4;
     static constexpr Index kLanes = 5 * kFloats;  // so that 96 rows of a panel stay in a cache of the first level
     static constexpr Index kOwnRows = kPairs * kValues;
 
     static bool pack_row(const float* row, const KeptValues& kept, Index at) {
-        alignas(64) float values[kDepthBlock / 2];
-        std::uint8_t places[kDepthBlock / 2];
-        if (!pack_singles(row, {values, places}, 0)) return false;
-        for (Index i = 0; i < kValues; i += 8) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept.values + at + i), joined(values + 2 * i));
+        bool excess = false;
+        for (std::uint32_t four = 0; four < kValues; four += 4) {
+            const KeptOfSixteen some(row + 4 * four);
+            excess |= some.excess();
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(kept.values + at + four), joined(some.values));
+            const std::uint32_t pairs = (some.low.pairs | std::uint32_t{some.high.pairs} << 16) +
+                                        kPairs * (four * 0x01010101u + 0x02020000u);
+            std::memcpy(kept.places + at + four, &pairs, sizeof(pairs));
         }
-        for (Index i = 0; i < kValues; ++i) {
-            const int pair = pair_of(places[2 * i] & 3, places[2 * i + 1] & 3);
-            kept.places[at + i] = static_cast<std::uint8_t>(kPairs * i + pair);
-        }
-        return true;
+        return !excess;
     }
 
     // From a panel of floats with `count` rows, a multiple of four.
@@ -47,16 +44,13 @@ struct PairedValues {
     }
 
    private:
-    // Sixteen floats as eight pairs, the first of each in the lower half.
-    static __m256i joined(const float* values) {
-        const __m512i x = _mm512_load_si512(values);
-        const __m512i low = _mm512_and_si512(_mm512_srli_epi64(x, 16), _mm512_set1_epi64(0xFFFF));
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi64(x, 32), _mm512_set1_epi64(0xFFFF0000));
-        return _mm512_cvtepi64_epi32(_mm512_or_si512(low, high));
+    // Eight floats as four pairs, the first of each in the lower half.
+    static __m128i joined(__m256 values) {
+        const __m256i x = _mm256_castps_si256(values);
+        const __m256i low = _mm256_and_si256(_mm256_srli_epi64(x, 16), _mm256_set1_epi64x(0xFFFF));
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi64(x, 32), _mm256_set1_epi64x(0xFFFF0000));
+        return _mm256_cvtepi64_epi32(_mm256_or_si256(low, high));
     }
-
-    // (0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)
-    static int pair_of(int first, int second) { return second - 1 + (first > 0) + (first == 1) + 2 * (first == 2); }
 };
 
 }  // namespace nmcompile::NMCOMPILE_ISA
