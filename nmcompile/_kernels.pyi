@@ -58,10 +58,13 @@ def gemm(
     isa: str,
     threads: int,
 ) -> bool:
-    """Write a contraction of float32 tensors into `output`; False, and nothing written, where `sparse` is not 2:4."""
+    """Write a contraction of tensors of one type, float32 or bfloat16, into `output`.
+
+    False, and nothing written, where `sparse` is not 2:4.
+    """
 
 class PackedSparse:
-    """A float32 operand that is 2:4 along its depth, without its zeros."""
+    """A float32 or bfloat16 operand that is 2:4 along its depth, without its zeros."""
 
     @property
     def bytes(self) -> int:
@@ -86,7 +89,7 @@ def gemm_packed(
     isa: str,
     threads: int,
 ) -> None:
-    """Write a contraction of float32 tensors, one of which is packed, into `output`."""
+    """Write a contraction of float32 or bfloat16 tensors of one type, one of which is packed, into `output`."""
 
 class PackedIntegers:
     """A 2:4 matrix of 4-bit integers, in twelve bits for each four."""

@@ -29,21 +29,20 @@ class RuntimeCheck:
         runtime: its name.
         relative_l2: |difference| / |torch| over all outputs and batches.
         same_top1: the fraction of samples with the same largest class; 1 where no output has shape (batch, classes).
-        taken_over: how many integers torch took over from the runtime; more than none only where they had to run in
-            lockstep to agree.
+        taken_over: how many integers torch took over from the runtime in lockstep; None where they agree without.
     """
 
     runtime: str
     relative_l2: float
     same_top1: float
-    taken_over: int = 0
+    taken_over: int | None = None
 
     @property
     def ok(self) -> bool:
         return self.relative_l2 <= RELATIVE_L2 and self.same_top1 >= SAME_TOP1  # a NaN is not
 
     def __str__(self) -> str:
-        how = f"in lockstep, {self.taken_over} integers rounded otherwise: " if self.taken_over else ""
+        how = "" if self.taken_over is None else f"in lockstep, {self.taken_over} integers rounded otherwise: "
         return f"{self.runtime}: {how}relative L2 {self.relative_l2:.1e}, same top-1 {self.same_top1:.1%}"
 
 

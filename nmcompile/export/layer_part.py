@@ -32,7 +32,6 @@ class LayerPart:
         integers: the tensor that quantizes its input, in front of the DequantizeLinear; `""` if there is none.
         input_scale, input_zero: of that tensor.
         input_model: from the layer's input to what it dequantizes.
-        is_input_pruned: whether the input is.
     """
 
     def __init__(self, proto: onnx.ModelProto, name: str) -> None:
@@ -55,7 +54,6 @@ class LayerPart:
         if self.integers:
             self.input_scale, self.input_zero = (self._constant(name) for name in front[0].input[1:])
             self.input_model = self._model(proto, front[::-1], kind)
-            self.is_input_pruned = any(_kind(node) == "prune" for node in front)
 
     def _model(self, proto: onnx.ModelProto, nodes: Sequence[NodeProto], kind: int) -> onnx.ModelProto:
         used = {source for node in nodes for source in node.input}

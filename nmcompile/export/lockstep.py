@@ -99,7 +99,8 @@ class _Input:
     """What one layer reads."""
 
     def __init__(self, name: str, module: nn.Module, layer: DeployedLayer, part: LayerPart, target: str) -> None:
-        self.name, self.module, self.layer, self.part = name, module, layer.layer, part
+        self.name, self.module, self.part = name, module, part
+        self.layer, self.pattern = layer.layer, layer.input.pattern
         self._quantize = onnxruntime_runner(part.input_model, target)
 
     def dequantized(self, integers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -112,8 +113,14 @@ class _Input:
         prepared, _ = self.layer.prepare(x)
         feed = prepared.detach().reshape(theirs.shape).to(self.part.dtype).numpy()
         mine = self._quantize({self.part.input: feed})[0]
-        steps = np.abs(mine.astype(np.float64) - theirs) / self.part.input_scale
+        steps = np.abs(self._ordered(mine).astype(np.float64) - self._ordered(theirs)) / self.part.input_scale
         equal = float((steps < 0.5).mean()) if steps.size else 1.0
-        if self.part.is_input_pruned:  # of two elements that are all but equal either is kept
-            steps = steps[(mine == 0) == (theirs == 0)]
         return LayerCheck(self.name, float(steps.max(initial=0)), equal, True, theirs.size, rounding=1e-4)
+
+    def _ordered(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """What pruning keeps of each block, in order of size: of two elements that are all but equal either is kept."""
+        if self.pattern is None:
+            return x
+        last = np.moveaxis(x, self.layer.channel_dim, -1)
+        whole = np.pad(last, [(0, 0)] * (x.ndim - 1) + [(0, -last.shape[-1] % self.pattern.block)])
+        return np.sort(whole.reshape(*whole.shape[:-1], -1, self.pattern.block))

@@ -107,3 +107,35 @@ def test_what_is_not_finite_in_the_other_operand_meets_no_zeros(monkeypatch: pyt
     assert linear_forward(x, weight, None, None, False, "a").eq(4).all()
     x[0, 1] = float("inf")
     assert linear_forward(x, weight, None, None, False, "a").isinf().all()
+
+
+def test_autocast_runs_the_sparse_kernels_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    model, x = nn.Linear(64, 32), torch.randn(16, 64)
+    gradients = []
+    for backend in ("cpu", "reference"):
+        config = CompileConfig(ends="sparse", layers={"_default": LayerConfig(weight=pruning("transposable", "2:4"))})
+        compiled = nmcompile.compile(model, "dense", config=config, backend=backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = compiled(x)
+        assert y.dtype == torch.bfloat16
+        gradients.append(torch.autograd.grad(y.float().square().sum(), [*compiled.parameters()]))
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=2**-6, atol=2**-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_types_run_dense_and_say_why(dtype: torch.dtype) -> None:
+    weight = torch.ones(4, 8, dtype=dtype) * (torch.arange(8) % 4 < 2)
+    assert linear_forward(torch.ones(1, 8, dtype=dtype), weight, None, None, False, "b").eq(4).all()
+    choice = choices.latest("b")
+    assert choice is not None and choice.kernel == "dense"
+    assert f"no sparse kernel for {dtype} on cpu, only for torch.float32 or torch.bfloat16" in choice.reason
+
+
+def test_bfloat16_runs_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    weight = (torch.ones(4, 8) * (torch.arange(8) % 4 < 2)).bfloat16()
+    assert linear_forward(torch.ones(1, 8).bfloat16(), weight, None, None, False, "c").eq(4).all()
+    choice = choices.latest("c")
+    assert choice is not None and choice.kernel == "sparse"

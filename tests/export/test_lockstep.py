@@ -92,3 +92,20 @@ def test_runtimes_run_in_lockstep_where_they_disagree_alone(
     checks = verify_onnx(written, model.layers, model.reference, [(images,)]).runtimes
     assert [check.runtime for check in checks] == ["ONNX Runtime", "onnx.reference"]
     assert all(check.relative_l2 < 1e-5 for check in checks)
+
+
+def test_of_equal_elements_either_is_kept(
+    net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = deploy(net, prune_inputs=True)
+    written = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
+    lockstep = Lockstep(onnx.load(written.path), written.nodes, model.layers, model.reference, written.target)
+    found = onnxruntime_runner(lockstep.proto, "onnxruntime")({lockstep.proto.graph.input[0].name: images.numpy()})
+    block = found[-1][0, :8]  # of the last layer's features
+    block[:] = np.roll(block, 1)
+    with torch.no_grad():
+        lockstep.run((images,), found)
+    assert lockstep.taken_over == 0
+    block[np.argmax(block)] = 0
+    with torch.no_grad(), pytest.raises(ExportError, match="layer 'head' reads something else in the file"):
+        lockstep.run((images,), found)
