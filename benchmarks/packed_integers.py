@@ -44,6 +44,7 @@ INPUT_STEP = 0.03
 LAYER_TOKENS = 1, 16, 256
 LEVELS = {"MatMulNBits, level 0": 0, "MatMulNBits, level 4": 4}
 OURS = "packed integers"
+PAUSE = 0.05  # seconds, for ONNX Runtime's threads and PyTorch's to fall asleep
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def product_row(shape: tuple[int, int], tokens: int, reach: int, threads: int, r
     for name, one in forms.items():
         # Level 4 rounds the input to eight bits.
         torch.testing.assert_close(one.read_all().double(), exact, rtol=1e-4, atol=0.5 if "level 4" in name else 1e-3)
-    times = in_turns({name: one.read_all for name, one in forms.items()}, repeats, clock=clock_of(threads))
+    calls, pause = {name: one.read_all for name, one in forms.items()}, 0.0 if threads == 1 else PAUSE
+    times = in_turns(calls, repeats, clock=clock_of(threads), pause=pause)
     medians = {name: statistics.median(values) / forms[name].count for name, values in times.items()}
     taken = {name: one.bytes_per_weight for name, one in forms.items()}
     return row_of(f"{rows} x {depth}", tokens, threads, medians, integers.numel(), taken)

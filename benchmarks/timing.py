@@ -11,11 +11,18 @@ def in_turns(
     repeats: int,
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call by `clock`, which counts seconds; all of them once before any of them again."""
+    """Milliseconds of each call by `clock`, which counts seconds; all of them once before any of them again.
+
+    `pause` seconds before each call let the threads of the one before fall asleep: those of two libraries would spin
+    against each other.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warmup, repeats):
         for name, call in calls.items():
+            if pause:
+                time.sleep(pause)
             start = clock()
             call()
             if turn >= 0:
