@@ -27,7 +27,16 @@ VARIANTS = {
 
 
 def network(name: str, size: int) -> Callable[[], tuple[nn.Module, Tensor]]:
-    return lambda: (models.get_model(name, weights=None).eval(), torch.randn(2, 3, size, size))
+    """With random weights, but with the statistics of its norms: without them activations fade from layer to layer."""
+
+    def load() -> tuple[nn.Module, Tensor]:
+        model = models.get_model(name, weights=None)
+        with torch.no_grad():
+            for _ in range(20):
+                model(torch.randn(8, 3, size, size))
+        return model.eval(), torch.randn(2, 3, size, size)
+
+    return load
 
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -35,7 +44,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "ResNet-18": network("resnet18", 64),
     "ResNet-50": network("resnet50", 64),
     "MobileNetV2": network("mobilenet_v2", 64),
-    "ViT-B/16": network("vit_b_16", 224),
+    "ViT-B/16": lambda: (models.get_model("vit_b_16", weights=None).eval(), torch.randn(2, 3, 224, 224)),
 }
 
 

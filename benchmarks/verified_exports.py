@@ -1,6 +1,6 @@
 """Do ONNX Runtime and ONNX's own evaluator compute what the compiled module computes? Networks, targets, containers.
 
-CREPE is a trained network, the others have random weights.
+CREPE is a trained network, the others have random weights and the statistics that go with them.
 
 python benchmarks/verified_exports.py   # writes benchmarks/results/verified_exports.json
 """
