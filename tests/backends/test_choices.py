@@ -176,12 +176,21 @@ def test_the_report_shows_what_was_chosen(timed: dict[str, float], monkeypatch: 
 
 
 @native
-def test_other_dtypes_run_dense_and_say_so() -> None:
-    x, weight = torch.randn(8, 16).bfloat16(), torch.randn(4, 16).bfloat16()
-    got = linear_forward(x, weight, None, None, False, "bf16 forward")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_run_dense_and_say_so(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(8, 16, dtype=dtype), torch.randn(4, 16, dtype=dtype)
+    got = linear_forward(x, weight, None, None, False, f"{dtype} forward")
     assert torch.equal(got, nn.functional.linear(x, weight))
-    choice = latest("bf16 forward")
-    assert choice is not None and "torch.bfloat16" in choice.reason
+    choice = latest(f"{dtype} forward")
+    assert choice is not None and f"no sparse kernel for {dtype} on cpu" in choice.reason
+
+
+@native
+def test_mixed_dtypes_run_dense() -> None:
+    with pytest.raises(RuntimeError):  # as they do in PyTorch
+        linear_forward(torch.randn(8, 16), torch.randn(4, 16).bfloat16(), None, None, False, "mixed forward")
+    choice = latest("mixed forward")
+    assert choice is not None and "torch.bfloat16 on cpu, torch.float32 on cpu" in choice.reason
 
 
 @native

@@ -124,15 +124,6 @@ def test_autocast_runs_the_sparse_kernels_in_bfloat16(monkeypatch: pytest.Monkey
         torch.testing.assert_close(mine, reference, rtol=2**-6, atol=2**-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_other_types_run_dense_and_say_why(dtype: torch.dtype) -> None:
-    weight = torch.ones(4, 8, dtype=dtype) * (torch.arange(8) % 4 < 2)
-    assert linear_forward(torch.ones(1, 8, dtype=dtype), weight, None, None, False, "b").eq(4).all()
-    choice = choices.latest("b")
-    assert choice is not None and choice.kernel == "dense"
-    assert f"no sparse kernel for {dtype} on cpu, only for torch.float32 or torch.bfloat16" in choice.reason
-
-
 def test_bfloat16_runs_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
     weight = (torch.ones(4, 8) * (torch.arange(8) % 4 < 2)).bfloat16()
