@@ -39,12 +39,18 @@ def network(name: str, size: int) -> Callable[[], tuple[nn.Module, Tensor]]:
     return load
 
 
+def vision_transformer() -> tuple[nn.Module, Tensor]:
+    model = models.get_model("vit_b_16", weights=None)
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision's zeros would make all outputs equal
+    return model.eval(), torch.randn(2, 3, 224, 224)
+
+
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "CREPE tiny": lambda: (crepe.load("tiny"), crepe.tones(4, 20, seed=1)[0]),
     "ResNet-18": network("resnet18", 64),
     "ResNet-50": network("resnet50", 64),
     "MobileNetV2": network("mobilenet_v2", 64),
-    "ViT-B/16": lambda: (models.get_model("vit_b_16", weights=None).eval(), torch.randn(2, 3, 224, 224)),
+    "ViT-B/16": vision_transformer,
 }
 
 

@@ -70,9 +70,10 @@ class GemmCall:
         """Why there is no sparse kernel for these operands; empty if there is."""
         tensors = [x for x in self.operands if x is not None and x.dtype != torch.bool]
         kinds = {(x.dtype, x.device.type) for x in tensors}
-        if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in DTYPES}:
+        dtypes = DTYPES[:1] if self.phase == ON_GRID else DTYPES
+        if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in dtypes}:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-            return f"no sparse kernel for {found}, only for torch.float32 or torch.bfloat16 on cpu"
+            return f"no sparse kernel for {found}, only for operands of one type, float32 or bfloat16, on cpu"
         support = kernel_support()
         return "" if support.ok else support.reason
 
@@ -82,7 +83,8 @@ class GemmCall:
         return self.rows * self.depth * lanes * self.geometry.groups
 
     def _predicted(self, threads: int) -> float | None:
-        """The cost model knows nothing of integers."""
-        if self.phase == ON_GRID:
+        """The cost model knows nothing of integers and of bfloat16."""
+        first = self.operands[0]
+        if self.phase == ON_GRID or (first is not None and first.dtype != torch.float32):
             return None
         return predicted_speedup(self.rows, self.depth, self.lanes, self.geometry.is_linear, threads)

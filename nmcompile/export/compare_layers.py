@@ -29,13 +29,14 @@ class LayerCheck:
 
     Attributes:
         node: its name.
-        most_steps: the largest difference in steps, for layers in floating point the relative L2 difference. A step is
-            the accumulator's, input scale times weight scale, or that of an output which is quantized. Where an output
-            is pruned, what only one side keeps (a tie but for rounding) is no difference in steps.
+        most_steps: the difference in steps that exceeds rounding the most, for layers in floating point the relative L2
+            difference. A step is the accumulator's, input scale times weight scale, or that of an output which is
+            quantized. Where an output is pruned, what only one side keeps (a tie but for rounding) is no difference in
+            steps.
         equal: the fraction of outputs less than half a step apart, or than `rounding` where that is more.
         outputs: how many there are. Of fewer than 1000, one may differ: a value next to the middle of two steps.
-        rounding: steps by which two float32 sums may differ: as much as one rounding of the largest result, times the
-            square root of the sum's length (after N. Higham and T. Mary's probabilistic bound).
+        rounding: steps by which two float32 sums may differ there: as much as one rounding of the channel's largest
+            result, times the square root of the sum's length (after N. Higham and T. Mary's probabilistic bound).
     """
 
     node: str
@@ -148,8 +149,14 @@ def _check(
     by_channel = part.step.reshape(-1, *[1] * behind)
     steps = difference / by_channel
     length = layer.weight.values.numel() / layer.layer.out_features
-    rounding = ROUNDING * length**0.5 * float((np.abs(want) / by_channel).max(initial=0))
-    equal = float((steps < max(HALF, rounding)).mean()) if steps.size else 1.0
+    others = tuple(dim for dim in range(want.ndim) if dim != layer.layer.channel_dim % want.ndim)
+    largest = (np.abs(want) / by_channel).max(others, keepdims=True, initial=0)
+    rounding = np.broadcast_to(ROUNDING * length**0.5 * largest, steps.shape)
+    equal = float((steps < np.maximum(HALF, rounding)).mean()) if steps.size else 1.0
     if part.is_pruned:
-        steps = steps[(result == 0) == (want == 0)]
-    return LayerCheck(node.name, float(steps.max(initial=0)), equal, True, want.size, rounding)
+        is_kept_by_both = (result == 0) == (want == 0)
+        steps, rounding = steps[is_kept_by_both], rounding[is_kept_by_both]
+    if not steps.size:
+        return LayerCheck(node.name, 0.0, equal, True, want.size)
+    worst = np.argmax(steps - rounding)
+    return LayerCheck(node.name, float(steps.flat[worst]), equal, True, want.size, float(rounding.flat[worst]))

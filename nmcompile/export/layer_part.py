@@ -31,7 +31,7 @@ class LayerPart:
         dtype: of its floats.
         integers: the tensor that quantizes its input, in front of the DequantizeLinear; `""` if there is none.
         input_scale, input_zero: of that tensor.
-        input_model: from the layer's input to what it dequantizes.
+        input_model, unpruned_model: from the layer's input to what it dequantizes; the second does not prune.
     """
 
     def __init__(self, proto: onnx.ModelProto, name: str) -> None:
@@ -54,6 +54,7 @@ class LayerPart:
         if self.integers:
             self.input_scale, self.input_zero = (self._constant(name) for name in front[0].input[1:])
             self.input_model = self._model(proto, front[::-1], kind)
+            self.unpruned_model = self._model(proto, self._unpruned(front[::-1]), kind)
 
     def _model(self, proto: onnx.ModelProto, nodes: Sequence[NodeProto], kind: int) -> onnx.ModelProto:
         used = {source for node in nodes for source in node.input}
@@ -67,6 +68,16 @@ class LayerPart:
         return helper.make_model(
             body, opset_imports=proto.opset_import, functions=proto.functions, ir_version=proto.ir_version
         )
+
+    def _unpruned(self, front: Sequence[NodeProto]) -> list[NodeProto]:
+        """The same nodes without those that prune."""
+        nodes = []
+        for node in front:
+            if _kind(node) != "prune":
+                nodes.append(copy := NodeProto())
+                copy.CopyFrom(node)
+        nodes[0].input[0] = self.input
+        return nodes
 
     def _front(self, name: str) -> list[NodeProto]:
         """What prunes and quantizes an input, nearest to the GEMM first; the writer names it after a layer."""

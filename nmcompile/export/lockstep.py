@@ -6,7 +6,6 @@ bits two correct runs differ as much as quantization itself does. In lockstep di
 and go no further.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,10 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nmcompile.errors import ExportError
-from nmcompile.export.compare_layers import LayerCheck
+from nmcompile.export.compare_layers import HALF, LayerCheck
 from nmcompile.export.layer_part import LayerPart
 from nmcompile.export.runners import Arrays, onnxruntime_runner
 from nmcompile.export.write_onnx import ExportedNode
@@ -29,14 +29,14 @@ class Lockstep:
 
     Args:
         proto: the file, weights included.
-        nodes: what the writer says that it wrote.
+        nodes: of layers that are modules, called once each.
         layers: by name.
         model: computes in torch what the file should; its modules have the layers' names.
         target: what the file was written for.
 
     Attributes:
         proto: the file with the integers that its layers read as further outputs.
-        taken_over: how many integers differed so far.
+        taken_over: how many integers differed so far, those of which pruning kept another one included.
     """
 
     def __init__(
@@ -48,9 +48,7 @@ class Lockstep:
         target: str,
     ) -> None:
         modules = dict(model.named_modules())
-        calls = Counter(node.layer for node in nodes)
-        chosen = [n for n in nodes if calls[n.layer] == 1 and hasattr(modules.get(n.layer), "weight")]
-        parts = [(node, LayerPart(proto, node.name)) for node in chosen]
+        parts = [(node, LayerPart(proto, node.name)) for node in nodes]
         self._inputs = [
             _Input(node.name, modules[node.layer], layers[node.layer], part, target)
             for node, part in parts
@@ -58,13 +56,17 @@ class Lockstep:
         ]
         self._model = model
         self._outputs = len(proto.graph.output)
-        self.taken_over = 0
+        self._differing: dict[str, int] = {}
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(proto)
         self._tensors = {x.part.integers: x.part.input_zero.dtype for x in self._inputs}
         for name, dtype in self._tensors.items():
             kind = helper.np_dtype_to_tensor_dtype(dtype)
             self.proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+
+    @property
+    def taken_over(self) -> int:
+        return sum(self._differing.values())
 
     def run(self, args: tuple[Any, ...], found: Arrays) -> Any:
         """What the torch model makes of `args` with the integers among the outputs `found` of the exposed file.
@@ -85,14 +87,14 @@ class Lockstep:
 
     def _take_over(self, input: "_Input", args: tuple[Any, ...], integers: Mapping[str, Any]) -> tuple[Any, ...]:
         theirs = input.dequantized(integers[input.part.integers])
-        check = input.check(args[0], theirs)
+        check, differing = input.check(args[0], theirs)
         if not check.ok:
             raise ExportError(
                 f"layer {check.node!r} reads something else in the file than in torch: up to {check.most_steps:.3g} "
                 f"quantization steps apart, {check.equal:.2%} equal"
             )
-        self.taken_over += round((1 - check.equal) * check.outputs)
-        return torch.from_numpy(theirs).reshape(args[0].shape).to(args[0]), *args[1:]
+        self._differing[input.part.integers] = differing  # once, however many layers read them
+        return input.unprepared(theirs, args[0]), *args[1:]
 
 
 class _Input:
@@ -101,26 +103,45 @@ class _Input:
     def __init__(self, name: str, module: nn.Module, layer: DeployedLayer, part: LayerPart, target: str) -> None:
         self.name, self.module, self.part = name, module, part
         self.layer, self.pattern = layer.layer, layer.input.pattern
-        self._quantize = onnxruntime_runner(part.input_model, target)
+        self._pruned = onnxruntime_runner(part.input_model, target)
+        self._whole = onnxruntime_runner(part.unpruned_model, target)
 
     def dequantized(self, integers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         steps = integers.astype(np.int32) - self.part.input_zero.astype(np.int32)
         result: np.ndarray[Any, Any] = steps.astype(self.part.input_scale.dtype) * self.part.input_scale
         return result
 
-    def check(self, x: Tensor, theirs: np.ndarray[Any, Any]) -> LayerCheck:
-        """`x`, the layer's input in torch, put on the grid as the file does, beside what the file reads."""
+    def check(self, x: Tensor, theirs: np.ndarray[Any, Any]) -> tuple[LayerCheck, int]:
+        """`x`, the layer's input in torch, put on the grid as the file does, beside what the file reads.
+
+        Of two elements that are all but equal pruning may keep either: what it keeps of each block is compared in order
+        of size, and each element that the file keeps with what torch has in its place.
+        """
         prepared, _ = self.layer.prepare(x)
-        feed = prepared.detach().reshape(theirs.shape).to(self.part.dtype).numpy()
-        mine = self._quantize({self.part.input: feed})[0]
-        steps = np.abs(self._ordered(mine).astype(np.float64) - self._ordered(theirs)) / self.part.input_scale
-        equal = float((steps < 0.5).mean()) if steps.size else 1.0
-        return LayerCheck(self.name, float(steps.max(initial=0)), equal, True, theirs.size, rounding=1e-4)
+        feed = {self.part.input: prepared.detach().reshape(theirs.shape).to(self.part.dtype).numpy()}
+        mine = self._pruned(feed)[0]
+        differing = int((self._steps(mine, theirs) > HALF).sum())
+        if self.pattern is None:
+            parts = [self._steps(mine, theirs)]
+        else:
+            in_place = self._steps(self._whole(feed)[0], theirs)[theirs != 0]
+            parts = [in_place, self._steps(self._ordered(mine), self._ordered(theirs))]
+        most = max(float(part.max(initial=0)) for part in parts)
+        equal = min(float((part <= HALF).mean()) if part.size else 1.0 for part in parts)
+        return LayerCheck(self.name, most, equal, True, theirs.size, rounding=1e-4), differing
+
+    def unprepared(self, theirs: np.ndarray[Any, Any], x: Tensor) -> Tensor:
+        """In the shape of the module's own input: the file pads in front of the quantizer, the module behind."""
+        result = torch.from_numpy(theirs)
+        pads = getattr(self.layer, "pad_before", ())
+        return F.pad(result, [-pad for pad in pads]).reshape(x.shape).to(x)
+
+    def _steps(self, mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        steps: np.ndarray[Any, Any] = np.abs(mine.astype(np.float64) - theirs) / self.part.input_scale
+        return steps
 
     def _ordered(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """What pruning keeps of each block, in order of size: of two elements that are all but equal either is kept."""
-        if self.pattern is None:
-            return x
+        assert self.pattern is not None
         last = np.moveaxis(x, self.layer.channel_dim, -1)
         whole = np.pad(last, [(0, 0)] * (x.ndim - 1) + [(0, -last.shape[-1] % self.pattern.block)])
         return np.sort(whole.reshape(*whole.shape[:-1], -1, self.pattern.block))

@@ -50,7 +50,9 @@ def verify_onnx(
     _check_zeros(file, report, layers)
     proto = file.proto if file.path is None else onnx.load(file.path)
     checks = check_layers(proto, report.nodes, layers, model, lambda: model(*batches[0]), report.target)
-    lockstep = partial(Lockstep, proto, report.nodes, layers, model, report.target)
+    checked = {check.node for check in checks}
+    nodes = [node for node in report.nodes if node.name in checked]
+    lockstep = partial(Lockstep, proto, nodes, layers, model, report.target)
     return Verification(checks, check_runtimes(file, report.target, model, batches, lockstep))
 
 

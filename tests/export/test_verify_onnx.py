@@ -77,6 +77,28 @@ def test_difference_behind_the_last_layer_is_found_end_to_end(written: tuple[Any
         verify_onnx(report, model.layers, model.reference, [(images,)])
 
 
+def test_a_channel_that_all_but_vanishes_hides_no_damage_to_others(
+    net: Any, images: Tensor, deploy: Callable[..., Any], tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        net.norm2.weight[1], net.norm2.bias[1] = 1e-9, 1.0  # its step is minute, its results are not
+    model = deploy(net)
+    report = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
+    verify_onnx(report, model.layers, model.reference, [(images,)])
+    damage(report.path, "conv.weight_quantized", some_integers_off)
+    with pytest.raises(ExportError, match="layer 'conv' computes something else"):
+        verify_onnx(report, model.layers, model.reference, [(images,)])
+
+
+def test_outputs_that_the_model_does_not_have_are_refused(written: tuple[Any, OnnxReport], images: Tensor) -> None:
+    model, report = written
+    proto = onnx.load(report.path)
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("relu_2", TensorProto.FLOAT, [None] * 4))
+    onnx.save(proto, report.path)
+    with pytest.raises(ExportError, match="the file has 2 outputs, the model 1 tensors"):
+        verify_onnx(report, model.layers, model.reference, [(images,)])
+
+
 def test_outputs_that_are_not_numbers_never_pass(written: tuple[Any, OnnxReport], images: Tensor) -> None:
     model, report = written
     damage(report.path, "head.bias", lambda bias: bias * np.float32("nan"))
