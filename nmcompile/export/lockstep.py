@@ -6,7 +6,9 @@ bits two correct runs differ as much as quantization itself does. In lockstep di
 and go no further.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ class Lockstep:
 
     Args:
         proto: the file, weights included.
-        nodes: of layers that are modules, called once each.
+        nodes: of layers that run once.
         layers: by name.
         model: computes in torch what the file should; its modules have the layers' names.
         target: what the file was written for.
@@ -47,10 +49,10 @@ class Lockstep:
         model: nn.Module,
         target: str,
     ) -> None:
-        modules = dict(model.named_modules())
-        parts = [(node, LayerPart(proto, node.name)) for node in nodes]
+        places = places_of(model)
+        parts = [(node, LayerPart(proto, node.name)) for node in nodes if node.layer in places]
         self._inputs = [
-            _Input(node.name, modules[node.layer], layers[node.layer], part, target)
+            _Input(node.name, places[node.layer], layers[node.layer], part, target)
             for node, part in parts
             if part.integers
         ]
@@ -75,33 +77,73 @@ class Lockstep:
             ExportError: names the first layer whose input in torch is another one.
         """
         integers = dict(zip(self._tensors, found[self._outputs :], strict=True))
-        hooks = [
-            x.module.register_forward_pre_hook(lambda _, args, x=x: self._take_over(x, args, integers), prepend=True)
-            for x in self._inputs
-        ]
+        undo = [x.place.follow(partial(self._take_over, x, integers)) for x in self._inputs]
         try:
             return self._model(*args)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for one in undo:
+                one()
 
-    def _take_over(self, input: "_Input", args: tuple[Any, ...], integers: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _take_over(self, input: "_Input", integers: Mapping[str, Any], x: Tensor) -> Tensor:
         theirs = input.dequantized(integers[input.part.integers])
-        check, differing = input.check(args[0], theirs)
+        check, differing = input.check(x, theirs)
         if not check.ok:
             raise ExportError(
                 f"layer {check.node!r} reads something else in the file than in torch: up to {check.most_steps:.3g} "
                 f"quantization steps apart, {check.equal:.2%} equal"
             )
         self._differing[input.part.integers] = differing  # once, however many layers read them
-        return input.unprepared(theirs, args[0]), *args[1:]
+        return input.unprepared(theirs, x)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where torch runs a layer: in a module of its own, or under a role of a module that runs several."""
+
+    module: nn.Module
+    role: str = ""
+
+    def follow(self, take_over: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        """Let the layer's input pass through `take_over`; what is returned undoes it."""
+        triples = getattr(self.module, "three_gemms", None)
+        if triples is None:
+            hook = self.module.register_forward_pre_hook(lambda _, args: (take_over(args[0]), *args[1:]), prepend=True)
+            return hook.remove
+        triple = triples[self.role]
+        triples[self.role] = _Followed(triple, take_over)
+        return partial(triples.__setitem__, self.role, triple)
+
+
+def places_of(model: nn.Module) -> dict[str, Place]:
+    """Where a model runs its layers, by their names."""
+    places = {}
+    for name, module in model.named_modules():
+        triples = getattr(module, "three_gemms", None)
+        if triples is not None:
+            places.update({triple.layer.name: Place(module, role) for role, triple in triples.items()})
+        elif hasattr(module, "weight"):
+            places.setdefault(name, Place(module))
+    return places
+
+
+class _Followed:
+    """A triple whose input passes through a function first."""
+
+    def __init__(self, triple: Any, take_over: Callable[[Tensor], Tensor]) -> None:
+        self._triple, self._take_over = triple, take_over
+
+    def __call__(self, input: Tensor, *rest: Any) -> Any:
+        return self._triple(self._take_over(input), *rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._triple, name)
 
 
 class _Input:
     """What one layer reads."""
 
-    def __init__(self, name: str, module: nn.Module, layer: DeployedLayer, part: LayerPart, target: str) -> None:
-        self.name, self.module, self.part = name, module, part
+    def __init__(self, name: str, place: Place, layer: DeployedLayer, part: LayerPart, target: str) -> None:
+        self.name, self.place, self.part = name, place, part
         self.layer, self.pattern = layer.layer, layer.input.pattern
         self._pruned = onnxruntime_runner(part.input_model, target)
         self._whole = onnxruntime_runner(part.unpruned_model, target)

@@ -1,5 +1,6 @@
 """The written file, read back and compared with torch."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from torch import nn
 from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import LayerCheck, check_layers
 from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
-from nmcompile.export.lockstep import Lockstep
+from nmcompile.export.lockstep import Lockstep, places_of
 from nmcompile.export.write_onnx import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
 from nmcompile.onnx_files import OnnxFile, open_onnx
@@ -50,8 +51,10 @@ def verify_onnx(
     _check_zeros(file, report, layers)
     proto = file.proto if file.path is None else onnx.load(file.path)
     checks = check_layers(proto, report.nodes, layers, model, lambda: model(*batches[0]), report.target)
-    checked = {check.node for check in checks}
-    nodes = [node for node in report.nodes if node.name in checked]
+    calls = Counter(node.layer for node in report.nodes)
+    called = {node.layer for node in report.nodes if node.name in {check.node for check in checks}}
+    projected = {layer for layer, place in places_of(model).items() if place.role}
+    nodes = [node for node in report.nodes if calls[node.layer] == 1 and node.layer in called | projected]
     lockstep = partial(Lockstep, proto, nodes, layers, model, report.target)
     return Verification(checks, check_runtimes(file, report.target, model, batches, lockstep))
 
