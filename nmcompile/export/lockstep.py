@@ -25,6 +25,8 @@ from nmcompile.export.runners import Arrays, onnxruntime_runner
 from nmcompile.export.write_onnx import ExportedNode
 from nmcompile.ir.deployed import DeployedLayer
 
+DIGITS = 1e-4  # steps: multiples of a step in float32 are not quite a whole number of steps apart
+
 
 class Lockstep:
     """Of one file and the torch model that it was made from.
@@ -58,17 +60,13 @@ class Lockstep:
         ]
         self._model = model
         self._outputs = len(proto.graph.output)
-        self._differing: dict[str, int] = {}
+        self.taken_over = 0
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(proto)
         self._tensors = {x.part.integers: x.part.input_zero.dtype for x in self._inputs}
         for name, dtype in self._tensors.items():
             kind = helper.np_dtype_to_tensor_dtype(dtype)
             self.proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-
-    @property
-    def taken_over(self) -> int:
-        return sum(self._differing.values())
 
     def run(self, args: tuple[Any, ...], found: Arrays) -> Any:
         """What the torch model makes of `args` with the integers among the outputs `found` of the exposed file.
@@ -77,22 +75,23 @@ class Lockstep:
             ExportError: names the first layer whose input in torch is another one.
         """
         integers = dict(zip(self._tensors, found[self._outputs :], strict=True))
-        undo = [x.place.follow(partial(self._take_over, x, integers)) for x in self._inputs]
+        differing: dict[str, int] = {}  # by tensor: once, however many layers read it
+        undo = [x.place.follow(partial(self._take_over, x, integers, differing)) for x in self._inputs]
         try:
             return self._model(*args)
         finally:
+            self.taken_over += sum(differing.values())
             for one in undo:
                 one()
 
-    def _take_over(self, input: "_Input", integers: Mapping[str, Any], x: Tensor) -> Tensor:
+    def _take_over(self, input: "_Input", integers: Mapping[str, Any], differing: dict[str, int], x: Tensor) -> Tensor:
         theirs = input.dequantized(integers[input.part.integers])
-        check, differing = input.check(x, theirs)
+        check, differing[input.part.integers] = input.check(x, theirs)
         if not check.ok:
             raise ExportError(
                 f"layer {check.node!r} reads something else in the file than in torch: up to {check.most_steps:.3g} "
                 f"quantization steps apart, {check.equal:.2%} equal"
             )
-        self._differing[input.part.integers] = differing  # once, however many layers read them
         return input.unprepared(theirs, x)
 
 
@@ -170,7 +169,7 @@ class _Input:
             parts = [in_place, self._steps(self._ordered(mine), self._ordered(theirs))]
         most = max(float(part.max(initial=0)) for part in parts)
         equal = min(float((part <= HALF).mean()) if part.size else 1.0 for part in parts)
-        return LayerCheck(self.name, most, equal, True, theirs.size, rounding=1e-4), differing
+        return LayerCheck(self.name, most, equal, True, theirs.size, DIGITS), differing
 
     def unprepared(self, theirs: np.ndarray[Any, Any], x: Tensor) -> Tensor:
         """In the shape of the module's own input: the file pads in front of the quantizer, the module behind."""

@@ -60,6 +60,9 @@ def test_torch_goes_on_from_what_was_rounded_otherwise(
     step = sign * model.layers["head"].input.scale * model.layers["head"].weight.values[:, 3]
     torch.testing.assert_close(after - before, torch.cat([step[None], torch.zeros(3, 8)]))
     assert lockstep.taken_over == 1
+    with torch.no_grad():
+        lockstep.run((images,), found)
+    assert lockstep.taken_over == 2  # of all batches
 
 
 def test_two_steps_are_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
