@@ -50,10 +50,14 @@ private:
 
 std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
-// As few tiles as there can be, of about the same size: a narrow one would leave the multiplier waiting.
+// As few tiles as there can be, of about the same size: a narrow one would leave the multiplier waiting. But enough of
+// them for all threads.
 template <class T>
-std::int64_t lanes_of_a_tile(std::int64_t lanes, const GemmKernel<T>& kernel) {
-    return pieces(pieces(lanes, pieces(lanes, kernel.most_lanes)), kernel.vector_lanes) * kernel.vector_lanes;
+std::int64_t lanes_of_a_tile(const GemmJob<T>& job, const GemmKernel<T>& kernel, std::int64_t threads) {
+    const std::int64_t lanes = job.dense_lanes.size, parts = pieces(job.rows, kFewestRows);
+    std::int64_t most = kernel.most_panels * kernel.panel_lanes;
+    while (threads > 1 && most > kernel.panel_lanes && pieces(lanes, most) * parts < kTasksPerThread * threads) most /= 2;
+    return pieces(pieces(lanes, pieces(lanes, most)), kernel.vector_lanes) * kernel.vector_lanes;
 }
 
 template <class T>
@@ -89,7 +93,7 @@ bool pack_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValu
 
 template <class T>
 void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
-    const std::int64_t lanes = lanes_of_a_tile(job.dense_lanes.size, kernel);
+    const std::int64_t lanes = lanes_of_a_tile(job, kernel, threads);
     const std::int64_t tiles = pieces(job.dense_lanes.size, lanes);
     const std::int64_t rows = rows_of_a_task(job, tiles, threads), parts = pieces(job.rows, rows);
     in_parallel(tiles * parts, 1, threads, [&](std::int64_t first, std::int64_t last) {
@@ -97,7 +101,7 @@ void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const Kept
         for (std::int64_t i = first; i < last; ++i) {
             const std::int64_t row = i % parts * rows, lane = i / parts * lanes;
             const GemmTile tile{row, std::min(job.rows, row + rows), lane, std::min(job.dense_lanes.size, lane + lanes)};
-            kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(rows)));
+            kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(rows, lanes)));
         }
     });
 }

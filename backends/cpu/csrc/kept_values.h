@@ -108,14 +108,17 @@ inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
 }
 #endif
 
-// Each value by itself, which meets the panel as it is.
+// Each value by itself.
 struct SingleValues {
     static constexpr Index kValues = kDepthBlock / 2;  // of a block
-    static constexpr Index kLanes = kTileLanes;        // of a tile at most
-    static constexpr Index kOwnRows = 0;               // of a panel of its own
-    static const float* panel_of(const float* panel, Index, Index, float*) { return panel; }
+    static constexpr Index kPanelRows = kDepthBlock;
+    static constexpr Index kLanes = kMostLanes;  // of a panel at most
     static bool pack_row(const float* row, const KeptValues& kept, Index at) {
         return pack_singles(row, kept, at);
+    }
+    template <class T>
+    static void make_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, float* panel, float*) {
+        fill_panel(job, lanes, block, panel);
     }
 };
 

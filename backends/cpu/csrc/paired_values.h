@@ -9,8 +9,8 @@ namespace nmcompile::NMCOMPILE_ISA {
 
 struct PairedValues {
     static constexpr Index kValues = kDepthBlock / 4;
-    static constexpr Index kLanes = 5 * kFloats;  // so that 96 rows of a panel stay in a cache of the first level
-    static constexpr Index kOwnRows = kPairs * kValues;
+    static constexpr Index kPanelRows = kPairs * kValues;
+    static constexpr Index kLanes = 5 * kFloats;  // so that a panel stays in a cache of the first level
 
     static bool pack_row(const float* row, const KeptValues& kept, Index at) {
         bool excess = false;
@@ -25,25 +25,25 @@ struct PairedValues {
         return !excess;
     }
 
-    // From a panel of floats with `count` rows, a multiple of four.
-    static const float* panel_of(const float* panel, Index count, Index width, float* own) {
-        float* to = own;
-        for (Index k = 0; k < count; k += 4, panel += 4 * width, to += kPairs * width) {
-            for (Index lane = 0; lane < width; lane += kFloats) {
-                __m512i x[4];
-                for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(panel + i * width + lane);
-                for (int i = 0, pair = 0; i < 3; ++i) {
-                    const __m512i low = _mm512_srli_epi32(x[i], 16);
-                    for (int j = i + 1; j < 4; ++j, ++pair) {
-                        _mm512_storeu_si512(to + pair * width + lane, _mm512_or_si512(low, x[j]));
-                    }
-                }
-            }
+    // `floats` is room for the panel of single values.
+    template <class T>
+    static void make_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, float* panel, float* floats) {
+        const Index count = fill_panel(job, lanes, block, floats);
+        for (Index k = 0; k < count; k += 4, floats += 4 * lanes.width, panel += kPairs * lanes.width) {
+            for (Index lane = 0; lane < lanes.width; lane += kFloats) pair_rows(floats + lane, lanes.width, panel + lane);
         }
-        return own;
     }
 
    private:
+    static void pair_rows(const float* from, Index width, float* to) {
+        __m512i x[4];
+        for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(from + i * width);
+        for (int i = 0; i < 3; ++i) {
+            const __m512i low = _mm512_srli_epi32(x[i], 16);
+            for (int j = i + 1; j < 4; ++j, to += width) _mm512_storeu_si512(to, _mm512_or_si512(low, x[j]));
+        }
+    }
+
     // Eight floats as four pairs, the first of each in the lower half.
     static __m128i joined(__m256 values) {
         const __m256i x = _mm256_castps_si256(values);

@@ -1,0 +1,24 @@
+// Memory that holds machine code which this program writes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nmcompile {
+
+class ExecutableMemory {
+public:
+    explicit ExecutableMemory(std::size_t bytes);
+    ~ExecutableMemory();
+    ExecutableMemory(const ExecutableMemory&) = delete;
+    ExecutableMemory& operator=(const ExecutableMemory&) = delete;
+
+    // Null where the system forbids pages that are both written and executed.
+    std::uint8_t* data() const { return data_; }
+
+private:
+    std::uint8_t* data_;
+    std::size_t bytes_;
+};
+
+}  // namespace nmcompile
