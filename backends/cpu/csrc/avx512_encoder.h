@@ -1,89 +1,110 @@
-// Writes the few AVX-512 instructions that generated code consists of, as bytes. Intel's manual, volume 2, section 2.7, and
-// the instructions' own pages say what they mean.
+// Writes the few instructions that generated code consists of, on vectors of 512 bits. What their bytes mean stands in
+// Intel's manual, volume 2: section 2.7 and the page of each instruction.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 namespace nmcompile {
 
-// The registers with the arguments of a function, in order, on Linux.
+// Registers with the first arguments of a function, which are addresses here; the fifth and sixth are numbers.
 enum class Argument : int { first = 7, second = 6, third = 2, fourth = 1 };
 
-// sum += vector * value, for a value in memory that all lanes share.
+// sum += vector * value, for a value of four bytes in memory that all lanes share.
 struct MultiplyAdd {
-    int prefix;
-    int opcode;
+    int prefix, opcode;
 };
-
 constexpr MultiplyAdd kAddSingles{1, 0xB8};  // vfmadd231ps
 constexpr MultiplyAdd kAddPairs{2, 0x52};    // vdpbf16ps
 
 class Avx512Encoder {
 public:
-    static constexpr int kMultiplyAddBytes = 7, kLoadBytes = 10;
+    static constexpr int kMultiplyAddBytes = 7, kAccessBytes = 10, kShiftBytes = 7, kBlendBytes = 6, kAddBytes = 3;
 
     explicit Avx512Encoder(std::uint8_t* to) : at_(to) {}
     std::uint8_t* at() const { return at_; }
 
-    // The byte of a multiply-add that says which vector it reads: the only one that depends on it for vectors from 16 on.
+    // `value`: -128 to 127 values from the address.
+    void multiply_add(const MultiplyAdd& kind, int sum, int vector, Argument address, int value) {
+        start({.map = 2, .prefix = kind.prefix, .shared = 1}, sum, vector, static_cast<int>(address));
+        byte(kind.opcode);
+        byte(0x40 | (sum & 7) << 3 | static_cast<int>(address));
+        byte(value);
+    }
+    // The byte of it that says which vector, and the only one that depends on that for vectors from 16 on.
     static constexpr int kVectorByte = 2;
     static constexpr std::uint8_t vector_byte(const MultiplyAdd& kind, int vector) {
         return static_cast<std::uint8_t>((~vector & 15) << 3 | 4 | kind.prefix);
     }
 
-    // `value`: in floats from the address in the register, -128 to 127.
-    void multiply_add(const MultiplyAdd& kind, int sum, int vector, Argument address, int value) {
-        start(2, kind.prefix, sum, vector, true);
-        byte(kind.opcode);
-        byte(0x40 | (sum & 7) << 3 | static_cast<int>(address));
-        byte(value);
+    void load(int vector, Argument address, std::int32_t bytes) { access(0x10, vector, address, bytes); }
+    void store(int vector, Argument address, std::int32_t bytes) { access(0x11, vector, address, bytes); }
+
+    // Whatever is in vector 0, exclusive or itself.
+    void clear(int vector) { combine({.map = 1, .prefix = 1}, 0xEF, vector, 0, 0); }
+
+    // Each 32 bits of a vector by 16 to the lower or to the higher end.
+    void shift_down(int to, int from) { shift(2, to, from); }
+    void shift_up(int to, int from) { shift(6, to, from); }
+
+    // The lower 16 of each 32 bits from one vector, the higher from another; `begin_blends` comes first.
+    void blend(int to, int low, int high) { combine({.map = 2, .prefix = 1, .wide = 1, .mask = 1}, 0x66, to, low, high); }
+    void begin_blends() {
+        bytes({0xB8, 0xAA, 0xAA, 0xAA, 0xAA});  // mov eax, the bits of the higher halves
+        bytes({0xC5, 0xFB, 0x92, 0xC8});        // kmovd k1, eax
     }
 
-    void load(int vector, Argument address, std::int32_t bytes) { move(0x10, vector, address, bytes); }
-    void store(int vector, Argument address, std::int32_t bytes) { move(0x11, vector, address, bytes); }
+    void add_sixth(Argument to) { bytes({0x4C, 0x01, 0xC8 | static_cast<int>(to)}); }
 
-    // vpxord: whatever is in vector 0, with itself.
-    void clear(int vector) {
-        start(1, 1, vector, 0, false);
-        byte(0xEF);
-        byte(0xC0 | (vector & 7) << 3);
+    // Goes on behind `length` bytes where the fifth argument is zero.
+    void skip_unless_fifth(std::int32_t length) {
+        bytes({0x45, 0x85, 0xC0, 0x0F, 0x84});  // test r8d, r8d; je
+        number(length);
     }
 
-    // Returns where the distance goes.
-    std::uint8_t* jump() {
-        byte(0xE9);
-        at_ += 4;
-        return at_ - 4;
-    }
-    void land(std::uint8_t* jump) const {
-        const auto distance = static_cast<std::int32_t>(at_ - jump - 4);
-        std::memcpy(jump, &distance, sizeof(distance));
-    }
-
-    void leave() {
-        for (const int code : {0xC5, 0xF8, 0x77}) byte(code);  // vzeroupper
-        byte(0xC3);
-    }
+    void leave() { bytes({0xC5, 0xF8, 0x77, 0xC3}); }  // vzeroupper; ret
 
 private:
-    void byte(int value) { *at_++ = static_cast<std::uint8_t>(value); }
+    struct Form {
+        int map = 0, prefix = 0, wide = 0, shared = 0, mask = 0;
+    };
 
-    // The four bytes of the prefix EVEX for 512 bits: the opcode's map, the two registers, and whether the third operand
-    // is one float for all lanes.
-    void start(int map, int prefix, int reg, int other, bool shared) {
-        byte(0x62);
-        byte((~reg >> 3 & 1) << 7 | 3 << 5 | (~reg >> 4 & 1) << 4 | map);
-        byte((~other & 15) << 3 | 4 | prefix);
-        byte(2 << 5 | shared << 4 | (~other >> 4 & 1) << 3);
+    void byte(int value) { *at_++ = static_cast<std::uint8_t>(value); }
+    void bytes(std::initializer_list<int> values) {
+        for (const int value : values) byte(value);
+    }
+    void number(std::int32_t value) {
+        std::memcpy(at_, &value, sizeof(value));
+        at_ += sizeof(value);
     }
 
-    void move(int opcode, int vector, Argument address, std::int32_t bytes) {
-        start(1, 0, vector, 0, false);
+    // The prefix EVEX, with those bits of three registers that other bytes have no room for.
+    void start(const Form& form, int reg, int other, int last) {
+        byte(0x62);
+        byte((~reg & 8) << 4 | (~last & 16) << 2 | (~last & 8) << 2 | (~reg & 16) | form.map);
+        byte(form.wide << 7 | (~other & 15) << 3 | 4 | form.prefix);
+        byte(2 << 5 | form.shared << 4 | (~other & 16) >> 1 | form.mask);
+    }
+
+    void access(int opcode, int vector, Argument address, std::int32_t offset) {
+        start({.map = 1}, vector, 0, static_cast<int>(address));
         byte(opcode);
         byte(0x80 | (vector & 7) << 3 | static_cast<int>(address));
-        std::memcpy(at_, &bytes, sizeof(bytes));
-        at_ += sizeof(bytes);
+        number(offset);
+    }
+
+    void combine(const Form& form, int opcode, int to, int first, int second) {
+        start(form, to, first, second);
+        byte(opcode);
+        byte(0xC0 | (to & 7) << 3 | (second & 7));
+    }
+
+    void shift(int direction, int to, int from) {
+        start({.map = 1, .prefix = 1}, direction, to, from);
+        byte(0x72);
+        byte(0xC0 | direction << 3 | (from & 7));
+        byte(16);
     }
 
     std::uint8_t* at_;

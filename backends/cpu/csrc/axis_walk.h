@@ -12,9 +12,9 @@ using Floats = Float::Reals;
 using FloatInts = Float::Ints;
 constexpr int kFloats = Float::kCount;
 
-inline Index smaller(Index a, Index b) { return a < b ? a : b; }
-inline constexpr Index pieces(Index count, Index size) { return (count + size - 1) / size; }
-inline Index greater(Index a, Index b) { return a > b ? a : b; }
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+constexpr Index pieces(Index count, Index size) { return (count + size - 1) / size; }
+constexpr Index greater(Index a, Index b) { return a > b ? a : b; }
 
 // Writes the points of the indices from `first` on; divides once, then counts.
 inline void walk(const GemmAxis& axis, Index first, Index count, Point* points) {

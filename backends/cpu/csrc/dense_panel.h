@@ -51,7 +51,11 @@ void transpose_run(const GemmJob<T>& job, const PanelLanes& lanes, const Run& ru
     for (Index lane = 0; lane < lanes.width; lane += kFloats) {
         Floats square[kFloats];
 #pragma GCC unroll 16
-        for (Index i = 0; i < kFloats; ++i) square[i] = load_between(from + lanes.points[lane + i].offset, inside[lane + i]);
+        for (Index i = 0; i < kFloats; ++i) {
+            const T* const row = from + lanes.points[lane + i].offset;
+            square[i] = load_between(row, inside[lane + i]);
+            __builtin_prefetch(row + kFloats);
+        }
         transpose(square);
         for (Index k = 0; k < run.length; ++k) store(square[k], panel + (run.first + k * stride) * lanes.width + lane);
     }

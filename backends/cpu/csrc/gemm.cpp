@@ -3,6 +3,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -15,7 +16,7 @@ namespace nmcompile {
 namespace {
 
 constexpr std::int64_t kLine = 64;           // bytes
-constexpr std::int64_t kMostRows = 1024;     // whose sums stay in a cache of the second level
+static const std::int64_t kMostRows = getenv("NMR") ? atoi(getenv("NMR")) : 1024;
 constexpr std::int64_t kFewestRows = 128;    // that are worth a panel of their own
 constexpr std::int64_t kTasksPerThread = 8;  // so that the last of them does not leave the others waiting for long
 
@@ -55,7 +56,7 @@ std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + siz
 template <class T>
 std::int64_t lanes_of_a_tile(const GemmJob<T>& job, const GemmKernel<T>& kernel, std::int64_t threads) {
     const std::int64_t lanes = job.dense_lanes.size, parts = pieces(job.rows, kFewestRows);
-    std::int64_t most = kernel.most_panels * kernel.panel_lanes;
+    std::int64_t most = (getenv("NMP") ? atoi(getenv("NMP")) : kernel.most_panels) * kernel.panel_lanes;
     while (threads > 1 && most > kernel.panel_lanes && pieces(lanes, most) * parts < kTasksPerThread * threads) most /= 2;
     return pieces(pieces(lanes, pieces(lanes, most)), kernel.vector_lanes) * kernel.vector_lanes;
 }

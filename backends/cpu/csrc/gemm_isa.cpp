@@ -17,54 +17,67 @@ struct Column {
     float *panel, *sums;
 };
 
-// A block of depth, and what the rows of a tile keep of it.
-struct Block {
-    Index index, rows, fours;
-    KeptValues kept;
-
-    bool is_first() const { return index == 0; }
+// What a tile's rows keep of some depth.
+struct Kept {
+    KeptValues values;
+    Index rows, fours;
+    bool is_first;
 };
 
 template <class Form, class T>
-Block block_of(const GemmJob<T>& job, const KeptValues& kept, const GemmTile& tile, Index index) {
-    const Index at = (index * job.rows + tile.first_row) * Form::kValues;
-    const Index depth = smaller(kDepthBlock, job.dense_depth.size - index * kDepthBlock);
-    return {index, tile.last_row - tile.first_row, pieces(depth, 4), {kept.values + at, kept.places + at}};
+Kept kept_by(const GemmJob<T>& job, const KeptValues& all, const GemmTile& tile, Index block, Index blocks) {
+    const Index at = (block * job.rows + tile.first_row) * Form::kValues;
+    const Index depth = smaller(blocks * kDepthBlock, job.dense_depth.size - block * kDepthBlock);
+    return {{all.values + at, all.places + at}, tile.last_row - tile.first_row, pieces(depth, 4), block == 0};
+}
+
+template <class Four, class T>
+void add_block(const GemmJob<T>& job, const Kept& kept, Index block, const std::vector<Column>& columns, float* floats) {
+    for (const Column& column : columns) {
+        Four::make_panel(job, column.from, block, column.panel, floats);
+        add_rows<Four>(kept.values, kept.rows, kept.fours, column.from.width, column.panel, column.sums, kept.is_first);
+    }
 }
 
 #if defined(__AVX512F__)
+template <class Form, class T>
+void make_panels(const GemmJob<T>& job, Index block, Index blocks, const std::vector<Column>& columns, float* floats) {
+    for (const Column& column : columns) {
+        for (Index i = 0; i < blocks; ++i) {
+            float* const panel = column.panel + i * kFours * PanelCode<Form>::kPanelRows * column.from.width;
+            PanelCode<Form>::make_panel(job, column.from, block + i, panel, floats);
+        }
+    }
+}
+
 // What is written for some rows runs through all columns.
 template <class Form>
-void add_block(RowCode<Form>& code, const Block& block, const std::vector<Column>& columns) {
+void add_rows(RowCode<Form>& code, const Kept& kept, Index stride, const std::vector<Column>& columns) {
     const Index width = columns[0].from.width;
-    for (Index row = 0; row < block.rows; row += kCodeRows) {
-        const Index at = row * Form::kValues, rows = smaller(kCodeRows, block.rows - row);
-        code.write(static_cast<int>(rows), static_cast<int>(block.fours), width, block.kept.places + at);
+    for (Index row = 0; row < kept.rows; row += kCodeRows) {
+        const Index at = row * Form::kValues;
+        code.write(smaller(kCodeRows, kept.rows - row), kept.fours, width, kept.values.places + at, stride);
         for (const Column& column : columns) {
             float* const sums = column.sums + row * width;
             for (Index lane = 0; lane < column.from.count; lane += kFloats) {
-                code.run(column.panel + lane, block.kept.values + at, sums + lane, block.is_first());
+                code.run(column.panel + lane, kept.values.values + at, sums + lane, kept.is_first);
             }
         }
     }
 }
 #endif
 
-template <class Four>
-void add_block(const Block& block, const std::vector<Column>& columns) {
-#if defined(__AVX512F__)
-    static thread_local RowCode<typename Four::Form> code;
-    if (columns.size() > 1 && code.is_ready()) return add_block(code, block, columns);
-#endif
-    for (const Column& column : columns) {
-        add_rows<Four>(block.kept, block.rows, block.fours, column.from.width, column.panel, column.sums, block.is_first());
-    }
-}
-
-// A panel of floats to begin with, then a panel and sums for each column; behind each of them, room for a vector.
+// Room for a panel of floats, then for a panel and sums of each column; behind each of them, for a vector.
 constexpr Index kPanelFloats = kDepthBlock * kMostLanes + kFloats;
+#if defined(__AVX512F__)
 template <class Form>
-constexpr Index kColumnFloats = Form::kPanelRows * kMostLanes + kFloats;
+constexpr Index kPanelRows = greater(Form::kPanelRows, RowCode<Form>::kPanelRows);
+#else
+template <class Form>
+constexpr Index kPanelRows = Form::kPanelRows;
+#endif
+template <class Form>
+constexpr Index kColumnFloats = kPanelRows<Form> * kMostLanes + kFloats;
 Index sum_floats(Index rows) { return rows * kMostLanes + kFloats; }
 
 template <class Form>
@@ -89,22 +102,40 @@ std::vector<Column> columns_of(const GemmJob<T>& job, const GemmTile& tile, floa
 }
 
 template <class T, class Four>
-void multiply(const GemmJob<T>& job, const KeptValues& kept, const GemmTile& tile, float* scratch) {
-    const std::vector<Column> columns = columns_of<Four>(job, tile, scratch + kPanelFloats);
-    for (Index index = 0; index * kDepthBlock < job.dense_depth.size; ++index) {
-        for (const Column& column : columns) Four::make_panel(job, column.from, index, column.panel, scratch);
-        add_block<Four>(block_of<Four>(job, kept, tile, index), columns);
+void add_all(const GemmJob<T>& job, const KeptValues& all, const GemmTile& tile, const std::vector<Column>& columns,
+             float* floats) {
+    using Form = typename Four::Form;
+    const Index blocks = pieces(job.dense_depth.size, kDepthBlock);
+#if defined(__AVX512F__)
+    static thread_local RowCode<Form> code;
+    if (columns.size() > 1 && code.is_ready()) {
+        for (Index block = 0; block < blocks; block += kCodeBlocks) {
+            make_panels<Form>(job, block, smaller(kCodeBlocks, blocks - block), columns, floats);
+            add_rows(code, kept_by<Form>(job, all, tile, block, kCodeBlocks), job.rows * Form::kValues, columns);
+        }
+        return;
     }
+#endif
+    for (Index block = 0; block < blocks; ++block) {
+        add_block<Four>(job, kept_by<Form>(job, all, tile, block, 1), block, columns, floats);
+    }
+}
+
+template <class T, class Four>
+void multiply(const GemmJob<T>& job, const KeptValues& kept, const GemmTile& tile, float* scratch) {
+    const std::vector<Column> columns = columns_of<typename Four::Form>(job, tile, scratch + kPanelFloats);
+    add_all<T, Four>(job, kept, tile, columns, scratch);
     for (const Column& column : columns) write_output(job, column.to, tile.first_row, tile.last_row, column.sums);
 }
 
 template <class T, class Four>
 GemmKernel<T> kernel() {
+    using Form = typename Four::Form;
     Index panels = 1;
 #if defined(__AVX512F__)
-    if (RowCode<typename Four::Form>::is_allowed()) panels = kCodePanels;
+    if (RowCode<Form>::is_allowed()) panels = kCodeLanes / Form::kLanes;
 #endif
-    return {kFloats, Four::kLanes, panels, Four::kValues, pack<Four, T>, multiply<T, Four>, scratch_floats<Four>};
+    return {kFloats, Form::kLanes, panels, Form::kValues, pack<Form, T>, multiply<T, Four>, scratch_floats<Form>};
 }
 
 }  // namespace

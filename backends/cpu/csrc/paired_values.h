@@ -34,6 +34,11 @@ struct PairedValues {
         }
     }
 
+    static void join_rows(const float* low, const float* high, float* to) {
+        const __m512i first = _mm512_srli_epi32(_mm512_loadu_si512(low), 16);
+        _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_loadu_si512(high)));
+    }
+
    private:
     static void pair_rows(const float* from, Index width, float* to) {
         __m512i x[4];

@@ -65,11 +65,11 @@ template <class Four, int kVectors>
 // Adds what one row keeps of a block of depth, a multiple of four values, to its sums of a tile. The sums stay in
 // registers; each value meets a panel's row that the multiply-add reads as its memory operand: no shuffles.
 template <class Four, int kVectors>
-void add_row(const float* values, const std::uint8_t* places, Index kept, const float* panel, float* sums, bool fresh) {
+void add_row(const float* values, const std::uint8_t* places, Index kept, const float* panel, float* sums, bool first) {
     constexpr Index kWidth = kVectors * kFloats;
     Floats sum[kVectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) sum[v] = fresh ? Floats{} : load<Floats>(sums + v * kFloats);
+    for (int v = 0; v < kVectors; ++v) sum[v] = first ? Floats{} : load<Floats>(sums + v * kFloats);
     for (Index i = 0; i < kept; i += 4) {
         const Four four(values + i);
         add_value<Four, kVectors>(four.template get<0>(), panel + places[i] * kWidth, sum);
@@ -82,22 +82,22 @@ void add_row(const float* values, const std::uint8_t* places, Index kept, const 
 }
 
 template <class Four, int kVectors>
-void add_rows(const KeptValues& kept, Index rows, Index values, const float* panel, float* sums, bool fresh) {
+void add_rows(const KeptValues& kept, Index rows, Index values, const float* panel, float* sums, bool first) {
     for (Index row = 0; row < rows; ++row, sums += kVectors * kFloats) {
         const Index at = row * Four::kValues;
-        add_row<Four, kVectors>(kept.values + at, kept.places + at, values, panel, sums, fresh);
+        add_row<Four, kVectors>(kept.values + at, kept.places + at, values, panel, sums, first);
     }
 }
 
 // `rows` that keep what `fours` of a block have, on a panel of `width` lanes.
 template <class Four>
-void add_rows(const KeptValues& kept, Index rows, Index fours, Index width, const float* panel, float* sums, bool fresh) {
+void add_rows(const KeptValues& kept, Index rows, Index fours, Index width, const float* panel, float* sums, bool first) {
     static constexpr decltype(&add_rows<Four, 1>) add[] = {add_rows<Four, 1>, add_rows<Four, 2>, add_rows<Four, 3>,
                                                            add_rows<Four, 4>, add_rows<Four, 5>, add_rows<Four, 6>,
                                                            add_rows<Four, 7>, add_rows<Four, 8>};
     static_assert(sizeof(add) == kMostVectors * sizeof(add[0]));
     constexpr Index kOfFour = 4 * Four::kValues / kDepthBlock;
-    add[width / kFloats - 1](kept, rows, pieces(fours * kOfFour, 4) * 4, panel, sums, fresh);
+    add[width / kFloats - 1](kept, rows, pieces(fours * kOfFour, 4) * 4, panel, sums, first);
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA
