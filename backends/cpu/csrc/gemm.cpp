@@ -3,22 +3,18 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <atomic>
 #include <memory>
 #include <new>
 #include <stdexcept>
 
-#include "gemm_isa.h"
+#include "gemm_tasks.h"
 #include "parallel.h"
 
 namespace nmcompile {
 namespace {
 
 constexpr std::int64_t kLine = 64;           // bytes
-static const std::int64_t kMostRows = getenv("NMR") ? atoi(getenv("NMR")) : 1024;
-constexpr std::int64_t kFewestRows = 128;    // that are worth a panel of their own
-constexpr std::int64_t kTasksPerThread = 8;  // so that the last of them does not leave the others waiting for long
 
 template <class T>
 GemmKernel<T> kernel_of(InstructionSet isa) {
@@ -49,24 +45,6 @@ private:
     std::int64_t size_ = 0;
 };
 
-std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
-
-// As few tiles as there can be, of about the same size: a narrow one would leave the multiplier waiting. But enough of
-// them for all threads.
-template <class T>
-std::int64_t lanes_of_a_tile(const GemmJob<T>& job, const GemmKernel<T>& kernel, std::int64_t threads) {
-    const std::int64_t lanes = job.dense_lanes.size, parts = pieces(job.rows, kFewestRows);
-    std::int64_t most = (getenv("NMP") ? atoi(getenv("NMP")) : kernel.most_panels) * kernel.panel_lanes;
-    while (threads > 1 && most > kernel.panel_lanes && pieces(lanes, most) * parts < kTasksPerThread * threads) most /= 2;
-    return pieces(pieces(lanes, pieces(lanes, most)), kernel.vector_lanes) * kernel.vector_lanes;
-}
-
-template <class T>
-std::int64_t rows_of_a_task(const GemmJob<T>& job, std::int64_t tiles, std::int64_t threads) {
-    const std::int64_t wanted = threads <= 1 ? 1 : pieces(kTasksPerThread * threads, tiles);
-    return std::min(kMostRows, std::max(kFewestRows, pieces(job.rows, wanted)));
-}
-
 std::int64_t depth_blocks(std::int64_t depth) { return pieces(depth, kDepthBlock); }
 
 // Values first, then their places.
@@ -94,15 +72,14 @@ bool pack_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValu
 
 template <class T>
 void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
-    const std::int64_t lanes = lanes_of_a_tile(job, kernel, threads);
-    const std::int64_t tiles = pieces(job.dense_lanes.size, lanes);
-    const std::int64_t rows = rows_of_a_task(job, tiles, threads), parts = pieces(job.rows, rows);
-    in_parallel(tiles * parts, 1, threads, [&](std::int64_t first, std::int64_t last) {
+    const Tasks tasks = tasks_of(job, kernel, threads);
+    in_parallel(tasks.count(), 1, threads, [&](std::int64_t first, std::int64_t last) {
         static thread_local Scratch scratch;
         for (std::int64_t i = first; i < last; ++i) {
-            const std::int64_t row = i % parts * rows, lane = i / parts * lanes;
-            const GemmTile tile{row, std::min(job.rows, row + rows), lane, std::min(job.dense_lanes.size, lane + lanes)};
-            kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(rows, lanes)));
+            const std::int64_t row = i % tasks.along * tasks.rows, lane = i / tasks.along * tasks.lanes;
+            const GemmTile tile{row, std::min(job.rows, row + tasks.rows), lane,
+                                std::min(job.dense_lanes.size, lane + tasks.lanes)};
+            kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(tasks.rows, tasks.lanes)));
         }
     });
 }
