@@ -24,6 +24,8 @@ struct PanelLanes {
     }
 };
 
+constexpr Index kAhead = 8;  // rows that are on their way from memory
+
 // Lanes in runs: one load and one store for each run and element of depth. A store may go beyond its run: the next run,
 // or the next row, overwrites that, and behind the last row is room for it.
 template <class T>
@@ -34,11 +36,13 @@ void copy_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* dept
             for (Index i = 0; i < lanes.run_count; ++i) inside[i] = inside_image(job, lanes.runs[i], depth[k]);
         }
         const T* from = job.dense + depth[k].offset;
+        const T* ahead = job.dense + depth[smaller(k + kAhead, count - 1)].offset;
         float* row = panel + k * lanes.width;
         // Lanes behind the last are multiplied too, and what memory happens to hold may be denormal: very slow.
         for (Index lane = lanes.count / kFloats * kFloats; lane < lanes.width; lane += kFloats) store(Floats{}, row + lane);
         for (Index i = 0; i < lanes.run_count; ++i) {
             store(load_between(from + lanes.runs[i].start.offset, inside[i]), row + lanes.runs[i].first);
+            __builtin_prefetch(ahead + lanes.runs[i].start.offset);
         }
     }
 }

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <new>
 #include <stdexcept>
 
 #include "gemm_tasks.h"
@@ -13,8 +12,6 @@
 
 namespace nmcompile {
 namespace {
-
-constexpr std::int64_t kLine = 64;           // bytes
 
 template <class T>
 GemmKernel<T> kernel_of(InstructionSet isa) {
@@ -29,20 +26,15 @@ GemmKernel<T> kernel_of(InstructionSet isa) {
 class Scratch {
 public:
     float* floats(std::int64_t count) {
-        if (count > size_) {
-            data_.reset();
-            data_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(kLine))));
-            size_ = count;
+        if (static_cast<std::size_t>(count) > memory_.count()) {
+            memory_ = AlignedMemory<float>(0);  // so that there are not two at a time
+            memory_ = AlignedMemory<float>(count);
         }
-        return data_.get();
+        return memory_.data();
     }
 
 private:
-    struct Free {
-        void operator()(float* data) const { ::operator delete(data, std::align_val_t(kLine)); }
-    };
-    std::unique_ptr<float, Free> data_;
-    std::int64_t size_ = 0;
+    AlignedMemory<float> memory_{0};
 };
 
 std::int64_t depth_blocks(std::int64_t depth) { return pieces(depth, kDepthBlock); }
@@ -86,17 +78,15 @@ void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const Kept
 
 }  // namespace
 
-void PackedSparse::Free::operator()(float* data) const { ::operator delete(data, std::align_val_t(kLine)); }
-
 PackedSparse::PackedSparse(std::int64_t rows, std::int64_t depth, std::int64_t values_of_block)
     : rows_(rows),
       depth_(depth),
       values_of_block_(values_of_block),
-      data_(static_cast<float*>(::operator new(bytes(), std::align_val_t(kLine)))) {}
+      memory_(packed_floats(rows, depth, values_of_block)) {}
 
-KeptValues PackedSparse::kept() const { return kept_in(data_.get(), rows_, depth_, values_of_block_); }
+KeptValues PackedSparse::kept() const { return kept_in(memory_.data(), rows_, depth_, values_of_block_); }
 
-std::int64_t PackedSparse::bytes() const { return packed_floats(rows_, depth_, values_of_block_) * sizeof(float); }
+std::int64_t PackedSparse::bytes() const { return memory_.count() * sizeof(float); }
 
 template <class T>
 std::unique_ptr<PackedSparse> pack_sparse(const GemmJob<T>& job, InstructionSet isa, unsigned threads) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "aligned_memory.h"
 #include "instruction_sets.h"
 #include "storage.h"
 
@@ -71,11 +72,8 @@ public:
     std::int64_t bytes() const;
 
 private:
-    struct Free {
-        void operator()(float* data) const;
-    };
     std::int64_t rows_, depth_, values_of_block_;
-    std::unique_ptr<float, Free> data_;
+    AlignedMemory<float> memory_;
 };
 
 // Null where S has more than two non-zeros in some four. Only S and its axes are read of the job.

@@ -50,6 +50,17 @@ void make_panels(const GemmJob<T>& job, Index block, Index blocks, const std::ve
     }
 }
 
+// Lets come what the next rows keep: until they begin, the processor does not see where they are.
+template <class Form>
+void fetch_rows(const Kept& kept, Index row, Index stride) {
+    constexpr Index kOfLine = 64 / sizeof(float), kKept = kCodeRows * Form::kValues;
+    for (Index block = 0; block < pieces(kept.fours, kFours); ++block) {
+        const Index at = row * Form::kValues + block * stride;
+        for (Index i = 0; i < kKept; i += kOfLine) __builtin_prefetch(kept.values.values + at + i);
+        for (Index i = 0; i < kKept; i += 64) __builtin_prefetch(kept.values.places + at + i);
+    }
+}
+
 // What is written for some rows runs through all columns.
 template <class Form>
 void add_rows(RowCode<Form>& code, const Kept& kept, Index stride, const std::vector<Column>& columns) {
@@ -57,6 +68,7 @@ void add_rows(RowCode<Form>& code, const Kept& kept, Index stride, const std::ve
     for (Index row = 0; row < kept.rows; row += kCodeRows) {
         const Index at = row * Form::kValues;
         code.write(smaller(kCodeRows, kept.rows - row), kept.fours, width, kept.values.places + at, stride);
+        fetch_rows<Form>(kept, row + kCodeRows, stride);
         for (const Column& column : columns) {
             float* const sums = column.sums + row * width;
             for (Index lane = 0; lane < column.from.count; lane += kFloats) {

@@ -1,13 +1,12 @@
 #include "spare_memory.h"
 
+#include "aligned_memory.h"
+
 #include <mutex>
-#include <new>
 #include <utility>
 
 namespace nmcompile {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
 
 struct Spare {
     std::mutex mutex;
@@ -31,7 +30,7 @@ Memory::Memory(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
             bytes_ = std::exchange(spare().bytes, 0);
         }
     }
-    if (data_ == nullptr) data_ = ::operator new(bytes_, kAlignment);
+    if (data_ == nullptr) data_ = allocate(bytes_);
 }
 
 Memory::~Memory() {
@@ -40,7 +39,7 @@ Memory::~Memory() {
         std::swap(spare().data, data_);
         std::swap(spare().bytes, bytes_);
     }
-    ::operator delete(data_, kAlignment);
+    if (data_ != nullptr) release(data_, bytes_);
 }
 
 }  // namespace nmcompile

@@ -1,0 +1,28 @@
+// Memory aligned to cache lines, and to large pages where there is enough of it to fill some.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+namespace nmcompile {
+
+void* allocate(std::size_t bytes);
+void release(void* data, std::size_t bytes);
+
+// Of some elements, which are not initialized.
+template <class Element>
+class AlignedMemory {
+public:
+    explicit AlignedMemory(std::size_t count) : data_(static_cast<Element*>(allocate(count * sizeof(Element))), {count}) {}
+    Element* data() const { return data_.get(); }
+    std::size_t count() const { return data_.get_deleter().count; }
+
+private:
+    struct Release {
+        std::size_t count = 0;
+        void operator()(Element* data) const { release(data, count * sizeof(Element)); }
+    };
+    std::unique_ptr<Element, Release> data_;
+};
+
+}  // namespace nmcompile
