@@ -1,5 +1,6 @@
 #include "aligned_memory.h"
 
+#include <cstdint>
 #include <new>
 
 #if defined(__linux__)
@@ -7,23 +8,40 @@
 #endif
 
 namespace nmcompile {
+
+constexpr std::align_val_t kLine{64};
+
+#if defined(__linux__)
 namespace {
 
-constexpr std::size_t kLine = 64, kLargePage = std::size_t{1} << 21;
+constexpr std::size_t kPage = 4096, kLargePage = std::size_t{1} << 21, kLarge = 2 * kLargePage;
 
-std::align_val_t alignment(std::size_t bytes) { return std::align_val_t(bytes < 2 * kLargePage ? kLine : kLargePage); }
+std::size_t whole_pages(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 }  // namespace
 
+// What is large comes from the system and goes back to it, with a page fault for each 2 MB instead of each 4 KB where the
+// system has such pages.
 void* allocate(std::size_t bytes) {
-    void* const data = ::operator new(bytes, alignment(bytes));
-#if defined(__linux__)
-    // A page fault for each 2 MB, and fewer addresses to translate. Where the system has no such pages, nothing changes.
-    if (bytes >= 2 * kLargePage) madvise(data, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);
-#endif
-    return data;
+    if (bytes < kLarge) return ::operator new(bytes, kLine);
+    const std::size_t size = whole_pages(bytes);
+    void* const mapped = mmap(nullptr, size + kLargePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    auto* const first = static_cast<std::uint8_t*>(mapped);
+    const std::size_t before = -reinterpret_cast<std::uintptr_t>(mapped) % kLargePage;
+    if (before > 0) munmap(first, before);
+    munmap(first + before + size, kLargePage - before);
+    madvise(first + before, size, MADV_HUGEPAGE);
+    return first + before;
 }
 
-void release(void* data, std::size_t bytes) { ::operator delete(data, alignment(bytes)); }
+void release(void* data, std::size_t bytes) {
+    if (bytes < kLarge) return ::operator delete(data, kLine);
+    munmap(data, whole_pages(bytes));
+}
+#else
+void* allocate(std::size_t bytes) { return ::operator new(bytes, kLine); }
+void release(void* data, std::size_t) { ::operator delete(data, kLine); }
+#endif
 
 }  // namespace nmcompile

@@ -181,11 +181,14 @@ void gather_rows(const GemmJob<T>& job, const Point* points, Index count, Index 
 
 // Gathers the blocks of as many rows as a vector has, which lie side by side in memory.
 template <bool kMasked, class T>
-void transpose_rows(const GemmJob<T>& job, const Point* points, Index count, Index row, float (*to)[kDepthBlock]) {
+void transpose_rows(const GemmJob<T>& job, const Point* points, Index count, Index step, Index row,
+                    float (*to)[kDepthBlock]) {
     for (Index first = 0; first < kDepthBlock; first += kFloats) {
         Floats square[kFloats];
         for (Index k = 0; k < kFloats; ++k) {
-            square[k] = first + k < count ? kept_vector<kMasked>(job, points[first + k].offset + row) : Floats{};
+            const Index from = points[smaller(first + k, count - 1)].offset + row;
+            square[k] = first + k < count ? kept_vector<kMasked>(job, from) : Floats{};
+            __builtin_prefetch(job.sparse + from + kDepthBlock * step);  // of the next block
         }
         transpose(square);
         for (Index r = 0; r < kFloats; ++r) store(square[r], &to[r][first]);
@@ -212,7 +215,7 @@ bool pack_rows(const GemmJob<T>& job, const KeptValues& kept, Index block, Index
         alignas(64) float gathered[kFloats][kDepthBlock];
         const Index rows = smaller(kFloats, last - row);
         if (job.sparse_row == 1 && rows == kFloats) {
-            transpose_rows<kMasked>(job, points, count, row, gathered);
+            transpose_rows<kMasked>(job, points, count, step, row, gathered);
         } else {
             gather_rows<kMasked>(job, points, count, step, row, rows, gathered);
         }

@@ -1,17 +1,62 @@
 #include "spare_memory.h"
 
-#include "aligned_memory.h"
-
+#include <algorithm>
+#include <list>
 #include <mutex>
-#include <utility>
+
+#include "aligned_memory.h"
 
 namespace nmcompile {
 namespace {
 
-struct Spare {
-    std::mutex mutex;
-    void* data = nullptr;
-    std::size_t bytes = 0;
+struct Block {
+    void* data;
+    std::size_t bytes;
+};
+
+class Spare {
+   public:
+    // The smallest block that is large enough and not much larger; without data where there is none.
+    Block take(std::size_t bytes) {
+        const std::lock_guard lock(mutex_);
+        const auto fits = [&](const Block& block) { return block.bytes >= bytes && block.bytes - bytes <= bytes / 8; };
+        auto best = blocks_.end();
+        for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
+            if (fits(*block) && (best == blocks_.end() || block->bytes < best->bytes)) best = block;
+        }
+        Block taken{nullptr, bytes};
+        if (best != blocks_.end()) {
+            taken = *best;
+            idle_ -= taken.bytes;
+            blocks_.erase(best);
+        }
+        used_ += taken.bytes;
+        most_ = std::max(most_, used_);
+        trim();
+        return taken;
+    }
+
+    void put(const Block& block) {
+        const std::lock_guard lock(mutex_);
+        used_ -= block.bytes;
+        idle_ += block.bytes;
+        blocks_.push_back(block);
+        trim();
+    }
+
+   private:
+    // Gives back what has waited longest.
+    void trim() {
+        while (idle_ + used_ > most_) {
+            idle_ -= blocks_.front().bytes;
+            release(blocks_.front().data, blocks_.front().bytes);
+            blocks_.pop_front();
+        }
+    }
+
+    std::mutex mutex_;
+    std::list<Block> blocks_;
+    std::size_t idle_ = 0, used_ = 0, most_ = 0;
 };
 
 // Never destroyed: a tensor may outlive whatever else is static.
@@ -22,24 +67,12 @@ Spare& spare() {
 
 }  // namespace
 
-Memory::Memory(std::size_t bytes) : data_(nullptr), bytes_(bytes) {
-    {
-        const std::lock_guard lock(spare().mutex);
-        if (spare().bytes >= bytes && spare().bytes / 2 <= bytes) {
-            data_ = std::exchange(spare().data, nullptr);
-            bytes_ = std::exchange(spare().bytes, 0);
-        }
-    }
-    if (data_ == nullptr) data_ = allocate(bytes_);
+Memory::Memory(std::size_t bytes) {
+    const Block block = spare().take(bytes);
+    data_ = block.data != nullptr ? block.data : allocate(block.bytes);
+    bytes_ = block.bytes;
 }
 
-Memory::~Memory() {
-    {
-        const std::lock_guard lock(spare().mutex);
-        std::swap(spare().data, data_);
-        std::swap(spare().bytes, bytes_);
-    }
-    if (data_ != nullptr) release(data_, bytes_);
-}
+Memory::~Memory() { spare().put({data_, bytes_}); }
 
 }  // namespace nmcompile

@@ -1,15 +1,16 @@
-// Memory that large results leave to the next one. The C library would give it back to the system, which takes a page
-// fault for every 4 KB of the next result: a step of a ResNet spent nearly as long on them as on pruning its gradients.
+// Memory that large results leave to later ones. The system would fill it with zeros anew for every result, and take page
+// faults for that: in a step of a small transformer they took longer than the pruning.
 #pragma once
 
 #include <cstddef>
 
 namespace nmcompile {
 
-// Some memory, aligned to cache lines. When it is destroyed it becomes the spare one, in place of the one before.
+// Some memory, aligned to cache lines. When it is destroyed it is spared for others of about its size, as long as all
+// together is not more than was in use at one time.
 class Memory {
    public:
-    explicit Memory(std::size_t bytes);  // the spare one, where it is large enough and not too large
+    explicit Memory(std::size_t bytes);
     ~Memory();
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
