@@ -11,6 +11,7 @@ from torch import Tensor
 from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
 from nmcompile.backends.cpu.packed_weights import kept_packs
+from nmcompile.backends.cpu.spare_memory import empty, empty_like
 from nmcompile.backends.reference import conv
 from nmcompile.ir.at_rest import are_weights_at_rest
 from nmcompile.ir.operations import like
@@ -84,7 +85,7 @@ def _conv_input_gradient(
     lanes = grad_output.shape[0] * grad_output.shape[2:].numel()
     gemm = GemmCall(call, "backward", geometry, (grad_output, weight, mask), weight.shape[1], out * kernel, lanes)
     return gemm.run(
-        lambda: torch.empty_like(input),
+        lambda: empty_like(input),
         lambda gradient: sparse_backward(grad_output, weight, mask, gradient, geometry),
         lambda: like(conv.conv_input_gradient(grad_output, masked(weight, mask), input, *_lists(geometry)), input),
     )
@@ -113,7 +114,7 @@ def _conv_weight_gradient(
     rows, lanes = _matrix(weight, groups)
     positions = grad_output.shape[0] * grad_output.shape[2:].numel()
     return GemmCall(call, "update", geometry, (grad_output, input, weight), rows, positions, lanes).run(
-        lambda: torch.empty_like(weight),
+        lambda: empty_like(weight),
         lambda gradient: sparse_update(grad_output, input, gradient, geometry, axis, block),
         lambda: like(conv.conv_weight_gradient(grad_output, input, weight, *_lists(geometry)), weight),
     )
@@ -130,7 +131,7 @@ conv_weight_gradient = torch.ops.nmcompile.cpu_conv_weight_gradient.default
 
 
 def _empty(x: Tensor, sizes: list[int], layout: torch.memory_format) -> Tensor:
-    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+    return empty(x, torch.empty(sizes, device="meta", memory_format=layout))
 
 
 def _matrix(weight: Tensor, groups: int) -> tuple[int, int]:

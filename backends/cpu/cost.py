@@ -5,7 +5,7 @@
 
 with what this machine takes, measured once: m and m' for a multiplication, r to read an element of the weight, p to
 pack one, c to copy an element of the dense operand into a panel, once for every task over some of the rows. `waste` is
-what a tile leaves unused of its vectors, and the loading of values.
+what a tile leaves unused of its vectors, and the writing of code.
 """
 
 import functools
@@ -20,7 +20,7 @@ from nmcompile.backends.choices import seconds
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 
 ROWS_OF_A_TASK = 1024
-TILE_VECTORS, VECTOR = 8, 16  # of the AVX-512 kernel; others have narrower vectors, which the measured costs absorb
+TILE_VECTORS, VECTOR = 64, 16  # of the AVX-512 kernel; others have narrower ones, which the measured costs absorb
 SAMPLES = (
     (512, 512, 512),
     (2048, 512, 16),
@@ -53,7 +53,7 @@ def _dense_terms(rows: int, depth: int, lanes: int) -> tuple[int, int]:
 def _sparse_terms(rows: int, depth: int, lanes: int) -> tuple[int, int, int]:
     vectors = -(-lanes // VECTOR)
     tiles = -(-vectors // TILE_VECTORS)
-    # A value is loaded, with its place, once for all vectors of a tile.
+    # The code of a value is written, or the value and its place loaded, once for all vectors of a tile.
     return rows * depth * (vectors + 2 * tiles), rows * depth, depth * lanes * -(-rows // ROWS_OF_A_TASK)
 
 

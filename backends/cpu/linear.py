@@ -9,7 +9,7 @@ from torch import Tensor
 from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
 from nmcompile.backends.cpu.packed_weights import kept_packs
-from nmcompile.backends.cpu.spare_memory import new_empty
+from nmcompile.backends.cpu.spare_memory import empty
 from nmcompile.backends.reference import linear
 from nmcompile.ir.at_rest import are_weights_at_rest
 
@@ -99,9 +99,9 @@ def _rows(x: Tensor) -> int:
 
 
 def _like(x: Tensor, features: int) -> Tensor:
-    return new_empty(x, (*x.shape[:-1], features))
+    return empty(x, torch.empty(*x.shape[:-1], features, device="meta"))
 
 
 def _gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
     sizes = grad_output.shape[-1], input.shape[-1]
-    return new_empty(input, sizes[::-1] if transposed else sizes)
+    return empty(input, torch.empty(sizes[::-1] if transposed else sizes, device="meta"))

@@ -1,7 +1,4 @@
-"""Large fresh results in memory that an earlier one has left."""
-
-import math
-from collections.abc import Sequence
+"""Large results in memory that earlier ones have left. It stays with the process, as much as was in use at one time."""
 
 import torch
 from torch import Tensor
@@ -12,21 +9,15 @@ LARGE = 1 << 22  # bytes; the C library gives more than that back to the system,
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like(x, requires_grad=False)`. The memory of one large result stays with the process."""
-    if not takes(x) or x.nbytes < LARGE:
-        return torch.empty_like(x, requires_grad=False)
-    return _in_spare_memory(x, x.shape, torch.empty_like(x, device="meta").stride())
+    """`torch.empty_like(x, requires_grad=False)`, in spare memory where it is large."""
+    return empty(x, torch.empty_like(x, device="meta"))
 
 
-def new_empty(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`x.new_empty(sizes)`, in the same way."""
-    if not takes(x) or math.prod(sizes) * x.itemsize < LARGE:
-        return x.new_empty(sizes)
-    return _in_spare_memory(x, sizes, torch.empty(sizes, device="meta").stride())
-
-
-def _in_spare_memory(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+def empty(x: Tensor, shape: Tensor) -> Tensor:
+    """A tensor with dtype and device of `x`, and sizes and strides of `shape`, in spare memory where it is large."""
+    if not takes(x) or shape.numel() * x.itemsize < LARGE:
+        return torch.empty_strided(shape.shape, shape.stride(), dtype=x.dtype, device=x.device)
     from nmcompile import _kernels
 
-    memory = _kernels.memory(math.prod(sizes) * x.itemsize)
-    return x.new_empty(0).set_(memory.untyped_storage(), 0, sizes, strides)
+    memory = _kernels.memory(shape.numel() * x.itemsize)
+    return x.new_empty(0).set_(memory.untyped_storage(), 0, shape.shape, shape.stride())

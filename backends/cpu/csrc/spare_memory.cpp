@@ -16,46 +16,46 @@ struct Block {
 
 class Spare {
    public:
-    // The smallest block that is large enough and not much larger; without data where there is none.
+    // The smallest block that is large enough and not much larger, or a new one.
     Block take(std::size_t bytes) {
         const std::lock_guard lock(mutex_);
         const auto fits = [&](const Block& block) { return block.bytes >= bytes && block.bytes - bytes <= bytes / 8; };
-        auto best = blocks_.end();
-        for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
-            if (fits(*block) && (best == blocks_.end() || block->bytes < best->bytes)) best = block;
+        auto best = idle_blocks_.end();
+        for (auto block = idle_blocks_.begin(); block != idle_blocks_.end(); ++block) {
+            if (fits(*block) && (best == idle_blocks_.end() || block->bytes < best->bytes)) best = block;
         }
-        Block taken{nullptr, bytes};
-        if (best != blocks_.end()) {
-            taken = *best;
-            idle_ -= taken.bytes;
-            blocks_.erase(best);
-        }
+        if (best == idle_blocks_.end()) return fresh(bytes);
+        const Block taken = *best;
+        idle_blocks_.erase(best);
+        idle_ -= taken.bytes;
         used_ += taken.bytes;
-        most_ = std::max(most_, used_);
-        trim();
         return taken;
     }
 
     void put(const Block& block) {
         const std::lock_guard lock(mutex_);
+        idle_blocks_.push_back(block);
         used_ -= block.bytes;
         idle_ += block.bytes;
-        blocks_.push_back(block);
-        trim();
     }
 
    private:
-    // Gives back what has waited longest.
-    void trim() {
-        while (idle_ + used_ > most_) {
-            idle_ -= blocks_.front().bytes;
-            release(blocks_.front().data, blocks_.front().bytes);
-            blocks_.pop_front();
+    // What has waited longest goes first, so that the process never has more than it once used.
+    Block fresh(std::size_t bytes) {
+        most_ = std::max(most_, used_ + bytes);
+        while (used_ + bytes + idle_ > most_) {
+            const Block& oldest = idle_blocks_.front();
+            release(oldest.data, oldest.bytes);
+            idle_ -= oldest.bytes;
+            idle_blocks_.pop_front();
         }
+        const Block block{allocate(bytes), bytes};
+        used_ += bytes;
+        return block;
     }
 
     std::mutex mutex_;
-    std::list<Block> blocks_;
+    std::list<Block> idle_blocks_;
     std::size_t idle_ = 0, used_ = 0, most_ = 0;
 };
 
@@ -69,7 +69,7 @@ Spare& spare() {
 
 Memory::Memory(std::size_t bytes) {
     const Block block = spare().take(bytes);
-    data_ = block.data != nullptr ? block.data : allocate(block.bytes);
+    data_ = block.data;
     bytes_ = block.bytes;
 }
 
