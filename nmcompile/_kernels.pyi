@@ -63,6 +63,31 @@ def gemm(
     False, and nothing written, where `sparse` is not 2:4.
     """
 
+def gemm_pruned(
+    sparse: Tensor,
+    rows: int,
+    sparse_row: int,
+    sparse_depth: Axis,
+    dense: Tensor,
+    dense_depth: Axis,
+    dense_lanes: Axis,
+    height: int,
+    width: int,
+    output: Tensor,
+    output_row: int,
+    output_lanes: Axis,
+    op: str,
+    n_keep: int,
+    block: int,
+    key: int,
+    isa: str,
+    threads: int,
+) -> bool:
+    """The same with a `sparse` that is pruned along its depth while it is packed, its rows side by side.
+
+    False, and nothing written, where a block with a NaN keeps more than two of some four.
+    """
+
 class PackedSparse:
     """A float32 or bfloat16 operand that is 2:4 along its depth, without its zeros."""
 

@@ -18,7 +18,6 @@ from nmcompile.ir.grouping import grouped
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.modules import RECORD
-from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.onnx_files import open_onnx
@@ -159,9 +158,8 @@ class _Checker(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result, row = super().run_node(n), n.meta.get("row")
         if "fused" in n.meta:
-            # The GEMM masks the operand while it reads it.
-            operands: Any = self.map_nodes_to_values(n.args[1:3], n)
-            self._look_at(n.meta["fused"], apply_mask(*operands))
+            # The GEMM prunes the operand while it reads it.
+            self._look_at(n.meta["fused"], n.meta["fused_operand"](*self.fetch_args_kwargs_from_env(n)[0]))
         # The mask of an input carries the row too, but is no operand.
         elif row is not None and row.is_sparse and isinstance(result, Tensor) and result.dtype != torch.bool:
             self._look_at(row, result)

@@ -15,7 +15,6 @@ import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, presets
 from nmcompile.config import Pruning
 from nmcompile.ir.layers import ConvLayer, Layer
-from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.three_gemm import GemmTriple
 
@@ -131,7 +130,9 @@ class Recorder(fx.Interpreter):
         if n.meta.get("kind") == "gemm":
             self.operands = self.fetch_args_kwargs_from_env(n)[0]
             if "fused" in n.meta:
-                self.operands = self.operands[0], apply_mask(*self.operands[1:3])
+                pruned = n.meta["fused_operand"](*self.operands)
+                is_update = n.meta["phase"] is Phase.UPDATE
+                self.operands = (pruned, self.operands[1]) if is_update else (self.operands[0], pruned)
         return super().run_node(n)
 
 

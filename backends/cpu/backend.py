@@ -5,20 +5,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from nmcompile.backends.choices import latest
 from nmcompile.backends.cpu import conv, linear
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.cpu.packed_integers import BITS
-from nmcompile.backends.cpu.prune import cpu_prune, prune_support
+from nmcompile.backends.cpu.prune import prune_natively, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.reference import conv as dense_conv
 from nmcompile.backends.reference import linear as dense_linear
 from nmcompile.ir import operations as ops
-from nmcompile.ir.grouping import grouped
 from nmcompile.ir.layers import ConvLayer
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.protocols import Support
@@ -106,6 +105,8 @@ def _lower_gemm(node: fx.Node) -> None:
     target = SPARSE[node.target]
     if _has_small_integers(node):
         _lower_on_grid(node, name)
+    elif is_update and _prunes_while_packing(node):
+        _lower_pruned_update(node, name)
     elif is_update:
         assert row is not None and row.pattern is not None
         ops.replace_node(node, target, (*node.args, row.axis, row.pattern.block, name))
@@ -113,6 +114,42 @@ def _lower_gemm(node: fx.Node) -> None:
         first, *rest = node.args
         ops.replace_node(node, target, (first, *_weight_and_mask(node), *rest[1:], name))
     node.meta["choice"] = partial(latest, name)
+
+
+def _prunes_while_packing(node: fx.Node) -> bool:
+    """Whether a linear layer's update reads a gradient that is pruned for it alone, by an operator with a kernel."""
+    pruned = node.args[0]
+    assert isinstance(pruned, fx.Node)
+    if (
+        node.target is not dense_linear.linear_weight_gradient
+        or pruned.target is not ops.prune
+        or len(pruned.users) > 1
+    ):
+        return False
+    operator, n_keep, block = pruned.args[1:4]
+    assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
+    return prune_support(operator, n_keep, block).ok
+
+
+def _lower_pruned_update(node: fx.Node, name: str) -> None:
+    """The GEMM prunes the gradient while it packs it."""
+    pruned, input, transposed = node.args
+    assert isinstance(pruned, fx.Node)
+    dense, operator, n_keep, block, axis, _, *key = pruned.args
+    node.meta["fused"] = pruned.meta["row"]
+    node.meta["fused_operand"] = _pruned_gradient
+    node.args = (dense, input, transposed)
+    node.graph.erase_node(pruned)
+    rule = operator, n_keep, block, axis, *(key or (None,))
+    ops.replace_node(node, linear.linear_pruned_weight_gradient, (dense, input, *rule, transposed, name))
+
+
+def _pruned_gradient(grad_output: Any, _input: Any, operator: str, n: int, m: int, axis: str, key: Any, *_: Any) -> Any:
+    return prune_natively(grad_output, operator, n, m, axis, -1, key)
+
+
+def _masked_weight(_input: Any, weight: Any, mask: Any, *_: Any) -> Any:
+    return ops.apply_mask(weight, mask)
 
 
 def _has_small_integers(node: fx.Node) -> bool:
@@ -151,6 +188,7 @@ def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     if mask_support(pruned).ok:
         node.meta["mask_kernel"] = MASK_KERNEL
     node.meta["fused"] = pruned.meta["row"]
+    node.meta["fused_operand"] = _masked_weight
     weight, mask = pruned.args
     assert isinstance(weight, fx.Node) and isinstance(mask, fx.Node)
     node.args = (node.args[0], weight, *node.args[2:])
@@ -164,11 +202,3 @@ def mask_support(node: fx.Node) -> Support:
     if row is None or (row.operator, row.pattern) != ("transposable", PATTERN):
         return Support(False, "no native kernel for masks but exact transposable ones of 2:4")
     return kernel_support()
-
-
-def prune_natively(
-    x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
-) -> Tensor:
-    """What `nmcompile.ir.operations.prune` gives, bit for bit, with the native kernel."""
-    view, dim, restore = grouped(x, axis, channel_dim, block)
-    return ops.like(restore(cpu_prune(view, operator, n_keep, block, dim, key)), x)

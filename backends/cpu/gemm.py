@@ -14,7 +14,9 @@ from torch import Tensor
 from nmcompile.backends.cpu import contraction
 from nmcompile.backends.cpu.contraction import Contraction, Pair, Window
 from nmcompile.backends.cpu.packed_weights import Packs
+from nmcompile.backends.cpu.prune import word_of
 from nmcompile.ir.operations import apply_mask
+from nmcompile.pruning import NMPattern
 
 
 class Geometry(NamedTuple):
@@ -96,6 +98,32 @@ def sparse_update(
     x, samples = _readable(x, window), _samples_of_block(dy, axis, block, geometry)
     parts = zip(dy.chunk(groups, 1), x.chunk(groups, 1), dw.chunk(groups), strict=True)
     return all(_run([contraction.update(*part, window, samples)]) for part in parts)
+
+
+def sparse_pruned_update(
+    grad_output: Tensor,
+    input: Tensor,
+    grad_weight: Tensor,
+    operator: str,
+    pattern: NMPattern,
+    key: Tensor | None,
+) -> bool:
+    """dW = dYᵀ X of a linear layer, with dY pruned along its tokens while it is packed.
+
+    Args:
+        grad_output: `(tokens, out)`, features side by side, not pruned yet.
+        input: `(tokens, in)`.
+        grad_weight: `(out, in)`, written.
+        operator, pattern, key: as for `nmcompile.backends.cpu.prune.cpu_prune`, which takes them.
+    """
+    from nmcompile import _kernels
+
+    geometry = Geometry()
+    dy, x, dw = geometry.images(grad_output), geometry.images(input), geometry.kernels(grad_weight)
+    rule = operator, pattern.n_keep, pattern.block, word_of(operator, key)
+    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
+    fits: bool = _kernels.gemm_pruned(*contraction.update(dy, x, dw, geometry.window, 1), *rule, best, threads)
+    return fits
 
 
 def masked(weight: Tensor, mask: Tensor | None) -> Tensor:

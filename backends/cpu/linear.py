@@ -6,12 +6,21 @@ The pruned operand is dense with zeros. `call` names the node that calls.
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
+from nmcompile.backends.cpu.gemm import (
+    Geometry,
+    masked,
+    sparse_backward,
+    sparse_forward,
+    sparse_pruned_update,
+    sparse_update,
+)
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
 from nmcompile.backends.cpu.packed_weights import kept_packs
+from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.cpu.spare_memory import empty
 from nmcompile.backends.reference import linear
 from nmcompile.ir.at_rest import are_weights_at_rest
+from nmcompile.pruning import NMPattern
 
 GEOMETRY = Geometry()
 
@@ -78,9 +87,59 @@ def _(grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: in
     return _gradient(grad_output, input, transposed)
 
 
+@torch.library.custom_op("nmcompile::cpu_linear_pruned_weight_gradient", mutates_args=())
+def _linear_pruned_weight_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    operator: str,
+    n_keep: int,
+    block: int,
+    axis: str,
+    key: Tensor | None,
+    transposed: bool,
+    call: str,
+) -> Tensor:
+    """The same with a dY that `prune_natively` would prune; the sparse kernel does so while it packs it."""
+    pattern = NMPattern(n_keep, block)
+    is_flat = axis != "batch" or grad_output.dim() == 2
+
+    def pruned() -> Tensor:
+        return prune_natively(grad_output, operator, n_keep, block, axis, -1, key)
+
+    def fill(gradient: Tensor) -> bool:
+        matrix = gradient.t() if transposed else gradient
+        tokens = grad_output.flatten(0, -2)
+        if is_flat and tokens.stride(1) == 1 and runs_natively(tokens, operator, pattern, 0, key, relu=False):
+            return sparse_pruned_update(tokens, input.flatten(0, -2), matrix, operator, pattern, key)
+        return sparse_update(pruned(), input, matrix, GEOMETRY, axis, block)
+
+    size = grad_output.shape[-1], _rows(input), input.shape[-1]
+    return GemmCall(call, f"update, {operator} {pattern}", GEOMETRY, (grad_output, input), *size).run(
+        lambda: _gradient(grad_output, input, transposed),
+        fill,
+        lambda: linear.linear_weight_gradient(pruned(), input, transposed),
+    )
+
+
+@_linear_pruned_weight_gradient.register_fake
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    operator: str,
+    n_keep: int,
+    block: int,
+    axis: str,
+    key: Tensor | None,
+    transposed: bool,
+    call: str,
+) -> Tensor:
+    return _gradient(grad_output, input, transposed)
+
+
 linear_forward = torch.ops.nmcompile.cpu_linear_forward.default
 linear_input_gradient = torch.ops.nmcompile.cpu_linear_input_gradient.default
 linear_weight_gradient = torch.ops.nmcompile.cpu_linear_weight_gradient.default
+linear_pruned_weight_gradient = torch.ops.nmcompile.cpu_linear_pruned_weight_gradient.default
 
 
 def _matrix(weight: Tensor, mask: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from nmcompile.backends.cpu.kernels import kernel_support, takes
 from nmcompile.backends.cpu.spare_memory import empty_like
 from nmcompile.errors import OperandError
+from nmcompile.ir.grouping import grouped
+from nmcompile.ir.operations import like
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS, NMPattern, check
 
@@ -103,6 +105,14 @@ cpu_prune = torch.ops.nmcompile.cpu_prune.default
 cpu_prune_out = torch.ops.nmcompile.cpu_prune_out.default
 
 
+def prune_natively(
+    x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
+) -> Tensor:
+    """What `nmcompile.ir.operations.prune` gives, bit for bit, with the native kernel."""
+    view, dim, restore = grouped(x, axis, channel_dim, block)
+    return like(restore(cpu_prune(view, operator, n_keep, block, dim, key)), x)
+
+
 def reference(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, relu: bool) -> Tensor:
     """What the kernels equal."""
     return OPERATORS[operator].prune(torch.relu(x.detach()) if relu else x, pattern, dim, key)
@@ -128,11 +138,27 @@ def call_kernel(
     """Run the kernel on operands that it takes."""
     from nmcompile import _kernels
 
-    word = 0 if key is None or operator in RANKING else int(key) & WORD
     best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
     dense = x.detach().resolve_neg()
     n_keep, block = pattern.n_keep, pattern.block
-    _kernels.prune(operator, dense, out.detach(), indices, check(x, dim), n_keep, block, relu, word, best, threads)
+    _kernels.prune(
+        operator,
+        dense,
+        out.detach(),
+        indices,
+        check(x, dim),
+        n_keep,
+        block,
+        relu,
+        word_of(operator, key),
+        best,
+        threads,
+    )
+
+
+def word_of(operator: str, key: Tensor | None) -> int:
+    """A key as the kernels take it."""
+    return 0 if key is None or operator in RANKING else int(key) & WORD
 
 
 def _write(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, relu: bool, out: Tensor) -> None:

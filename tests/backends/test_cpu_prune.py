@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from nmcompile.backends.cpu import CpuBackend
-from nmcompile.backends.cpu.backend import prune_natively
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.cpu.prune import WORD, cpu_prune, cpu_prune_out
+from nmcompile.backends.cpu.prune import WORD, cpu_prune, cpu_prune_out, prune_natively
 from nmcompile.backends.cpu.prune_packed import cpu_prune_packed, cpu_prune_packed_out
 from nmcompile.errors import ConfigError, OperandError
 from nmcompile.ir import operations as ops

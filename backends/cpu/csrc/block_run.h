@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 namespace nmcompile {
 
@@ -10,6 +13,14 @@ constexpr int kPackedUnit = 8;   // elements that share a byte of indices: two g
 constexpr int kPackedGroup = 4;  // elements of which a packed form keeps two
 
 enum class Operator { mvue, mvue_approx, greedy, greedy_by_value };
+
+inline Operator operator_of(std::string_view name) {
+    constexpr std::string_view kNames[] = {"mvue", "mvue_approx", "greedy", "greedy_by_value"};
+    for (int i = 0; i < 4; ++i) {
+        if (name == kNames[i]) return static_cast<Operator>(i);
+    }
+    throw std::invalid_argument("there is no kernel for operator " + std::string(name));
+}
 
 struct Rule {
     int n_keep, block;

@@ -3,12 +3,10 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <stdexcept>
 
-#include "gemm_tasks.h"
-#include "parallel.h"
+#include "gemm_packing.h"
 
 namespace nmcompile {
 namespace {
@@ -37,31 +35,6 @@ private:
     AlignedMemory<float> memory_{0};
 };
 
-std::int64_t depth_blocks(std::int64_t depth) { return pieces(depth, kDepthBlock); }
-
-// Values first, then their places.
-std::int64_t packed_floats(std::int64_t rows, std::int64_t depth, std::int64_t values_of_block) {
-    const std::int64_t kept = depth_blocks(depth) * rows * values_of_block;
-    return kept + pieces(kept, sizeof(float));
-}
-
-KeptValues kept_in(float* data, std::int64_t rows, std::int64_t depth, std::int64_t values_of_block) {
-    return {data, reinterpret_cast<std::uint8_t*>(data + depth_blocks(depth) * rows * values_of_block)};
-}
-
-template <class T>
-bool pack_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
-    const std::int64_t blocks = depth_blocks(job.sparse_depth.size), groups = pieces(job.rows, kPackedRows);
-    std::atomic<bool> fits = true;
-    // All blocks of the same rows, one after the other: what shares cache lines stays in a cache.
-    in_parallel(groups, 1, threads, [&](std::int64_t first, std::int64_t last) {
-        for (std::int64_t i = first * blocks; i < last * blocks; ++i) {
-            if (!kernel.pack(job, kept, i % blocks, i / blocks * kPackedRows)) fits = false;
-        }
-    });
-    return fits;
-}
-
 template <class T>
 void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
     const Tasks tasks = tasks_of(job, kernel, threads);
@@ -74,6 +47,17 @@ void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const Kept
             kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(tasks.rows, tasks.lanes)));
         }
     });
+}
+
+template <class T, class Pack>
+bool pack_and_multiply(const GemmJob<T>& job, InstructionSet isa, unsigned threads, const Pack& pack) {
+    const GemmKernel kernel = kernel_of<T>(isa);
+    static thread_local Scratch scratch;
+    const std::int64_t depth = job.sparse_depth.size, values = kernel.values_of_block;
+    const KeptValues kept = kept_in(scratch.floats(packed_floats(job.rows, depth, values)), job.rows, depth, values);
+    if (!pack(kernel, kept)) return false;
+    multiply_all(job, kernel, kept, threads);
+    return true;
 }
 
 }  // namespace
@@ -106,17 +90,23 @@ void gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionS
 
 template <class T>
 bool gemm(const GemmJob<T>& job, InstructionSet isa, unsigned threads) {
-    const GemmKernel kernel = kernel_of<T>(isa);
-    static thread_local Scratch scratch;
-    const std::int64_t depth = job.sparse_depth.size, values = kernel.values_of_block;
-    const KeptValues kept = kept_in(scratch.floats(packed_floats(job.rows, depth, values)), job.rows, depth, values);
-    if (!pack_all(job, kernel, kept, threads)) return false;
-    multiply_all(job, kernel, kept, threads);
-    return true;
+    return pack_and_multiply(job, isa, threads, [&](const GemmKernel<T>& kernel, const KeptValues& kept) {
+        return pack_all(job, kernel, kept, threads);
+    });
+}
+
+template <class T>
+bool gemm_pruned(const GemmJob<T>& job, Operator op, const Rule& rule, InstructionSet isa, unsigned threads) {
+    const Pruning<T> pruning(job, op, rule, isa);
+    return pack_and_multiply(job, isa, threads, [&](const GemmKernel<T>& kernel, const KeptValues& kept) {
+        return pack_all(job, kernel, pruning, kept, threads);
+    });
 }
 
 template bool gemm<float>(const GemmJob<float>&, InstructionSet, unsigned);
 template bool gemm<BFloat16>(const GemmJob<BFloat16>&, InstructionSet, unsigned);
+template bool gemm_pruned<float>(const GemmJob<float>&, Operator, const Rule&, InstructionSet, unsigned);
+template bool gemm_pruned<BFloat16>(const GemmJob<BFloat16>&, Operator, const Rule&, InstructionSet, unsigned);
 template void gemm_packed<float>(const GemmJob<float>&, const PackedSparse&, InstructionSet, unsigned);
 template void gemm_packed<BFloat16>(const GemmJob<BFloat16>&, const PackedSparse&, InstructionSet, unsigned);
 template std::unique_ptr<PackedSparse> pack_sparse<float>(const GemmJob<float>&, InstructionSet, unsigned);

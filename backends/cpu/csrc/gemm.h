@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "aligned_memory.h"
+#include "block_run.h"
 #include "instruction_sets.h"
 #include "storage.h"
 
@@ -89,5 +90,11 @@ void gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionS
 // whatever the number of threads.
 template <class T>
 bool gemm(const GemmJob<T>& job, InstructionSet isa, unsigned threads);
+
+// The same with an S that is pruned while it is packed: in blocks of consecutive elements of depth, numbered for the random
+// numbers as those of a matrix (depth, rows). Rows lie side by side, and depth is a single digit; else, or where there is
+// no kernel for the operator, std::invalid_argument is thrown.
+template <class T>
+bool gemm_pruned(const GemmJob<T>& job, Operator op, const Rule& rule, InstructionSet isa, unsigned threads);
 
 }  // namespace nmcompile

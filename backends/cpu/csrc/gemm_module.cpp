@@ -95,6 +95,21 @@ bool checked_gemm(const Input<T>& sparse, std::int64_t rows, std::int64_t sparse
 }
 
 template <class T>
+bool checked_pruned(const Input<T>& sparse, std::int64_t rows, std::int64_t sparse_row, const AxisSpec& sparse_depth,
+                    const Input<T>& dense, const AxisSpec& dense_depth, const AxisSpec& dense_lanes, std::int32_t height,
+                    std::int32_t width, const Output<T>& output, std::int64_t output_row, const AxisSpec& output_lanes,
+                    const char* op, int n_keep, int block, std::uint64_t key, const char* isa, unsigned threads) {
+    GemmJob<T> job{};
+    set_sparse(job, sparse, rows, sparse_row, sparse_depth, Mask());
+    set_dense(job, job.sparse_depth.size, dense, dense_depth, dense_lanes, height, width, output, output_row,
+              output_lanes, Input<T>());
+    const Operator chosen_op = operator_of(op);
+    const InstructionSet chosen = instruction_set(isa);
+    nb::gil_scoped_release release;
+    return gemm_pruned(job, chosen_op, {n_keep, block, false, false, key}, chosen, threads);
+}
+
+template <class T>
 std::unique_ptr<PackedSparse> checked_pack(const Input<T>& sparse, std::int64_t rows, std::int64_t sparse_row,
                                            const AxisSpec& sparse_depth, const Mask& mask, const char* isa,
                                            unsigned threads) {
@@ -125,6 +140,10 @@ void bind_products_of(nb::module_& m) {
           "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a, "height"_a, "width"_a, "output"_a.noconvert(),
           "output_row"_a, "output_lanes"_a, "mask"_a.noconvert().none(), "bias"_a.noconvert().none(), "isa"_a, "threads"_a,
           "Write the product of a 2:4 sparse operand and a dense one; False where the first is not 2:4.");
+    m.def("gemm_pruned", &checked_pruned<T>, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
+          "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a, "height"_a, "width"_a, "output"_a.noconvert(),
+          "output_row"_a, "output_lanes"_a, "op"_a, "n_keep"_a, "block"_a, "key"_a, "isa"_a, "threads"_a,
+          "The same with an operand that is pruned along depth while it is packed.");
     m.def("pack_sparse", &checked_pack<T>, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
           "mask"_a.noconvert().none(), "isa"_a, "threads"_a, "A 2:4 operand packed; None where it is not 2:4.");
     m.def("gemm_packed", &checked_packed<T>, "packed"_a, "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a,

@@ -18,16 +18,6 @@ namespace {
 constexpr std::int64_t kElementsPerThread = 1 << 17;  // take longer to prune than a thread to start
 constexpr std::int64_t kStreamedBytes = 1 << 23;      // would not stay in a cache anyway
 
-template <class T>
-PruneKernel kernel_of(const PruneJob& job) {
-    const bool packed = job.indices != nullptr;
-#if defined(__x86_64__)
-    if (job.isa == InstructionSet::v4) return v4::prune_kernel<T>(job.op, packed, job.rule);
-    if (job.isa == InstructionSet::v3) return v3::prune_kernel<T>(job.op, packed, job.rule);
-#endif
-    return baseline::prune_kernel<T>(job.op, packed, job.rule);
-}
-
 // Streamed stores become visible to other threads in order.
 void finish_streaming() {
 #if defined(__x86_64__)
@@ -39,13 +29,13 @@ void finish_streaming() {
 
 template <class T>
 bool prune(const PruneJob& job) {
-    const PruneKernel kernel = kernel_of<T>(job);
+    const bool packed = job.indices != nullptr;
+    const PruneKernel kernel = prune_kernel<T>(job.op, packed, job.rule, job.isa);
     if (kernel == nullptr) return false;
     std::int64_t elements = 1;
     for (const Axis& axis : job.axes) elements *= axis.size;
     if (elements == 0) return true;
 
-    const bool packed = job.indices != nullptr;
     Rule rule = job.rule;
     rule.streams = elements * static_cast<std::int64_t>(sizeof(T)) >= kStreamedBytes;
     Run pointers{};

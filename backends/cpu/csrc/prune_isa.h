@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block_run.h"
+#include "instruction_sets.h"
 
 namespace nmcompile {
 
@@ -21,5 +22,15 @@ template <class T>
 PruneKernel prune_kernel(Operator op, bool packed, const Rule& rule);
 }
 #endif
+
+// For dense or packed output, nullptr if there is none.
+template <class T>
+PruneKernel prune_kernel(Operator op, bool packed, const Rule& rule, InstructionSet isa) {
+#if defined(__x86_64__)
+    if (isa == InstructionSet::v4) return v4::prune_kernel<T>(op, packed, rule);
+    if (isa == InstructionSet::v3) return v3::prune_kernel<T>(op, packed, rule);
+#endif
+    return baseline::prune_kernel<T>(op, packed, rule);
+}
 
 }  // namespace nmcompile

@@ -20,15 +20,6 @@ namespace {
 using Input = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 
-constexpr const char* kOperatorNames[] = {"mvue", "mvue_approx", "greedy", "greedy_by_value"};
-
-Operator operator_of(std::string_view name) {
-    for (int i = 0; i < 4; ++i) {
-        if (name == kOperatorNames[i]) return static_cast<Operator>(i);
-    }
-    throw std::invalid_argument("there is no kernel for operator " + std::string(name));
-}
-
 // The dims of x with the strides of the outputs, once these are seen to have the right shapes and dtypes.
 std::vector<Axis> axes_of(const Input& x, const Output& out, const Output& indices, std::size_t dim) {
     const bool packed = indices.is_valid();
