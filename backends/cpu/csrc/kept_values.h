@@ -153,25 +153,56 @@ void fetch_block(const GemmJob<T>& job, Index offset) {
     if constexpr (kMasked) __builtin_prefetch(job.mask + offset);
 }
 
-// Gathers some rows of a block, zeros behind its end. `step` lies between any two elements of depth, or is 0. The
-// elements that are close in memory come one after the other.
+// Where the elements of a block of depth are in a row. `step` lies between any two of them, or is 0.
+struct DepthOfBlock {
+    Index offsets[kDepthBlock], count, step;
+
+    DepthOfBlock(const GemmAxis& axis, Index block)
+        : count(smaller(kDepthBlock, axis.size - block * kDepthBlock)), step(step_of(axis)) {
+        if (step != 0) {
+            for (Index k = 0; k < count; ++k) offsets[k] = axis.start.offset + (block * kDepthBlock + k) * step;
+            return;
+        }
+        Point points[kDepthBlock];
+        walk(axis, block * kDepthBlock, count, points);
+        for (Index k = 0; k < count; ++k) offsets[k] = points[k].offset;
+        step = count > 1 ? offsets[1] - offsets[0] : 1;
+        for (Index k = 2; k < count; ++k) step = offsets[k] - offsets[k - 1] == step ? step : 0;
+    }
+
+   private:
+    // Of the whole axis, if its digits count as one does.
+    static Index step_of(const GemmAxis& axis) {
+        Index step = 0, size = 1;
+        for (int d = kMaxDigits - 1; d >= 0; --d) {
+            const Digit& digit = axis.digits[d];
+            if (digit.size == 1) continue;
+            if (size > 1 && digit.step.offset != step * size) return 0;
+            if (size == 1) step = digit.step.offset;
+            size *= digit.size;
+        }
+        return size == 1 ? 1 : step;
+    }
+};
+
+// Gathers some rows of a block, zeros behind its end. The elements that are close in memory come one after the other.
 template <bool kMasked, class T>
-void gather_rows(const GemmJob<T>& job, const Point* points, Index count, Index step, Index row, Index rows,
-                 float (*to)[kDepthBlock]) {
+void gather_rows(const GemmJob<T>& job, const DepthOfBlock& depth, Index row, Index rows, float (*to)[kDepthBlock]) {
+    const auto& [offsets, count, step] = depth;
     if (step > job.sparse_row) {
         for (Index k = 0; k < count; ++k) {
-            const Index from = points[k].offset + row * job.sparse_row;
+            const Index from = offsets[k] + row * job.sparse_row;
             for (Index r = 0; r < rows; ++r) to[r][k] = kept_element<kMasked>(job, from + r * job.sparse_row);
         }
     } else {
         for (Index r = 0; r < rows; ++r) {
             const Index from = (row + r) * job.sparse_row;
-            if (step == 1) fetch_block<kMasked>(job, from + points[0].offset + kDepthBlock);
+            if (step == 1) fetch_block<kMasked>(job, from + offsets[0] + kDepthBlock);
             Index k = 0;
             for (; step == 1 && k + kFloats <= count; k += kFloats) {
-                store(kept_vector<kMasked>(job, from + points[0].offset + k), to[r] + k);
+                store(kept_vector<kMasked>(job, from + offsets[0] + k), to[r] + k);
             }
-            for (; k < count; ++k) to[r][k] = kept_element<kMasked>(job, from + points[k].offset);
+            for (; k < count; ++k) to[r][k] = kept_element<kMasked>(job, from + offsets[k]);
         }
     }
     for (Index r = 0; r < rows; ++r) {
@@ -181,43 +212,31 @@ void gather_rows(const GemmJob<T>& job, const Point* points, Index count, Index 
 
 // Gathers the blocks of as many rows as a vector has, which lie side by side in memory.
 template <bool kMasked, class T>
-void transpose_rows(const GemmJob<T>& job, const Point* points, Index count, Index step, Index row,
-                    float (*to)[kDepthBlock]) {
+void transpose_rows(const GemmJob<T>& job, const DepthOfBlock& depth, Index row, float (*to)[kDepthBlock]) {
     for (Index first = 0; first < kDepthBlock; first += kFloats) {
         Floats square[kFloats];
         for (Index k = 0; k < kFloats; ++k) {
-            const Index from = points[smaller(first + k, count - 1)].offset + row;
-            square[k] = first + k < count ? kept_vector<kMasked>(job, from) : Floats{};
-            __builtin_prefetch(job.sparse + from + kDepthBlock * step);  // of the next block
+            const Index from = depth.offsets[smaller(first + k, depth.count - 1)] + row;
+            square[k] = first + k < depth.count ? kept_vector<kMasked>(job, from) : Floats{};
+            __builtin_prefetch(job.sparse + from + kDepthBlock * depth.step);  // of the next block
         }
         transpose(square);
         for (Index r = 0; r < kFloats; ++r) store(square[r], &to[r][first]);
     }
 }
 
-inline Index even_step(const Point* points, Index count) {
-    const Index step = count > 1 ? points[1].offset - points[0].offset : 1;
-    for (Index k = 2; k < count; ++k) {
-        if (points[k].offset - points[k - 1].offset != step) return 0;
-    }
-    return step;
-}
-
 template <class Form, bool kMasked, class T>
 bool pack_rows(const GemmJob<T>& job, const KeptValues& kept, Index block, Index row) {
-    const Index count = smaller(kDepthBlock, job.sparse_depth.size - block * kDepthBlock);
+    const DepthOfBlock depth(job.sparse_depth, block);
     const Index last = smaller(job.rows, row + kPackedRows);
-    Point points[kDepthBlock];
-    walk(job.sparse_depth, block * kDepthBlock, count, points);
-    const Index step = even_step(points, count);
     bool fits = true;
     while (row < last) {
         alignas(64) float gathered[kFloats][kDepthBlock];
         const Index rows = smaller(kFloats, last - row);
         if (job.sparse_row == 1 && rows == kFloats) {
-            transpose_rows<kMasked>(job, points, count, step, row, gathered);
+            transpose_rows<kMasked>(job, depth, row, gathered);
         } else {
-            gather_rows<kMasked>(job, points, count, step, row, rows, gathered);
+            gather_rows<kMasked>(job, depth, row, rows, gathered);
         }
         for (Index r = 0; r < rows; ++r, ++row) {
             fits = Form::pack_row(gathered[r], kept, (block * job.rows + row) * Form::kValues) && fits;
