@@ -1,5 +1,8 @@
 """Large results take over the memory of dropped ones, and only of those."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from nmcompile.backends.cpu.spare_memory import LARGE, empty_like
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
+STATM = Path("/proc/self/statm")
 ELEMENTS = LARGE // torch.float32.itemsize
 
 
@@ -26,6 +30,17 @@ def test_memory_goes_on_when_nobody_holds_it() -> None:
     third = empty_like(x).fill_(3)
     assert third.data_ptr() == place
     assert second.eq(2).all() and third.eq(3).all()
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="only Linux tells how much memory is resident")
+def test_the_process_keeps_no_more_than_it_used_at_once() -> None:
+    def resident() -> int:
+        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+
+    empty_like(torch.empty(16 * ELEMENTS)).fill_(1)
+    before = resident()
+    larger = empty_like(torch.empty(20 * ELEMENTS)).fill_(1)  # does not fit what the first has left
+    assert resident() - before < 8 * LARGE and larger.nbytes == 20 * LARGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

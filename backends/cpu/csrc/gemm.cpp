@@ -35,16 +35,26 @@ private:
     AlignedMemory<float> memory_{0};
 };
 
+// What a call packs into; its tasks have memory of their own.
+float* packing_memory(std::int64_t floats) {
+    static thread_local Scratch scratch;
+    return scratch.floats(floats);
+}
+
+float* task_memory(std::int64_t floats) {
+    static thread_local Scratch scratch;
+    return scratch.floats(floats);
+}
+
 template <class T>
 void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
     const Tasks tasks = tasks_of(job, kernel, threads);
     in_parallel(tasks.count(), 1, threads, [&](std::int64_t first, std::int64_t last) {
-        static thread_local Scratch scratch;
         for (std::int64_t i = first; i < last; ++i) {
             const std::int64_t row = i % tasks.along * tasks.rows, lane = i / tasks.along * tasks.lanes;
             const GemmTile tile{row, std::min(job.rows, row + tasks.rows), lane,
                                 std::min(job.dense_lanes.size, lane + tasks.lanes)};
-            kernel.multiply(job, kept, tile, scratch.floats(kernel.scratch_floats(tasks.rows, tasks.lanes)));
+            kernel.multiply(job, kept, tile, task_memory(kernel.scratch_floats(tasks.rows, tasks.lanes)));
         }
     });
 }
@@ -52,9 +62,8 @@ void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const Kept
 template <class T, class Pack>
 bool pack_and_multiply(const GemmJob<T>& job, InstructionSet isa, unsigned threads, const Pack& pack) {
     const GemmKernel kernel = kernel_of<T>(isa);
-    static thread_local Scratch scratch;
     const std::int64_t depth = job.sparse_depth.size, values = kernel.values_of_block;
-    const KeptValues kept = kept_in(scratch.floats(packed_floats(job.rows, depth, values)), job.rows, depth, values);
+    const KeptValues kept = kept_in(packing_memory(packed_floats(job.rows, depth, values)), job.rows, depth, values);
     if (!pack(kernel, kept)) return false;
     multiply_all(job, kernel, kept, threads);
     return true;

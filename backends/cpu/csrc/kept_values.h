@@ -155,7 +155,7 @@ void fetch_block(const GemmJob<T>& job, Index offset) {
 
 // Where the elements of a block of depth are in a row. `step` lies between any two of them, or is 0.
 struct DepthOfBlock {
-    Index offsets[kDepthBlock], count, step;
+    Index offsets[kDepthBlock] = {}, count, step;
 
     DepthOfBlock(const GemmAxis& axis, Index block)
         : count(smaller(kDepthBlock, axis.size - block * kDepthBlock)), step(step_of(axis)) {

@@ -16,13 +16,13 @@ struct Block {
 
 class Spare {
    public:
-    // The smallest block that is large enough and not much larger, or a new one.
+    // The smallest block that is large enough and not much larger, of several the last that was used; or a new one.
     Block take(std::size_t bytes) {
         const std::lock_guard lock(mutex_);
-        const auto fits = [&](const Block& block) { return block.bytes >= bytes && block.bytes - bytes <= bytes / 8; };
         auto best = idle_blocks_.end();
         for (auto block = idle_blocks_.begin(); block != idle_blocks_.end(); ++block) {
-            if (fits(*block) && (best == idle_blocks_.end() || block->bytes < best->bytes)) best = block;
+            const bool fits = block->bytes >= bytes && block->bytes - bytes <= bytes / 8;
+            if (fits && (best == idle_blocks_.end() || block->bytes <= best->bytes)) best = block;
         }
         if (best == idle_blocks_.end()) return fresh(bytes);
         const Block taken = *best;
