@@ -1,6 +1,6 @@
 """Large results take over the memory of dropped ones, and only of those."""
 
-import resource
+import mmap
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ def test_memory_goes_on_when_nobody_holds_it() -> None:
 @pytest.mark.skipif(not STATM.exists(), reason="only Linux tells how much memory is resident")
 def test_the_process_keeps_no_more_than_it_used_at_once() -> None:
     def resident() -> int:
-        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+        return int(STATM.read_text().split()[1]) * mmap.PAGESIZE
 
     empty_like(torch.empty(16 * ELEMENTS)).fill_(1)
     before = resident()

@@ -132,7 +132,7 @@ class RowCode {
         for (int row = 0; row < rows; ++row) code.load(row, Argument::third, row * width);
         program.fours = code.at();
         for (int four = 0; four < fours; ++four) {
-            if (four == kFours) advance(code);
+            if (four > 0 && four % kFours == 0) advance(code);
             Panel::make_vectors(code, four * Panel::kPanelRows, width);
             for (int row = 0; row < rows; ++row) add_row(code, row, four % kFours);
         }
@@ -158,7 +158,7 @@ class RowCode {
         alignas(64) std::uint8_t bytes[kCodeRows * Form::kValues];
         for (int four = 0; four < fours; ++four) {
             if (four % kFours == 0) bytes_of(places + four / kFours * stride, rows, bytes);
-            if (four == kFours) at += 2 * Encoder::kAddBytes;
+            if (four > 0 && four % kFours == 0) at += 2 * Encoder::kAddBytes;
             at += Panel::kBytes;
             const std::uint8_t* from = bytes + four % kFours * kEach;
             for (int row = 0; row < rows; ++row, from += Form::kValues) {
