@@ -13,8 +13,8 @@
 #if defined(__AVX512F__)
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr int kCodeRows = 16;    // of S: their sums stay in registers
-constexpr int kCodeBlocks = 2;   // of depth
+constexpr int kCodeRows = 16;     // of S: their sums stay in registers
+constexpr int kCodeBlocks = 2;    // of depth
 constexpr int kCodeLanes = 1024;  // of a tile: writing takes about as long as running for 16 of them
 constexpr int kFours = kDepthBlock / 4;
 
@@ -43,7 +43,8 @@ template <>
 struct PanelCode<PairedValues> {
     static constexpr MultiplyAdd kKind = kAddPairs;
     static constexpr int kPanelRows = 2, kVectors = kPairs;
-    static constexpr int kBytes = 2 * Avx512Encoder::kAccessBytes + 2 * Avx512Encoder::kShiftBytes + 4 * Avx512Encoder::kBlendBytes;
+    static constexpr int kBytes =
+        2 * Avx512Encoder::kAccessBytes + 2 * Avx512Encoder::kShiftBytes + 4 * Avx512Encoder::kBlendBytes;
 
     static void begin(Avx512Encoder& code) { code.begin_blends(); }
     static void make_vectors(Avx512Encoder& code, int row, std::int32_t width) {
@@ -61,7 +62,9 @@ struct PanelCode<PairedValues> {
     static void make_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, float* panel, float* floats) {
         const Index count = fill_panel(job, lanes, block, floats), width = lanes.width;
         for (Index k = 0; k < count; k += 2, floats += 2 * width, panel += width) {
-            for (Index lane = 0; lane < width; lane += kFloats) PairedValues::join_rows(floats + lane, floats + width + lane, panel + lane);
+            for (Index lane = 0; lane < width; lane += kFloats) {
+                PairedValues::join_rows(floats + lane, floats + width + lane, panel + lane);
+            }
         }
     }
 };
