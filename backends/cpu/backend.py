@@ -60,9 +60,7 @@ class CpuBackend:
             return mask_support(node)
         if node.target is not ops.prune:
             return Support(False, "no native kernel but those that prune or multiply")
-        operator, n_keep, block = node.args[1:4]
-        assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
-        return prune_support(operator, n_keep, block)
+        return _operator_support(node)
 
     def lower(self, node: fx.Node) -> None:
         if node.target is ops.apply_mask:
@@ -116,19 +114,19 @@ def _lower_gemm(node: fx.Node) -> None:
     node.meta["choice"] = partial(latest, name)
 
 
+def _operator_support(node: fx.Node) -> Support:
+    """Whether there is a kernel for the operator and the pattern of a prune node."""
+    operator, n_keep, block = node.args[1:4]
+    assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
+    return prune_support(operator, n_keep, block)
+
+
 def _prunes_while_packing(node: fx.Node) -> bool:
     """Whether a linear layer's update reads a gradient that is pruned for it alone, by an operator with a kernel."""
     pruned = node.args[0]
     assert isinstance(pruned, fx.Node)
-    if (
-        node.target is not dense_linear.linear_weight_gradient
-        or pruned.target is not ops.prune
-        or len(pruned.users) > 1
-    ):
-        return False
-    operator, n_keep, block = pruned.args[1:4]
-    assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
-    return prune_support(operator, n_keep, block).ok
+    is_linear = node.target is dense_linear.linear_weight_gradient
+    return is_linear and pruned.target is ops.prune and len(pruned.users) == 1 and _operator_support(pruned).ok
 
 
 def _lower_pruned_update(node: fx.Node, name: str) -> None:

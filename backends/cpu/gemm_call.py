@@ -26,7 +26,7 @@ class GemmCall:
     Args:
         name: of the node that calls, for `nmcompile.backends.choices.latest`.
         phase: `"forward"`, `AT_REST` (with a weight that stays packed), `ON_GRID` (the same, packed as integers),
-            `"backward"` or `"update"`.
+            `"backward"` or `"update"`; what a kernel prunes on the way is part of it.
         geometry: of the layer.
         operands: that the kernels read.
         rows, depth, lanes: of one group's product (see `nmcompile.backends.cpu.contraction`).

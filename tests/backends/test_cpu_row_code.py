@@ -18,6 +18,9 @@ from nmcompile.pruning import OPERATORS, NMPattern
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
+INSTRUCTION_SETS: tuple[str, ...] = ()
+if kernel_support().ok:
+    from nmcompile._kernels import INSTRUCTION_SETS
 FEW = 16
 PATTERN = NMPattern(2, 4)
 
@@ -99,6 +102,15 @@ def is_right():
     assert sparse_forward(x, weight, None, None, y, Geometry())
     return torch.allclose(y, x @ weight.t(), rtol=1e-4, atol=1e-4)
 """
+WRITES = """
+def writable_code():
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps if line.split()[1].startswith("rwx")]
+    return sum(int(last, 16) - int(first, 16) for first, last in ranges)
+
+before = writable_code()
+assert is_right() and writable_code() > before
+"""
 NO_NEW_CODE = """
 import ctypes, mmap
 prctl = ctypes.CDLL(None).prctl
@@ -124,6 +136,11 @@ assert right and os.waitpid(child, 0)[1] == 0
 
 def exit_code(program: str) -> int:
     return subprocess.run([sys.executable, "-c", textwrap.dedent(PRODUCTS + program)], check=False).returncode
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "v4" not in INSTRUCTION_SETS, reason="code is written with AVX-512")
+def test_many_lanes_do_run_written_code() -> None:
+    assert exit_code(WRITES) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to refuse it")

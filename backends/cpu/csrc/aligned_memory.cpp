@@ -5,6 +5,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace nmcompile {
@@ -14,9 +15,12 @@ constexpr std::align_val_t kLine{64};
 #if defined(__linux__)
 namespace {
 
-constexpr std::size_t kPage = 4096, kLargePage = std::size_t{1} << 21, kLarge = 2 * kLargePage;
+constexpr std::size_t kLargePage = std::size_t{1} << 21, kLarge = 2 * kLargePage;
 
-std::size_t whole_pages(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+std::size_t whole_pages(std::size_t bytes) {
+    static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return (bytes + page - 1) / page * page;
+}
 
 }  // namespace
 

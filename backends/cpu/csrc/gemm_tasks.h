@@ -5,10 +5,9 @@
 #include <cstdint>
 
 #include "gemm_isa.h"
+#include "parallel.h"
 
 namespace nmcompile {
-
-inline std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 // A task is a tile of so many lanes and rows; it ends earlier at the end of C.
 struct Tasks {

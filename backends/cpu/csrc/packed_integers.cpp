@@ -15,7 +15,6 @@ namespace {
 constexpr std::align_val_t kLine{64};
 constexpr std::int64_t kRowsOfATask = 32;  // tens of kilobytes, which a cache holds for all tokens
 
-std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 auto kernel_of(InstructionSet isa) {
 #if defined(__x86_64__)

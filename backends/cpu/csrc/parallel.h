@@ -6,6 +6,8 @@
 
 namespace nmcompile {
 
+inline std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
 // Calls `work(data)` on up to `threads` threads, this one among them, and returns when all calls have.
 void on_threads(unsigned threads, void (*work)(void*), void* data);
 
