@@ -21,6 +21,7 @@ from nmcompile.ir.choice import Choice
 
 SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
 ROUNDS = 4
+ASKING = 2_000_000  # cycles of a GPU, about a millisecond
 MARGIN = 0.98  # of the dense time, that the sparse kernel must stay below
 UNFIT = Choice("dense", "no sparse kernel computes it: a NaN in the operand, or no algorithm of the library is right")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
@@ -37,6 +38,7 @@ def run_best(
     predict: Callable[[], float | None],
     sparse: Callable[[], Tensor | None],
     dense: Callable[[], Tensor],
+    device: torch.device | None = None,
 ) -> Tensor:
     """The product by the kernel that pays; `latest(call)` says which it was.
 
@@ -46,8 +48,9 @@ def run_best(
         multiplications: of the dense product.
         predict: the speed-up, dense time / sparse time, by the cost model, if there is one.
         sparse, dense: run the kernels. `sparse` gives None where the operand keeps more than its pattern.
+        device: that they run on; None is the CPU.
     """
-    choice = _choice(problem, multiplications, predict, sparse, dense)
+    choice = _choice(problem, multiplications, predict, sparse, dense, device)
     result = sparse() if choice.kernel == "sparse" else None
     if result is None and choice.kernel == "sparse":
         choice = UNFIT
@@ -109,6 +112,7 @@ def _choice(
     predict: Callable[[], float | None],
     sparse: Callable[[], Tensor | None],
     dense: Callable[[], Tensor],
+    device: torch.device | None,
 ) -> Choice:
     if multiplications < SMALL:
         return Choice("dense", f"small, {multiplications / 1e6:.2f} M multiplications")
@@ -121,16 +125,21 @@ def _choice(
             return CAPTURING
         if sparse() is None:
             return UNFIT  # what it takes to notice that is no measurement
-        _measured[problem] = measure(predict(), sparse, dense)
+        _measured[problem] = measure(predict(), sparse, dense, device)
     return _measured[problem]
 
 
-def measure(predicted: float | None, sparse: Callable[[], object], dense: Callable[[], object]) -> Choice:
+def measure(
+    predicted: float | None,
+    sparse: Callable[[], object],
+    dense: Callable[[], object],
+    device: torch.device | None = None,
+) -> Choice:
     """Time both kernels in turn and choose by the best of a few calls each."""
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(1 + ROUNDS):
-        times["dense"].append(seconds(dense))
-        times["sparse"].append(seconds(sparse))
+        times["dense"].append(seconds(dense, device))
+        times["sparse"].append(seconds(sparse, device))
     best = {kernel: min(values[1:]) for kernel, values in times.items()}
     return Choice(faster(best["sparse"], best["dense"]), "measured", predicted, best["dense"], best["sparse"])
 
@@ -140,10 +149,21 @@ def faster(sparse_seconds: float, dense_seconds: float) -> str:
     return "sparse" if sparse_seconds < MARGIN * dense_seconds else "dense"
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """How long one call takes, on the device that it runs on."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def seconds(run: Callable[[], object], device: torch.device | None = None, asking: int = ASKING) -> float:
+    """How long one call takes; on a CUDA device, for how long it keeps that busy.
+
+    There a call only asks for the work, which a model does ahead. So that the asking is not timed, the device is made
+    to wait for `asking` cycles.
+    """
+    if device is None or device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(asking)
+        start_event.record()
+        run()
+        end_event.record()
+        end_event.synchronize()
+    return float(start_event.elapsed_time(end_event)) / 1e3

@@ -4,6 +4,12 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+
+ASKING = 4_000_000  # cycles of a GPU, about two milliseconds
+CACHE = 2**28  # bytes: more than any cache holds
 
 
 def in_turns(
@@ -28,6 +34,39 @@ def in_turns(
             if turn >= 0:
                 found[name].append((clock() - start) * 1e3)
     return found
+
+
+def on_gpu(
+    calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 3, asking: int = ASKING
+) -> dict[str, list[float]]:
+    """Milliseconds for which each call keeps the GPU busy; all of them once before any of them again.
+
+    The GPU waits for `asking` cycles before each, in which its work is asked for, and nothing is left in its cache.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    spoiler = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
+    for turn in range(-warmup, repeats):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            spoiler.zero_()
+            torch.cuda._sleep(asking)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 0:
+                found[name].append(start.elapsed_time(end))
+    return found
+
+
+def gpu_setting() -> dict[str, Any]:
+    """The GPU and the versions of what runs on it."""
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(),
+        "cusparselt": torch.backends.cusparselt.version(),
+    }
 
 
 def processor() -> str:

@@ -43,6 +43,10 @@ class BackendUnavailable(NMCompileError):
     """A backend asked for by name is not usable on this machine."""
 
 
+class LibraryError(NMCompileError, RuntimeError):
+    """A call that a native library refused."""
+
+
 class GradientError(NMCompileError, RuntimeError):
     """A derivative that is not defined here, such as the second derivative of a pruned GEMM."""
 

@@ -3,7 +3,6 @@
 import itertools
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.utils import _pytree as pytree
 
+from nmcompile.backends.choices import seconds
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.calibration import evaluating
 from nmcompile.compilation import Compilation, lowered, record_of
@@ -25,6 +25,7 @@ from nmcompile.training.binding import TripleFactory
 from nmcompile.training.state import triples_of
 
 ROUNDS = 12
+ASKING = 8_000_000  # cycles of a GPU, about four milliseconds, in which a step of a layer is asked for
 MARGIN = 0.95  # of the dense time, that pruning must stay below: a run differs from the next by a few percent
 NOT_REACHED = "no call with args reaches it, so whether pruning pays is not known (where='pays')"
 
@@ -114,7 +115,8 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
             continue
         problem = _problem(trial, triple, inputs[name])
         if problem not in measured:
-            measured[problem] = _typical_times(_steps(trial, record, triple, inputs[name]))
+            device = next(trial.parameters()).device
+            measured[problem] = _typical_times(_steps(trial, record, triple, inputs[name]), device)
         dense[name] = decide(measured[problem])
     return dense
 
@@ -126,7 +128,7 @@ def _problem(trial: nn.Module, triple: GemmTriple, input: Tensor) -> Any:
     return replace(triple.layer, name=""), rows, layout, trial.training
 
 
-def _typical_times(steps: Steps) -> Times:
+def _typical_times(steps: Steps, device: torch.device) -> Times:
     """The median of some calls of each, in turns, behind a first one that chooses kernels and makes masks.
 
     Each turn has another order: what one leaves in caches and in the allocator, the next finds.
@@ -136,17 +138,10 @@ def _typical_times(steps: Steps) -> Times:
     for turn in range(1 + ROUNDS):
         dice.shuffle(order)
         for parts in order:
-            start = time.perf_counter()
-            steps[parts]()
-            _wait()
+            taken = seconds(steps[parts], device, ASKING)
             if turn:
-                times[parts].append(time.perf_counter() - start)
+                times[parts].append(taken)
     return {parts: statistics.median(found) for parts, found in times.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Tensor) -> Steps:

@@ -59,7 +59,7 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
         state[f"{name}.mask"] = mask.tensor.detach().clone()
         state[f"{name}.clock"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
     for triple in layers:
-        state[f"{triple.layer.name}.draw"] = triple.stream.draw.clone()
+        state[f"{triple.layer.name}.draw"] = triple.stream.draw.cpu().clone()
         for step in triple.steps.activations:
             state[_clip_key(step)] = step.clip.detach().clone()
     for name, reasons in (dense or {}).items():

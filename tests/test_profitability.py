@@ -51,7 +51,7 @@ def paying(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[tuple[Phase, ...]
     """By width of the layer's input, what pays; every candidate runs once."""
     pays: dict[int, tuple[tuple[Phase, ...], ...]] = {16: (WEIGHT,), 8: ()}
 
-    def timed(steps: profitability.Steps) -> dict[tuple[tuple[Phase, ...], ...], float]:
+    def timed(steps: profitability.Steps, _: torch.device) -> dict[tuple[tuple[Phase, ...], ...], float]:
         results = {parts: step() for parts, step in steps.items()}
         gradients = results[()]
         assert isinstance(gradients, tuple)
@@ -116,7 +116,7 @@ def test_a_saved_decision_holds_where_another_was_measured(paying: dict[int, obj
 def test_a_gradient_of_the_input_counts_where_it_is_asked_for(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[int] = []
 
-    def timed(steps: profitability.Steps) -> dict[tuple[tuple[Phase, ...], ...], float]:
+    def timed(steps: profitability.Steps, _: torch.device) -> dict[tuple[tuple[Phase, ...], ...], float]:
         for step in steps.values():
             found = step()
             assert isinstance(found, tuple)

@@ -14,6 +14,7 @@ from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.cpu.packed_integers import BITS
 from nmcompile.backends.cpu.prune import prune_natively, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
+from nmcompile.backends.fusion import pruned_alone, take_mask, take_pruning
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.reference import conv as dense_conv
 from nmcompile.backends.reference import linear as dense_linear
@@ -123,31 +124,18 @@ def _operator_support(node: fx.Node) -> Support:
 
 def _prunes_while_packing(node: fx.Node) -> bool:
     """Whether a linear layer's update reads a gradient that is pruned for it alone, by an operator with a kernel."""
-    pruned = node.args[0]
-    assert isinstance(pruned, fx.Node)
     is_linear = node.target is dense_linear.linear_weight_gradient
-    return is_linear and pruned.target is ops.prune and len(pruned.users) == 1 and _operator_support(pruned).ok
+    pruned = pruned_alone(node)
+    return is_linear and pruned is not None and _operator_support(pruned).ok
 
 
 def _lower_pruned_update(node: fx.Node, name: str) -> None:
     """The GEMM prunes the gradient while it packs it."""
-    pruned, input, transposed = node.args
-    assert isinstance(pruned, fx.Node)
-    dense, operator, n_keep, block, axis, _, *key = pruned.args
-    node.meta["fused"] = pruned.meta["row"]
-    node.meta["fused_operand"] = _pruned_gradient
-    node.args = (dense, input, transposed)
-    node.graph.erase_node(pruned)
-    rule = operator, n_keep, block, axis, *(key or (None,))
+    pruned = pruned_alone(node)
+    assert pruned is not None
+    dense, rule = take_pruning(node, pruned, prune_natively)
+    _, input, transposed = node.args
     ops.replace_node(node, linear.linear_pruned_weight_gradient, (dense, input, *rule, transposed, name))
-
-
-def _pruned_gradient(grad_output: Any, _input: Any, operator: str, n: int, m: int, axis: str, key: Any, *_: Any) -> Any:
-    return prune_natively(grad_output, operator, n, m, axis, -1, key)
-
-
-def _masked_weight(_input: Any, weight: Any, mask: Any, *_: Any) -> Any:
-    return ops.apply_mask(weight, mask)
 
 
 def _has_small_integers(node: fx.Node) -> bool:
@@ -181,16 +169,9 @@ def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The weight and the mask that the kernel applies while it reads the weight; without the node that would do it."""
     pruned = node.args[1]
     assert isinstance(pruned, fx.Node)
-    if pruned.target is not ops.apply_mask or len(pruned.users) > 1:
-        return pruned, None
-    if mask_support(pruned).ok:
+    weight, mask = take_mask(node)
+    if mask is not None and mask_support(pruned).ok:
         node.meta["mask_kernel"] = MASK_KERNEL
-    node.meta["fused"] = pruned.meta["row"]
-    node.meta["fused_operand"] = _masked_weight
-    weight, mask = pruned.args
-    assert isinstance(weight, fx.Node) and isinstance(mask, fx.Node)
-    node.args = (node.args[0], weight, *node.args[2:])
-    node.graph.erase_node(pruned)
     return weight, mask
 
 

@@ -1,4 +1,4 @@
-"""The cuSPARSELt backend: forward and backward GEMMs with 2:4 weights on sparse tensor cores."""
+"""The cuSPARSELt backend: GEMMs with a 2:4 operand on sparse tensor cores."""
 
 import itertools
 from dataclasses import dataclass
@@ -10,30 +10,38 @@ from torch import fx
 from nmcompile.backends.choices import latest
 from nmcompile.backends.cusparselt import operators
 from nmcompile.backends.cusparselt.support import cusparselt_support, pattern_support
+from nmcompile.backends.fusion import pruned_alone, take_mask, take_pruning
 from nmcompile.backends.reference import ReferenceBackend, conv, linear
+from nmcompile.backends.triton import mask_kernel, prune
+from nmcompile.backends.triton.support import KEEP
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.protocols import Support
 
 SPARSE: dict[Any, Any] = {
     linear.linear_forward: operators.linear_forward,
     linear.linear_input_gradient: operators.linear_input_gradient,
+    linear.linear_weight_gradient: operators.linear_weight_gradient,
     conv.conv_forward: operators.pointwise_forward,
     conv.conv_input_gradient: operators.pointwise_input_gradient,
 }
-AXES: dict[Any, str] = {ops.gemm_forward: "in", ops.gemm_backward: "out"}
-UPDATE = (
-    "dY changes in every step, and the library compresses it more slowly than the sparse product could repay; there is "
-    "no packer for its format here"
-)
+# The operand that the library takes in each GEMM: its position in the node's arguments, and the axes along which its
+# blocks may run.
+OPERAND: dict[Any, tuple[int, frozenset[str]]] = {
+    ops.gemm_forward: (1, frozenset({"in"})),
+    ops.gemm_backward: (1, frozenset({"out"})),
+    ops.gemm_update: (0, frozenset({"auto", "batch", "flat"})),
+}
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class CusparseltBackend:
-    """Takes the forward and backward GEMMs of linear layers and 1x1 convolutions whose weight keeps two of four.
+    """Takes the GEMMs of linear layers, and the forward and backward ones of 1x1 convolutions, whose operand keeps two
+    of four.
 
-    Whether the sparse or the dense kernel runs is measured when the GEMM first does, the compression of the weight
+    Whether the sparse or the dense kernel runs is measured when the GEMM first does, the compression of the operand
     included. On other devices than CUDA's and in other dtypes than float16 and bfloat16 they run as the reference does.
     """
 
@@ -43,39 +51,71 @@ class CusparseltBackend:
         return cusparselt_support()
 
     def supports(self, node: fx.Node) -> Support:
-        if node.target is ops.gemm_update:
-            return Support(False, UPDATE)
-        if node.target not in AXES:
+        if node.target not in OPERAND:
             return Support(False, "cuSPARSELt only multiplies")
-        return _layer_support(node.meta["layer"]) if (found := _weight_support(node)).ok else found
+        found = _operand_support(node)
+        return _layer_support(node.meta["layer"], node.target is ops.gemm_update) if found.ok else found
 
     def lower(self, node: fx.Node) -> None:
         """The reference backend's node, with a choice of the kernel."""
         name = f"{node.meta['layer'].name} {node.meta['phase'].value} cusparselt {next(_numbers)}"
+        row = _pruned_row(node)
+        assert row is not None
         ReferenceBackend().lower(node)
-        # Linear layers keep whether their weight is transposed; the geometry of a 1x1 convolution says nothing.
-        kept = node.args[:3] if isinstance(node.meta["layer"], ConvLayer) else node.args
-        ops.replace_node(node, SPARSE[node.target], (*kept, name))
+        if node.target is linear.linear_weight_gradient:
+            arguments = _update_arguments(node, row)
+        else:
+            arguments = _weight_arguments(node)
+        ops.replace_node(node, SPARSE[node.target], (*arguments, name))
         node.meta["choice"] = partial(latest, name)
 
 
-def _weight_support(node: fx.Node) -> Support:
-    weight: Any = node.args[1]
-    while weight.meta.get("kind") == "quantize":
-        weight = weight.args[0]
-    row = weight.meta.get("row")
+def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Those of the reference's node, the mask behind the weight."""
+    pruned: Any = node.args[1]
+    weight, mask = take_mask(node)
+    if mask is not None:
+        node.meta.update(mask_kernel(pruned))
+    first, _, *rest = node.args
+    # Linear layers keep whether their weight is transposed; the geometry of a 1x1 convolution says nothing.
+    return first, weight, mask, *(rest[:1] if isinstance(node.meta["layer"], ConvLayer) else rest)
+
+
+def _update_arguments(node: fx.Node, row: PlanRow) -> tuple[Any, ...]:
+    """Those of the reference's node, how the gradient is pruned in between."""
+    pruned = pruned_alone(node)
+    assert row.pattern is not None
+    dense, rule = node.args[0], (KEEP, row.pattern.n_keep, row.pattern.block, row.axis, None)
+    if pruned is not None:
+        dense, rule = take_pruning(node, pruned, prune)
+    return dense, node.args[1], *rule, *node.args[2:]
+
+
+def _pruned_row(node: fx.Node) -> PlanRow | None:
+    """The plan row that pruned the operand, on a grid or not."""
+    operand: Any = node.args[OPERAND[node.target][0]]
+    while operand.meta.get("kind") == "quantize":
+        operand = operand.args[0]
+    row: PlanRow | None = operand.meta.get("row")
+    return row
+
+
+def _operand_support(node: fx.Node) -> Support:
+    row = _pruned_row(node)
     if row is None or row.pattern is None:
-        return Support(False, "the weight is not pruned")
-    if row.axis != AXES[node.target]:
-        return Support(False, f"the weight is pruned along {row.axis}, not along the sum of this GEMM")
+        return Support(False, "the operand that the library takes is not pruned")
+    if row.axis not in OPERAND[node.target][1]:
+        return Support(False, f"the {row.operand} is pruned along {row.axis}, not along the sum of this GEMM")
     return pattern_support(row.pattern)
 
 
-def _layer_support(layer: Layer) -> Support:
+def _layer_support(layer: Layer, is_update: bool) -> Support:
     if not isinstance(layer, ConvLayer):
         return Support(True)
     plain = (1,) * layer.spatial_dims, (0,) * layer.spatial_dims
     geometry = layer.weight_shape[2:], layer.stride, layer.padding
     if layer.groups > 1 or geometry != (plain[0], *plain):
         return Support(False, "only 1x1 convolutions are a product without a matrix of windows, which would not pay")
+    if is_update:
+        return Support(False, "a convolution's gradient is pruned across the batch, where neighbours lie far apart")
     return Support(True)

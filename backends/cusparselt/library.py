@@ -1,85 +1,217 @@
-"""The calls into PyTorch's operators for cuSPARSELt, and which of its algorithms to take.
+"""The library by its C interface: a plan is made once for each problem, and then costs some microseconds a product.
 
-Some algorithms are wrong for some shapes, and the default is often not the fastest: each is checked against the dense
-product before it is timed, once for each shape.
+PyTorch's own operator makes a new plan in every call, for which the GPU waits longer than most products take.
 """
 
-from collections.abc import Callable, Hashable, Iterator
-from functools import partial
-from typing import NamedTuple
+import ctypes
+import weakref
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nmcompile.backends.choices import seconds
+from nmcompile.errors import LibraryError
 
-ALGORITHMS = 64  # an upper bound: the library's own count is not known for every version
-SPLITS = (1, 2, 4)  # parts of the sum that are computed side by side
-TOLERANCE = 4  # relative error of the whole product, in steps of the dtype
-ROUNDS = 3
+SONAME = "libcusparseLt.so.0"  # which PyTorch has loaded
+STRUCTURE = 4096  # bytes for one of the library's opaque structures, of which the largest known have 1024
+ALIGNMENT = 16
+PLANS = 512  # that are kept
+
+# The enumerations of the library's header, and of CUDA's.
+TYPES = {torch.float16: 2, torch.bfloat16: 14}
+COLUMNS_FIRST, ROWS_FIRST = 1, 2
+PLAIN, TRANSPOSED = 0, 1
+COMPUTE_FLOAT32 = 2
+BIAS_POINTER = 8
+ALGORITHM_ID, ALGORITHM_COUNT, SPLIT_K = 0, 1, 3
+
+
+class Problem(NamedTuple):
+    """A product of a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
+
+    Args:
+        rows, depth, lanes: that need no padding.
+        by_depth: the dense matrix lies as `(depth, lanes)`, else as `(lanes, depth)`.
+        by_rows: the result lies as `(rows, lanes)`, else as `(lanes, rows)`.
+        has_bias: `(rows,)` is added.
+        dtype: of all of them; sums are float32.
+        device: a CUDA device.
+    """
+
+    rows: int
+    depth: int
+    lanes: int
+    by_depth: bool
+    by_rows: bool
+    has_bias: bool
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Algorithm(NamedTuple):
-    """One of the library's kernels."""
+    """One of the library's kernels, and into how many parts it splits the sum."""
 
     id: int
     split_k: int
 
 
-_found: dict[Hashable, Algorithm | None] = {}
+def library_loads() -> bool:
+    """Whether the library can be called."""
+    try:
+        _library()
+    except OSError:
+        return False
+    return True
 
 
-def compress(matrix: Tensor) -> Tensor:
-    """The values and places of a contiguous matrix that keeps at most two of every four elements of a row."""
-    return torch._cslt_compress(matrix)
+def library_version() -> tuple[int, int, int]:
+    """Of the library that is loaded, which need not be the one that PyTorch was built with."""
+    numbers = [ctypes.c_int() for _ in range(3)]
+    for part, number in enumerate(numbers):
+        _call("cusparseLtGetProperty", part, ctypes.byref(number))
+    major, minor, patch = (number.value for number in numbers)
+    return major, minor, patch
 
 
-def multiply(compressed: Tensor, dense: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
-    """`dense @ sparse.T + bias`, `(lanes, depth)` and `(rows, depth)` to `(lanes, rows)`."""
-    return torch._cslt_sparse_mm(
-        compressed, dense.t(), bias, transpose_result=True, alg_id=algorithm.id, split_k=algorithm.split_k
-    )
+def stream_of(device: torch.device) -> int:
+    """The stream that work on the device is put into."""
+    return torch.cuda.current_stream(device).cuda_stream
 
 
-def best_algorithm(
-    compressed: Tensor, dense: Tensor, bias: Tensor | None, expected: Callable[[], Tensor]
-) -> Algorithm | None:
-    """The fastest algorithm that is right, searched once for each shape; None if none is, or while a graph is captured.
+def algorithm_count(problem: Problem) -> int:
+    """How many algorithms the library has for a problem."""
+    with torch.cuda.device(problem.device):
+        count = ctypes.c_int32()
+        selection = _Product(problem).selection
+        _call("cusparseLtMatmulAlgGetAttribute", _handle(problem.device), selection, ALGORITHM_COUNT, *_of(count))
+    return count.value
 
-    Where algorithms have to be deterministic it is the first that is right.
+
+def kept_plan(problem: Problem, algorithm: Algorithm, stream: int) -> "Plan":
+    """The plan for a problem on a stream: two streams may be at work at the same time.
+
+    While a CUDA graph is captured no plan can be made, and one of another stream has to do.
     """
-    shapes = tuple(compressed.shape), tuple(dense.shape), dense.stride()
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    problem = *shapes, dense.dtype, bias is None, dense.device, is_deterministic
-    if problem not in _found:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None
-        right = _right_algorithms(compressed, dense, bias, expected())
-        if is_deterministic:  # no clock decides
-            _found[problem] = next(right, None)
-        else:
-            times = {one: _time(partial(multiply, compressed, dense, bias, one)) for one in right}
-            _found[problem] = min(times, key=lambda one: times[one]) if times else None
-    return _found[problem]
+    plans = _plans(problem, algorithm)
+    if stream not in plans:
+        if plans and torch.cuda.is_current_stream_capturing():
+            return next(iter(plans.values()))
+        plans[stream] = Plan(problem, algorithm)
+    return plans[stream]
 
 
-def forget_algorithms() -> None:
-    """Search again for every shape."""
-    _found.clear()
+@lru_cache(PLANS)
+def _plans(problem: Problem, algorithm: Algorithm) -> dict[int, "Plan"]:
+    return {}
 
 
-def _right_algorithms(compressed: Tensor, dense: Tensor, bias: Tensor | None, expected: Tensor) -> Iterator[Algorithm]:
-    limit = TOLERANCE * torch.finfo(dense.dtype).eps * float(expected.float().norm())
-    for number in range(ALGORITHMS):
-        for split_k in SPLITS:
-            algorithm = Algorithm(number, split_k)
-            try:
-                result = multiply(compressed, dense, bias, algorithm)
-            except RuntimeError:  # not for this shape, or no such algorithm
-                continue
-            if float((result.float() - expected.float()).norm()) <= limit:  # false for a NaN
-                yield algorithm
+class _Product:
+    """The library's description of a problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.handle = handle = _handle(problem.device)
+        rows, depth, lanes = problem.rows, problem.depth, problem.lanes
+        self.matrices = [ctypes.create_string_buffer(STRUCTURE) for _ in range(3)]
+        sparse, dense, result = self.matrices
+        kind = ALIGNMENT, TYPES[problem.dtype]
+        _call("cusparseLtStructuredDescriptorInit", handle, sparse, *_long(rows, depth, depth), *kind, ROWS_FIRST, 0)
+        sizes = (depth, lanes, lanes) if problem.by_depth else (lanes, depth, depth)
+        _call("cusparseLtDenseDescriptorInit", handle, dense, *_long(*sizes), *kind, ROWS_FIRST)
+        order, leading = (ROWS_FIRST, lanes) if problem.by_rows else (COLUMNS_FIRST, rows)
+        _call("cusparseLtDenseDescriptorInit", handle, result, *_long(rows, lanes, leading), *kind, order)
+        self.matmul = ctypes.create_string_buffer(STRUCTURE)
+        dense_is = PLAIN if problem.by_depth else TRANSPOSED
+        operands = PLAIN, dense_is, sparse, dense, result, result
+        _call("cusparseLtMatmulDescriptorInit", handle, self.matmul, *operands, COMPUTE_FLOAT32)
+        # The address of the bias is part of a plan: each plan has a tensor for it.
+        self.bias = torch.zeros(rows, dtype=problem.dtype, device=problem.device) if problem.has_bias else None
+        if self.bias is not None:
+            address = ctypes.c_void_p(self.bias.data_ptr())
+            _call("cusparseLtMatmulDescSetAttribute", handle, self.matmul, BIAS_POINTER, *_of(address))
+        self.selection = ctypes.create_string_buffer(STRUCTURE)
+        _call("cusparseLtMatmulAlgSelectionInit", handle, self.selection, self.matmul, 0)
 
 
-def _time(run: Callable[[], object]) -> float:
-    return min(seconds(run) for _ in range(1 + ROUNDS))
+class Plan:
+    """A problem with the algorithm that solves it.
+
+    Raises:
+        LibraryError: the algorithm is none for it.
+    """
+
+    def __init__(self, problem: Problem, algorithm: Algorithm) -> None:
+        self.size = (problem.rows, problem.lanes) if problem.by_rows else (problem.lanes, problem.rows)
+        with torch.cuda.device(problem.device):
+            product = _Product(problem)
+            handle, self.plan = product.handle, ctypes.create_string_buffer(STRUCTURE)
+            # One part is the default, and not all algorithms let it be set.
+            chosen = {ALGORITHM_ID: algorithm.id} | ({SPLIT_K: algorithm.split_k} if algorithm.split_k > 1 else {})
+            for name, value in chosen.items():
+                _call("cusparseLtMatmulAlgSetAttribute", handle, product.selection, name, *_of(ctypes.c_int32(value)))
+            _call("cusparseLtMatmulPlanInit", handle, self.plan, product.matmul, product.selection)
+        weakref.finalize(self, _destroy, self.plan, product).atexit = False
+        size = ctypes.c_size_t()
+        _call("cusparseLtMatmulGetWorkspace", handle, self.plan, ctypes.byref(size))
+        self.workspace, self.bias, self.product = size.value, product.bias, product
+        self.one, self.zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        self.addresses = [ctypes.addressof(structure) for structure in (handle, self.plan, self.one, self.zero)]
+
+    def run(self, compressed: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor:
+        """The product of contiguous operands."""
+        result = dense.new_empty(self.size)
+        workspace = dense.new_empty(self.workspace, dtype=torch.uint8).data_ptr() if self.workspace else None
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        handle, plan, one, zero = self.addresses
+        output = result.data_ptr()
+        operands = one, compressed.data_ptr(), dense.data_ptr(), zero, output, output
+        streams = ctypes.byref(ctypes.c_void_p(stream))
+        status = _library().cusparseLtMatmul(handle, plan, *operands, workspace, streams, 1)
+        if status:
+            raise LibraryError(_complaint("cusparseLtMatmul", status))
+        return result
+
+
+def _destroy(plan: Any, product: _Product) -> None:
+    library = _library()
+    library.cusparseLtMatmulPlanDestroy(plan)
+    library.cusparseLtMatmulAlgSelectionDestroy(product.selection)
+    for matrix in product.matrices:
+        library.cusparseLtMatDescriptorDestroy(matrix)
+
+
+@cache
+def _library() -> Any:
+    library = ctypes.CDLL(SONAME)
+    library.cusparseLtMatmul.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_int32]
+    library.cusparseLtGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def _handle(device: torch.device) -> Any:
+    handle = ctypes.create_string_buffer(STRUCTURE)
+    _call("cusparseLtInit", handle)
+    return handle
+
+
+def _call(name: str, *arguments: Any) -> None:
+    status = getattr(_library(), name)(*arguments)
+    if status:
+        raise LibraryError(_complaint(name, status))
+
+
+def _complaint(name: str, status: int) -> str:
+    text = (_library().cusparseLtGetErrorString(status) or b"").decode()
+    return f"{name} of {SONAME} failed with {status} ({text})"
+
+
+def _long(*values: int) -> Sequence[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def _of(value: Any) -> tuple[Any, ctypes.c_size_t]:
+    """An attribute's value, as the library is given it."""
+    return ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value))

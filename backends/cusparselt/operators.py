@@ -1,103 +1,144 @@
-"""Forward and backward GEMMs of linear layers and 1x1 convolutions as torch operators.
+"""The GEMMs of linear layers and 1x1 convolutions as torch operators.
 
-The weight is dense with its zeros. `call` names the node that calls. What the library does not take runs as the
-reference backend has it.
+The weight comes with its mask, or with its zeros. `call` names the node that calls. What the library does not take runs
+as the reference backend has it.
 """
 
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows, run_product
+from nmcompile.backends.cusparselt.operand import Operand
+from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows
 from nmcompile.backends.reference import conv, linear
+from nmcompile.backends.triton import prune
+from nmcompile.backends.triton.support import KEEP
+from nmcompile.ir.operations import apply_mask
+from nmcompile.pruning import NMPattern
 
 
 @torch.library.custom_op("nmcompile::cusparselt_linear_forward", mutates_args=())
-def _linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
+def _linear_forward(
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str
+) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W 2:4 along in-features."""
-    matrix = weight.t() if transposed else weight
-    return run_product(
-        Product(call, matrix, by_rows(input, -1), bias),
-        lambda rows: rows.view(*input.shape[:-1], matrix.shape[0]),
-        lambda: linear.linear_forward(input, weight, bias, transposed).contiguous(),
+    sparse = Operand(weight, 0 if transposed else 1, mask)
+    return Product(call, sparse, by_rows(input, -1), bias, weight=weight).run(
+        lambda rows: rows.view(*input.shape[:-1], sparse.rows),
+        lambda: linear.linear_forward(input, _masked(weight, mask), bias, transposed).contiguous(),
     )
 
 
 @_linear_forward.register_fake
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
+def _(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
 
 
 @torch.library.custom_op("nmcompile::cusparselt_linear_input_gradient", mutates_args=())
-def _linear_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool, call: str) -> Tensor:
+def _linear_input_gradient(
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str
+) -> Tensor:
     """dX = dY W, `(..., out)` to `(..., in)`, with W 2:4 along out-features."""
-    matrix = weight if transposed else weight.t()
-    return run_product(
-        Product(call, matrix, by_rows(grad_output, -1)),
-        lambda rows: rows.view(*grad_output.shape[:-1], matrix.shape[0]),
-        lambda: linear.linear_input_gradient(grad_output, weight, transposed),
+    sparse = Operand(weight, 1 if transposed else 0, mask)
+    return Product(call, sparse, by_rows(grad_output, -1)).run(
+        lambda rows: rows.view(*grad_output.shape[:-1], sparse.rows),
+        lambda: linear.linear_input_gradient(grad_output, _masked(weight, mask), transposed),
     )
 
 
 @_linear_input_gradient.register_fake
-def _(grad_output: Tensor, weight: Tensor, transposed: bool, call: str) -> Tensor:
+def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str) -> Tensor:
     return grad_output.new_empty(*grad_output.shape[:-1], weight.shape[0 if transposed else 1])
 
 
-@torch.library.custom_op("nmcompile::cusparselt_pointwise_forward", mutates_args=())
-def _pointwise_forward(
+@torch.library.custom_op("nmcompile::cusparselt_linear_weight_gradient", mutates_args=())
+def _linear_weight_gradient(
+    grad_output: Tensor,
     input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    operator: str,
+    n_keep: int,
+    block: int,
+    axis: str,
+    key: Tensor | None,
+    transposed: bool,
     call: str,
 ) -> Tensor:
+    """dW = dYᵀ X, of the weight's shape.
+
+    dY is pruned along the tokens by `operator` on the way; for `KEEP` it comes with its zeros.
+    """
+    is_flat = axis != "batch" or grad_output.dim() == 2
+
+    def pruned() -> Tensor:
+        return grad_output if operator == KEEP else prune(grad_output, operator, n_keep, block, axis, -1, key)
+
+    def dense() -> Tensor:
+        return linear.linear_weight_gradient(pruned(), input, transposed)
+
+    if not is_flat:  # blocks of tokens that are not neighbours
+        return dense()
+    sparse = Operand(by_rows(grad_output, -1), 0, None, operator, NMPattern(n_keep, block), key)
+    product = Product(call, sparse, by_rows(input, -1), by_depth=True, by_rows=not transposed)
+    return product.run(lambda gradient: gradient, dense)
+
+
+@_linear_weight_gradient.register_fake
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    operator: str,
+    n_keep: int,
+    block: int,
+    axis: str,
+    key: Tensor | None,
+    transposed: bool,
+    call: str,
+) -> Tensor:
+    sizes = grad_output.shape[-1], input.shape[-1]
+    return input.new_empty(sizes[::-1] if transposed else sizes)
+
+
+@torch.library.custom_op("nmcompile::cusparselt_pointwise_forward", mutates_args=())
+def _pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, call: str) -> Tensor:
     """Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
-    return run_product(
-        Product(call, weight.flatten(1), by_rows(input, 1), bias),
+    sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
+    return Product(call, sparse, by_rows(input, 1), bias).run(
         lambda rows: by_channels(rows, input, weight.shape[0]),
-        lambda: conv.conv_forward(input, weight, bias, *_geometry(input)),
+        lambda: conv.conv_forward(input, _masked(weight, mask), bias, *_geometry(input)),
     )
 
 
 @_pointwise_forward.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    call: str,
-) -> Tensor:
+def _(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, call: str) -> Tensor:
     rows = input.new_empty(input.numel() // input.shape[1], weight.shape[0])
     return by_channels(rows, input, weight.shape[0])
 
 
 @torch.library.custom_op("nmcompile::cusparselt_pointwise_input_gradient", mutates_args=())
 def _pointwise_input_gradient(
-    grad_output: Tensor,
-    weight: Tensor,
-    input: Tensor,
-    call: str,
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, call: str
 ) -> Tensor:
     """dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
-    return run_product(
-        Product(call, weight.flatten(1).t(), by_rows(grad_output, 1)),
+    sparse = Operand(weight.flatten(1), 0, None if mask is None else mask.flatten(1))
+    return Product(call, sparse, by_rows(grad_output, 1)).run(
         lambda rows: by_channels(rows, input, weight.shape[1]),
-        lambda: conv.conv_input_gradient(grad_output, weight, input, *_geometry(input)),
+        lambda: conv.conv_input_gradient(grad_output, _masked(weight, mask), input, *_geometry(input)),
     )
 
 
 @_pointwise_input_gradient.register_fake
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    input: Tensor,
-    call: str,
-) -> Tensor:
+def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, call: str) -> Tensor:
     return by_channels(input.new_empty(input.numel() // input.shape[1], input.shape[1]), input, input.shape[1])
 
 
 linear_forward = torch.ops.nmcompile.cusparselt_linear_forward.default
 linear_input_gradient = torch.ops.nmcompile.cusparselt_linear_input_gradient.default
+linear_weight_gradient = torch.ops.nmcompile.cusparselt_linear_weight_gradient.default
 pointwise_forward = torch.ops.nmcompile.cusparselt_pointwise_forward.default
 pointwise_input_gradient = torch.ops.nmcompile.cusparselt_pointwise_input_gradient.default
+
+
+def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight if mask is None else apply_mask(weight, mask)
 
 
 def _geometry(input: Tensor) -> tuple[list[int], list[int], list[int], int]:

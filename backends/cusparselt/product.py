@@ -1,75 +1,108 @@
-"""One product with a sparse weight: padded, compressed, multiplied by the kernel that pays."""
+"""One product with a sparse operand: padded, compressed, multiplied by the kernel that pays."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.choices import note, run_best
-from nmcompile.backends.cusparselt.library import best_algorithm, compress, multiply
+from nmcompile.backends.cusparselt.algorithms import best_algorithm
+from nmcompile.backends.cusparselt.library import Problem, kept_plan, stream_of
+from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.kept import Kept, can_keep
+
+_kept: Kept[Tensor] = Kept()
 
 
-class Product(NamedTuple):
-    """`dense @ sparse.T + bias`.
+@dataclass(frozen=True)
+class Product:
+    """`sparse @ dense + bias` for a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
 
     Args:
         call: the name of the node that asks.
-        sparse: `(rows, depth)`, at most two of every four elements of a row non-zero.
-        dense: `(lanes, depth)`.
+        sparse: the operand that keeps two of four along its depth.
+        dense: `(depth, lanes)` if `by_depth`, else `(lanes, depth)`.
         bias: `(rows,)`.
+        by_depth: see `dense`.
+        by_rows: the result is `(rows, lanes)`, else `(lanes, rows)`.
+        weight: what the sparse operand is a view of, if that is to be compressed only once while it is at rest.
     """
 
     call: str
-    sparse: Tensor
+    sparse: Operand
     dense: Tensor
     bias: Tensor | None = None
+    by_depth: bool = False
+    by_rows: bool = False
+    weight: Tensor | None = None
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(self.sparse.shape[0], self.sparse.shape[1], self.dense.shape[0])
+        return Sizes(self.sparse.rows, self.sparse.depth, self.dense.shape[1 if self.by_depth else 0])
 
+    def is_kept(self) -> bool:
+        return self.weight is not None and can_keep(self.weight, self.sparse.mask)
 
-def run_product(product: Product, restore: Callable[[Tensor], Tensor], dense: Callable[[], Tensor]) -> Tensor:
-    """The result by the kernel that pays.
+    def run(self, restore: Callable[[Tensor], Tensor], dense: Callable[[], Tensor]) -> Tensor:
+        """The result by the kernel that pays.
 
-    Args:
-        product: of matrices.
-        restore: from `(lanes, rows)` to what the layer gives.
-        dense: the same by the dense kernel.
-    """
-    refusal = operand_refusal(product.sparse, product.dense)
-    if refusal:
-        note(product.call, Choice("dense", refusal))
-        return dense()
-    sizes, device = product.sizes, product.dense.device
-    strides = product.sparse.stride(), product.dense.stride()
-    problem = "cusparselt", tuple(sizes), strides, str(product.dense.dtype), product.bias is None, str(device)
-    multiplications = sizes.rows * sizes.depth * sizes.lanes
+        Args:
+            restore: from the product's matrix to what the layer gives.
+            dense: the same by the dense kernel.
+        """
+        refusal = operand_refusal(self.sparse.matrix, self.dense)
+        if refusal:
+            note(self.call, Choice("dense", refusal))
+            return dense()
+        operand, sizes, device = self.sparse, self.sizes, self.dense.device
+        strides = operand.matrix.stride(), self.dense.stride()
+        work = operand.operator, operand.pattern, operand.mask is None, self.is_kept(), self.bias is None
+        problem = "cusparselt", sizes, strides, work, self.dense.dtype, device
+        multiplications = sizes.rows * sizes.depth * sizes.lanes
 
-    def sparse() -> Tensor | None:
-        result = sparse_product(product)
-        return None if result is None else restore(result)
+        def sparse() -> Tensor | None:
+            result = self.multiply()
+            return None if result is None else restore(result)
 
-    return run_best(product.call, problem, multiplications, lambda: None, sparse, dense)
+        return run_best(self.call, problem, multiplications, lambda: None, sparse, dense, device)
 
+    def multiply(self) -> Tensor | None:
+        """By the library; None where no algorithm of it is right."""
+        given, bias, device = self.sizes, self.bias, self.dense.device
+        sizes = padded(given)
+        if bias is not None and sizes.rows > given.rows:
+            bias = F.pad(bias, (0, sizes.rows - given.rows))
+        problem = Problem(*sizes, self.by_depth, self.by_rows, bias is not None, self.dense.dtype, device)
+        dense, operand = self._dense(sizes), self._compressed(sizes)
+        algorithm = best_algorithm(problem, operand, dense, bias, lambda: self._expected(dense, bias, sizes))
+        if algorithm is None:
+            return None
+        stream = stream_of(device)
+        result = kept_plan(problem, algorithm, stream).run(operand, dense, bias, stream)
+        if sizes == given:
+            return result
+        rows, lanes = given.rows, given.lanes
+        return (result[:rows, :lanes] if self.by_rows else result[:lanes, :rows]).contiguous()
 
-def sparse_product(product: Product) -> Tensor | None:
-    """`(lanes, rows)`; None where no algorithm of the library is right."""
-    sizes = padded(product.sizes)
-    # The library compresses what is laid out by rows.
-    sparse = _pad(product.sparse, sizes.rows, sizes.depth).contiguous()
-    dense = _pad(product.dense, sizes.lanes, sizes.depth).contiguous()
-    bias = None if product.bias is None else F.pad(product.bias, (0, sizes.rows - len(product.bias)))
-    compressed = compress(sparse)
-    algorithm = best_algorithm(compressed, dense, bias, lambda: F.linear(dense, sparse, bias))
-    if algorithm is None:
-        return None
-    lanes, rows = product.dense.shape[0], product.sparse.shape[0]
-    return multiply(compressed, dense, bias, algorithm)[:lanes, :rows].contiguous()
+    def _dense(self, sizes: Sizes) -> Tensor:
+        shape = (sizes.depth, sizes.lanes) if self.by_depth else (sizes.lanes, sizes.depth)
+        return _pad(self.dense, *shape).contiguous()
+
+    def _compressed(self, sizes: Sizes) -> Tensor:
+        operand, weight = self.sparse, self.weight
+        if weight is None or not self.is_kept():
+            return compressed(operand, sizes.rows, sizes.depth)
+        size = sizes.rows, sizes.depth
+        return _kept.get(weight, (operand.mask,), size, lambda: compressed(operand, *size))
+
+    def _expected(self, dense: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
+        lines = self.sparse.pruned().movedim(self.sparse.dim, 1)
+        rows = F.linear(dense.t() if self.by_depth else dense, _pad(lines, sizes.rows, sizes.depth), bias)
+        return rows.t() if self.by_rows else rows
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -5,14 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmcompile.backends.cusparselt.library import SONAME, library_loads, library_version
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import NMPattern
 
 OLDEST = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16)
-SPARSE_MULTIPLE = 16  # of both sizes of the sparse operand, for 16-bit elements
+SPARSE_MULTIPLE = 64  # of both sizes of the sparse operand: the library asks for 16, and orders indices in tiles of 64
 DENSE_MULTIPLE = 8  # of the free size of the dense operand
-KNOWN_BAD = {"0.8.0": "0.8.0 is slower than others on Hopper and L4; nvidia-cusparselt-cu13 0.8.1 and later are not"}
+KNOWN_BAD = {(0, 8, 0): "slower than others on Hopper and L4; nvidia-cusparselt-cu13 0.8.1 and later are not"}
+HOPPER = 9
+FLOAT16_ENDS = 0, 8, 0  # the latest version a float16 kernel of which ends the process on Hopper: illegal instruction
 
 
 class Sizes(NamedTuple):
@@ -29,11 +32,6 @@ def padded(sizes: Sizes) -> Sizes:
     return Sizes(*(-(-size // multiple) * multiple for size, multiple in zip(sizes, multiples, strict=True)))
 
 
-def version_text(number: int) -> str:
-    """`602` is 0.6.2: major * 10000 + minor * 100 + patch."""
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-
-
 def cusparselt_support() -> Support:
     """Whether the library can run on this machine, with its version; never raises."""
     if torch.version.hip is not None or not torch.cuda.is_available():
@@ -43,8 +41,11 @@ def cusparselt_support() -> Support:
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
         return Support(False, f"{torch.cuda.get_device_name()} has compute capability {capability}, below {OLDEST}")
-    version = version_text(torch.backends.cusparselt.version() or 0)
-    return Support(True, f"cuSPARSELt {KNOWN_BAD.get(version, version)}")
+    if not library_loads():
+        return Support(False, f"{SONAME}, which PyTorch is built for, cannot be loaded")
+    version = library_version()
+    text, known_bad = ".".join(map(str, version)), KNOWN_BAD.get(version)
+    return Support(True, f"cuSPARSELt {text}" + (f", {known_bad}" if known_bad else ""))
 
 
 def pattern_support(pattern: NMPattern) -> Support:
@@ -63,4 +64,14 @@ def operand_refusal(*operands: Tensor) -> str:
             return f"no sparse tensor cores for {x.dtype}; use autocast to float16 or bfloat16"
         if x.numel() == 0:
             return "an operand is empty"
+    if operands[0].dtype == torch.float16:
+        return float16_refusal(torch.cuda.get_device_capability(operands[0].device), library_version())
     return ""
+
+
+def float16_refusal(capability: tuple[int, int], version: tuple[int, int, int]) -> str:
+    """Why float16 is left alone; empty if it need not be."""
+    if capability[0] != HOPPER or version > FLOAT16_ENDS:
+        return ""
+    text = ".".join(map(str, version))
+    return f"a float16 kernel of cuSPARSELt {text} ends the process on Hopper; use bfloat16, or a later version"

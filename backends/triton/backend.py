@@ -1,10 +1,10 @@
-"""The Triton backend: pruning on CUDA devices; every GEMM stays with the backends that are asked next."""
+"""The Triton backend: masks and pruning on CUDA devices; every GEMM stays with the backends that are asked next."""
 
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from nmcompile.backends.triton.operators import triton_prune
+from nmcompile.backends.triton.operators import MASK_KERNEL, triton_prune
 from nmcompile.backends.triton.support import operator_support, triton_support
 from nmcompile.ir import operations as ops
 from nmcompile.ir.grouping import grouped
@@ -14,8 +14,9 @@ from nmcompile.pruning import NMPattern
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """Takes the prune nodes whose operator and pattern have a kernel. Other tensors than CUDA's, and float64, run as
-    the reference does.
+    """Takes the prune nodes whose operator and pattern have a kernel, and `transposable` masks of 2:4.
+
+    Other tensors than CUDA's, and float64, run as the reference does.
     """
 
     name: str = "triton"
@@ -24,6 +25,8 @@ class TritonBackend:
         return triton_support()
 
     def supports(self, node: fx.Node) -> Support:
+        if node.target is ops.apply_mask:
+            return mask_support(node)
         if node.target is not ops.prune:
             return Support(False, "no Triton kernel but those of pruning operators")
         operator, n_keep, block = node.args[1:4]
@@ -31,7 +34,23 @@ class TritonBackend:
         return operator_support(operator, NMPattern(n_keep, block))
 
     def lower(self, node: fx.Node) -> None:
-        ops.replace_node(node, prune, node.args)
+        if node.target is ops.apply_mask:
+            node.meta.update(mask_kernel(node))
+        else:
+            ops.replace_node(node, prune, node.args)
+
+
+def mask_support(node: fx.Node) -> Support:
+    """Whether there is a kernel for the mask that a node applies to a weight."""
+    row = node.meta.get("row")
+    if row is None or (row.operator, row.pattern) != ("transposable", NMPattern(2, 4)):
+        return Support(False, "no Triton kernel for masks but exact transposable ones of 2:4")
+    return Support(True)
+
+
+def mask_kernel(node: fx.Node) -> dict[str, str]:
+    """For the meta of what applies that mask: the kernel that computes it, outside the graph, when it is refreshed."""
+    return {"mask_kernel": MASK_KERNEL} if mask_support(node).ok and triton_support().ok else {}
 
 
 def prune(

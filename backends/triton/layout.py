@@ -1,6 +1,7 @@
-"""Where the blocks of a tensor lie in memory, with as few dims as its strides allow."""
+"""Where the blocks of a tensor lie in memory, with as few dims as its strides allow; and where packed blocks do."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,6 +27,20 @@ class BlockLayout:
     out_step: int
     axis: int
     length: int
+
+
+class Places(NamedTuple):
+    """An order of the indices of packed blocks, in which the byte of a block is at a sum of two numbers.
+
+    Args:
+        lines, blocks: integers, what each line and each block of a line adds.
+        partner: whose indices are the high half of a byte: 0 for those of the next block, else of the block in the line
+            that is as many lines further, a power of two up to 8.
+    """
+
+    lines: Tensor
+    blocks: Tensor
+    partner: int
 
 
 def block_layout(x: Tensor, out: Tensor, dim: int, block: int) -> BlockLayout:

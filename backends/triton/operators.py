@@ -3,12 +3,16 @@
 Kernels are imported when the first of them runs: importing Triton takes a second, and may fail.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from nmcompile.backends.triton.support import operator_support, tensor_runs
 from nmcompile.pruning import OPERATORS, NMPattern, check, transposable_mask
 from nmcompile.pruning.packed import pack, two_of_four
+
+MASK_KERNEL = "nmcompile::triton_transposable_mask"
 
 
 @torch.library.custom_op("nmcompile::triton_prune", mutates_args=())
@@ -107,10 +111,37 @@ def _(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_tiles(w)
 
 
+@torch.library.custom_op(MASK_KERNEL, mutates_args=())
+def _transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
+    """`transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
+
+    Returns:
+        bool of the shape of `w`, with the strides of `torch.empty_like(w)`.
+    """
+    mask = torch.empty_like(w, dtype=torch.bool, requires_grad=False)
+    if not tensor_runs(w):
+        return mask.copy_(transposable_mask(w, "2:4", dims=(out_dim, in_dim)))
+    from nmcompile.backends.triton.kernels.tiles import prune_tiles
+
+    # The kernel takes matrices: one for each kernel position of a convolution.
+    matrices, masks = (x.movedim((out_dim, in_dim), (-2, -1)) for x in (_plain(w), mask))
+    for position in product(*map(range, matrices.shape[:-2])):
+        matrix = torch.empty(matrices.shape[-2:], dtype=torch.bool, device=w.device)
+        prune_tiles(matrices[position], mask=matrix)
+        masks[position].copy_(matrix)
+    return mask
+
+
+@_transposable_mask.register_fake
+def _(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
+    return torch.empty_like(w, dtype=torch.bool)
+
+
 triton_prune = torch.ops.nmcompile.triton_prune.default
 triton_prune_lines = torch.ops.nmcompile.triton_prune_lines.default
 triton_pack_lines = torch.ops.nmcompile.triton_pack_lines.default
 triton_prune_tiles = torch.ops.nmcompile.triton_prune_tiles.default
+triton_transposable_mask = torch.ops.nmcompile.triton_transposable_mask.default
 
 
 def _kernel_takes(x: Tensor, operator: str, pattern: NMPattern, key: Tensor | None) -> bool:

@@ -11,6 +11,8 @@ from nmcompile.pruning import NMPattern
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 PATTERNS = {"greedy": None, "greedy_by_value": None, "mvue": None, "mvue_approx": "2:4"}
 """The operators that have kernels, each with its one pattern; `None` is any N:M with M <= MAX_BLOCK."""
+KEEP = "keep"
+"""What packing kernels take for an operator where the operand is pruned already."""
 MAX_BLOCK = 8  # code grows with the square of M: a block is unrolled
 OLDEST = (8, 0)
 DEVICE = "cuda"

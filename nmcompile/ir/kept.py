@@ -1,7 +1,7 @@
-"""What is derived from a weight on the CPU, kept between calls while a layer runs without gradients.
+"""What is derived from a weight, kept between calls while a layer runs without gradients.
 
 It is derived again once the weight was written. The version counter shows most writes; those through `.data` it does
-not, so a sample of the elements is compared too.
+not, so on the CPU a sample of the elements is compared too. On a GPU every call would have to wait for that.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,6 +16,7 @@ from nmcompile.ir.at_rest import are_weights_at_rest
 
 SAMPLES = 64
 PLAIN = Tensor, nn.Parameter
+DEVICES = "cpu", "cuda"
 Value = TypeVar("Value")
 
 
@@ -29,7 +30,7 @@ class _Seen(NamedTuple):
 
     def is_of(self, x: Tensor) -> bool:
         same = (self.address, self.version, self.strides) == (x.data_ptr(), x._version, x.stride())
-        return same and torch.equal(self.sample, _sample(x))
+        return same and (x.is_cuda or torch.equal(self.sample, _sample(x)))
 
 
 class _Entry(NamedTuple):
@@ -77,10 +78,10 @@ class Kept(Generic[Value]):
 
 
 def can_keep(*sources: Tensor | None) -> bool:
-    """Whether weights are at rest, and these are plain tensors on the CPU whose writes can be noticed."""
+    """Whether weights are at rest, and these are plain tensors whose writes can be noticed."""
     if torch.compiler.is_compiling() or not are_weights_at_rest():
         return False
-    return all(x is None or (type(x) in PLAIN and x.device.type == "cpu" and not x.is_inference()) for x in sources)
+    return all(x is None or (type(x) in PLAIN and x.device.type in DEVICES and not x.is_inference()) for x in sources)
 
 
 def _is_same(seen: _Seen | None, x: Tensor | None) -> bool:

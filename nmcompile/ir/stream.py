@@ -5,14 +5,17 @@ resumed run and a run with other layers frozen draw the same. Global generators 
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LAYERS = 4096  # whose first keys are remembered
+
 
 class DrawStream:
-    """Yields Philox keys. `draw` (0-d int64, on the CPU) is the only state."""
+    """Yields Philox keys. `draw` (0-d int64, where keys were last asked for) is the only state."""
 
     def __init__(self, seed: int, layer: str) -> None:
         # torch.initial_seed() is unsigned (any 64 bits in a process that was not seeded); operators take int64.
@@ -20,8 +23,14 @@ class DrawStream:
         self.layer = layer
         self.draw = torch.zeros((), dtype=torch.int64)
 
-    def next_keys(self) -> Tensor:
-        """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
+    def next_keys(self, device: torch.device | str = "cpu") -> Tensor:
+        """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM.
+
+        They are made on the device where they are wanted, so that nothing has to wait for a copy.
+        """
+        device = torch.device(device)
+        if self.draw.device != device:
+            self.draw = self.draw.to(device)
         keys: Tensor = next_keys(self.draw, self.seed, self.layer)
         return keys
 
@@ -30,8 +39,7 @@ class DrawStream:
 def next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
     """Keys for the current draw; advances it. A custom operator, so that a compiled step draws anew each time."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    bases = [_base(seed, layer, rank, phase) for phase in ("backward", "update")]
-    keys = torch.tensor(bases, dtype=torch.int64) + draw
+    keys = _bases(seed, layer, rank, draw.device) + draw
     draw.add_(1)
     return keys
 
@@ -39,6 +47,12 @@ def next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
 @next_keys.register_fake
 def _(draw: Tensor, seed: int, layer: str) -> Tensor:
     return draw.new_empty(2)
+
+
+@lru_cache(LAYERS)
+def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([_base(seed, layer, rank, phase) for phase in ("backward", "update")], device=device)
 
 
 def _base(seed: int, layer: str, rank: int, phase: str) -> int:

@@ -145,7 +145,7 @@ class _ThreeGemmFunction(torch.autograd.Function):
         values = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | {"grad_output": grad_output}
         if triple.mask is not None and not torch.compiler.is_compiling():
             triple.mask.note_backward()
-        backward_key, update_key = _keys(triple)
+        backward_key, update_key = _keys(triple, grad_output.device)
         grad_input = grad_weight = grad_bias = None
         grad_steps: list[Tensor | None] = []
         if _needs_backward(ctx):
@@ -168,10 +168,10 @@ def _rows(x: Tensor | None, rows: slice) -> Any:
     return x if x is None or x.dim() == 0 else x[rows]
 
 
-def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:
+def _keys(triple: GemmTriple, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     if not (triple.asks(Phase.BACKWARD, "key") or triple.asks(Phase.UPDATE, "key")):
         return None, None
-    keys = triple.stream.next_keys()
+    keys = triple.stream.next_keys(device)
     return keys[0], keys[1]
 
 

@@ -33,7 +33,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """How long each kernel takes, for the test to set."""
     times = {"dense": 1.0, "sparse": 1.0}
 
-    def seconds(run: Callable[[], object]) -> float:
+    def seconds(run: Callable[[], object], device: torch.device | None) -> float:
         return times["sparse" if run() is SPARSE else "dense"]
 
     monkeypatch.setattr(choices, "seconds", seconds)

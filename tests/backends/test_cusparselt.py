@@ -4,6 +4,7 @@ What only a GPU shows (that the library is right, and faster) is in the tests ma
 """
 
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import torch
@@ -13,19 +14,30 @@ from torch.nn import functional as F
 import nmcompile
 from nmcompile import CompileConfig, NMPattern, Phase
 from nmcompile.backends import choices
-from nmcompile.backends.cusparselt import CusparseltBackend, library, product, support
-from nmcompile.backends.cusparselt.library import Algorithm, best_algorithm, forget_algorithms
+from nmcompile.backends.cusparselt import CusparseltBackend, algorithms, operand, product, support
+from nmcompile.backends.cusparselt.algorithms import best_algorithm, forget_algorithms
+from nmcompile.backends.cusparselt.library import Algorithm, Problem
+from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.operators import (
     linear_forward,
     linear_input_gradient,
+    linear_weight_gradient,
     pointwise_forward,
     pointwise_input_gradient,
 )
-from nmcompile.backends.cusparselt.product import Product, run_product, sparse_product
-from nmcompile.backends.cusparselt.support import Sizes, cusparselt_support, padded, pattern_support, version_text
-from nmcompile.errors import BackendUnavailable
+from nmcompile.backends.cusparselt.product import Product
+from nmcompile.backends.cusparselt.support import (
+    Sizes,
+    cusparselt_support,
+    float16_refusal,
+    padded,
+    pattern_support,
+)
+from nmcompile.backends.triton.support import KEEP
+from nmcompile.errors import BackendUnavailable, LibraryError
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.protocols import Support
+from nmcompile.pruning import OPERATORS
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not cusparselt_support().ok, reason=cusparselt_support().reason)]
 RIGHT = Algorithm(3, 2)
@@ -34,9 +46,9 @@ RIGHT = Algorithm(3, 2)
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        (Sizes(16, 16, 8), Sizes(16, 16, 8)),
-        (Sizes(1, 1, 1), Sizes(16, 16, 8)),
-        (Sizes(17, 36, 9), Sizes(32, 48, 16)),
+        (Sizes(64, 64, 8), Sizes(64, 64, 8)),
+        (Sizes(1, 1, 1), Sizes(64, 64, 8)),
+        (Sizes(65, 36, 9), Sizes(128, 64, 16)),
         (Sizes(4096, 1024, 13008), Sizes(4096, 1024, 13008)),
     ],
 )
@@ -44,18 +56,20 @@ def test_padding(sizes: Sizes, expected: Sizes) -> None:
     assert padded(sizes) == expected
 
 
-@pytest.mark.parametrize(("number", "text"), [(400, "0.4.0"), (602, "0.6.2"), (800, "0.8.0"), (10203, "1.2.3")])
-def test_versions(number: int, text: str) -> None:
-    assert version_text(number) == text
-
-
-@pytest.mark.parametrize(("number", "words"), [(800, "slower than others on Hopper"), (801, "cuSPARSELt 0.8.1")])
-def test_the_version_is_told_and_a_bad_one_is_named(number: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "words"), [((0, 8, 0), "0.8.0, slower than others on Hopper"), ((0, 10, 1), "cuSPARSELt 0.10.1")]
+)
+def test_the_version_is_told_and_a_bad_one_is_named(
+    version: tuple[int, int, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: number)
+    monkeypatch.setattr(support, "library_version", lambda: version)
+    monkeypatch.setattr(support, "library_loads", lambda: True)
     assert CusparseltBackend().available().ok and words in CusparseltBackend().available().reason
+    monkeypatch.setattr(support, "library_loads", lambda: False)
+    assert "libcusparseLt.so.0" in cusparselt_support().reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old one")
     assert "capability (7, 5)" in cusparselt_support().reason
@@ -77,33 +91,60 @@ def test_without_the_library_a_request_for_it_says_why() -> None:
         nmcompile.compile(nn.Linear(8, 8), backend="cusparselt")
 
 
+@pytest.mark.parametrize(
+    ("capability", "version", "refused"),
+    [((9, 0), (0, 8, 0), True), ((9, 0), (0, 8, 1), False), ((8, 0), (0, 8, 0), False)],
+)
+def test_a_kernel_that_ends_the_process_is_left_alone(
+    capability: tuple[int, int], version: tuple[int, int, int], refused: bool
+) -> None:
+    assert ("ends the process" in float16_refusal(capability, version)) is refused
+
+
+class StandIn:
+    """A plan of a library that takes CPU tensors, checks what it is given, and has one right algorithm."""
+
+    made: list[Problem]
+
+    def __init__(self, problem: Problem, algorithm: Algorithm) -> None:
+        if algorithm.id > 3:
+            raise LibraryError("no such algorithm")
+        self.made.append(problem)
+        self.problem, self.algorithm = problem, algorithm
+
+    def run(self, compressed: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor:
+        rows, depth, lanes, by_depth, by_rows, has_bias, *_ = self.problem
+        assert Sizes(rows, depth, lanes) == padded(Sizes(rows, depth, lanes))
+        assert compressed.shape == (rows, depth) and dense.shape == ((depth, lanes) if by_depth else (lanes, depth))
+        assert dense.is_contiguous() and has_bias is (bias is not None)
+        result = F.linear(dense.t() if by_depth else dense, compressed, bias)
+        result = result.t().contiguous() if by_rows else result
+        return result if self.algorithm == RIGHT else result * (1.5 if self.algorithm.id % 2 else torch.nan)
+
+
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Sizes]]:
-    """A library that takes CPU tensors, checks what it is given, and has one right algorithm among wrong ones."""
-    calls: list[Sizes] = []
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
+    """The problems that plans were made for."""
 
     def compress(matrix: Tensor) -> Tensor:
         assert matrix.is_contiguous()
         assert int((matrix != 0).unflatten(1, (-1, 4)).sum(-1).max()) <= 2
-        return matrix
+        return matrix.clone()
 
-    def multiply(compressed: Tensor, dense: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
-        calls.append(Sizes(compressed.shape[0], compressed.shape[1], dense.shape[0]))
-        assert calls[-1] == padded(calls[-1]) and dense.is_contiguous()
-        if algorithm.id > 5:
-            raise RuntimeError("no such algorithm")
-        result = F.linear(dense, compressed, bias)
-        return result if algorithm == RIGHT else result * (1.5 if algorithm.id % 2 else torch.nan)
-
-    monkeypatch.setattr(product, "compress", compress)
-    for module in (product, library):
-        monkeypatch.setattr(module, "multiply", multiply)
+    made: list[Problem] = []
+    monkeypatch.setattr(StandIn, "made", made, raising=False)
+    monkeypatch.setattr(operand, "compress", compress)
+    monkeypatch.setattr(algorithms, "Plan", StandIn)
+    monkeypatch.setattr(algorithms, "algorithm_count", lambda _: 6)
+    monkeypatch.setattr(product, "kept_plan", lambda problem, algorithm, _: StandIn(problem, algorithm))
+    for module in (product, algorithms):
+        monkeypatch.setattr(module, "stream_of", lambda _: 0)
     monkeypatch.setattr(product, "operand_refusal", lambda *_: "")
     monkeypatch.setattr(support, "cusparselt_support", lambda: Support(True))
     monkeypatch.setattr(CusparseltBackend, "available", lambda _: Support(True))
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
     forget_algorithms()
-    yield calls
+    yield made
     forget_algorithms()
 
 
@@ -113,51 +154,90 @@ def pruned(*shape: int, dim: int = 1) -> Tensor:
     return torch.where(places % 4 < 2, torch.randn(*shape), 0.0)
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("sizes", [Sizes(16, 16, 8), Sizes(20, 8, 3), Sizes(64, 100, 17), Sizes(4, 4, 1)])
-def test_products_are_padded_and_cut(sizes: Sizes, has_bias: bool, stand_in: list[Sizes]) -> None:
-    sparse, dense = pruned(sizes.rows, sizes.depth), torch.randn(sizes.lanes, sizes.depth)
-    bias = torch.randn(sizes.rows) if has_bias else None
-    result = sparse_product(Product("call", sparse, dense, bias))
+@pytest.mark.parametrize("by_depth", [True, False])
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("sizes", [Sizes(64, 64, 8), Sizes(20, 8, 3), Sizes(64, 100, 17), Sizes(4, 4, 1)])
+def test_products_are_padded_and_cut(
+    sizes: Sizes, dim: int, by_rows: bool, by_depth: bool, stand_in: list[Problem]
+) -> None:
+    shape = (sizes.rows, sizes.depth) if dim == 1 else (sizes.depth, sizes.rows)
+    sparse, dense = pruned(*shape, dim=dim), torch.randn(sizes.lanes, sizes.depth)
+    bias = torch.randn(sizes.rows)
+    given = dense.t().contiguous() if by_depth else dense
+    result = Product("call", Operand(sparse, dim), given, bias, by_depth, by_rows).multiply()
     assert result is not None and result.is_contiguous()
-    torch.testing.assert_close(result, F.linear(dense, sparse, bias))
-    assert set(stand_in) == {padded(sizes)}
+    expected = F.linear(dense, sparse.t() if dim == 0 else sparse, bias)
+    torch.testing.assert_close(result, expected.t() if by_rows else expected)
+    assert {Sizes(*problem[:3]) for problem in stand_in} == {padded(sizes)}
 
 
-def test_a_wrong_algorithm_is_never_taken(stand_in: list[Sizes]) -> None:
-    sparse, dense = pruned(16, 16), torch.randn(8, 16)
+def test_an_operand_is_masked_and_pruned(stand_in: list[Problem]) -> None:
+    matrix, mask, key = torch.randn(16, 12), torch.rand(16, 12) < 0.5, torch.tensor(7)
+    masked = Operand(matrix, 0, mask, "mvue", NMPattern(1, 2), key).pruned()
+    assert torch.equal(masked, OPERATORS["mvue"].prune(torch.where(mask, matrix, 0.0), "1:2", 0, key))
+    assert torch.equal(Operand(matrix, 0, mask).pruned(), matrix * mask)
+
+
+PROBLEM = Problem(64, 64, 8, False, False, False, torch.float32, torch.device("cpu"))
+
+
+def test_a_wrong_algorithm_is_never_taken(stand_in: list[Problem]) -> None:
+    sparse, dense = pruned(64, 64), torch.randn(8, 64)
 
     def exact() -> Tensor:
         return dense @ sparse.t()
 
-    assert best_algorithm(sparse, dense, None, exact) == RIGHT
+    assert best_algorithm(PROBLEM, sparse, dense, None, exact) == RIGHT
     before = len(stand_in)
-    assert best_algorithm(sparse, dense, None, exact) == RIGHT
+    assert best_algorithm(PROBLEM, sparse, dense, None, exact) == RIGHT
     assert len(stand_in) == before, "searched again"
 
 
-def test_the_search_heeds_determinism_and_capture(stand_in: list[Sizes], monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse, dense = pruned(16, 16), torch.randn(8, 16)
-    monkeypatch.setattr(library, "_time", lambda run: pytest.fail("a clock decides"))
+def test_the_search_heeds_determinism_and_capture(stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse, dense = pruned(64, 64), torch.randn(8, 64)
+    monkeypatch.setattr(algorithms, "_time", lambda *_: pytest.fail("a clock decides"))
     torch.use_deterministic_algorithms(True)
     try:
-        assert best_algorithm(sparse, dense, None, lambda: dense @ sparse.t()) == RIGHT
+        assert best_algorithm(PROBLEM, sparse, dense, None, lambda: dense @ sparse.t()) == RIGHT
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert best_algorithm(sparse, dense, None, lambda: pytest.fail("searched")) is None
+    assert best_algorithm(PROBLEM, sparse, dense, None, lambda: pytest.fail("searched")) is None
 
 
 def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(
-    stand_in: list[Sizes], monkeypatch: pytest.MonkeyPatch
+    stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "_right_algorithms", lambda *_: iter(()))
-    product_ = Product("wrong", pruned(16, 16), torch.randn(8, 16))
-    dense = product_.dense @ product_.sparse.t()
-    assert run_product(product_, lambda rows: rows, lambda: dense) is dense
+    monkeypatch.setattr(algorithms, "_right_algorithms", lambda *_: iter(()))
+    product_ = Product("wrong", Operand(pruned(64, 64), 1), torch.randn(8, 64))
+    dense = torch.ones(3)
+    assert product_.run(lambda rows: rows, lambda: dense) is dense
     choice = choices.latest("wrong")
     assert choice is not None and choice.kernel == "dense"
+
+
+def test_a_weight_at_rest_is_compressed_once(stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, compress = count(), operand.compress
+
+    def counted(matrix: Tensor) -> Tensor:
+        next(calls)
+        return compress(matrix)
+
+    monkeypatch.setattr(operand, "compress", counted)
+    layer, x = nn.Linear(64, 64), torch.randn(8, 64)
+    compiled = nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"), backend="cusparselt")
+    with torch.no_grad():
+        results = [compiled(x) for _ in range(3)]
+        assert next(calls) == 1
+        layer.weight.mul_(2.0)
+        doubled = compiled(x)
+    assert next(calls) == 3
+    assert torch.equal(results[0], results[2])
+    torch.testing.assert_close(doubled - layer.bias, 2 * (results[0] - layer.bias))
+    compiled(x), compiled(x)
+    assert next(calls) == 6, "a weight that is trained changes"
 
 
 def layers() -> list[tuple[nn.Module, Tensor]]:
@@ -170,13 +250,14 @@ def layers() -> list[tuple[nn.Module, Tensor]]:
     ]
 
 
+@pytest.mark.parametrize("mode", ["t-weights", "training"])
 @pytest.mark.parametrize("index", range(5))
-def test_a_layer_trains_as_with_the_reference_backend(index: int, stand_in: list[Sizes]) -> None:
-    torch.manual_seed(0)
+def test_a_layer_trains_as_with_the_reference_backend(index: int, mode: str, stand_in: list[Problem]) -> None:
     layer, x = layers()[index]
     results: list[list[Tensor]] = []
     for backend in ("cusparselt", "reference"):
-        compiled = nmcompile.compile(layer, "t-weights", config=CompileConfig(ends="sparse"), backend=backend)
+        torch.manual_seed(0)
+        compiled = nmcompile.compile(layer, mode, config=CompileConfig(ends="sparse"), backend=backend)
         leaf = x.detach().requires_grad_()
         y = compiled(leaf)
         gradients = torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])
@@ -184,7 +265,8 @@ def test_a_layer_trains_as_with_the_reference_backend(index: int, stand_in: list
         if backend == "cusparselt":
             kernels = nmcompile.inspect(compiled).layer("").kernels
             assert "gemm: cusparselt" in kernels[Phase.FORWARD] and "gemm: cusparselt" in kernels[Phase.BACKWARD]
-            assert "gemm: reference" in kernels[Phase.UPDATE]
+            is_sparse = mode == "training" and isinstance(layer, nn.Linear)
+            assert f"gemm: {'cusparselt' if is_sparse else 'reference'}" in kernels[Phase.UPDATE]
     assert stand_in, "the library was not called"
     for ours, theirs in zip(*results, strict=True):
         assert ours.stride() == theirs.stride()
@@ -199,7 +281,7 @@ def test_a_layer_trains_as_with_the_reference_backend(index: int, stand_in: list
         (nn.Linear(8, 8), "gradients", "not pruned"),
     ],
 )
-def test_refusals(layer: nn.Module, mode: str, words: str, stand_in: list[Sizes]) -> None:
+def test_refusals(layer: nn.Module, mode: str, words: str, stand_in: list[Problem]) -> None:
     compiled = nmcompile.compile(layer, mode, config=CompileConfig(ends="sparse"), backend="cusparselt")
     graph = nmcompile.inspect(compiled).layer("").graphs[Phase.FORWARD]
     refusals = [node.meta["refusals"]["cusparselt"] for node in graph.graph.nodes if node.meta.get("refusals")]
@@ -210,7 +292,7 @@ def test_other_devices_and_dtypes_run_dense_and_say_so() -> None:
     assert "on cpu" in support.operand_refusal(torch.ones(2, dtype=torch.float16))
     meta = torch.ones(2, device="meta")
     x, w = torch.randn(4, 8), pruned(8, 8)
-    assert torch.equal(linear_forward(x, w, None, False, "on cpu"), F.linear(x, w))
+    assert torch.equal(linear_forward(x, w, None, None, False, "on cpu"), F.linear(x, w))
     assert "meta" in support.operand_refusal(meta)
     choice = choices.latest("on cpu")
     assert choice is not None and choice.kernel == "dense" and "not on cuda" in choice.reason
@@ -220,27 +302,118 @@ CHECKS = "test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_fakes_and_schemas(layout: torch.memory_format, stand_in: list[Sizes]) -> None:
+def test_fakes_and_schemas(layout: torch.memory_format, stand_in: list[Problem]) -> None:
     x, w, b, dy = torch.randn(3, 5, 8), pruned(12, 8), torch.randn(12), torch.randn(3, 5, 12)
+    key = torch.tensor(3)
     for transposed in (False, True):
         weight = w.t().contiguous() if transposed else w
-        torch.library.opcheck(linear_forward, (x, weight, b, transposed, "a"), test_utils=CHECKS)
+        torch.library.opcheck(linear_forward, (x, weight, None, b, transposed, "a"), test_utils=CHECKS)
         other = pruned(12, 8, dim=0).t().contiguous() if transposed else pruned(12, 8, dim=0)
-        torch.library.opcheck(linear_input_gradient, (dy, other, transposed, "b"), test_utils=CHECKS)
+        torch.library.opcheck(linear_input_gradient, (dy, other, other != 0, transposed, "b"), test_utils=CHECKS)
+        rule = "mvue", 2, 4, "auto", key
+        torch.library.opcheck(linear_weight_gradient, (dy, x, *rule, transposed, "c"), test_utils=CHECKS)
     x, dy = (torch.randn(2, c, 3, 4).contiguous(memory_format=layout) for c in (8, 12))
-    torch.library.opcheck(pointwise_forward, (x, pruned(12, 8, 1, 1), b, "c"), test_utils=CHECKS)
+    torch.library.opcheck(pointwise_forward, (x, pruned(12, 8, 1, 1), None, b, "d"), test_utils=CHECKS)
     weight = pruned(12, 8, 1, 1, dim=0)
-    torch.library.opcheck(pointwise_input_gradient, (dy, weight, x, "d"), test_utils=CHECKS)
+    torch.library.opcheck(pointwise_input_gradient, (dy, weight, weight != 0, x, "e"), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("axis", ["auto", "flat", "batch"])
+def test_updates_prune_as_the_reference_does(axis: str, transposed: bool, stand_in: list[Problem]) -> None:
+    dy, x, key = torch.randn(4, 6, 12), torch.randn(4, 6, 8), torch.tensor(5)
+    dim_0 = dy if axis == "batch" else dy.flatten(0, 1)
+    zeros = OPERATORS["mvue"].prune(dim_0, "2:4", 0, key).view(24, 12)
+    expected = zeros.t() @ x.flatten(0, 1)
+    expected = expected.t() if transposed else expected
+    torch.testing.assert_close(linear_weight_gradient(dy, x, "mvue", 2, 4, axis, key, transposed, "u"), expected)
+    given = zeros.view_as(dy) if axis != "batch" else dy
+    if axis != "batch":
+        result = linear_weight_gradient(given, x, KEEP, 2, 4, axis, None, transposed, "u")
+        torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("by_depth", [False, True])
 @pytest.mark.parametrize("sizes", [Sizes(128, 64, 32), Sizes(20, 40, 3), Sizes(1024, 4096, 2048)])
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
-def test_the_library_multiplies(sizes: Sizes, dtype: torch.dtype, device: str) -> None:
-    sparse = pruned(sizes.rows, sizes.depth).to(device, dtype)
+def test_the_library_multiplies(sizes: Sizes, by_depth: bool, dim: int, dtype: torch.dtype, device: str) -> None:
+    shape = (sizes.rows, sizes.depth) if dim == 1 else (sizes.depth, sizes.rows)
+    matrix = torch.randn(shape, device=device, dtype=dtype)
+    if refusal := support.operand_refusal(matrix):
+        pytest.skip(refusal)
+    mask = OPERATORS["greedy"].prune(matrix, "2:4", dim, None) != 0
     dense = torch.randn(sizes.lanes, sizes.depth, device=device, dtype=dtype)
     bias = torch.randn(sizes.rows, device=device, dtype=dtype)
-    result = sparse_product(Product("gpu", sparse, dense, bias))
-    exact = F.linear(dense.double(), sparse.double(), bias.double())
+    given = dense.t().contiguous() if by_depth else dense
+    result = Product("gpu", Operand(matrix, dim, mask), given, bias, by_depth).multiply()
+    lines = torch.where(mask, matrix, 0.0).movedim(dim, 1)
+    exact = F.linear(dense.double(), lines.double(), bias.double())
     assert result is not None
     assert float((result.double() - exact).norm() / exact.norm()) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(64, 64), (128, 192), (1024, 4096)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_our_kernel_compresses_as_the_library_does(size: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    assert operand.checked_layout(*size, dtype, torch.device(device, 0)) is not None
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The sparse kernels run, however long they take."""
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("layer", [pytest.param(nn.Linear(256, 512), marks=gpu)])
+def test_a_layer_trains_on_the_gpu_as_with_the_reference_backend(
+    layer: nn.Linear, is_compiled: bool, on_gpu: torch.device
+) -> None:
+    layer = layer.to(on_gpu, torch.bfloat16)
+    x = torch.randn(4, 96, 256, device=on_gpu, dtype=torch.bfloat16)
+    gradient = torch.randn(4, 96, 512, device=on_gpu, dtype=torch.bfloat16)
+    results: list[list[Tensor]] = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        compiled = nmcompile.compile(layer, "training", config=CompileConfig(ends="sparse"), backend=backend)
+        run = torch.compile(compiled, fullgraph=True) if is_compiled else compiled
+        leaf = x.detach().requires_grad_()
+        y = run(leaf)
+        results.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], gradient)])
+        kernels = nmcompile.inspect(compiled).layer("").kernels
+        assert backend == "reference" or all("cusparselt" in found for found in kernels.values())
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 2**-8
+
+
+@pytest.mark.parametrize("layer", [pytest.param(nn.Linear(256, 512), marks=gpu)])
+def test_a_layer_at_rest_is_captured_in_a_graph(layer: nn.Linear, on_gpu: torch.device) -> None:
+    layer = layer.to(on_gpu, torch.bfloat16)
+    compiled = nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"))
+    x = torch.randn(64, 256, device=on_gpu, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = compiled(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(y, compiled(x))
+
+
+@pytest.mark.parametrize("layer", [pytest.param(nn.Linear(256, 512), marks=gpu)])
+def test_a_step_never_waits_for_the_gpu(layer: nn.Linear, on_gpu: torch.device) -> None:
+    layer = layer.to(on_gpu, torch.bfloat16)
+    compiled = nmcompile.compile(layer, "training", config=CompileConfig(ends="sparse"))
+    x = torch.randn(384, 256, device=on_gpu, dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(384, 512, device=on_gpu, dtype=torch.bfloat16)
+    compiled(x).backward(gradient)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compiled(x).backward(gradient)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

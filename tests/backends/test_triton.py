@@ -127,6 +127,25 @@ def test_lines_equal_the_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties", "sparse"])
+def test_mvue_of_many_pairs_equals_the_reference(kind: str, dtype: torch.dtype, device: str) -> None:
+    """Most tiles hold ordinary blocks alone (see `two_of_four`), the first one others too."""
+    x, key = values((64, 256), kind, dtype, seed=11), torch.tensor(12)
+    x[:8, :16] *= torch.finfo(dtype).smallest_normal
+    x[8:16, :16] *= torch.inf
+    for dim in (0, 1):
+        expected = reference(x, "mvue", "2:4", dim, key)
+        out = torch.full_like(x, 7.0, device=device)
+        assert_same_bits(prune_blocks(x.to(device), "mvue", NMPattern(2, 4), dim, key, out), expected)
+        wanted = packed_lines(expected.movedim(dim, 1).contiguous())
+        buffers = [torch.full_like(buffer, 7, device=device) for buffer in wanted]
+        packed, positions = pack_lines(x.to(device), "mvue", dim, key, buffers[0], buffers[1])
+        assert_same_bits(packed, wanted[0])
+        assert positions.cpu().equal(wanted[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pattern", ["1:2", "4:8"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_lines_of_other_patterns_equal_the_reference(pattern: str, dim: int, device: str) -> None:

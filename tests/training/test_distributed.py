@@ -96,7 +96,7 @@ def frozen_masks(rank: int) -> tuple[dict[str, Tensor], ...]:
 
 def decided(rank: int) -> dict[str, Tensor]:
     """What `where="pays"` decides where the first rank would prune everything and the second nothing."""
-    with mock.patch.object(profitability, "_typical_times", lambda steps: {p: len(p) * (rank - 0.5) for p in steps}):
+    with mock.patch.object(profitability, "_typical_times", lambda steps, _: {p: len(p) * (rank - 0.5) for p in steps}):
         torch.manual_seed(0)
         config = CompileConfig(where="pays", ends="sparse")
         return nmcompile.sparse_state_dict(nmcompile.compile(block(), args=(data(0, 0),), config=config))

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
-from nmcompile.backends.triton.kernels.operators import select, zero_where_pruned
+from nmcompile.backends.triton.kernels.operators import prune
 from nmcompile.backends.triton.kernels.philox import uniforms
 from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
 from nmcompile.backends.triton.layout import BlockLayout, block_layout
@@ -105,8 +105,8 @@ def prune_blocks_kernel(
     u = ()
     if DRAWS > 0:
         u = uniforms(first * DRAWS // 4 + tl.arange(0, B * DRAWS // 4), tl.load(key), DRAWS)
-    kept, values = select(bits, u, OPERATOR, N, DTYPE)
-    store_blocks(out, start_out, left, out_step, kept, values, AXIS >= 0, OUT_TILES, M)
+    pruned = prune(bits, u, OPERATOR, N, DTYPE)
+    store_blocks(out, start_out, left, out_step, pruned, AXIS >= 0, OUT_TILES, M)
 
 
 @triton.jit
@@ -150,9 +150,8 @@ def load_blocks(x, start, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr
 
 
 @triton.jit
-def store_blocks(out, start, left, step, kept, values, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
-    """The values where kept, zeros elsewhere."""
-    pruned = zero_where_pruned(kept, values)
+def store_blocks(out, start, left, step, pruned, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
+    """Write the M elements of blocks, those that there are."""
     if TILES:
         tl.store(out + tile_offsets(start, M), join_blocks(pruned, M), mask=tile_mask(left, PARTIAL, M))
     else:

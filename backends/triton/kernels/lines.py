@@ -10,13 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
-from nmcompile.backends.triton.kernels.operators import select, zero_where_pruned
-from nmcompile.backends.triton.kernels.packing import pack_pairs
+from nmcompile.backends.triton.kernels.operators import prune, prune_and_pack
 from nmcompile.backends.triton.kernels.philox import uniforms, uniforms_one_by_one
 from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
+from nmcompile.backends.triton.layout import Places
+from nmcompile.backends.triton.support import KEEP
 from nmcompile.pruning import NMPattern
 
-TILE = (16, 32)  # blocks of a program: across the consecutive blocks, and along them
+TILE = (16, 64)  # blocks of a program: across the consecutive blocks, and along them
+REGISTERS = 128  # of a thread, so that four programs run at a time
 
 
 def prune_lines(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor) -> Tensor:
@@ -36,17 +38,27 @@ def prune_lines(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Ten
 
 
 def pack_lines(
-    x: Tensor, operator: str, dim: int, key: Tensor | None, values: Tensor, positions: Tensor
+    x: Tensor,
+    operator: str,
+    dim: int,
+    key: Tensor | None,
+    values: Tensor,
+    positions: Tensor,
+    places: Places | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write the matrix `x` pruned 2:4 along `dim` in packed form (see `nmcompile.pruning.packed`).
 
     Args:
-        x: `(r, c)` as for `prune_lines`; the size along `dim`, called length below, is a multiple of 8.
-        operator, dim, key: as for `prune_lines`.
-        values: contiguous `(lines, length / 2)`, the dtype of `x`.
-        positions: contiguous `(lines, length / 8)` uint8.
+        x: `(r, c)` as for `prune_lines`, but of any size; what is missing to the sizes of `values` counts as zeros.
+        operator: also `KEEP`, for what keeps two of four already.
+        dim, key: as for `prune_lines`.
+        values: contiguous `(lines, length / 2)`, the dtype of `x`; `length` is a multiple of 8.
+        positions: contiguous uint8, `(lines, length / 8)`, or what `places` point into.
+        places: where the positions of each block lie, if not in rows.
+        mask: bool of the shape of `x`, any strides; what it does not keep counts as zeros.
     """
-    _launch(x, operator, NMPattern(2, 4), dim, key, values, positions)
+    _launch(x, operator, NMPattern(2, 4), dim, key, values, positions, places, mask)
     return values, positions
 
 
@@ -58,30 +70,44 @@ def _launch(
     key: Tensor | None,
     values: Tensor,
     positions: Tensor | None,
+    places: Places | None = None,
+    mask: Tensor | None = None,
 ) -> None:
-    rows, columns = (size // (pattern.block if index == dim else 1) for index, size in enumerate(x.shape))
-    grid = triton.cdiv(columns, TILE[1]), triton.cdiv(rows, TILE[0])
+    rows, columns = (triton.cdiv(size, pattern.block if index == dim else 1) for index, size in enumerate(x.shape))
+    width = 2 if positions is not None else pattern.block
+    lines, blocks = values.shape[0], values.shape[1] // width
+    tiles = triton.cdiv(blocks if dim == 1 else lines, TILE[1]), triton.cdiv(lines if dim == 1 else blocks, TILE[0])
     with torch.cuda.device_of(x):
-        prune_lines_kernel[(grid[0] * grid[1],)](
+        prune_lines_kernel[(tiles[0] * tiles[1],)](
             words(x),
+            None if mask is None else mask.view(torch.int8),
             words(values),
             positions,
+            None if places is None else places.lines,
+            None if places is None else places.blocks,
             key_on(x.device, key),
             rows,
             columns,
+            x.shape[dim],
+            lines,
+            blocks,
             x.stride(0),
             x.stride(1),
+            0 if mask is None else mask.stride(0),
+            0 if mask is None else mask.stride(1),
             ALONG_ROWS=dim == 1,
             PACKED=positions is not None,
+            PARTNER=0 if places is None else places.partner,
             ALIGNED=columns % 4 == 0,
             WIDE=needs_int64(x, values),
             OPERATOR=operator,
-            DRAWS=DRAWS[operator],
+            DRAWS=0 if operator == KEEP else DRAWS[operator],
             N=pattern.n_keep,
             M=pattern.block,
             DTYPE=TYPES[x.dtype],
             R=TILE[0],
             C=TILE[1],
+            maxnreg=REGISTERS,
             **OPTIONS,
         )
 
@@ -89,15 +115,24 @@ def _launch(
 @triton.jit
 def prune_lines_kernel(
     x,
+    mask,
     values,
     positions,
+    line_places,
+    block_places,
     key,
     rows,
     columns,
+    length,
+    lines,
+    blocks,
     row_stride,
     column_stride,
+    mask_row_stride,
+    mask_column_stride,
     ALONG_ROWS: tl.constexpr,
     PACKED: tl.constexpr,
+    PARTNER: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     OPERATOR: tl.constexpr,
@@ -108,24 +143,33 @@ def prune_lines_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    tiles = tl.cdiv(columns, C)
+    tiles = tl.cdiv(blocks if ALONG_ROWS else lines, C)
     first_row = tl.program_id(0) // tiles * R
     first_column = tl.program_id(0) % tiles * C
-    bits = load_tile(x, first_row, first_column, rows, columns, row_stride, column_stride, ALONG_ROWS, WIDE, M, R, C)
+    across = rows if ALONG_ROWS else columns
+    bits = load_tile(x, first_row, first_column, across, length, row_stride, column_stride, ALONG_ROWS, WIDE, M, R, C)
+    if mask is not None:
+        strides = mask_row_stride, mask_column_stride
+        flags = load_tile(mask, first_row, first_column, across, length, *strides, ALONG_ROWS, WIDE, M, R, C)
+        bits = zero_where_unset(flags, bits)
     u = ()
     if DRAWS > 0:
         u = tile_uniforms(first_row, first_column, columns, tl.load(key), DRAWS, ALIGNED, R, C)
-    kept, emitted = select(bits, u, OPERATOR, N, DTYPE)
     if ALONG_ROWS:
-        lines, first_line, blocks, first_block = rows, first_row, columns, first_column
+        first_line, first_block = first_row, first_column
     else:
-        lines, first_line, blocks, first_block = columns, first_column, rows, first_row
-    pruned = zero_where_pruned(kept, emitted)
+        first_line, first_block = first_column, first_row
     if PACKED:
-        pairs, nibbles = pack_pairs(pruned, DTYPE)
+        pairs, nibbles = prune_and_pack(bits, u, OPERATOR, DTYPE)
         store_lines(values, pairs, 2, first_line, first_block, lines, blocks, ALONG_ROWS, WIDE, R, C)
-        store_positions(positions, nibbles, first_line, first_block, lines, blocks, ALONG_ROWS, WIDE, R, C)
+        codes = in_lines(nibbles, ALONG_ROWS, R, C)
+        if line_places is None:
+            store_codes(positions, codes, first_line, first_block, lines, blocks, WIDE)
+        else:
+            places = line_places, block_places
+            store_codes_at(positions, codes, first_line, first_block, lines, blocks, *places, PARTNER, WIDE)
     else:
+        pruned = prune(bits, u, OPERATOR, N, DTYPE)
         store_lines(values, pruned, M, first_line, first_block, lines, blocks, ALONG_ROWS, WIDE, R, C)
 
 
@@ -134,8 +178,8 @@ def load_tile(
     x,
     first_row,
     first_column,
-    rows,
-    columns,
+    across,
+    length,
     row_stride,
     column_stride,
     ALONG_ROWS: tl.constexpr,
@@ -144,21 +188,30 @@ def load_tile(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The M elements of the tile's blocks, `(R * C,)` each; zeros outside the matrix."""
+    """The M elements of the tile's blocks, `(R * C,)` each; zeros outside a matrix of `across` lines of `length`."""
     row = span(first_row, R, WIDE)
     column = span(first_column, C, WIDE)
     if ALONG_ROWS:
         element = span(first_column * M, C * M, WIDE)
-        mask = (row < rows)[:, None] & (element < columns * M)[None, :]
+        mask = (row < across)[:, None] & (element < length)[None, :]
         tile = tl.load(x + row[:, None] * row_stride + element[None, :] * column_stride, mask=mask, other=0)
         bits = split_blocks(tl.reshape(tile, (R * C, M)), M)
     else:
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
         bits = ()
         for i in tl.static_range(M):
+            mask = (row * M + i < length)[:, None] & (column < across)[None, :]
             start = (row * M + i)[:, None] * row_stride + column[None, :] * column_stride
             bits = bits + (tl.reshape(tl.load(x + start, mask=mask, other=0), (R * C,)),)
     return bits
+
+
+@triton.jit
+def zero_where_unset(flags, bits):
+    """The elements whose flag is not zero."""
+    masked = ()
+    for i in tl.static_range(len(bits)):
+        masked = masked + (tl.where(flags[i] != 0, bits[i], 0).to(bits[i].dtype),)
+    return masked
 
 
 @triton.jit
@@ -212,30 +265,70 @@ def store_lines(
 
 
 @triton.jit
-def store_positions(
-    out,
-    nibbles,
-    first_line,
-    first_block,
-    lines,
-    blocks,
-    ALONG_ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-):
+def in_lines(blocks, ALONG_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """One number for each block of the tile, a line a row."""
+    tile = tl.reshape(blocks, (R, C))
+    return tile if ALONG_ROWS else tl.trans(tile)
+
+
+@triton.jit
+def store_codes(out, codes, first_line, first_block, lines, blocks, WIDE: tl.constexpr):
     """Write four bits of each block into lines of blocks / 2 bytes."""
-    L: tl.constexpr = R if ALONG_ROWS else C
-    B: tl.constexpr = C if ALONG_ROWS else R
-    tile = tl.reshape(nibbles, (R, C))
-    if not ALONG_ROWS:
-        tile = tl.trans(tile)
-    even, odd = tl.split(tl.reshape(tile, (L, B // 2, 2)))
+    L: tl.constexpr = codes.shape[0]
+    B: tl.constexpr = codes.shape[1]
+    even, odd = tl.split(tl.reshape(codes, (L, B // 2, 2)))
     line = span(first_line, L, WIDE)
     byte = span(first_block // 2, B // 2, WIDE)
     mask = (line < lines)[:, None] & (byte < blocks // 2)[None, :]
     start = line[:, None] * (blocks // 2) + byte[None, :]
     tl.store(out + start, (even | (odd << 4)).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def store_codes_at(
+    out,
+    codes,
+    first_line,
+    first_block,
+    lines,
+    blocks,
+    line_places,
+    block_places,
+    PARTNER: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write four bits of each block to where its line and its place in the line say.
+
+    The other half of a byte is the next block, or that of the line PARTNER further.
+    """
+    L: tl.constexpr = codes.shape[0]
+    B: tl.constexpr = codes.shape[1]
+    line = span(first_line, L, WIDE)
+    block = span(first_block, B, WIDE)
+    if PARTNER == 0:
+        low, high = tl.split(tl.reshape(codes, (L, B // 2, 2)))
+        block, _ = tl.split(tl.reshape(block, (B // 2, 2)))
+    else:
+        low, high = halves_of_lines(codes, PARTNER)
+        line, _ = tl.split(
+            tl.reshape(tl.trans(tl.reshape(line, (L // PARTNER // 2, 2, PARTNER)), (0, 2, 1)), (L // 2, 2))
+        )
+    in_line = block < blocks
+    mask = (line < lines)[:, None] & in_line[None, :]
+    at_line = tl.load(line_places + line, mask=line < lines, other=0)
+    at_block = tl.load(block_places + block, mask=in_line, other=0)
+    start = at_line[:, None] + at_block[None, :]
+    tl.store(out + start, (low | (high << 4)).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def halves_of_lines(codes, PARTNER: tl.constexpr):
+    """The lines whose partner is PARTNER further, and those partners."""
+    L: tl.constexpr = codes.shape[0]
+    B: tl.constexpr = codes.shape[1]
+    pairs = tl.permute(tl.reshape(codes, (L // PARTNER // 2, 2, PARTNER, B)), (0, 2, 3, 1))
+    low, high = tl.split(pairs)
+    return tl.reshape(low, (L // 2, B)), tl.reshape(high, (L // 2, B))
 
 
 @triton.jit

@@ -7,6 +7,7 @@ Each gives the flags of the kept elements and the bits that they are emitted wit
 import triton
 import triton.language as tl
 
+from nmcompile.backends.triton.kernels.packing import as_bits, pack_kept, pack_pairs
 from nmcompile.backends.triton.kernels.selection import (
     count,
     first_above,
@@ -19,6 +20,47 @@ from nmcompile.backends.triton.kernels.selection import (
     zero_where,
 )
 from nmcompile.backends.triton.kernels.storage import to_bits, to_float, with_sign
+from nmcompile.backends.triton.kernels.two_of_four import draw_pair, packed_block, pruned_block
+
+
+@triton.jit
+def prune(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
+    """The pruned blocks, by the operator named OPERATOR with the uniform numbers `u` of the blocks."""
+    if OPERATOR == "mvue" and N == 2 and len(bits) == 4:
+        x, kept, half, step, unusual = draw_pair(bits, u[0], DTYPE)
+        if tl.max(unusual.to(tl.int32), 0) != 0:
+            pruned = prune_any(bits, u, OPERATOR, N, DTYPE)
+        else:
+            pruned = pruned_block(x, kept, half, step, DTYPE)
+    else:
+        pruned = prune_any(bits, u, OPERATOR, N, DTYPE)
+    return pruned
+
+
+@triton.jit
+def prune_and_pack(bits, u, OPERATOR: tl.constexpr, DTYPE: tl.constexpr):
+    """The blocks pruned 2:4 as `packing.pack_pairs` gives them; `"keep"` is for blocks that are pruned already."""
+    if OPERATOR == "keep":
+        pairs, codes = pack_pairs(bits, DTYPE)
+    elif OPERATOR == "mvue":
+        x, kept, half, step, unusual = draw_pair(bits, u[0], DTYPE)
+        if tl.max(unusual.to(tl.int32), 0) != 0:
+            pairs, codes = pack_pairs(prune_any(bits, u, OPERATOR, 2, DTYPE), DTYPE)
+        else:
+            pairs, codes = packed_block(x, kept, half, step, DTYPE)
+    elif OPERATOR == "greedy":  # which keeps the first zeros, as packing does
+        kept, values = select(bits, u, OPERATOR, 2, DTYPE)
+        pairs, codes = pack_kept(as_bits(kept), values)
+    else:
+        pairs, codes = pack_pairs(prune_any(bits, u, OPERATOR, 2, DTYPE), DTYPE)
+    return pairs, codes
+
+
+@triton.jit
+def prune_any(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
+    """As `prune`, whatever the blocks are."""
+    kept, values = select(bits, u, OPERATOR, N, DTYPE)
+    return zero_where_pruned(kept, values)
 
 
 @triton.jit

@@ -5,29 +5,36 @@ import triton.language as tl
 
 from nmcompile.backends.triton.kernels.storage import magnitude
 
+# Four bits for the kept elements 1, 2, 3 as a number of three bits: the place of the first of the pair, and of the
+# second above it. Element 0 needs no bit: it is there where fewer than two others are, as it is the lowest zero.
+CODES = tl.constexpr(0x0EDC9844)
+
 
 @triton.jit
 def pack_pairs(pruned, DTYPE: tl.constexpr):
     """The two values of every block in index order, and their positions: the first in bits 0-1, the second in 2-3."""
-    k0, k1, k2, k3 = occupied(pruned, DTYPE)
-    first = tl.where(k0, 0, tl.where(k1, 1, 2))
-    second = tl.where(k3, 3, tl.where(k2, 2, 1))
-    low = tl.where(k0, pruned[0], tl.where(k1, pruned[1], pruned[2]))
-    high = tl.where(k3, pruned[3], tl.where(k2, pruned[2], pruned[1]))
-    return (low, high), first | (second << 2)
+    nonzero = ()
+    for i in tl.static_range(4):
+        nonzero = nonzero + (magnitude(pruned[i], DTYPE) != 0,)
+    return pack_kept(as_bits(nonzero), pruned)
 
 
 @triton.jit
-def occupied(pruned, DTYPE: tl.constexpr):
-    """The non-zeros, and the lowest zeros until there are two."""
-    nonzero = ()
-    missing = tl.full(pruned[0].shape, 2, tl.int32)
-    for i in tl.static_range(4):
-        nonzero = nonzero + (magnitude(pruned[i], DTYPE) != 0,)
-        missing -= nonzero[i].to(tl.int32)
-    filled = ()
-    for i in tl.static_range(4):
-        added = ~nonzero[i] & (missing > 0)
-        filled = filled + (nonzero[i] | added,)
-        missing -= added.to(tl.int32)
-    return filled
+def as_bits(flags):
+    """Bit i for each flag i that holds, int32."""
+    bits = flags[0].to(tl.int32)
+    for i in tl.static_range(1, len(flags)):
+        bits |= flags[i].to(tl.int32) << i
+    return bits
+
+
+@triton.jit
+def pack_kept(kept, values):
+    """As `pack_pairs`, the elements whose bit is set in `kept`, two at most, and the first others until there are two.
+
+    Bits of `kept` from the fifth on are ignored.
+    """
+    code = (CODES >> ((kept & 14) << 1)) & 15
+    low = tl.where((code & 2) != 0, values[2], tl.where((code & 1) != 0, values[1], values[0]))
+    high = tl.where((kept & 8) != 0, values[3], tl.where((kept & 4) != 0, values[2], values[1]))
+    return (low, high), code

@@ -11,27 +11,33 @@ def scores(bits, DTYPE: tl.constexpr, BY_VALUE: tl.constexpr):
     """What elements rank by, as integers: |a| or a, both zeros equal; NaN and infinities as +inf."""
     result = ()
     for i in tl.static_range(len(bits)):
-        score = magnitude(bits[i], DTYPE)
-        finite = score < infinity(DTYPE)
+        score = tl.minimum(magnitude(bits[i], DTYPE), infinity(DTYPE))
         if BY_VALUE:
-            score = tl.where(bits[i] < 0, -score, score)
-        result = result + (tl.where(finite, score, infinity(DTYPE)),)
+            score = tl.where((bits[i] < 0) & (score < infinity(DTYPE)), -score, score)
+        result = result + (score,)
     return result
 
 
 @triton.jit
 def largest(score, N: tl.constexpr):
     """The N largest of every block; ties go to the lowest index."""
+    M: tl.constexpr = len(score)
     kept = ()
-    for i in tl.static_range(len(score)):
-        rank = tl.zeros_like(score[0])
-        for j in tl.static_range(len(score)):
+    for i in tl.static_range(M):
+        ahead = ()
+        for j in tl.static_range(M):
             if j < i:
-                rank += (score[j] >= score[i]).to(tl.int32)
+                ahead = ahead + (score[j] >= score[i],)
             elif j > i:
-                rank += (score[j] > score[i]).to(tl.int32)
-        kept = kept + (rank < N,)
+                ahead = ahead + (~(score[i] >= score[j]),)  # so that both use one comparison
+        kept = kept + (~most_of_three(ahead) if N == 2 and M == 4 else count(ahead) < N,)
     return kept
+
+
+@triton.jit
+def most_of_three(flags):
+    """Whether two of three booleans hold: one instruction, where counting takes six."""
+    return (flags[0] & flags[1]) | (flags[2] & (flags[0] | flags[1]))
 
 
 @triton.jit

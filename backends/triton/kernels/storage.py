@@ -31,7 +31,7 @@ def to_float(bits, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         number = bits.to(tl.float32, bitcast=True)
     elif DTYPE == tl.bfloat16:
-        number = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        number = (bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         number = bits.to(tl.float16, bitcast=True).to(tl.float32)
     return number
@@ -48,6 +48,18 @@ def to_bits(number, DTYPE: tl.constexpr):
     else:
         bits = number.to(tl.float16).to(tl.int16, bitcast=True)
     return bits
+
+
+@triton.jit
+def rounded(number, DTYPE: tl.constexpr):
+    """The float32 that `to_bits` stores."""
+    return number if DTYPE == tl.float32 else to_float(to_bits(number, DTYPE), DTYPE)
+
+
+@triton.jit
+def exact_bits(number, DTYPE: tl.constexpr):
+    """`to_bits` of a float32 that DTYPE holds exactly."""
+    return (number.to(tl.uint32, bitcast=True) >> 16).to(tl.int16) if DTYPE == tl.bfloat16 else to_bits(number, DTYPE)
 
 
 @triton.jit

@@ -1,0 +1,101 @@
+"""Where the library puts the indices of what it compresses, found out by compressing matrices that show it.
+
+A compressed matrix is its kept values by rows, and behind them four bits for each group of four elements: the places of
+the two kept ones, the code of `nmcompile.pruning.packed`. In which order the codes lie is not documented, and differs
+between GPUs, types and versions of the library. It is taken to be such that a row and a group each add their part to
+the address; whether that holds, and the whole is right, a comparison of all bytes has to show.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmcompile.backends.triton.layout import Places
+from nmcompile.pruning.packed import GROUP
+
+LAST = 0xE  # the code of a group that keeps its last two elements; probes keep the first two of the others
+PARTNERS = 1, 2, 4, 8
+Compress = Callable[[Tensor], Tensor]
+
+
+class Layout(NamedTuple):
+    """Of a compressed matrix.
+
+    Args:
+        size: in bytes.
+        start: where the codes begin.
+        places: of the codes.
+    """
+
+    size: int
+    start: int
+    places: Places
+
+
+def find_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device, compress: Compress) -> Layout | None:
+    """The layout of `(rows, depth)` matrices; None if rows and groups do not each add their part.
+
+    Args:
+        rows, depth: that the library takes without padding.
+        dtype, device: of the matrices.
+        compress: the library's function.
+    """
+    start = rows * depth // 2 * dtype.itemsize
+    size = 0
+
+    def last_groups(row: slice | Tensor, group: slice | Tensor) -> Tensor:
+        """Which codes, in the order in which they lie, say the last two are kept, if only those groups keep them."""
+        nonlocal size
+        flags = torch.zeros(rows, depth // GROUP, dtype=torch.bool, device=device)
+        flags[row, group] = True
+        compressed = compress(torch.stack([~flags, ~flags, flags, flags], -1).flatten(1).to(dtype))
+        stored = compressed.flatten().view(torch.uint8)
+        size = len(stored)
+        codes = stored[start:]
+        return torch.stack([codes & 0xF, codes >> 4], -1).flatten() == LAST
+
+    first = slice(0, 1)
+    of_groups = _places(depth // GROUP, device, lambda group: last_groups(first, group))
+    of_rows = _places(rows, device, lambda row: last_groups(row, first))
+    if of_groups is None or of_rows is None:
+        return None
+    partner = _partner(of_rows - of_rows[0], of_groups - of_groups[0])
+    if partner is None:
+        return None
+    lines = (of_rows + 2 * start).div(2, rounding_mode="floor")
+    blocks = (of_groups - of_groups[0]).div(2, rounding_mode="floor")
+    index = torch.int32 if size < 2**31 else torch.int64
+    return Layout(size, start, Places(lines.to(index), blocks.to(index), partner))
+
+
+def _places(count: int, device: torch.device, probe: Callable[[slice | Tensor], Tensor]) -> Tensor | None:
+    """Where the codes of `count` groups lie, by a probe for each bit of their numbers; None if that shows no order."""
+    places = probe(slice(None)).nonzero().flatten()
+    if len(places) != count:
+        return None
+    numbers = torch.arange(count, device=device)
+    found = torch.zeros_like(numbers)
+    for bit in range((count - 1).bit_length()):
+        found |= probe(numbers[numbers >> bit & 1 == 1])[places].long() << bit
+    if not torch.equal(found.sort().values, numbers):
+        return None
+    return torch.empty_like(places).index_put_((found,), places)
+
+
+def _partner(rows: Tensor, groups: Tensor) -> int | None:
+    """Whose code shares a byte with that of a group: see `Places`."""
+    if _are_pairs(groups, 1) and bool((rows % 2 == 0).all()):
+        return 0
+    if bool((groups % 2 == 0).all()):
+        return next((partner for partner in PARTNERS if _are_pairs(rows, partner)), None)
+    return None
+
+
+def _are_pairs(places: Tensor, partner: int) -> bool:
+    """Whether the halves of a byte always are two codes that far apart."""
+    if len(places) % (2 * partner):
+        return False
+    low, high = places.unflatten(0, (-1, 2, partner)).unbind(1)
+    return bool((low % 2 == 0).all()) and torch.equal(high, low + 1)

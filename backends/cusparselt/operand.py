@@ -1,0 +1,104 @@
+"""The sparse operand of a product, and how it is compressed.
+
+The library's own function takes as long as a large product. So a kernel of ours masks or prunes and compresses in one
+pass, once it is known where the library expects the indices; that it writes the same bytes is checked at first use.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmcompile.backends.cusparselt.layout import Layout, find_layout
+from nmcompile.backends.triton.operators import triton_prune
+from nmcompile.backends.triton.support import KEEP, triton_support
+from nmcompile.pruning import NMPattern
+
+TWO_OF_FOUR = NMPattern(2, 4)
+PACKED = frozenset({"greedy", "mvue", "mvue_approx"})  # the operators that kernels compress with
+
+
+class Operand(NamedTuple):
+    """A matrix that keeps two of four along a dim once it is masked and pruned. Its lines along that dim are the rows.
+
+    Args:
+        matrix: `(r, c)`, any strides.
+        dim: 0 or 1.
+        mask: bool like the matrix; None keeps all.
+        operator: in `nmcompile.pruning.OPERATORS`, or `KEEP`.
+        pattern: of the operator.
+        key: for its draws, 0-d int64.
+    """
+
+    matrix: Tensor
+    dim: int
+    mask: Tensor | None = None
+    operator: str = KEEP
+    pattern: NMPattern = TWO_OF_FOUR
+    key: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.matrix.shape[1 - self.dim]
+
+    @property
+    def depth(self) -> int:
+        return self.matrix.shape[self.dim]
+
+    def pruned(self) -> Tensor:
+        """The matrix with its zeros."""
+        masked = self.matrix if self.mask is None else torch.where(self.mask, self.matrix, 0.0)
+        if self.operator == KEEP:
+            return masked
+        pruned: Tensor = triton_prune(masked, self.operator, *self.pattern_sizes, self.dim, self.key)
+        return pruned
+
+    @property
+    def pattern_sizes(self) -> tuple[int, int]:
+        return self.pattern.n_keep, self.pattern.block
+
+
+def compress(matrix: Tensor) -> Tensor:
+    """By the library: a contiguous matrix that keeps at most two of every four elements of a row."""
+    return torch._cslt_compress(matrix)
+
+
+def compressed(operand: Operand, rows: int, depth: int) -> Tensor:
+    """The operand as the library wants it, with zeros appended up to that size."""
+    matrix = operand.matrix
+    layout = checked_layout(rows, depth, matrix.dtype, matrix.device)
+    if layout is None:
+        lines = operand.pruned().movedim(operand.dim, 1)
+        return compress(F.pad(lines, (0, depth - lines.shape[1], 0, rows - lines.shape[0])).contiguous())
+    if operand.operator != KEEP and (operand.operator not in PACKED or operand.pattern != TWO_OF_FOUR):
+        operand = Operand(operand.pruned(), operand.dim)
+    return _write(operand, rows, depth, layout)
+
+
+@cache
+def checked_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Layout | None:
+    """The layout of compressed matrices of that size; None if our kernel writes other bytes than the library."""
+    if not triton_support().ok:
+        return None
+    layout = find_layout(rows, depth, dtype, device, compress)
+    if layout is None:
+        return None
+    dice = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(rows, depth, device=device, dtype=dtype, generator=dice)
+    greedy = Operand(matrix, 1, operator="greedy")
+    ours, theirs = _write(greedy, rows, depth, layout), compress(greedy.pruned())
+    return layout if torch.equal(ours, theirs.flatten().view(torch.uint8)) else None
+
+
+def _write(operand: Operand, rows: int, depth: int, layout: Layout) -> Tensor:
+    from nmcompile.backends.triton.kernels.lines import pack_lines
+
+    matrix, dim, mask = operand.matrix.detach(), operand.dim, operand.mask
+    out = torch.empty(layout.size, dtype=torch.uint8, device=matrix.device)
+    if matrix.stride(0) == 1 and operand.operator == KEEP:  # neighbours in memory are read together
+        matrix, dim, mask = matrix.t(), 1 - dim, None if mask is None else mask.t()
+    values = out[: layout.start].view(matrix.dtype).view(rows, depth // 2)
+    pack_lines(matrix, operand.operator, dim, operand.key, values, out, layout.places, mask)
+    return out
