@@ -3,7 +3,7 @@
 Peers: `F.linear` (cuBLAS) and PyTorch's own `to_sparse_semi_structured` with cuSPARSELt, on the same pruned weight.
 "sparse" is our kernel in any case, "compiled" the layer, which runs what a measurement chose. Times are the GPU's.
 
-python benchmarks/gpu_gemm.py   # writes results/gpu_gemm.json; needs a GPU that cuSPARSELt takes
+python benchmarks/gpu_gemm.py   # writes results/gpu_gemm.json and, with matplotlib, results/gpu_gemm.svg
 """
 
 import argparse
@@ -61,7 +61,7 @@ def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> Row:
     compiled = nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"))
     x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
     compiled(x)
-    weight = nmcompile.finalize(compiled).weight.detach()
+    weight = nmcompile.finalize(compiled).get_parameter("weight").detach()
     product = Product("", Operand(weight, 1), x, layer.bias, weight=weight)
     calls = {"dense": lambda: F.linear(x, weight, layer.bias), "compiled": lambda: compiled(x)}
     with weights_at_rest():
@@ -107,6 +107,28 @@ def summary(rows: list[Row]) -> dict[str, float]:
     return found
 
 
+def draw(rows: list[Row], path: Path) -> None:
+    """A line for each layer over its tokens, and the line that separates gain from loss."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(1, color="black", linewidth=1)
+    axes.text(TOKENS[0], 1, "break-even", va="bottom")
+    for name, (inputs, outputs) in LAYERS.items():
+        chosen = [row for row in rows if row.layer == name and row.dtype == str(torch.bfloat16)]
+        speedups = [row.speedup["sparse"] for row in chosen]
+        axes.plot([row.tokens for row in chosen], speedups, marker="o", label=f"{name}, {inputs} to {outputs}")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("speed-up of the sparse kernel over F.linear")
+    axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
@@ -129,6 +151,7 @@ def main() -> None:
         "results": list(map(asdict, rows)),
     }
     options.out.write_text(json.dumps(results, indent=2) + "\n")
+    draw(rows, options.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """Training steps on a GPU in bfloat16, dense and sparse in turns, each by itself and under `torch.compile`.
 
-The MLPs run forward and backward, whole models their optimizer too. "sparse" prunes everything that mode "training"
-does, "pays" what was measured to pay. Times are the GPU's; beside them, the peak of the memory of a step.
+The MLPs run forward and backward, whole models their optimizer too. "training" prunes all three GEMMs, "weights" the
+weights of forward and backward alone (mode "t-weights"), "pays" what was measured to pay. Times are the GPU's; beside
+them, the peak of the memory of a model that trains alone. An MLP's step is asked for before it is timed; of a whole
+model some steps in a row are timed, as in training, where Python has to keep ahead of the GPU.
 
 python benchmarks/gpu_training_step.py   # writes results/gpu_training_step.json; needs a GPU that cuSPARSELt takes
 """
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,10 @@ from vision import models
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.backends.cusparselt.support import cusparselt_support
+from nmcompile.ir.choice import Choice
 
-ASKING = 60_000_000  # cycles: a step of a whole model is asked for in some 30 ms
+ASKING = 20_000_000  # cycles, about ten milliseconds, in which the step of an MLP is asked for
+STEPS = 3  # of a whole model in a row
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def vit_large(batch: int) -> Workload:
 
 
 def resnet50(batch: int) -> Workload:
-    model = models.resnet50().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = models.resnet50().to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
     return Workload(model, x.to(memory_format=torch.channels_last), CompileConfig())
 
@@ -57,21 +63,22 @@ def resnet50(batch: int) -> Workload:
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "MLP of ViT-L, 13008 tokens": lambda: mlp(13008, 1024, 4096),
     "MLP 4096-14336-4096, 16384 tokens": lambda: mlp(16384, 4096, 14336),
-    "ViT-L/16, batch 64": lambda: vit_large(64),
+    "ViT-L/16, batch 192": lambda: vit_large(192),
     "ResNet-50, batch 256, channels last": lambda: resnet50(256),
 }
 
 
-def variants(load: Workload) -> dict[str, Callable[[], nn.Module]]:
-    def dense() -> nn.Module:
-        return copy.deepcopy(load.model).to("cuda", torch.bfloat16)
+VARIANTS = "dense", "training", "weights", "pays"
 
-    paying = replace(load.config, where="pays")
-    return {
-        "dense": dense,
-        "sparse": lambda: nmcompile.compile(dense(), "training", config=load.config),
-        "pays": lambda: nmcompile.compile(dense(), "training", args=(load.x,), config=paying),
-    }
+
+def made(variant: str, load: Workload) -> nn.Module:
+    dense = copy.deepcopy(load.model).to("cuda", torch.bfloat16)
+    if variant == "dense":
+        return dense
+    if variant == "pays":
+        config = replace(load.config, where="pays")
+        return nmcompile.compile(dense, "training", args=(load.x,), config=config)
+    return nmcompile.compile(dense, {"weights": "t-weights"}.get(variant, variant), config=load.config)
 
 
 def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workload) -> Callable[[], None]:
@@ -89,43 +96,60 @@ def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workloa
     return step
 
 
-def peak_of(make: Callable[[], nn.Module], load: Workload) -> int:
+def peak_of(variant: str, load: Workload) -> int:
     """Bytes that are allocated at one time, all in all, when a model trains alone."""
-    model = make()
+    gc.collect()
+    model = made(variant, load)
     step = stepper(model, model, load)
     for _ in range(2):  # chooses kernels, and makes what lives on: masks and momentum
         step()
+    gc.collect()
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_allocated()
 
 
-def run(name: str, load: Workload, repeats: int, is_compiled: bool) -> dict[str, Any]:
-    peaks = {key: peak_of(make, load) for key, make in variants(load).items()}
-    models = {key: make() for key, make in variants(load).items()}
-    steps = {key: stepper(model, model, load) for key, model in models.items()}
+def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    peaks = {variant: peak_of(variant, load) for variant in options.variants}
+    models = {variant: made(variant, load) for variant in options.variants}
+    steps = {variant: stepper(model, model, load) for variant, model in models.items()}
     for step in steps.values():
         step()
-    if is_compiled:
-        compiled = {key: stepper(torch.compile(model), model, load) for key, model in models.items()}
-        steps |= {f"{key}, torch.compile": step for key, step in compiled.items()}
+    for variant in options.compiled:
+        model = models[variant]
+        steps[f"{variant}, torch.compile"] = stepper(torch.compile(model), model, load)
     for step in steps.values():
         step()
-    medians = {key: statistics.median(times) for key, times in on_gpu(steps, repeats, asking=ASKING).items()}
-    choices = [c for layer in nmcompile.inspect(models["sparse"]).layers for c in layer.choices.values()]
-    sparse = sum(choice.kernel == "sparse" for choice in choices)
-    print(f"{name}, {sparse} of {len(choices)} GEMMs sparse")
+    count, asking = (STEPS, 0) if load.has_optimizer else (1, ASKING)
+    calls = {key: partial(repeat, step, count) for key, step in steps.items()}
+    times = on_gpu(calls, options.repeats, asking=asking)
+    medians = {key: statistics.median(found) / count for key, found in times.items()}
+    choices = {variant: choices_of(model) for variant, model in models.items() if variant != "dense"}
+    print(name)
     for key, time in medians.items():
         print(f"  {key} {time:.2f} ms", f"{peaks[key] / 2**20:.0f} MiB" if key in peaks else "", flush=True)
-    print(*(f"    {choice}" for choice in dict.fromkeys(map(str, choices))), sep="\n")
-    return {"workload": name, "milliseconds": medians, "bytes": peaks, "sparse": sparse, "gemms": len(choices)}
+    for variant, found in choices.items():
+        print(f"  {variant}: {sum(c.kernel == 'sparse' for c in found)} of {len(found)} GEMMs sparse")
+        print(*(f"    {choice}" for choice in dict.fromkeys(map(str, found))), sep="\n")
+    chosen = {variant: [str(choice) for choice in found] for variant, found in choices.items()}
+    return {"workload": name, "milliseconds": medians, "bytes": peaks, "choices": chosen}
+
+
+def repeat(step: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        step()
+
+
+def choices_of(model: nn.Module) -> list[Choice]:
+    return [choice for layer in nmcompile.inspect(model).layers for choice in layer.choices.values()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--workloads", type=int, nargs="+", default=list(range(len(WORKLOADS))), help="by number")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--compiled", nargs="*", default=list(VARIANTS), choices=VARIANTS, help="by torch.compile too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_training_step.json")
     options = parser.parse_args()
     if not cusparselt_support().ok:
@@ -134,7 +158,7 @@ def main() -> None:
     results = []
     for index in options.workloads:
         name, make = list(WORKLOADS.items())[index]
-        results.append(run(name, make(), options.repeats, not options.eager))
+        results.append(run(name, make(), options))
         setting = {**gpu_setting(), "repeats": options.repeats}
         options.out.write_text(json.dumps({**setting, "results": results}, indent=2) + "\n")
 

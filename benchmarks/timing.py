@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nmcompile.backends.cusparselt.library import library_loads, library_version
+
 ASKING = 4_000_000  # cycles of a GPU, about two milliseconds
 CACHE = 2**28  # bytes: more than any cache holds
 
@@ -49,7 +51,8 @@ def on_gpu(
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             spoiler.zero_()
-            torch.cuda._sleep(asking)
+            if asking:
+                torch.cuda._sleep(asking)
             start.record()
             call()
             end.record()
@@ -65,7 +68,7 @@ def gpu_setting() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(),
-        "cusparselt": torch.backends.cusparselt.version(),
+        "cusparselt": library_version() if library_loads() else None,
     }
 
 

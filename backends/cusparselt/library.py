@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """One of the library's kernels, and into how many parts it splits the sum."""
+    """One of the library's kernels, and into how many parts it splits the sum (-1: as it sees fit)."""
 
     id: int
     split_k: int
@@ -147,7 +147,7 @@ class Plan:
             product = _Product(problem)
             handle, self.plan = product.handle, ctypes.create_string_buffer(STRUCTURE)
             # One part is the default, and not all algorithms let it be set.
-            chosen = {ALGORITHM_ID: algorithm.id} | ({SPLIT_K: algorithm.split_k} if algorithm.split_k > 1 else {})
+            chosen = {ALGORITHM_ID: algorithm.id} | ({SPLIT_K: algorithm.split_k} if algorithm.split_k != 1 else {})
             for name, value in chosen.items():
                 _call("cusparseLtMatmulAlgSetAttribute", handle, product.selection, name, *_of(ctypes.c_int32(value)))
             _call("cusparseLtMatmulPlanInit", handle, self.plan, product.matmul, product.selection)

@@ -7,12 +7,12 @@ as the reference backend has it.
 import torch
 from torch import Tensor
 
+from nmcompile.backends.cusparselt.kept_weights import masked_weight
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows
 from nmcompile.backends.reference import conv, linear
 from nmcompile.backends.triton import prune
 from nmcompile.backends.triton.support import KEEP
-from nmcompile.ir.operations import apply_mask
 from nmcompile.pruning import NMPattern
 
 
@@ -24,7 +24,7 @@ def _linear_forward(
     sparse = Operand(weight, 0 if transposed else 1, mask)
     return Product(call, sparse, by_rows(input, -1), bias, weight=weight).run(
         lambda rows: rows.view(*input.shape[:-1], sparse.rows),
-        lambda: linear.linear_forward(input, _masked(weight, mask), bias, transposed).contiguous(),
+        lambda: linear.linear_forward(input, masked_weight(weight, mask), bias, transposed).contiguous(),
     )
 
 
@@ -41,7 +41,7 @@ def _linear_input_gradient(
     sparse = Operand(weight, 1 if transposed else 0, mask)
     return Product(call, sparse, by_rows(grad_output, -1)).run(
         lambda rows: rows.view(*grad_output.shape[:-1], sparse.rows),
-        lambda: linear.linear_input_gradient(grad_output, _masked(weight, mask), transposed),
+        lambda: linear.linear_input_gradient(grad_output, masked_weight(weight, mask), transposed),
     )
 
 
@@ -103,7 +103,7 @@ def _pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias:
     sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
     return Product(call, sparse, by_rows(input, 1), bias).run(
         lambda rows: by_channels(rows, input, weight.shape[0]),
-        lambda: conv.conv_forward(input, _masked(weight, mask), bias, *_geometry(input)),
+        lambda: conv.conv_forward(input, masked_weight(weight, mask), bias, *_geometry(input)),
     )
 
 
@@ -121,7 +121,7 @@ def _pointwise_input_gradient(
     sparse = Operand(weight.flatten(1), 0, None if mask is None else mask.flatten(1))
     return Product(call, sparse, by_rows(grad_output, 1)).run(
         lambda rows: by_channels(rows, input, weight.shape[1]),
-        lambda: conv.conv_input_gradient(grad_output, _masked(weight, mask), input, *_geometry(input)),
+        lambda: conv.conv_input_gradient(grad_output, masked_weight(weight, mask), input, *_geometry(input)),
     )
 
 
@@ -135,10 +135,6 @@ linear_input_gradient = torch.ops.nmcompile.cusparselt_linear_input_gradient.def
 linear_weight_gradient = torch.ops.nmcompile.cusparselt_linear_weight_gradient.default
 pointwise_forward = torch.ops.nmcompile.cusparselt_pointwise_forward.default
 pointwise_input_gradient = torch.ops.nmcompile.cusparselt_pointwise_input_gradient.default
-
-
-def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    return weight if mask is None else apply_mask(weight, mask)
 
 
 def _geometry(input: Tensor) -> tuple[list[int], list[int], list[int], int]:

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.choices import note, run_best
+from nmcompile.backends.choices import latest, note, run_best
 from nmcompile.backends.cusparselt.algorithms import best_algorithm
+from nmcompile.backends.cusparselt.kept_weights import compressed_weight, forget_other
 from nmcompile.backends.cusparselt.library import Problem, kept_plan, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
 from nmcompile.ir.choice import Choice
-from nmcompile.ir.kept import Kept, can_keep
-
-_kept: Kept[Tensor] = Kept()
+from nmcompile.ir.kept import can_keep
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,6 @@ class Product:
     def sizes(self) -> Sizes:
         return Sizes(self.sparse.rows, self.sparse.depth, self.dense.shape[1 if self.by_depth else 0])
 
-    def is_kept(self) -> bool:
-        return self.weight is not None and can_keep(self.weight, self.sparse.mask)
-
     def run(self, restore: Callable[[Tensor], Tensor], dense: Callable[[], Tensor]) -> Tensor:
         """The result by the kernel that pays.
 
@@ -60,7 +56,8 @@ class Product:
             return dense()
         operand, sizes, device = self.sparse, self.sizes, self.dense.device
         strides = operand.matrix.stride(), self.dense.stride()
-        work = operand.operator, operand.pattern, operand.mask is None, self.is_kept(), self.bias is None
+        is_kept = self.weight is not None and can_keep(self.weight, operand.mask)
+        work = operand.operator, operand.pattern, operand.mask is None, is_kept, self.bias is None
         problem = "cusparselt", sizes, strides, work, self.dense.dtype, device
         multiplications = sizes.rows * sizes.depth * sizes.lanes
 
@@ -68,7 +65,10 @@ class Product:
             result = self.multiply()
             return None if result is None else restore(result)
 
-        return run_best(self.call, problem, multiplications, lambda: None, sparse, dense, device)
+        result = run_best(self.call, problem, multiplications, lambda: None, sparse, dense, device)
+        if is_kept and self.weight is not None:
+            forget_other(self.weight, latest(self.call))
+        return result
 
     def multiply(self) -> Tensor | None:
         """By the library; None where no algorithm of it is right."""
@@ -93,11 +93,10 @@ class Product:
         return _pad(self.dense, *shape).contiguous()
 
     def _compressed(self, sizes: Sizes) -> Tensor:
-        operand, weight = self.sparse, self.weight
-        if weight is None or not self.is_kept():
-            return compressed(operand, sizes.rows, sizes.depth)
-        size = sizes.rows, sizes.depth
-        return _kept.get(weight, (operand.mask,), size, lambda: compressed(operand, *size))
+        operand, size = self.sparse, (sizes.rows, sizes.depth)
+        if self.weight is None:
+            return compressed(operand, *size)
+        return compressed_weight(self.weight, operand.mask, size, lambda: compressed(operand, *size))
 
     def _expected(self, dense: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
         lines = self.sparse.pruned().movedim(self.sparse.dim, 1)

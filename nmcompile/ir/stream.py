@@ -23,14 +23,15 @@ class DrawStream:
         self.layer = layer
         self.draw = torch.zeros((), dtype=torch.int64)
 
-    def next_keys(self, device: torch.device | str = "cpu") -> Tensor:
-        """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM.
-
-        They are made on the device where they are wanted, so that nothing has to wait for a copy.
-        """
-        device = torch.device(device)
+    def move(self, device: torch.device) -> None:
+        """Go on there: keys are made on the device where they are wanted, so that nothing has to wait for a copy."""
         if self.draw.device != device:
             self.draw = self.draw.to(device)
+
+    def next_keys(self) -> Tensor:
+        """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
+        if not torch.compiler.is_compiling():
+            return _next_keys(self.draw, self.seed, self.layer)
         keys: Tensor = next_keys(self.draw, self.seed, self.layer)
         return keys
 
@@ -38,15 +39,19 @@ class DrawStream:
 @torch.library.custom_op("nmcompile::next_keys", mutates_args=("draw",))
 def next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
     """Keys for the current draw; advances it. A custom operator, so that a compiled step draws anew each time."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    keys = _bases(seed, layer, rank, draw.device) + draw
-    draw.add_(1)
-    return keys
+    return _next_keys(draw, seed, layer)
 
 
 @next_keys.register_fake
 def _(draw: Tensor, seed: int, layer: str) -> Tensor:
     return draw.new_empty(2)
+
+
+def _next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    keys = _bases(seed, layer, rank, draw.device) + draw
+    draw.add_(1)
+    return keys
 
 
 @lru_cache(LAYERS)

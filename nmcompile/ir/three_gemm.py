@@ -77,6 +77,7 @@ class GemmTriple:
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
         """
         mask = None if self.mask is None else self.mask.current(weight)
+        self.stream.move(input.device)
         is_moving = torch.compiler.is_compiling() or torch.is_grad_enabled()
         with nullcontext() if is_moving else weights_at_rest():
             weight_step = self.steps.of_weight(weight)
@@ -95,9 +96,10 @@ class GemmTriple:
         arguments = [values[name] for name in self.placeholders[phase]]
         device = next(v for v in values.values() if v is not None).device.type
         # Dynamo takes autocast for off behind such a block; operands that are cast already lose nothing without it.
-        quiet = nullcontext() if torch.compiler.is_compiling() else torch.autocast(device, enabled=False)
-        with quiet:
-            result: tuple[Tensor | None, ...] = self.graphs[phase](*arguments)
+        is_loud = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if is_loud else nullcontext():
+            # Past what calls of a module cost: nobody can hook into these graphs.
+            result: tuple[Tensor | None, ...] = self.graphs[phase].forward(*arguments)
         return result
 
     def asks(self, phase: Phase, name: str) -> bool:
@@ -145,7 +147,7 @@ class _ThreeGemmFunction(torch.autograd.Function):
         values = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | {"grad_output": grad_output}
         if triple.mask is not None and not torch.compiler.is_compiling():
             triple.mask.note_backward()
-        backward_key, update_key = _keys(triple, grad_output.device)
+        backward_key, update_key = _keys(triple)
         grad_input = grad_weight = grad_bias = None
         grad_steps: list[Tensor | None] = []
         if _needs_backward(ctx):
@@ -168,10 +170,10 @@ def _rows(x: Tensor | None, rows: slice) -> Any:
     return x if x is None or x.dim() == 0 else x[rows]
 
 
-def _keys(triple: GemmTriple, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:
     if not (triple.asks(Phase.BACKWARD, "key") or triple.asks(Phase.UPDATE, "key")):
         return None, None
-    keys = triple.stream.next_keys(device)
+    keys = triple.stream.next_keys()
     return keys[0], keys[1]
 
 

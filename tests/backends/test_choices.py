@@ -44,7 +44,7 @@ def run(call: str = "fc forward", problem: object = "a", size: int = SMALL, pred
     return run_best(call, problem, size, lambda: predicted, lambda: SPARSE, lambda: DENSE)
 
 
-@pytest.mark.parametrize(("sparse_seconds", "chosen"), [(0.5, SPARSE), (0.97, SPARSE), (0.99, DENSE), (2.0, DENSE)])
+@pytest.mark.parametrize(("sparse_seconds", "chosen"), [(0.5, SPARSE), (0.94, SPARSE), (0.99, DENSE), (2.0, DENSE)])
 def test_the_faster_kernel_runs(timed: dict[str, float], sparse_seconds: float, chosen: Tensor) -> None:
     timed["sparse"] = sparse_seconds
     assert run() is chosen

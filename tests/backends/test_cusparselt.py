@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import nmcompile
 from nmcompile import CompileConfig, NMPattern, Phase
 from nmcompile.backends import choices
-from nmcompile.backends.cusparselt import CusparseltBackend, algorithms, operand, product, support
+from nmcompile.backends.cusparselt import CusparseltBackend, algorithms, kept_weights, operand, product, support
 from nmcompile.backends.cusparselt.algorithms import best_algorithm, forget_algorithms
 from nmcompile.backends.cusparselt.library import Algorithm, Problem
 from nmcompile.backends.cusparselt.operand import Operand
@@ -36,6 +36,7 @@ from nmcompile.backends.cusparselt.support import (
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS
 
@@ -359,6 +360,24 @@ def test_the_library_multiplies(sizes: Sizes, by_depth: bool, dim: int, dtype: t
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_our_kernel_compresses_as_the_library_does(size: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     assert operand.checked_layout(*size, dtype, torch.device(device, 0)) is not None
+
+
+def test_a_dense_weight_at_rest_is_masked_once(stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("dense", "the test asks for it"))
+    calls = count()
+
+    def counted(weight: Tensor, mask: Tensor) -> Tensor:
+        next(calls)
+        return apply_mask(weight, mask)
+
+    monkeypatch.setattr(f"{kept_weights.__name__}.apply_mask", counted)
+    layer, x = nn.Linear(64, 64), torch.randn(8, 64)
+    compiled = nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"), backend="cusparselt")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(compiled(x), nmcompile.finalize(compiled)(x))
+    assert next(calls) == 1
+    assert len(kept_weights._masked) == 1 and len(kept_weights._compressed) == 0
 
 
 @pytest.fixture

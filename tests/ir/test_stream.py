@@ -65,7 +65,8 @@ def test_a_stream_goes_on_from_its_draw() -> None:
 def test_keys_are_made_where_they_are_wanted() -> None:
     stream = DrawStream(7, "fc")
     stream.next_keys()
-    assert stream.next_keys("meta").device.type == stream.draw.device.type == "meta"
+    stream.move(torch.device("meta"))
+    assert stream.next_keys().device.type == stream.draw.device.type == "meta"
 
 
 def test_draw_is_the_only_state() -> None:
