@@ -21,7 +21,7 @@ from nmcompile.ir.choice import Choice
 
 SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
 ROUNDS = 4
-ASKING = 2_000_000  # cycles of a GPU, about a millisecond
+HEAD_START = 2_000_000  # of a call over the GPU, in its cycles: about a millisecond
 MARGIN = 0.95  # of the dense time, that the sparse kernel must stay below: a run differs from the next by some percent
 UNFIT = Choice("dense", "no sparse kernel computes it: a NaN in the operand, or no algorithm of the library is right")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
@@ -149,11 +149,11 @@ def faster(sparse_seconds: float, dense_seconds: float) -> str:
     return "sparse" if sparse_seconds < MARGIN * dense_seconds else "dense"
 
 
-def seconds(run: Callable[[], object], device: torch.device | None = None, asking: int = ASKING) -> float:
+def seconds(run: Callable[[], object], device: torch.device | None = None, head_start: int = HEAD_START) -> float:
     """How long one call takes; on a CUDA device, for how long it keeps that busy.
 
     There a call only asks for the work, which a model does ahead. So that the asking is not timed, the device is made
-    to wait for `asking` cycles.
+    to wait for `head_start` cycles.
     """
     if device is None or device.type != "cuda":
         start = time.perf_counter()
@@ -161,7 +161,7 @@ def seconds(run: Callable[[], object], device: torch.device | None = None, askin
         return time.perf_counter() - start
     with torch.cuda.device(device):
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(asking)
+        torch.cuda._sleep(head_start)
         start_event.record()
         run()
         end_event.record()

@@ -29,7 +29,7 @@ from nmcompile import CompileConfig
 from nmcompile.backends.cusparselt.support import cusparselt_support
 from nmcompile.ir.choice import Choice
 
-ASKING = 20_000_000  # cycles, about ten milliseconds, in which the step of an MLP is asked for
+HEAD_START = 20_000_000  # of the step of an MLP over the GPU, in its cycles: about ten milliseconds
 STEPS = 3  # of a whole model in a row
 
 
@@ -120,9 +120,9 @@ def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any
         steps[f"{variant}, torch.compile"] = stepper(torch.compile(model), model, load)
     for step in steps.values():
         step()
-    count, asking = (STEPS, 0) if load.has_optimizer else (1, ASKING)
+    count, head_start = (STEPS, 0) if load.has_optimizer else (1, HEAD_START)
     calls = {key: partial(repeat, step, count) for key, step in steps.items()}
-    times = on_gpu(calls, options.repeats, asking=asking)
+    times = on_gpu(calls, options.repeats, head_start=head_start)
     medians = {key: statistics.median(found) / count for key, found in times.items()}
     choices = {variant: choices_of(model) for variant, model in models.items() if variant != "dense"}
     print(name)

@@ -10,7 +10,7 @@ import torch
 
 from nmcompile.backends.cusparselt.library import library_loads, library_version
 
-ASKING = 4_000_000  # cycles of a GPU, about two milliseconds
+HEAD_START = 4_000_000  # of a call over the GPU, in its cycles: about two milliseconds
 CACHE = 2**28  # bytes: more than any cache holds
 
 
@@ -39,11 +39,11 @@ def in_turns(
 
 
 def on_gpu(
-    calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 3, asking: int = ASKING
+    calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 3, head_start: int = HEAD_START
 ) -> dict[str, list[float]]:
     """Milliseconds for which each call keeps the GPU busy; all of them once before any of them again.
 
-    The GPU waits for `asking` cycles before each, in which its work is asked for, and nothing is left in its cache.
+    The GPU waits for `head_start` cycles before each, in which its work is asked for, and nothing is left in its cache.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     spoiler = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
@@ -51,8 +51,8 @@ def on_gpu(
         for name, call in calls.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             spoiler.zero_()
-            if asking:
-                torch.cuda._sleep(asking)
+            if head_start:
+                torch.cuda._sleep(head_start)
             start.record()
             call()
             end.record()

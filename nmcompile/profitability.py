@@ -25,7 +25,7 @@ from nmcompile.training.binding import TripleFactory
 from nmcompile.training.state import triples_of
 
 ROUNDS = 12
-ASKING = 8_000_000  # cycles of a GPU, about four milliseconds, in which a step of a layer is asked for
+HEAD_START = 8_000_000  # of a layer's step over the GPU, in its cycles: about four milliseconds
 MARGIN = 0.95  # of the dense time, that pruning must stay below: a run differs from the next by a few percent
 NOT_REACHED = "no call with args reaches it, so whether pruning pays is not known (where='pays')"
 
@@ -115,7 +115,7 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
             continue
         problem = _problem(trial, triple, inputs[name])
         if problem not in measured:
-            device = next(trial.parameters()).device
+            device = _device(trial, triple)
             measured[problem] = _typical_times(_steps(trial, record, triple, inputs[name]), device)
         dense[name] = decide(measured[problem])
     return dense
@@ -138,7 +138,7 @@ def _typical_times(steps: Steps, device: torch.device) -> Times:
     for turn in range(1 + ROUNDS):
         dice.shuffle(order)
         for parts in order:
-            taken = seconds(steps[parts], device, ASKING)
+            taken = seconds(steps[parts], device, HEAD_START)
             if turn:
                 times[parts].append(taken)
     return {parts: statistics.median(found) for parts, found in times.items()}
@@ -146,8 +146,7 @@ def _typical_times(steps: Steps, device: torch.device) -> Times:
 
 def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Tensor) -> Steps:
     """A step of one layer by the parts that it prunes."""
-    weight = stored_weight(trial, triple)
-    device = next(trial.parameters()).device if weight is None else weight.device
+    weight, device = stored_weight(trial, triple), _device(trial, triple)
     dtype = layout.dtype if weight is None else weight.dtype
     values = torch.randn(triple.layer.weight_shape, device=device, dtype=dtype) if weight is None else weight.detach()
     bias = torch.zeros(triple.layer.out_features, device=device, dtype=dtype) if triple.layer.has_bias else None
@@ -158,6 +157,11 @@ def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Te
         operands = [x if x is None else x.requires_grad_(n) for x, n in zip(operands, needed, strict=True)]
     layers = dict(_variants(trial, record, triple))
     return {parts: _step(layer, operands, trial.training) for parts, layer in layers.items()}
+
+
+def _device(trial: nn.Module, triple: GemmTriple) -> torch.device:
+    weight = stored_weight(trial, triple)
+    return next(trial.parameters()).device if weight is None else weight.device
 
 
 def _step(run: Callable[..., Tensor], operands: Sequence[Tensor | None], training: bool) -> Callable[[], object]:

@@ -1,31 +1,46 @@
 """Which of the library's algorithms to take.
 
-Some are wrong for some shapes, and the default is often not the fastest: each is checked against the dense product
-before it is timed, once for each problem.
+Some are wrong for some shapes, and the default is often not the fastest: each is checked against the dense product of
+random operands before it is timed, once for each problem.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nmcompile.backends.choices import seconds
-from nmcompile.backends.cusparselt.library import Algorithm, Plan, Problem, algorithm_count, stream_of
+from nmcompile.backends.cusparselt.library import (
+    Algorithm,
+    Plan,
+    Problem,
+    algorithm_count,
+    is_capturing,
+    stream_of,
+)
+from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.errors import LibraryError
 
 SPLITS = (1, -1, 2, 4)  # parts of the sum that are computed side by side; -1 leaves it to the library (Hopper)
 TOLERANCE = 4  # relative error of the whole product, in steps of the dtype
 ROUNDS = 3
-Operands = tuple[Tensor, Tensor, Tensor | None, int]
-"""What a plan runs on: the compressed and the dense matrix, the bias, and the stream."""
 
 _found: dict[tuple[Problem, bool], Algorithm | None] = {}
 
 
-def best_algorithm(
-    problem: Problem, compressed: Tensor, dense: Tensor, bias: Tensor | None, expected: Callable[[], Tensor]
-) -> Algorithm | None:
+class Trial(NamedTuple):
+    """Random operands of a problem, and their product."""
+
+    sparse: Tensor
+    dense: Tensor
+    bias: Tensor | None
+    expected: Tensor
+
+
+def best_algorithm(problem: Problem) -> Algorithm | None:
     """The fastest algorithm that is right, searched once; None if none is, or while a graph is captured.
 
     Where algorithms have to be deterministic it is the first that is right.
@@ -33,14 +48,14 @@ def best_algorithm(
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     key = problem, is_deterministic
     if key not in _found:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if is_capturing(problem.device):
             return None
-        operands = compressed, dense, bias, stream_of(problem.device)
-        right = _right_algorithms(problem, operands, expected())
+        trial = _trial(problem)
+        right = _right_algorithms(problem, trial)
         if is_deterministic:  # no clock decides
             _found[key] = next(right, None)
         else:
-            times = {one: _time(partial(Plan(problem, one).run, *operands), problem) for one in right}
+            times = {one: _time(partial(_run, Plan(problem, one), trial), problem) for one in right}
             _found[key] = min(times, key=lambda one: times[one]) if times else None
     return _found[key]
 
@@ -50,17 +65,40 @@ def forget_algorithms() -> None:
     _found.clear()
 
 
-def _right_algorithms(problem: Problem, operands: Operands, expected: Tensor) -> Iterator[Algorithm]:
-    limit = TOLERANCE * torch.finfo(problem.dtype).eps * float(expected.float().norm())
+def _trial(problem: Problem) -> Trial:
+    dice = torch.Generator(problem.device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=dice, device=problem.device, dtype=problem.dtype)
+
+    with torch.inference_mode(False), torch.no_grad():
+        sparse, dense = (
+            Operand(random(problem.rows, problem.depth), 1, operator="greedy"),
+            random(problem.lanes, problem.depth),
+        )
+        bias = random(problem.rows) if problem.has_bias else None
+        expected = F.linear(dense, sparse.pruned(), bias)
+        given = dense.t().contiguous() if problem.by_depth else dense
+        return Trial(
+            compressed(sparse, problem.rows, problem.depth), given, bias, expected.t() if problem.by_rows else expected
+        )
+
+
+def _right_algorithms(problem: Problem, trial: Trial) -> Iterator[Algorithm]:
+    limit = TOLERANCE * torch.finfo(problem.dtype).eps * float(trial.expected.float().norm())
     for number in range(algorithm_count(problem)):
         for split_k in SPLITS:
             algorithm = Algorithm(number, split_k)
             try:
-                result = Plan(problem, algorithm).run(*operands)
+                result = _run(Plan(problem, algorithm), trial)
             except LibraryError:  # not for this problem
                 continue
-            if float((result.float() - expected.float()).norm()) <= limit:  # false for a NaN
+            if float((result.float() - trial.expected.float()).norm()) <= limit:  # false for a NaN
                 yield algorithm
+
+
+def _run(plan: Plan, trial: Trial) -> Tensor:
+    return plan.run(trial.sparse, trial.dense, trial.bias, stream_of(trial.dense.device))
 
 
 def _time(run: Callable[[], Tensor], problem: Problem) -> float:

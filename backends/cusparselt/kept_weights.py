@@ -1,34 +1,70 @@
-"""What is kept of a weight at rest: its compressed form for the sparse kernel, or for the dense one its masked form."""
+"""What is kept of a weight at rest: its compressed form for the sparse kernel, its masked one for the dense kernel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from nmcompile.ir.choice import Choice
+from nmcompile.backends.choices import latest
+from nmcompile.backends.cusparselt.library import is_capturing
 from nmcompile.ir.kept import Kept, can_keep
 from nmcompile.ir.operations import apply_mask
 
 _compressed: Kept[Tensor] = Kept()
 _masked: Kept[Tensor] = Kept()
+_captured: list[Tensor] = []
+"""What CUDA graphs read, which nobody frees."""
+
+
+def is_kept(weight: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether what is made of a weight is kept: of a parameter at rest. Others are made anew in each call."""
+    return isinstance(weight, nn.Parameter) and can_keep(weight, mask)
 
 
 def compressed_weight(
     weight: Tensor, mask: Tensor | None, size: tuple[int, int], compress: Callable[[], Tensor]
 ) -> Tensor:
-    """What `compress` gives, with zeros appended to that size; kept while the weight is at rest."""
-    return _compressed.get(weight, (mask,), size, compress) if can_keep(weight, mask) else compress()
+    """What `compress` makes of a weight, of that size with the zeros that are appended."""
+    return _get(_compressed, weight, mask, size, compress)
 
 
 def masked_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """The weight under its mask; kept while the weight is at rest."""
-    if mask is None:
-        return weight
-    if not can_keep(weight, mask):
-        return apply_mask(weight, mask)
-    return _masked.get(weight, (mask,), None, lambda: apply_mask(weight, mask))
+    """The weight under its mask."""
+    return weight if mask is None else _get(_masked, weight, mask, None, lambda: apply_mask(weight, mask))
 
 
-def forget_other(weight: Tensor, choice: Choice | None) -> None:
-    """Free the form that the chosen kernel does not read."""
-    if choice is not None:
-        (_masked if choice.kernel == "sparse" else _compressed).forget(weight)
+@contextmanager
+def only_the_chosen(weight: Tensor | None, call: str) -> Iterator[None]:
+    """Forget what was made inside for the kernel that was not chosen; what was there before, graphs may read."""
+    before = {kernel: weight is not None and weight in kept for kernel, kept in _forms()}
+    yield
+    choice = latest(call)
+    for kernel, kept in _forms():
+        if weight is not None and choice is not None and choice.kernel != kernel and not before[kernel]:
+            kept.forget(weight)
+
+
+def _forms() -> tuple[tuple[str, Kept[Tensor]], ...]:
+    return ("sparse", _compressed), ("dense", _masked)
+
+
+def _get(kept: Kept[Tensor], weight: Tensor, mask: Tensor | None, how: Any, make: Callable[[], Tensor]) -> Tensor:
+    if not is_kept(weight, mask):
+        kept.forget(weight)  # it is trained
+        return make()
+    if not is_capturing(weight.device):
+        return kept.get(weight, (mask,), how, lambda: _finished(make()))
+    if weight not in kept:
+        return make()  # the graph will
+    form = kept.get(weight, (mask,), how, make)
+    _captured.append(form)
+    return form
+
+
+def _finished(form: Tensor) -> Tensor:
+    """Once it is there for every stream."""
+    if form.is_cuda:
+        torch.cuda.current_stream(form.device).synchronize()
+    return form

@@ -27,6 +27,9 @@ COMPUTE_FLOAT32 = 2
 BIAS_POINTER = 8
 ALGORITHM_ID, ALGORITHM_COUNT, SPLIT_K = 0, 1, 3
 
+_captured: list["Plan"] = []
+"""What CUDA graphs use, which nobody destroys."""
+
 
 class Problem(NamedTuple):
     """A product of a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
@@ -80,24 +83,35 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured there."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def algorithm_count(problem: Problem) -> int:
     """How many algorithms the library has for a problem."""
     with torch.cuda.device(problem.device):
-        count = ctypes.c_int32()
-        selection = _Product(problem).selection
-        _call("cusparseLtMatmulAlgGetAttribute", _handle(problem.device), selection, ALGORITHM_COUNT, *_of(count))
+        count, product = ctypes.c_int32(), _Product(problem)
+        _call("cusparseLtMatmulAlgGetAttribute", product.handle, product.selection, ALGORITHM_COUNT, *_of(count))
     return count.value
 
 
-def kept_plan(problem: Problem, algorithm: Algorithm, stream: int) -> "Plan":
-    """The plan for a problem on a stream: two streams may be at work at the same time.
+def kept_plan(problem: Problem, algorithm: Algorithm, stream: int) -> "Plan | None":
+    """The plan for a problem on a stream: the bias lies in it, and two streams may be at work at the same time.
 
-    While a CUDA graph is captured no plan can be made, and one of another stream has to do.
+    While a CUDA graph is captured no plan is made. The graph takes that of another stream, beside which it must not run
+    if there is a bias; None if there is none.
     """
     plans = _plans(problem, algorithm)
+    if is_capturing(problem.device):
+        plan = plans.get(stream) or next(iter(plans.values()), None)
+        if plan is not None:
+            _captured.append(plan)
+        return plan
     if stream not in plans:
-        if plans and torch.cuda.is_current_stream_capturing():
-            return next(iter(plans.values()))
         plans[stream] = Plan(problem, algorithm)
     return plans[stream]
 
@@ -126,12 +140,14 @@ class _Product:
         operands = PLAIN, dense_is, sparse, dense, result, result
         _call("cusparseLtMatmulDescriptorInit", handle, self.matmul, *operands, COMPUTE_FLOAT32)
         # The address of the bias is part of a plan: each plan has a tensor for it.
-        self.bias = torch.zeros(rows, dtype=problem.dtype, device=problem.device) if problem.has_bias else None
+        with torch.inference_mode(False):  # a copy into it has to be allowed outside, too
+            self.bias = torch.zeros(rows, dtype=problem.dtype, device=problem.device) if problem.has_bias else None
         if self.bias is not None:
             address = ctypes.c_void_p(self.bias.data_ptr())
             _call("cusparseLtMatmulDescSetAttribute", handle, self.matmul, BIAS_POINTER, *_of(address))
         self.selection = ctypes.create_string_buffer(STRUCTURE)
         _call("cusparseLtMatmulAlgSelectionInit", handle, self.selection, self.matmul, 0)
+        weakref.finalize(self, _destroy_product, self.selection, self.matrices).atexit = False
 
 
 class Plan:
@@ -151,7 +167,7 @@ class Plan:
             for name, value in chosen.items():
                 _call("cusparseLtMatmulAlgSetAttribute", handle, product.selection, name, *_of(ctypes.c_int32(value)))
             _call("cusparseLtMatmulPlanInit", handle, self.plan, product.matmul, product.selection)
-        weakref.finalize(self, _destroy, self.plan, product).atexit = False
+        weakref.finalize(self, _destroy_plan, self.plan).atexit = False
         size = ctypes.c_size_t()
         _call("cusparseLtMatmulGetWorkspace", handle, self.plan, ctypes.byref(size))
         self.workspace, self.bias, self.product = size.value, product.bias, product
@@ -174,12 +190,14 @@ class Plan:
         return result
 
 
-def _destroy(plan: Any, product: _Product) -> None:
-    library = _library()
-    library.cusparseLtMatmulPlanDestroy(plan)
-    library.cusparseLtMatmulAlgSelectionDestroy(product.selection)
-    for matrix in product.matrices:
-        library.cusparseLtMatDescriptorDestroy(matrix)
+def _destroy_plan(plan: Any) -> None:
+    _library().cusparseLtMatmulPlanDestroy(plan)
+
+
+def _destroy_product(selection: Any, matrices: Sequence[Any]) -> None:
+    _library().cusparseLtMatmulAlgSelectionDestroy(selection)
+    for matrix in matrices:
+        _library().cusparseLtMatDescriptorDestroy(matrix)
 
 
 @cache

@@ -4,7 +4,7 @@ The library's own function takes as long as a large product. So a kernel of ours
 pass, once it is known where the library expects the indices; that it writes the same bytes is checked at first use.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from nmcompile.backends.triton.operators import triton_prune
 from nmcompile.backends.triton.support import KEEP, triton_support
 from nmcompile.pruning import NMPattern
 
+SIZES = 512  # whose layouts are remembered
 TWO_OF_FOUR = NMPattern(2, 4)
 PACKED = frozenset({"greedy", "mvue", "mvue_approx"})  # the operators that kernels compress with
 
@@ -77,7 +78,7 @@ def compressed(operand: Operand, rows: int, depth: int) -> Tensor:
     return _write(operand, rows, depth, layout)
 
 
-@cache
+@lru_cache(SIZES)
 def checked_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Layout | None:
     """The layout of compressed matrices of that size; None if our kernel writes other bytes than the library."""
     if not triton_support().ok:

@@ -101,7 +101,7 @@ def _(
 def _pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, call: str) -> Tensor:
     """Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
     sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
-    return Product(call, sparse, by_rows(input, 1), bias).run(
+    return Product(call, sparse, by_rows(input, 1), bias, weight=weight).run(
         lambda rows: by_channels(rows, input, weight.shape[0]),
         lambda: conv.conv_forward(input, masked_weight(weight, mask), bias, *_geometry(input)),
     )

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.choices import latest, note, run_best
+from nmcompile.backends.choices import note, run_best
 from nmcompile.backends.cusparselt.algorithms import best_algorithm
-from nmcompile.backends.cusparselt.kept_weights import compressed_weight, forget_other
-from nmcompile.backends.cusparselt.library import Problem, kept_plan, stream_of
+from nmcompile.backends.cusparselt.kept_weights import compressed_weight, is_kept, only_the_chosen
+from nmcompile.backends.cusparselt.library import ALIGNMENT, Problem, kept_plan, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
 from nmcompile.ir.choice import Choice
-from nmcompile.ir.kept import can_keep
 
 
 @dataclass(frozen=True)
@@ -50,39 +49,36 @@ class Product:
             restore: from the product's matrix to what the layer gives.
             dense: the same by the dense kernel.
         """
-        refusal = operand_refusal(self.sparse.matrix, self.dense)
+        operand, sizes = self.sparse, self.sizes
+        refusal = operand_refusal(operand.matrix, self.dense, *(() if self.bias is None else (self.bias,)))
         if refusal:
             note(self.call, Choice("dense", refusal))
             return dense()
-        operand, sizes, device = self.sparse, self.sizes, self.dense.device
-        strides = operand.matrix.stride(), self.dense.stride()
-        is_kept = self.weight is not None and can_keep(self.weight, operand.mask)
-        work = operand.operator, operand.pattern, operand.mask is None, is_kept, self.bias is None
-        problem = "cusparselt", sizes, strides, work, self.dense.dtype, device
+        device, strides = self.dense.device, (operand.matrix.stride(), self.dense.stride())
+        work = operand.operator, operand.pattern, operand.dim, operand.mask is None, is_kept(self.weight, operand.mask)
+        form = self.by_depth, self.by_rows, self.bias is None, self.dense.dtype, str(device)
+        problem = "cusparselt", sizes, strides, work, form
         multiplications = sizes.rows * sizes.depth * sizes.lanes
 
         def sparse() -> Tensor | None:
             result = self.multiply()
             return None if result is None else restore(result)
 
-        result = run_best(self.call, problem, multiplications, lambda: None, sparse, dense, device)
-        if is_kept and self.weight is not None:
-            forget_other(self.weight, latest(self.call))
-        return result
+        with torch.cuda.device_of(self.dense), only_the_chosen(self.weight, self.call):
+            return run_best(self.call, problem, multiplications, lambda: None, sparse, dense, device)
 
     def multiply(self) -> Tensor | None:
-        """By the library; None where no algorithm of it is right."""
+        """By the library; None where no algorithm of it is right, or there is no plan for a graph that is captured."""
         given, bias, device = self.sizes, self.bias, self.dense.device
         sizes = padded(given)
+        problem = Problem(*sizes, self.by_depth, self.by_rows, bias is not None, self.dense.dtype, device)
+        algorithm = best_algorithm(problem)
+        plan = None if algorithm is None else kept_plan(problem, algorithm, stream_of(device))
+        if plan is None:
+            return None
         if bias is not None and sizes.rows > given.rows:
             bias = F.pad(bias, (0, sizes.rows - given.rows))
-        problem = Problem(*sizes, self.by_depth, self.by_rows, bias is not None, self.dense.dtype, device)
-        dense, operand = self._dense(sizes), self._compressed(sizes)
-        algorithm = best_algorithm(problem, operand, dense, bias, lambda: self._expected(dense, bias, sizes))
-        if algorithm is None:
-            return None
-        stream = stream_of(device)
-        result = kept_plan(problem, algorithm, stream).run(operand, dense, bias, stream)
+        result = plan.run(self._compressed(sizes), self._dense(sizes), bias, stream_of(device))
         if sizes == given:
             return result
         rows, lanes = given.rows, given.lanes
@@ -90,18 +86,14 @@ class Product:
 
     def _dense(self, sizes: Sizes) -> Tensor:
         shape = (sizes.depth, sizes.lanes) if self.by_depth else (sizes.lanes, sizes.depth)
-        return _pad(self.dense, *shape).contiguous()
+        matrix = _pad(self.dense, *shape).contiguous()
+        return matrix.clone() if matrix.data_ptr() % ALIGNMENT else matrix
 
     def _compressed(self, sizes: Sizes) -> Tensor:
         operand, size = self.sparse, (sizes.rows, sizes.depth)
         if self.weight is None:
             return compressed(operand, *size)
         return compressed_weight(self.weight, operand.mask, size, lambda: compressed(operand, *size))
-
-    def _expected(self, dense: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
-        lines = self.sparse.pruned().movedim(self.sparse.dim, 1)
-        rows = F.linear(dense.t() if self.by_depth else dense, _pad(lines, sizes.rows, sizes.depth), bias)
-        return rows.t() if self.by_rows else rows
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

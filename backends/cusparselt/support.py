@@ -15,7 +15,6 @@ SPARSE_MULTIPLE = 64  # of both sizes of the sparse operand: the library asks fo
 DENSE_MULTIPLE = 8  # of the free size of the dense operand
 KNOWN_BAD = {(0, 8, 0): "slower than others on Hopper and L4; nvidia-cusparselt-cu13 0.8.1 and later are not"}
 HOPPER = 9
-FLOAT16_ENDS = 0, 8, 0  # the latest version a float16 kernel of which ends the process on Hopper: illegal instruction
 
 
 class Sizes(NamedTuple):
@@ -64,14 +63,15 @@ def operand_refusal(*operands: Tensor) -> str:
             return f"no sparse tensor cores for {x.dtype}; use autocast to float16 or bfloat16"
         if x.numel() == 0:
             return "an operand is empty"
+        if (x.dtype, x.device) != (operands[0].dtype, operands[0].device):
+            return f"operands are {operands[0].dtype} on {operands[0].device} and {x.dtype} on {x.device}"
     if operands[0].dtype == torch.float16:
-        return float16_refusal(torch.cuda.get_device_capability(operands[0].device), library_version())
+        return float16_refusal(torch.cuda.get_device_capability(operands[0].device))
     return ""
 
 
-def float16_refusal(capability: tuple[int, int], version: tuple[int, int, int]) -> str:
-    """Why float16 is left alone; empty if it need not be."""
-    if capability[0] != HOPPER or version > FLOAT16_ENDS:
+def float16_refusal(capability: tuple[int, int]) -> str:
+    """Why float16 is left alone; empty if it need not be. What ends the process cannot be tried and caught."""
+    if capability[0] != HOPPER:
         return ""
-    text = ".".join(map(str, version))
-    return f"a float16 kernel of cuSPARSELt {text} ends the process on Hopper; use bfloat16, or a later version"
+    return "a float16 kernel of cuSPARSELt 0.8.0 ends the process on Hopper, and later ones were not tried; use bfloat16"

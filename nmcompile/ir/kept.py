@@ -1,7 +1,9 @@
 """What is derived from a weight, kept between calls while a layer runs without gradients.
 
 It is derived again once the weight was written. The version counter shows most writes; those through `.data` it does
-not, so on the CPU a sample of the elements is compared too. On a GPU every call would have to wait for that.
+not, so on the CPU a sample of the elements is compared too. On a GPU every call would have to wait for that. There a
+call with gradients has to forget what is kept: what trains a weight runs it with gradients first, and fused optimizers
+count no version. A write through `.data` between two calls without gradients goes unseen.
 """
 
 from collections.abc import Callable, Hashable
@@ -71,9 +73,12 @@ class Kept(Generic[Value]):
         value: Value = entry.value
         return value
 
+    def __contains__(self, weight: Tensor) -> bool:
+        return bool(self._entries) and weight in self._entries
+
     def forget(self, weight: Tensor | None) -> None:
         """Free what is kept of a weight, if anything is."""
-        if weight in self._entries:
+        if self._entries and weight in self._entries:
             del self._entries[weight]
 
 

@@ -25,8 +25,9 @@ class DrawStream:
 
     def move(self, device: torch.device) -> None:
         """Go on there: keys are made on the device where they are wanted, so that nothing has to wait for a copy."""
-        if self.draw.device != device:
-            self.draw = self.draw.to(device)
+        if self.draw.device != device and device.type != "meta":
+            with torch.inference_mode(False):  # what is made in inference mode could not be advanced outside
+                self.draw = self.draw.to(device)
 
     def next_keys(self) -> Tensor:
         """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
@@ -54,12 +55,19 @@ def _next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
     return keys
 
 
-@lru_cache(LAYERS)
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
+    """The keys of draw 0: they stay on a GPU, as a copy from the CPU would wait for it."""
+    bases = tuple(_base(seed, layer, rank, phase) for phase in ("backward", "update"))
+    return torch.tensor(bases) if device.type == "cpu" else _on_device(bases, device)
+
+
+@lru_cache(LAYERS)
+def _on_device(bases: tuple[int, int], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor([_base(seed, layer, rank, phase) for phase in ("backward", "update")], device=device)
+        return torch.tensor(bases, device=device)
 
 
+@lru_cache(2 * LAYERS)
 def _base(seed: int, layer: str, rank: int, phase: str) -> int:
     digest = hashlib.sha256(f"{seed}/{layer}/{rank}/{phase}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

@@ -62,6 +62,7 @@ class GemmTriple:
         self.called = False
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
+        self.draws = any("key" in names for names in self.placeholders.values())
 
     @property
     def layer(self) -> Layer:
@@ -77,7 +78,8 @@ class GemmTriple:
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
         """
         mask = None if self.mask is None else self.mask.current(weight)
-        self.stream.move(input.device)
+        if self.draws:
+            self.stream.move(input.device)
         is_moving = torch.compiler.is_compiling() or torch.is_grad_enabled()
         with nullcontext() if is_moving else weights_at_rest():
             weight_step = self.steps.of_weight(weight)
@@ -96,10 +98,9 @@ class GemmTriple:
         arguments = [values[name] for name in self.placeholders[phase]]
         device = next(v for v in values.values() if v is not None).device.type
         # Dynamo takes autocast for off behind such a block; operands that are cast already lose nothing without it.
-        is_loud = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if is_loud else nullcontext():
-            # Past what calls of a module cost: nobody can hook into these graphs.
-            result: tuple[Tensor | None, ...] = self.graphs[phase].forward(*arguments)
+        is_on = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if is_on else nullcontext():
+            result: tuple[Tensor | None, ...] = self.graphs[phase](*arguments)
         return result
 
     def asks(self, phase: Phase, name: str) -> bool:
@@ -171,7 +172,7 @@ def _rows(x: Tensor | None, rows: slice) -> Any:
 
 
 def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:
-    if not (triple.asks(Phase.BACKWARD, "key") or triple.asks(Phase.UPDATE, "key")):
+    if not triple.draws:
         return None, None
     keys = triple.stream.next_keys()
     return keys[0], keys[1]

@@ -36,6 +36,7 @@ from nmcompile.backends.cusparselt.support import (
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.kept import Kept
 from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS
@@ -92,14 +93,9 @@ def test_without_the_library_a_request_for_it_says_why() -> None:
         nmcompile.compile(nn.Linear(8, 8), backend="cusparselt")
 
 
-@pytest.mark.parametrize(
-    ("capability", "version", "refused"),
-    [((9, 0), (0, 8, 0), True), ((9, 0), (0, 8, 1), False), ((8, 0), (0, 8, 0), False)],
-)
-def test_a_kernel_that_ends_the_process_is_left_alone(
-    capability: tuple[int, int], version: tuple[int, int, int], refused: bool
-) -> None:
-    assert ("ends the process" in float16_refusal(capability, version)) is refused
+@pytest.mark.parametrize(("capability", "refused"), [((9, 0), True), ((8, 0), False), ((10, 0), False)])
+def test_a_kernel_that_ends_the_process_is_left_alone(capability: tuple[int, int], refused: bool) -> None:
+    assert ("ends the process" in float16_refusal(capability)) is refused
 
 
 class StandIn:
@@ -132,6 +128,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
         assert int((matrix != 0).unflatten(1, (-1, 4)).sum(-1).max()) <= 2
         return matrix.clone()
 
+    for forms in ("_compressed", "_masked"):
+        monkeypatch.setattr(kept_weights, forms, Kept())
     made: list[Problem] = []
     monkeypatch.setattr(StandIn, "made", made, raising=False)
     monkeypatch.setattr(operand, "compress", compress)
@@ -180,32 +178,35 @@ def test_an_operand_is_masked_and_pruned(stand_in: list[Problem]) -> None:
     assert torch.equal(Operand(matrix, 0, mask).pruned(), matrix * mask)
 
 
-PROBLEM = Problem(64, 64, 8, False, False, False, torch.float32, torch.device("cpu"))
+PROBLEM = Problem(64, 64, 8, False, False, True, torch.float32, torch.device("cpu"))
 
 
 def test_a_wrong_algorithm_is_never_taken(stand_in: list[Problem]) -> None:
-    sparse, dense = pruned(64, 64), torch.randn(8, 64)
-
-    def exact() -> Tensor:
-        return dense @ sparse.t()
-
-    assert best_algorithm(PROBLEM, sparse, dense, None, exact) == RIGHT
+    assert best_algorithm(PROBLEM) == RIGHT
     before = len(stand_in)
-    assert best_algorithm(PROBLEM, sparse, dense, None, exact) == RIGHT
+    assert best_algorithm(PROBLEM) == RIGHT
     assert len(stand_in) == before, "searched again"
 
 
+def test_what_a_layer_multiplies_first_has_no_say(stand_in: list[Problem]) -> None:
+    """Zeros would make every algorithm right, and a NaN none."""
+    for value in (0.0, torch.nan):
+        forget_algorithms()
+        dense = torch.full((8, 64), value)
+        Product("call", Operand(pruned(64, 64), 1), dense).multiply()
+        assert best_algorithm(PROBLEM._replace(has_bias=False)) == RIGHT
+
+
 def test_the_search_heeds_determinism_and_capture(stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse, dense = pruned(64, 64), torch.randn(8, 64)
     monkeypatch.setattr(algorithms, "_time", lambda *_: pytest.fail("a clock decides"))
     torch.use_deterministic_algorithms(True)
     try:
-        assert best_algorithm(PROBLEM, sparse, dense, None, lambda: dense @ sparse.t()) == RIGHT
+        assert best_algorithm(PROBLEM) == RIGHT
     finally:
         torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert best_algorithm(PROBLEM, sparse, dense, None, lambda: pytest.fail("searched")) is None
+    monkeypatch.setattr(algorithms, "is_capturing", lambda _: True)
+    monkeypatch.setattr(algorithms, "_trial", lambda _: pytest.fail("searched"))
+    assert best_algorithm(PROBLEM) is None
 
 
 def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(
@@ -219,26 +220,99 @@ def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(
     assert choice is not None and choice.kernel == "dense"
 
 
-def test_a_weight_at_rest_is_compressed_once(stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, compress = count(), operand.compress
+@pytest.fixture
+def compressions(stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was compressed, but for the search of an algorithm."""
+    found: list[Tensor] = []
+    compress = operand.compressed
 
-    def counted(matrix: Tensor) -> Tensor:
-        next(calls)
-        return compress(matrix)
+    def noted(given: Operand, rows: int, depth: int) -> Tensor:
+        found.append(given.matrix)
+        return compress(given, rows, depth)
 
-    monkeypatch.setattr(operand, "compress", counted)
-    layer, x = nn.Linear(64, 64), torch.randn(8, 64)
-    compiled = nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"), backend="cusparselt")
+    monkeypatch.setattr(product, "compressed", noted)
+    return found
+
+
+def at_rest(layer: nn.Module) -> nn.Module:
+    return nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"), backend="cusparselt")
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(nn.Linear(64, 64), torch.randn(8, 64)), (nn.Conv2d(64, 64, 1, bias=False), torch.randn(2, 64, 2, 2))],
+)
+def test_a_weight_at_rest_is_compressed_once(layer: nn.Module, x: Tensor, compressions: list[Tensor]) -> None:
+    compiled, weight = at_rest(layer), layer.get_parameter("weight")
     with torch.no_grad():
-        results = [compiled(x) for _ in range(3)]
-        assert next(calls) == 1
-        layer.weight.mul_(2.0)
-        doubled = compiled(x)
-    assert next(calls) == 3
-    assert torch.equal(results[0], results[2])
-    torch.testing.assert_close(doubled - layer.bias, 2 * (results[0] - layer.bias))
+        first, *_, last = (compiled(x) for _ in range(3))
+        assert len(compressions) == 1 and torch.equal(first, last)
+        weight.mul_(2.0)
+        torch.testing.assert_close(compiled(x), nmcompile.finalize(compiled)(x))
+    assert len(compressions) == 2
+
+
+def test_a_call_with_gradients_forgets_what_is_kept(compressions: list[Tensor]) -> None:
+    """Fused optimizers count no version: that a weight is trained shows in how it runs."""
+    compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
+    with torch.no_grad():
+        compiled(x)
+    assert len(kept_weights._compressed) == 1
     compiled(x), compiled(x)
-    assert next(calls) == 6, "a weight that is trained changes"
+    assert len(kept_weights._compressed) == 0 and len(compressions) == 3
+
+
+def test_only_parameters_are_kept(compressions: list[Tensor]) -> None:
+    """Autocast makes another tensor for each call, which is never seen again."""
+    compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        compiled(x), compiled(x)
+    assert len(compressions) == 2 and len(kept_weights._compressed) == 0
+
+
+def test_two_sizes_keep_both_forms(compressions: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sparse kernel runs for the larger one; a graph may have captured its operand."""
+
+    def choose(problem: tuple[str, Sizes], *_: object) -> Choice:
+        return Choice("sparse" if problem[1].lanes > 8 else "dense", "the test asks for it")
+
+    monkeypatch.setattr(choices, "_choice", choose)
+    compiled, sizes = at_rest(nn.Linear(64, 64)), [torch.randn(n, 64) for n in (16, 8)]
+    with torch.no_grad():
+        for x in 3 * sizes:
+            torch.testing.assert_close(compiled(x), nmcompile.finalize(compiled)(x))
+    assert len(compressions) == 1
+
+
+def test_what_lost_the_measurement_is_not_kept(compressions: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(*given: object) -> Choice:
+        sparse, dense = given[3:5]
+        assert callable(sparse) and callable(dense)
+        sparse(), dense()
+        return Choice("dense", "the test measured")
+
+    monkeypatch.setattr(choices, "_choice", choose)
+    with torch.no_grad():
+        compiled = at_rest(nn.Linear(64, 64))
+        compiled(torch.randn(8, 64))
+    assert (len(kept_weights._compressed), len(kept_weights._masked)) == (0, 1)
+
+
+def test_a_graph_that_is_captured_makes_what_is_not_there(
+    compressions: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
+    monkeypatch.setattr(kept_weights, "is_capturing", lambda _: True)
+    captured: list[Tensor] = []
+    monkeypatch.setattr(kept_weights, "_captured", captured)
+    with torch.no_grad():
+        compiled(x), compiled(x)
+        assert len(compressions) == 2 and not captured, "what a capture makes is not there before a replay"
+        monkeypatch.setattr(kept_weights, "is_capturing", lambda _: False)
+        compiled(x)
+        monkeypatch.setattr(kept_weights, "is_capturing", lambda _: True)
+        compiled(x)
+    assert len(compressions) == 3 and len(captured) == 1
 
 
 def layers() -> list[tuple[nn.Module, Tensor]]:
@@ -280,17 +354,21 @@ def test_a_layer_trains_as_with_the_reference_backend(index: int, mode: str, sta
         (nn.Conv2d(8, 8, 3), "t-weights", "only 1x1 convolutions"),
         (nn.Conv2d(8, 8, 1, stride=2), "t-weights", "only 1x1 convolutions"),
         (nn.Linear(8, 8), "gradients", "not pruned"),
+        (nn.Conv2d(8, 8, 1), "training", "pruned across the batch"),
     ],
 )
 def test_refusals(layer: nn.Module, mode: str, words: str, stand_in: list[Problem]) -> None:
     compiled = nmcompile.compile(layer, mode, config=CompileConfig(ends="sparse"), backend="cusparselt")
-    graph = nmcompile.inspect(compiled).layer("").graphs[Phase.FORWARD]
-    refusals = [node.meta["refusals"]["cusparselt"] for node in graph.graph.nodes if node.meta.get("refusals")]
+    graphs = nmcompile.inspect(compiled).layer("").graphs
+    nodes = [node for phase in (Phase.FORWARD, Phase.UPDATE) for node in graphs[phase].graph.nodes]
+    refusals = [node.meta["refusals"]["cusparselt"] for node in nodes if node.meta.get("refusals")]
     assert any(words in refusal for refusal in refusals)
 
 
 def test_other_devices_and_dtypes_run_dense_and_say_so() -> None:
     assert "on cpu" in support.operand_refusal(torch.ones(2, dtype=torch.float16))
+    mixed = torch.ones(2, device="meta"), torch.ones(2, device="meta", dtype=torch.float16)
+    assert "meta" in support.operand_refusal(*mixed)
     meta = torch.ones(2, device="meta")
     x, w = torch.randn(4, 8), pruned(8, 8)
     assert torch.equal(linear_forward(x, w, None, None, False, "on cpu"), F.linear(x, w))

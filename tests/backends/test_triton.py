@@ -171,6 +171,24 @@ def test_tiles_equal_the_reference(kind: str, dtype: torch.dtype, device: str) -
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("shape", "dims"), [((12, 20), (0, 1)), ((20, 12), (1, 0)), ((8, 12, 3, 2), (0, 1)), ((2, 8, 6, 3), (1, 2))]
+)
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_transposable_masks_equal_the_reference(
+    is_strided: bool, shape: tuple[int, ...], dims: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "DEVICE", device)
+    w = values(shape, "normal", torch.float32, seed=4).to(device)
+    if is_strided:
+        w = w.movedim(dims[0], -1).contiguous().movedim(-1, dims[0])
+    with mock.patch.object(operators, "transposable_mask", side_effect=AssertionError("ran the reference")):
+        mask = operators.triton_transposable_mask(w, *dims)
+    assert mask.stride() == w.stride()
+    assert mask.cpu().equal(transposable_mask(w.cpu(), "2:4", dims=dims))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_operators_run_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "DEVICE", device)
     x, key = values((32, 24), "normal", torch.bfloat16, seed=9), torch.tensor(10)

@@ -99,7 +99,7 @@ def _launch(
             PACKED=positions is not None,
             PARTNER=0 if places is None else places.partner,
             ALIGNED=columns % 4 == 0,
-            WIDE=needs_int64(x, values),
+            WIDE=needs_int64(x, values) or (mask is not None and needs_int64(mask)),
             OPERATOR=operator,
             DRAWS=0 if operator == KEEP else DRAWS[operator],
             N=pattern.n_keep,
