@@ -74,4 +74,4 @@ def float16_refusal(capability: tuple[int, int]) -> str:
     """Why float16 is left alone; empty if it need not be. What ends the process cannot be tried and caught."""
     if capability[0] != HOPPER:
         return ""
-    return "a float16 kernel of cuSPARSELt 0.8.0 ends the process on Hopper, and later ones were not tried; use bfloat16"
+    return "a float16 kernel of cuSPARSELt 0.8.0 ends the process on Hopper, later ones were not tried; use bfloat16"
