@@ -1,6 +1,7 @@
 """Timing in turns: what slows a shared machine down for a while slows every candidate, so that ratios hold."""
 
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,16 +24,19 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call by `clock`, which counts seconds; all of them once before any of them again.
 
+    Each turn has another order: what one leaves in caches and in the allocator, the next finds.
     `pause` seconds before each call let the threads of the one before fall asleep: those of two libraries would spin
     against each other.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
+    order, dice = list(calls), random.Random(0)
     for turn in range(-warmup, repeats):
-        for name, call in calls.items():
+        dice.shuffle(order)
+        for name in order:
             if pause:
                 time.sleep(pause)
             start = clock()
-            call()
+            calls[name]()
             if turn >= 0:
                 found[name].append((clock() - start) * 1e3)
     return found

@@ -80,7 +80,6 @@ class GridSteps:
             return None
         bits, dim = self.weight_grid.bits, self.weight_dim
         if not can_keep(weight):
-            _weight_steps.forget(weight)
             return sawb_scale(weight, bits, dim=dim)
         return _weight_steps.get(weight, (), (bits, dim), lambda: sawb_scale(weight, bits, dim=dim))
 

@@ -18,7 +18,6 @@ from nmcompile.ir.at_rest import are_weights_at_rest
 
 SAMPLES = 64
 PLAIN = Tensor, nn.Parameter
-DEVICES = "cpu", "cuda"
 Value = TypeVar("Value")
 
 
@@ -74,19 +73,22 @@ class Kept(Generic[Value]):
         return value
 
     def __contains__(self, weight: Tensor) -> bool:
-        return bool(self._entries) and weight in self._entries
+        return weight in self._entries
 
     def forget(self, weight: Tensor | None) -> None:
         """Free what is kept of a weight, if anything is."""
-        if self._entries and weight in self._entries:
+        if weight in self._entries:
             del self._entries[weight]
 
 
-def can_keep(*sources: Tensor | None) -> bool:
-    """Whether weights are at rest, and these are plain tensors whose writes can be noticed."""
+def can_keep(*sources: Tensor | None, device: str = "cpu") -> bool:
+    """Whether weights are at rest, and these are plain tensors on that kind of device whose writes can be noticed.
+
+    On another device than the CPU the caller has to forget what is kept when a call comes with gradients.
+    """
     if torch.compiler.is_compiling() or not are_weights_at_rest():
         return False
-    return all(x is None or (type(x) in PLAIN and x.device.type in DEVICES and not x.is_inference()) for x in sources)
+    return all(x is None or (type(x) in PLAIN and x.device.type == device and not x.is_inference()) for x in sources)
 
 
 def _is_same(seen: _Seen | None, x: Tensor | None) -> bool:
