@@ -13,14 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.choices import seconds
-from nmcompile.backends.cusparselt.library import (
-    Algorithm,
-    Plan,
-    Problem,
-    algorithm_count,
-    is_capturing,
-    stream_of,
-)
+from nmcompile.backends.cusparselt.library import Algorithm, Plan, Problem, algorithm_count, is_capturing, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.errors import LibraryError
 
@@ -72,16 +65,13 @@ def _trial(problem: Problem) -> Trial:
         return torch.randn(*size, generator=dice, device=problem.device, dtype=problem.dtype)
 
     with torch.inference_mode(False), torch.no_grad():
-        sparse, dense = (
-            Operand(random(problem.rows, problem.depth), 1, operator="greedy"),
-            random(problem.lanes, problem.depth),
-        )
+        weight = Operand(random(problem.rows, problem.depth), 1, operator="greedy")
+        dense = random(problem.lanes, problem.depth)
         bias = random(problem.rows) if problem.has_bias else None
-        expected = F.linear(dense, sparse.pruned(), bias)
-        given = dense.t().contiguous() if problem.by_depth else dense
-        return Trial(
-            compressed(sparse, problem.rows, problem.depth), given, bias, expected.t() if problem.by_rows else expected
-        )
+        expected = F.linear(dense, weight.pruned(), bias)
+        sparse = compressed(weight, problem.rows, problem.depth)
+    by_depth, by_rows = problem.by_depth, problem.by_rows
+    return Trial(sparse, dense.t().contiguous() if by_depth else dense, bias, expected.t() if by_rows else expected)
 
 
 def _right_algorithms(problem: Problem, trial: Trial) -> Iterator[Algorithm]:

@@ -5,6 +5,7 @@ resumed run and a run with other layers frozen draw the same. Global generators 
 """
 
 import hashlib
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -26,7 +27,8 @@ class DrawStream:
     def move(self, device: torch.device) -> None:
         """Go on there: keys are made on the device where they are wanted, so that nothing has to wait for a copy."""
         if self.draw.device != device and device.type != "meta":
-            with torch.inference_mode(False):  # what is made in inference mode could not be advanced outside
+            # What is made in inference mode could not be advanced outside.
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
                 self.draw = self.draw.to(device)
 
     def next_keys(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The choice between the sparse and the dense kernel, with timings that the tests make up."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,27 @@ def test_fakes_schemas_and_compiled_graphs(
     torch.library.opcheck(conv_forward, (x, w, mask, b, *geometry, "d"), test_utils=checks)
     torch.library.opcheck(conv_input_gradient, (dy, w, mask, x, *geometry, "e"), test_utils=checks)
     torch.library.opcheck(conv_weight_gradient, (dy, x, w, *geometry, "auto", 4, "f"), test_utils=checks)
+
+
+def test_a_gpu_is_timed_without_what_asks_for_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert end is not self
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
+    assert choices.seconds(lambda: done.append("run"), torch.device("cuda", 1), 7) == 0.002
+    assert done == ["sleep 7", "record", "run", "record", "wait"]
