@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from curves import Curve, draw_curves
 from timing import in_turns, processor
 from torch.nn import functional as F
 
@@ -33,29 +34,16 @@ def speedup(tokens: int, weight: torch.Tensor, repeats: int) -> float:
     return statistics.median(times["dense"]) / statistics.median(times["sparse"])
 
 
-def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """Measured lines, predicted dashes, and the line that separates gain from loss."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(1, color="black", linewidth=1)
-    axes.text(TOKENS[0], 1, "break-even", va="bottom")
+def curves(rows: list[dict[str, float]]) -> list[Curve]:
+    """Measured lines, and predicted dashes."""
+    found = []
     for color, weight in zip(("C0", "C1", "C2"), WEIGHTS, strict=True):
         chosen = [row for row in rows if (row["out"], row["in"]) == weight]
         tokens = [row["tokens"] for row in chosen]
-        axes.plot(
-            tokens, [row["measured"] for row in chosen], color=color, marker="o", label=f"{weight[0]} x {weight[1]}"
-        )
-        axes.plot(tokens, [row["predicted"] for row in chosen], color=color, linestyle="--")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("speed-up over F.linear; dashed: predicted")
-    axes.legend(title="weight, out x in")
-    figure.savefig(path, metadata={"Date": None})
+        measured = {"color": color, "marker": "o", "label": f"{weight[0]} x {weight[1]}"}
+        found.append(Curve(tokens, [row["measured"] for row in chosen], measured))
+        found.append(Curve(tokens, [row["predicted"] for row in chosen], {"color": color, "linestyle": "--"}))
+    return found
 
 
 def main() -> None:
@@ -80,7 +68,8 @@ def main() -> None:
             )
     setting = {"torch": torch.__version__, "threads": threads, "machine": processor()}
     RESULT.write_text(json.dumps({**setting, "repeats": options.repeats, "results": rows}, indent=2) + "\n")
-    draw(rows, RESULT.with_suffix(".svg"))
+    label = "speed-up over F.linear; dashed: predicted"
+    draw_curves(curves(rows), label, "weight, out x in", RESULT.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

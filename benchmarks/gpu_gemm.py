@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from curves import Curve, draw_curves
 from tabulate import tabulate
 from timing import gpu_setting, on_gpu
 from torch import nn
@@ -69,7 +70,7 @@ def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> Row:
             calls["sparse"] = product.multiply
         if not inputs % 64 and not outputs % 64:
             SparseSemiStructuredTensor._FORCE_CUTLASS = False
-            torchs = to_sparse_semi_structured(weight)
+            torchs = to_sparse_semi_structured(weight.detach())
             calls["torch"] = lambda: F.linear(x, torchs, layer.bias)
         for call in calls.values():
             torch.testing.assert_close(call(), calls["dense"](), rtol=2**-6, atol=1e-2)
@@ -107,26 +108,14 @@ def summary(rows: list[Row]) -> dict[str, float]:
     return found
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """A line for each layer over its tokens, and the line that separates gain from loss."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(1, color="black", linewidth=1)
-    axes.text(TOKENS[0], 1, "break-even", va="bottom")
+def curves(rows: list[Row]) -> list[Curve]:
+    """The sparse kernel of each layer in bfloat16."""
+    found = []
     for name, (inputs, outputs) in LAYERS.items():
         chosen = [row for row in rows if row.layer == name and row.dtype == str(torch.bfloat16)]
-        speedups = [row.speedup["sparse"] for row in chosen]
-        axes.plot([row.tokens for row in chosen], speedups, marker="o", label=f"{name}, {inputs} to {outputs}")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("speed-up of the sparse kernel over F.linear")
-    axes.legend(fontsize="small")
-    figure.savefig(path, metadata={"Date": None})
+        style = {"marker": "o", "label": f"{name}, {inputs} to {outputs}"}
+        found.append(Curve([row.tokens for row in chosen], [row.speedup["sparse"] for row in chosen], style))
+    return found
 
 
 def main() -> None:
@@ -151,7 +140,8 @@ def main() -> None:
         "results": list(map(asdict, rows)),
     }
     options.out.write_text(json.dumps(results, indent=2) + "\n")
-    draw(rows, options.out.with_suffix(".svg"))
+    label = "speed-up of the sparse kernel over F.linear"
+    draw_curves(curves(rows), label, "", options.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from nmcompile.backends.cpu.packed_integers import BITS
 from nmcompile.backends.cpu.prune import prune_natively, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
 from nmcompile.backends.fusion import pruned_alone, take_mask, take_pruning
+from nmcompile.backends.operands import OPERAND, operand_support, pruned_row
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.reference import conv as dense_conv
 from nmcompile.backends.reference import linear as dense_linear
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer
-from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.protocols import Support
 
 SPARSE: dict[Any, Any] = {
@@ -30,13 +30,6 @@ SPARSE: dict[Any, Any] = {
     dense_conv.conv_forward: conv.conv_forward,
     dense_conv.conv_input_gradient: conv.conv_input_gradient,
     dense_conv.conv_weight_gradient: conv.conv_weight_gradient,
-}
-# The operand that the sparse kernel takes in each GEMM: its position in the node's arguments, and the axes along which
-# its blocks may run.
-OPERAND: dict[Any, tuple[int, frozenset[str]]] = {
-    ops.gemm_forward: (1, frozenset({"in"})),
-    ops.gemm_backward: (1, frozenset({"out"})),
-    ops.gemm_update: (0, frozenset({"auto", "batch", "flat"})),
 }
 _numbers = itertools.count()
 
@@ -75,30 +68,15 @@ class CpuBackend:
 
 def gemm_support(node: fx.Node) -> Support:
     """Whether there is a sparse kernel for a GEMM node that is not lowered yet."""
-    layer, row = node.meta["layer"], _pruned_row(node)
+    layer, support = node.meta["layer"], operand_support(node)
     if isinstance(layer, ConvLayer) and layer.spatial_dims > 2:
         return Support(False, f"no sparse kernel for {layer.kind}")
-    if row is None or row.pattern is None:
-        return Support(False, "the operand that the sparse kernel takes is not pruned")
-    if 4 % row.pattern.block or row.pattern.n_keep * 2 > row.pattern.block:
-        return Support(False, f"no sparse kernel for {row.pattern}, only for patterns that keep two of four")
-    if row.axis not in OPERAND[node.target][1]:
-        return Support(False, f"the {row.operand} is pruned along {row.axis}, not along the sum of this GEMM")
-    return kernel_support()
-
-
-def _pruned_row(node: fx.Node) -> PlanRow | None:
-    """The plan row that pruned the operand, on a grid or not."""
-    operand: Any = node.args[OPERAND[node.target][0]]
-    while operand.meta.get("kind") == "quantize":
-        operand = operand.args[0]
-    row: PlanRow | None = operand.meta.get("row")
-    return row
+    return kernel_support() if support.ok else support
 
 
 def _lower_gemm(node: fx.Node) -> None:
     """The reference backend's node, with a choice of the kernel."""
-    row, name = _pruned_row(node), f"{node.meta['layer'].name} {node.meta['phase'].value} {next(_numbers)}"
+    row, name = pruned_row(node), f"{node.meta['layer'].name} {node.meta['phase'].value} {next(_numbers)}"
     is_update = node.target is ops.gemm_update
     ReferenceBackend().lower(node)
     target = SPARSE[node.target]

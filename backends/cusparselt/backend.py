@@ -9,8 +9,9 @@ from torch import fx
 
 from nmcompile.backends.choices import latest
 from nmcompile.backends.cusparselt import operators
-from nmcompile.backends.cusparselt.support import cusparselt_support, pattern_support
+from nmcompile.backends.cusparselt.support import cusparselt_support
 from nmcompile.backends.fusion import pruned_alone, take_mask, take_pruning
+from nmcompile.backends.operands import OPERAND, operand_support, pruned_row
 from nmcompile.backends.reference import ReferenceBackend, conv, linear
 from nmcompile.backends.triton import mask_kernel, prune
 from nmcompile.backends.triton.support import KEEP
@@ -25,13 +26,6 @@ SPARSE: dict[Any, Any] = {
     linear.linear_weight_gradient: operators.linear_weight_gradient,
     conv.conv_forward: operators.pointwise_forward,
     conv.conv_input_gradient: operators.pointwise_input_gradient,
-}
-# The operand that the library takes in each GEMM: its position in the node's arguments, and the axes along which its
-# blocks may run.
-OPERAND: dict[Any, tuple[int, frozenset[str]]] = {
-    ops.gemm_forward: (1, frozenset({"in"})),
-    ops.gemm_backward: (1, frozenset({"out"})),
-    ops.gemm_update: (0, frozenset({"auto", "batch", "flat"})),
 }
 _numbers = itertools.count()
 
@@ -53,13 +47,13 @@ class CusparseltBackend:
     def supports(self, node: fx.Node) -> Support:
         if node.target not in OPERAND:
             return Support(False, "cuSPARSELt only multiplies")
-        found = _operand_support(node)
+        found = operand_support(node)
         return _layer_support(node.meta["layer"], node.target is ops.gemm_update) if found.ok else found
 
     def lower(self, node: fx.Node) -> None:
         """The reference backend's node, with a choice of the kernel."""
         name = f"{node.meta['layer'].name} {node.meta['phase'].value} cusparselt {next(_numbers)}"
-        row = _pruned_row(node)
+        row = pruned_row(node)
         assert row is not None
         ReferenceBackend().lower(node)
         if node.target is linear.linear_weight_gradient:
@@ -89,24 +83,6 @@ def _update_arguments(node: fx.Node, row: PlanRow) -> tuple[Any, ...]:
     if pruned is not None:
         dense, rule = take_pruning(node, pruned, prune)
     return dense, node.args[1], *rule, *node.args[2:]
-
-
-def _pruned_row(node: fx.Node) -> PlanRow | None:
-    """The plan row that pruned the operand, on a grid or not."""
-    operand: Any = node.args[OPERAND[node.target][0]]
-    while operand.meta.get("kind") == "quantize":
-        operand = operand.args[0]
-    row: PlanRow | None = operand.meta.get("row")
-    return row
-
-
-def _operand_support(node: fx.Node) -> Support:
-    row = _pruned_row(node)
-    if row is None or row.pattern is None:
-        return Support(False, "the operand that the library takes is not pruned")
-    if row.axis not in OPERAND[node.target][1]:
-        return Support(False, f"the {row.operand} is pruned along {row.axis}, not along the sum of this GEMM")
-    return pattern_support(row.pattern)
 
 
 def _layer_support(layer: Layer, is_update: bool) -> Support:

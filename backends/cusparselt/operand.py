@@ -53,12 +53,10 @@ class Operand(NamedTuple):
         masked = self.matrix if self.mask is None else torch.where(self.mask, self.matrix, 0.0)
         if self.operator == KEEP:
             return masked
-        pruned: Tensor = triton_prune(masked, self.operator, *self.pattern_sizes, self.dim, self.key)
+        pruned: Tensor = triton_prune(
+            masked, self.operator, self.pattern.n_keep, self.pattern.block, self.dim, self.key
+        )
         return pruned
-
-    @property
-    def pattern_sizes(self) -> tuple[int, int]:
-        return self.pattern.n_keep, self.pattern.block
 
 
 def compress(matrix: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nmcompile.backends.cusparselt.library import SONAME, library_loads, library_version
 from nmcompile.ir.protocols import Support
-from nmcompile.pruning import NMPattern
 
 OLDEST = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -45,13 +44,6 @@ def cusparselt_support() -> Support:
     version = library_version()
     text, known_bad = ".".join(map(str, version)), KNOWN_BAD.get(version)
     return Support(True, f"cuSPARSELt {text}" + (f", {known_bad}" if known_bad else ""))
-
-
-def pattern_support(pattern: NMPattern) -> Support:
-    """Whether what obeys the pattern is 2:4."""
-    if 4 % pattern.block or pattern.n_keep * 2 > pattern.block:
-        return Support(False, f"sparse tensor cores take operands that keep two of four, not {pattern}")
-    return Support(True)
 
 
 def operand_refusal(*operands: Tensor) -> str:

@@ -16,7 +16,7 @@ LAYERS = 4096  # whose first keys are remembered
 
 
 class DrawStream:
-    """Yields Philox keys. `draw` (0-d int64, where keys were last asked for) is the only state."""
+    """Yields Philox keys. `draw` (0-d int64, on the device where the layer last ran) is the only state."""
 
     def __init__(self, seed: int, layer: str) -> None:
         # torch.initial_seed() is unsigned (any 64 bits in a process that was not seeded); operators take int64.

@@ -5,6 +5,8 @@ What only a GPU shows (that the library is right, and faster) is in the tests ma
 
 from collections.abc import Iterator
 from itertools import count
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +33,8 @@ from nmcompile.backends.cusparselt.support import (
     cusparselt_support,
     float16_refusal,
     padded,
-    pattern_support,
 )
+from nmcompile.backends.operands import pattern_support
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
 from nmcompile.ir.choice import Choice
@@ -367,14 +369,25 @@ def test_refusals(layer: nn.Module, mode: str, words: str, stand_in: list[Proble
 
 def test_other_devices_and_dtypes_run_dense_and_say_so() -> None:
     assert "on cpu" in support.operand_refusal(torch.ones(2, dtype=torch.float16))
-    mixed = torch.ones(2, device="meta"), torch.ones(2, device="meta", dtype=torch.float16)
-    assert "meta" in support.operand_refusal(*mixed)
     meta = torch.ones(2, device="meta")
     x, w = torch.randn(4, 8), pruned(8, 8)
     assert torch.equal(linear_forward(x, w, None, None, False, "on cpu"), F.linear(x, w))
     assert "meta" in support.operand_refusal(meta)
     choice = choices.latest("on cpu")
     assert choice is not None and choice.kernel == "dense" and "not on cuda" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "refused"),
+    [(torch.bfloat16, "cuda:0", False), (torch.float16, "cuda:0", True), (torch.bfloat16, "cuda:1", True)],
+)
+def test_operands_of_two_types_or_devices_are_refused(dtype: torch.dtype, device: str, refused: bool) -> None:
+    def operand_on(dtype: torch.dtype, device: str) -> Any:
+        return SimpleNamespace(dtype=dtype, device=torch.device(device), numel=lambda: 1)
+
+    refusal = support.operand_refusal(operand_on(torch.bfloat16, "cuda:0"), operand_on(dtype, device))
+    assert bool(refusal) is refused
+    assert not refused or (str(dtype) in refusal and device in refusal)
 
 
 CHECKS = "test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"

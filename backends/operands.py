@@ -1,0 +1,43 @@
+"""The operand that a sparse kernel takes in each GEMM, and whether it keeps two of four along the sum."""
+
+from typing import Any
+
+from torch import fx
+
+from nmcompile.ir import operations as ops
+from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.protocols import Support
+from nmcompile.pruning import NMPattern
+
+# Its position in the node's arguments, and the axes along which its blocks may run.
+OPERAND: dict[Any, tuple[int, frozenset[str]]] = {
+    ops.gemm_forward: (1, frozenset({"in"})),
+    ops.gemm_backward: (1, frozenset({"out"})),
+    ops.gemm_update: (0, frozenset({"auto", "batch", "flat"})),
+}
+
+
+def pruned_row(node: fx.Node) -> PlanRow | None:
+    """The plan row that pruned the operand of a GEMM node that is not lowered yet, on a grid or not."""
+    operand: Any = node.args[OPERAND[node.target][0]]
+    while operand.meta.get("kind") == "quantize":
+        operand = operand.args[0]
+    row: PlanRow | None = operand.meta.get("row")
+    return row
+
+
+def operand_support(node: fx.Node) -> Support:
+    """Whether that operand is pruned so that a kernel for two of four can take it."""
+    row = pruned_row(node)
+    if row is None or row.pattern is None:
+        return Support(False, "the operand that the sparse kernel takes is not pruned")
+    if row.axis not in OPERAND[node.target][1]:
+        return Support(False, f"the {row.operand} is pruned along {row.axis}, not along the sum of this GEMM")
+    return pattern_support(row.pattern)
+
+
+def pattern_support(pattern: NMPattern) -> Support:
+    """Whether what obeys the pattern is 2:4."""
+    if 4 % pattern.block or pattern.n_keep * 2 > pattern.block:
+        return Support(False, f"no sparse kernel for {pattern}, only for patterns that keep two of four")
+    return Support(True)
