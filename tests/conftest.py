@@ -1,12 +1,14 @@
-"""Lets torchvision's wheel, which is built for CUDA, be imported beside a CPU torch: it asks for operators by name.
+"""Seeds every test, and lets torchvision's wheel, which is built for CUDA, be imported beside a CPU torch.
 
 `NMCOMPILE_KERNELS` names a build of the native kernels to test in place of the installed one (see `make asan`).
+`NMCOMPILE_SEED` is what each test starts from, 0 by default.
 """
 
 import importlib.util
 import os
 import sys
 
+import pytest
 import torch
 
 import nmcompile
@@ -18,8 +20,17 @@ if path := os.environ.get("NMCOMPILE_KERNELS"):
     spec.loader.exec_module(module)
     nmcompile._kernels = module
 
+SEED = int(os.environ.get("NMCOMPILE_SEED", "0"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures draw
+def pytest_runtest_setup() -> None:
+    """A test draws the same numbers alone as among others, so that what fails can be run again."""
+    torch.manual_seed(SEED)
+
+
 try:
-    # Kept: the schemas live as long as the library object.
+    # It asks for operators by name. Kept: the schemas live as long as the library object.
     LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
