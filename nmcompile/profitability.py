@@ -17,6 +17,7 @@ from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.calibration import evaluating
 from nmcompile.compilation import Compilation, lowered, record_of
 from nmcompile.config import Phase
+from nmcompile.errors import PassError
 from nmcompile.finalization import stored_weight
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
@@ -43,16 +44,32 @@ def find_dense_phases(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     Args:
         trial: compiled, everything pruned; neither it nor any random state is changed.
         args, kwargs: for one call of it.
+
+    Raises:
+        PassError: on another rank, that the first one failed.
     """
-    found: list[DensePhases] = [{}]
-    is_alone = not (distributed.is_available() and distributed.is_initialized())
-    if is_alone or distributed.get_rank() == 0:
-        devices = {parameter.device for parameter in trial.parameters() if parameter.is_cuda}
-        with torch.random.fork_rng(list(devices)):
-            found = [_measure_layers(trial, _inputs(trial, args, kwargs or {}))]
-    if not is_alone:
-        distributed.broadcast_object_list(found, src=0)
-    return found[0]
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return _measured(trial, args, kwargs)
+    failure: Exception | None = None
+    found: list[tuple[DensePhases, str]] = [({}, "")]
+    if distributed.get_rank() == 0:
+        try:
+            found = [(_measured(trial, args, kwargs), "")]
+        except Exception as error:  # the others wait, and have to hear of it
+            failure, found = error, [({}, f"{type(error).__name__}: {error}")]
+    distributed.broadcast_object_list(found, src=0)
+    ((dense, complaint),) = found
+    if failure is not None:
+        raise failure
+    if complaint:
+        raise PassError(f"the first rank, which measures for all what pays (where='pays'), failed with {complaint}")
+    return dense
+
+
+def _measured(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> DensePhases:
+    devices = {parameter.device for parameter in trial.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(list(devices)):
+        return _measure_layers(trial, _inputs(trial, args, kwargs or {}))
 
 
 def decide(times: Times) -> dict[Phase, str]:

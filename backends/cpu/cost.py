@@ -59,15 +59,19 @@ def _sparse_terms(rows: int, depth: int, lanes: int) -> tuple[int, int, int]:
 
 @functools.cache
 def _costs(threads: int) -> Costs:
-    operands = [(torch.ones(lanes, depth), torch.ones(rows, depth)) for rows, depth, lanes in SAMPLES]
+    operands = [(_ones(lanes, depth), _ones(rows, depth)) for rows, depth, lanes in SAMPLES]
     for _, weight in operands:
         weight.unflatten(1, (-1, 4))[..., 2:] = 0
     dense = [_best(functools.partial(F.linear, x, weight)) for x, weight in operands[:2]]
     sparse = [_best(functools.partial(_sparse, x, weight)) for x, weight in operands]
-    image, kernel = torch.ones(1, 128, 28, 28), torch.ones(128, 128, 3, 3)
+    image, kernel = _ones(1, 128, 28, 28), _ones(128, 128, 3, 3)
     convolution = _best(functools.partial(F.conv2d, image, kernel, padding=1)) / (28**2 * kernel.numel())
     multiply, read = _solved([_dense_terms(*sample) for sample in SAMPLES[:2]], dense)
     return Costs(multiply, convolution, read, *_solved([_sparse_terms(*sample) for sample in SAMPLES], sparse))
+
+
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32, device="cpu")
 
 
 def _sparse(x: Tensor, weight: Tensor) -> bool:

@@ -59,7 +59,7 @@ def sparse_forward(
 
     `packs` keeps the packed weight for the next call with the same weight and mask.
     """
-    window, groups = geometry.window, geometry.groups
+    window, groups, weight = geometry.window, geometry.groups, _without_overlap(weight)
     x, w, y = _readable(geometry.images(input), window), geometry.kernels(weight), geometry.images(output)
     parts = zip(x.chunk(groups, 1), w.chunk(groups), y.chunk(groups, 1), strict=True)
     masks, biases = _masks(weight, mask, groups), _chunks(None if bias is None else bias.contiguous(), groups)
@@ -74,7 +74,7 @@ def sparse_backward(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, grad_input: Tensor, geometry: Geometry
 ) -> bool:
     """dX = dY W for a weight that is pruned along out-channels, or that is where the mask holds."""
-    window, groups = geometry.window, geometry.groups
+    window, groups, weight = geometry.window, geometry.groups, _without_overlap(weight)
     dy, w, dx = geometry.images(grad_output), geometry.kernels(weight), geometry.images(grad_input)
     # Behind a stride, neighbours in a row are not written together either.
     is_row_written = window.stride == (1, 1) or dx.stride(1) == 1
@@ -144,6 +144,11 @@ def _readable(input: Tensor, window: Window) -> Tensor:
     return input.contiguous(memory_format=torch.channels_last)
 
 
+def _without_overlap(weight: Tensor) -> Tensor:
+    """An expanded weight has no mask with its strides."""
+    return weight.contiguous() if 0 in weight.stride() else weight
+
+
 def _masks(weight: Tensor, mask: Tensor | None, groups: int) -> Sequence[Tensor | None]:
     """The mask of each group, with the strides of the weight."""
     if mask is not None and mask.stride() != weight.stride():
@@ -169,12 +174,14 @@ def _run_packed(
 
     best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
     if not packs:
-        packs += [
+        # Another thread may have begun to do the same.
+        packs[:] = [
             _kernels.pack_sparse(*one[:4], ms, best, threads) for one, ms in zip(contractions, masks, strict=True)
         ]
-    if any(pack is None for pack in packs):
+    packed = tuple(packs)
+    if None in packed:
         return False
-    for one, pack, bs in zip(contractions, packs, biases, strict=True):
+    for one, pack, bs in zip(contractions, packed, biases, strict=True):
         _kernels.gemm_packed(pack, *one[4:], bs, best, threads)
     return True
 

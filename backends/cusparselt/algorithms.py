@@ -43,19 +43,27 @@ def best_algorithm(problem: Problem) -> Algorithm | None:
     if key not in _found:
         if is_capturing(problem.device):
             return None
-        trial = _trial(problem)
-        right = _right_algorithms(problem, trial)
-        if is_deterministic:  # no clock decides
-            _found[key] = next(right, None)
-        else:
-            times = {one: _time(partial(_run, Plan(problem, one), trial), problem) for one in right}
-            _found[key] = min(times, key=lambda one: times[one]) if times else None
+        try:
+            _found[key] = _search(problem, is_deterministic)
+        except LibraryError:  # it refuses the device, or the problem
+            _found[key] = None
+        except torch.OutOfMemoryError:  # there may be room later
+            return None
     return _found[key]
 
 
 def forget_algorithms() -> None:
     """Search again for every problem."""
     _found.clear()
+
+
+def _search(problem: Problem, is_deterministic: bool) -> Algorithm | None:
+    trial = _trial(problem)
+    right = _right_algorithms(problem, trial)
+    if is_deterministic:  # no clock decides
+        return next(right, None)
+    times = {one: _time(partial(_run, Plan(problem, one), trial), problem) for one in right}
+    return min(times, key=lambda one: times[one]) if times else None
 
 
 def _trial(problem: Problem) -> Trial:

@@ -52,12 +52,11 @@ def _forms() -> tuple[tuple[str, Kept[Tensor]], ...]:
 
 def _get(kept: Kept[Tensor], weight: Tensor, mask: Tensor | None, how: Any, make: Callable[[], Tensor]) -> Tensor:
     if not is_kept(weight, mask):
-        kept.forget(weight)  # it is trained
         return make()
     if not is_capturing(weight.device):
         return kept.get(weight, (mask,), how, lambda: _finished(make()))
-    if weight not in kept:
-        return make()  # the graph will
+    if not kept.has(weight, (mask,), how):
+        return make()  # in each replay: what a capture makes is not there before one
     form = kept.get(weight, (mask,), how, make)
     _captured.append(form)
     return form

@@ -4,6 +4,7 @@ PyTorch's own operator makes a new plan in every call, for which the GPU waits l
 """
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -171,20 +172,22 @@ class Plan:
         size = ctypes.c_size_t()
         _call("cusparseLtMatmulGetWorkspace", handle, self.plan, ctypes.byref(size))
         self.workspace, self.bias, self.product = size.value, product.bias, product
+        self.lock = threading.Lock()
         self.one, self.zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
         self.addresses = [ctypes.addressof(structure) for structure in (handle, self.plan, self.one, self.zero)]
 
     def run(self, compressed: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor:
         """The product of contiguous operands."""
         result = dense.new_empty(self.size)
-        workspace = dense.new_empty(self.workspace, dtype=torch.uint8).data_ptr() if self.workspace else None
-        if bias is not None and self.bias is not None:
-            self.bias.copy_(bias)
+        workspace = dense.new_empty(self.workspace, dtype=torch.uint8) if self.workspace else None
         handle, plan, one, zero = self.addresses
         output = result.data_ptr()
         operands = one, compressed.data_ptr(), dense.data_ptr(), zero, output, output
-        streams = ctypes.byref(ctypes.c_void_p(stream))
-        status = _library().cusparseLtMatmul(handle, plan, *operands, workspace, streams, 1)
+        space, streams = None if workspace is None else workspace.data_ptr(), ctypes.byref(ctypes.c_void_p(stream))
+        with self.lock:  # of threads with one stream; another's bias must not come between
+            if bias is not None and self.bias is not None:
+                self.bias.copy_(bias)
+            status = _library().cusparseLtMatmul(handle, plan, *operands, space, streams, 1)
         if status:
             raise LibraryError(_complaint("cusparseLtMatmul", status))
         return result

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nmcompile.backends.cusparselt.kept_weights import masked_weight
 from nmcompile.backends.cusparselt.operand import Operand
-from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows
+from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows, memory_format
 from nmcompile.backends.reference import conv, linear
 from nmcompile.backends.triton import prune
 from nmcompile.backends.triton.support import KEEP
@@ -103,7 +103,7 @@ def _pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias:
     sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
     return Product(call, sparse, by_rows(input, 1), bias, weight=weight).run(
         lambda rows: by_channels(rows, input, weight.shape[0]),
-        lambda: conv.conv_forward(input, masked_weight(weight, mask), bias, *_geometry(input)),
+        lambda: _like(conv.conv_forward(input, masked_weight(weight, mask), bias, *_geometry(input)), input),
     )
 
 
@@ -119,9 +119,13 @@ def _pointwise_input_gradient(
 ) -> Tensor:
     """dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
     sparse = Operand(weight.flatten(1), 0, None if mask is None else mask.flatten(1))
+
+    def dense() -> Tensor:
+        gradient = conv.conv_input_gradient(grad_output, masked_weight(weight, mask), input, *_geometry(input))
+        return _like(gradient, input)
+
     return Product(call, sparse, by_rows(grad_output, 1)).run(
-        lambda rows: by_channels(rows, input, weight.shape[1]),
-        lambda: conv.conv_input_gradient(grad_output, masked_weight(weight, mask), input, *_geometry(input)),
+        lambda rows: by_channels(rows, input, weight.shape[1]), dense
     )
 
 
@@ -135,6 +139,11 @@ linear_input_gradient = torch.ops.nmcompile.cusparselt_linear_input_gradient.def
 linear_weight_gradient = torch.ops.nmcompile.cusparselt_linear_weight_gradient.default
 pointwise_forward = torch.ops.nmcompile.cusparselt_pointwise_forward.default
 pointwise_input_gradient = torch.ops.nmcompile.cusparselt_pointwise_input_gradient.default
+
+
+def _like(image: Tensor, input: Tensor) -> Tensor:
+    """In the memory format of the input: PyTorch follows that of the weight too."""
+    return image.contiguous(memory_format=memory_format(input))
 
 
 def _geometry(input: Tensor) -> tuple[list[int], list[int], list[int], int]:

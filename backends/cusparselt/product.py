@@ -109,6 +109,10 @@ def by_rows(x: Tensor, channel_dim: int) -> Tensor:
 def by_channels(rows: Tensor, like: Tensor, channels: int) -> Tensor:
     """The rows as an image of the size and memory format of `like`, with other channels."""
     samples, _, *spatial = like.shape
-    image = rows.view(samples, *spatial, channels).movedim(-1, 1)
-    is_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return image if is_last else image.contiguous()
+    return rows.view(samples, *spatial, channels).movedim(-1, 1).contiguous(memory_format=memory_format(like))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last, or all else."""
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format

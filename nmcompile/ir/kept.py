@@ -1,12 +1,14 @@
 """What is derived from a weight, kept between calls while a layer runs without gradients.
 
-It is derived again once the weight was written. The version counter shows most writes; those through `.data` it does
-not, so on the CPU a sample of the elements is compared too. On a GPU every call would have to wait for that. There a
-call with gradients has to forget what is kept: what trains a weight runs it with gradients first, and fused optimizers
-count no version. A write through `.data` between two calls without gradients goes unseen.
+It is derived again once the weight was written. The version counter shows most writes, but not those of fused
+optimizers: a call with gradients and an optimizer's step forget what is kept. Nor does it show writes through `.data`,
+for which a sample of the elements is compared, on the CPU: on a GPU every call would have to wait for that.
 """
 
-from collections.abc import Callable, Hashable
+import math
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
 from itertools import starmap
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -19,6 +21,17 @@ from nmcompile.ir.at_rest import are_weights_at_rest
 SAMPLES = 64
 PLAIN = Tensor, nn.Parameter
 Value = TypeVar("Value")
+
+_all: "weakref.WeakSet[Kept[Any]]" = weakref.WeakSet()
+
+
+def forget(weights: Iterable[Tensor]) -> None:
+    """Free everything that is kept of these weights, which may change unseen."""
+    filled = [kept for kept in _all if len(kept)]
+    if filled:
+        for weight in weights:
+            for kept in filled:
+                kept.forget(weight)
 
 
 class _Seen(NamedTuple):
@@ -50,6 +63,7 @@ class Kept(Generic[Value]):
 
     def __init__(self) -> None:
         self._entries = WeakTensorKeyDictionary()
+        _all.add(self)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -63,29 +77,34 @@ class Kept(Generic[Value]):
             weight, others: what the value depends on; see `can_keep`.
             how: what else it depends on.
         """
-        sources = weight, *others
-        entry: _Entry | None = self._entries.get(weight)
-        if entry is None or not entry.is_of(sources, how):
+        entry = self._find(weight, others, how)
+        if entry is None:
             # What is made in inference mode has no version counter.
             with torch.inference_mode(False), torch.no_grad():
-                entry = self._entries[weight] = _Entry(tuple(map(_seen, sources)), how, derive())
+                sources = tuple(map(_seen, (weight, *others)))
+                entry = self._entries[weight] = _Entry(sources, how, derive())
         value: Value = entry.value
         return value
+
+    def has(self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable) -> bool:
+        """Whether `get` would derive nothing."""
+        return self._find(weight, others, how) is not None
 
     def __contains__(self, weight: Tensor) -> bool:
         return weight in self._entries
 
     def forget(self, weight: Tensor | None) -> None:
         """Free what is kept of a weight, if anything is."""
-        if weight in self._entries:
-            del self._entries[weight]
+        if weight is not None:
+            self._entries.pop(weight, None)
+
+    def _find(self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable) -> _Entry | None:
+        entry: _Entry | None = self._entries.get(weight)
+        return entry if entry is not None and entry.is_of((weight, *others), how) else None
 
 
 def can_keep(*sources: Tensor | None, device: str = "cpu") -> bool:
-    """Whether weights are at rest, and these are plain tensors on that kind of device whose writes can be noticed.
-
-    On another device than the CPU the caller has to forget what is kept when a call comes with gradients.
-    """
+    """Whether weights are at rest, and these are plain tensors on that kind of device whose writes can be noticed."""
     if torch.compiler.is_compiling() or not are_weights_at_rest():
         return False
     return all(x is None or (type(x) in PLAIN and x.device.type == device and not x.is_inference()) for x in sources)
@@ -103,4 +122,10 @@ def _sample(x: Tensor) -> Tensor:
     """Elements from all over the memory of a tensor without gaps; of others the first."""
     count = min(SAMPLES, x.numel())
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return x.detach().as_strided((count,), (reach // max(1, count),))
+    return x.detach().as_strided((count,), (_distance(reach, max(1, count)),))
+
+
+@lru_cache
+def _distance(reach: int, count: int) -> int:
+    """Between samples. With a divisor in common all might lie in one column, and its feature may never be on."""
+    return next(d for d in range(max(1, reach // count), 0, -1) if math.gcd(d, reach) == 1)

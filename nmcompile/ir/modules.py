@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmcompile.config import Phase
-from nmcompile.errors import PassError
+from nmcompile.errors import ConfigError, PassError
 from nmcompile.ir.three_gemm import GemmTriple
 
 RECORD = "_nmcompile"
@@ -59,6 +59,13 @@ class ThreeGemm(Rewritten):
             roles = ", ".join(self.three_gemms)
             raise AttributeError(f"this module runs several layers ({roles}); use three_gemms[role].graphs[phase]")
         return next(iter(self.three_gemms.values())).graphs[phase]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        names = ", ".join(triple.layer.name for triple in self.three_gemms.values())
+        raise ConfigError(
+            f"layer {names!r}: nn.DataParallel runs replicas in threads, which would share a mask and a random stream; "
+            "use DistributedDataParallel, or one device"
+        )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]

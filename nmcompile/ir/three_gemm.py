@@ -12,6 +12,7 @@ from nmcompile.errors import GradientError
 from nmcompile.ir.at_rest import weights_at_rest
 from nmcompile.ir.captured import Site
 from nmcompile.ir.grid_steps import GridSteps
+from nmcompile.ir.kept import forget
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.ir.stream import DrawStream
@@ -81,6 +82,8 @@ class GemmTriple:
         if self.draws:
             self.stream.move(input.device)
         is_moving = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if is_moving and not torch.compiler.is_compiling():
+            forget([weight])
         with nullcontext() if is_moving else weights_at_rest():
             weight_step = self.steps.of_weight(weight)
             if rows is not None:

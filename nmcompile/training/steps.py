@@ -1,6 +1,9 @@
-"""How masks learn of optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer."""
+"""How masks learn of optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer.
 
-from collections.abc import Iterator
+What is kept of weights at rest is forgotten there too.
+"""
+
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -12,12 +15,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from nmcompile.ir.kept import forget
 from nmcompile.training.masks import WeightMask, live_masks
 
 
 @cache
 def watch_optimizers() -> None:
-    """Register the two hooks, once for the process; they look at nothing but the masks that are alive."""
+    """Register the two hooks, once for the process; they look at nothing but what is alive of this package."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
@@ -27,9 +31,7 @@ def step(model: nn.Module) -> None:
 
     Call it once after each step; the hooks do the same for optimizers of torch.optim.
     """
-    parameters = {id(p) for p in model.parameters()}
-    for mask in _masks_of(parameters):
-        mask.after_step()
+    _note_step(list(model.parameters()))
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -44,17 +46,23 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for mask in _masks_of(_held(optimizer)):
+    _note_step(_held(optimizer))
+
+
+def _note_step(parameters: Sequence[Tensor]) -> None:
+    for mask in _masks_of(parameters):
         mask.after_step()
+    forget(parameters)
 
 
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _masks_of(parameters: set[int]) -> Iterator[WeightMask]:
+def _masks_of(parameters: Sequence[Tensor]) -> Iterator[WeightMask]:
+    held = set(map(id, parameters))
     for mask in list(live_masks):
-        if any(id(p) in parameters for p in mask.parameters()):
+        if any(id(p) in held for p in mask.parameters()):
             yield mask
 
 

@@ -1,7 +1,9 @@
 """Weights that stay packed while nobody asks for gradients: the same results, and no stale ones."""
 
 import gc
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -117,6 +119,51 @@ def test_training_between_evaluations_keeps_nothing_stale() -> None:
         optimizer.step()
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), exact(compiled, x))
+
+
+@pytest.mark.parametrize("fused", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_counts_no_version_keeps_nothing_stale(fused: type[torch.optim.Optimizer]) -> None:
+    """Some features are never on, so that their weights, which may be what a sample holds, never change."""
+    compiled = nmcompile.compile(nn.Linear(64, 64), "weights", config=CompileConfig(ends="sparse"), backend="cpu")
+    optimizer = fused(compiled.parameters(), lr=0.1, weight_decay=0.0, fused=True)  # type: ignore[call-arg]
+    x = torch.rand(32, 64)
+    x[:, ::2] = 0
+    loss = compiled(x).square().mean()
+    with torch.no_grad():
+        compiled(x)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), exact(compiled, x))
+
+
+def test_a_call_with_gradients_forgets_what_is_kept() -> None:
+    """What trains a weight need not be an optimizer of torch."""
+    compiled, x = model("linear")
+    with torch.no_grad():
+        compiled(x)
+    assert len(packed_weights._kept) == 1
+    compiled(x)
+    assert len(packed_weights._kept) == 0
+
+
+@torch.no_grad()
+def test_threads_that_pack_at_the_same_time_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nmcompile import _kernels
+
+    compiled, x = model("conv")
+    expected, pack, meeting = compiled(x), _kernels.pack_sparse, threading.Barrier(2)
+    monkeypatch.setattr(packed_weights, "_kept", Kept())
+
+    def slow(*args: Any) -> Any:
+        meeting.wait(60)
+        return pack(*args)
+
+    monkeypatch.setattr(_kernels, "pack_sparse", slow)
+    run = torch.inference_mode()(compiled.forward)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, [x, x]))
+    assert all(torch.equal(result, expected) for result in (*results, compiled(x)))
 
 
 @torch.inference_mode()

@@ -37,6 +37,7 @@ from nmcompile.backends.cusparselt.support import (
 from nmcompile.backends.operands import pattern_support
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
+from nmcompile.ir import kept
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.kept import Kept
 from nmcompile.ir.operations import apply_mask
@@ -211,6 +212,19 @@ def test_the_search_heeds_determinism_and_capture(stand_in: list[Problem], monke
     assert best_algorithm(PROBLEM) is None
 
 
+@pytest.mark.parametrize(("error", "is_remembered"), [(LibraryError("no"), True), (torch.OutOfMemoryError(), False)])
+def test_a_search_that_fails_leaves_the_dense_kernel(
+    error: Exception, is_remembered: bool, stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(problem: Problem) -> int:
+        raise error
+
+    monkeypatch.setattr(algorithms, "algorithm_count", fail)
+    assert best_algorithm(PROBLEM) is None
+    monkeypatch.setattr(algorithms, "algorithm_count", lambda _: 6)
+    assert best_algorithm(PROBLEM) == (None if is_remembered else RIGHT)
+
+
 def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(
     stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +278,26 @@ def test_a_call_with_gradients_forgets_what_is_kept(compressions: list[Tensor]) 
     assert len(kept_weights._compressed) == 0 and len(compressions) == 3
 
 
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+def test_training_under_autocast_keeps_nothing_stale(
+    form: str, compressions: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operators see what autocast makes of the weight; on a GPU no sample of it is compared."""
+    monkeypatch.setattr(kept, "_sample", lambda _: torch.zeros(1))
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice(form, "the test asks for it"))
+    compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
+    optimizer = torch.optim.AdamW(compiled.parameters(), 0.1, fused=True)
+    with torch.no_grad():
+        compiled(x)
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("dense", "the test asks for it"))
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(x).square().mean().backward()
+    optimizer.step()
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice(form, "the test asks for it"))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), nmcompile.finalize(compiled)(x))
+
+
 def test_only_parameters_are_kept(compressions: list[Tensor]) -> None:
     """Autocast makes another tensor for each call, which is never seen again."""
     compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
@@ -314,7 +348,10 @@ def test_a_graph_that_is_captured_makes_what_is_not_there(
         compiled(x)
         monkeypatch.setattr(kept_weights, "is_capturing", lambda _: True)
         compiled(x)
-    assert len(compressions) == 3 and len(captured) == 1
+        assert len(compressions) == 3 and len(captured) == 1
+        compiled.weight.mul_(2)  # type: ignore[union-attr, operator]
+        compiled(x)
+    assert len(compressions) == 4 and len(captured) == 1, "what was there is of another weight"
 
 
 def layers() -> list[tuple[nn.Module, Tensor]]:

@@ -1,8 +1,10 @@
 """Plans, with a library that takes and notes every call: what is made, how it is destroyed, and who shares it."""
 
 import gc
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -67,6 +69,30 @@ def test_a_product_has_the_problem_s_shape_and_copies_its_bias(by_rows: bool, no
     result = plan.run(compressed, dense, bias, 0)
     assert result.shape == ((64, 8) if by_rows else (8, 64)) and result.dtype == torch.bfloat16
     assert noted.calls[-1] == "Matmul" and plan.bias is not None and torch.equal(plan.bias, bias)
+
+
+def test_threads_that_share_a_plan_have_their_own_bias(noted: Noted) -> None:
+    plan, found = Plan(PROBLEM, Algorithm(3, 1)), []
+    meeting = threading.Barrier(2)
+
+    def multiply(*_: Any) -> int:
+        assert plan.bias is not None
+        before = float(plan.bias[0])
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(0.2)  # as long as the library takes: does the other thread come in?
+        found.append(before == float(plan.bias[0]))
+        return 0
+
+    noted.__dict__["cusparseLtMatmul"] = multiply
+    dense = torch.randn(8, 64, dtype=torch.bfloat16)
+
+    def run(value: float) -> None:
+        plan.run(torch.zeros(8, dtype=torch.uint8), dense, torch.full((64,), value, dtype=torch.bfloat16), 0)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [1.0, 2.0]))
+    del noted.__dict__["cusparseLtMatmul"]  # which holds the plan
+    assert found == [True, True] and meeting.broken, "both were inside at the same time"
 
 
 def test_a_plan_made_in_inference_mode_serves_outside(noted: Noted) -> None:
