@@ -195,6 +195,27 @@ def test_mixed_dtypes_run_dense() -> None:
 
 
 @native
+def test_the_cost_model_is_measured_whatever_the_default_dtype() -> None:
+    cost._costs.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert cost.predicted_speedup(512, 512, 512, True, threads=1) > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@native
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_expanded_weight_takes_a_mask(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    x, row = torch.randn(3, 8 * groups, 5, 6), torch.randn(1, 8, 1, 1)
+    weight, mask = row.expand(12, 8, 3, 3), (torch.arange(8) % 4 < 2)[:, None, None].expand(12, 8, 3, 3)
+    geometry = [1, 1], [0, 0], [1, 1], groups
+    expected = torch.nn.functional.conv2d(x, weight * mask, groups=groups)
+    torch.testing.assert_close(conv_forward(x, weight, mask, None, *geometry, "a"), expected, rtol=1e-4, atol=1e-4)
+
+
+@native
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_fakes_schemas_and_compiled_graphs(

@@ -349,7 +349,7 @@ def test_a_graph_that_is_captured_makes_what_is_not_there(
         monkeypatch.setattr(kept_weights, "is_capturing", lambda _: True)
         compiled(x)
         assert len(compressions) == 3 and len(captured) == 1
-        compiled.weight.mul_(2)  # type: ignore[union-attr, operator]
+        compiled.weight.mul_(2)  # type: ignore[operator]
         compiled(x)
     assert len(compressions) == 4 and len(captured) == 1, "what was there is of another weight"
 
@@ -445,6 +445,21 @@ def test_fakes_and_schemas(layout: torch.memory_format, stand_in: list[Problem])
     torch.library.opcheck(pointwise_forward, (x, pruned(12, 8, 1, 1), None, b, "d"), test_utils=CHECKS)
     weight = pruned(12, 8, 1, 1, dim=0)
     torch.library.opcheck(pointwise_input_gradient, (dy, weight, weight != 0, x, "e"), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_lie_as_the_input_does_whatever_the_weight(
+    layout: torch.memory_format, kernel: str, stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice(kernel, "the test asks for it"))
+    x, dy = torch.randn(2, 8, 3, 4).contiguous(memory_format=layout), torch.randn(2, 12, 3, 4)
+    for dim, call, given in ((1, pointwise_forward, (x,)), (0, pointwise_input_gradient, (dy,))):
+        weight = torch.empty_strided((12, 8, 1, 1), (8, 1, 8, 8)).copy_(pruned(12, 8, 1, 1, dim=dim))
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        last = x if dim == 0 else None
+        torch.library.opcheck(call, (*given, weight, None, last, "a"), test_utils=CHECKS)
+        assert call(*given, weight, None, last, "a").is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

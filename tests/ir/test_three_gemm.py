@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.errors import GradientError
+from nmcompile.errors import ConfigError, GradientError
 
 SPARSE = CompileConfig(ends="sparse")
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -73,3 +73,10 @@ def test_only_the_gradients_that_are_wanted_are_computed(frozen: str) -> None:
     got = torch.autograd.grad(compiled(x).square().sum(), list(leaves.values()))
     eager = torch.autograd.grad(layer(x).square().sum(), list(leaves.values()))
     assert len(leaves) == 2 and all(torch.equal(*pair) for pair in zip(got, eager, strict=True))
+
+
+def test_data_parallel_is_refused() -> None:
+    """What `nn.DataParallel` calls on several devices."""
+    model = nmcompile.compile(nn.Sequential(nn.Linear(8, 8)), config=CompileConfig(ends="sparse"))
+    with pytest.raises(ConfigError, match=r"layer '0': nn\.DataParallel"):
+        model.get_submodule("0")._replicate_for_data_parallel()

@@ -102,13 +102,25 @@ def decided(rank: int) -> dict[str, Tensor]:
         return nmcompile.sparse_state_dict(nmcompile.compile(block(), args=(data(0, 0),), config=config))
 
 
+def failed(rank: int) -> str:
+    """What a rank hears where the first one cannot measure."""
+    with mock.patch.object(profitability, "_typical_times", side_effect=MemoryError("no room")):
+        config = CompileConfig(where="pays", ends="sparse")
+        try:
+            nmcompile.compile(block(), args=(data(0, 0),), config=config)
+        except (MemoryError, nmcompile.NMCompileError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def worker(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     try:
-        found = {case: results(rank, *case) for case in CASES}
-        torch.save(found | {"frozen": frozen_masks(rank), "decided": decided(rank)}, f"{folder}/{rank}.pt")
+        found: dict[Any, Any] = {case: results(rank, *case) for case in CASES}
+        found |= {"frozen": frozen_masks(rank), "decided": decided(rank), "failed": failed(rank)}
+        torch.save(found, f"{folder}/{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -152,3 +164,8 @@ def test_the_first_rank_decides_what_pays(ranks: list[dict[Any, Any]]) -> None:
     first, second = (rank["decided"] for rank in ranks)
     assert list(first) == list(second)
     assert not any(tensor.any() for name, tensor in second.items() if name.endswith(".dense_phases"))
+
+
+def test_a_failing_measurement_fails_everywhere(ranks: list[dict[Any, Any]]) -> None:
+    first, second = (rank["failed"] for rank in ranks)
+    assert first == "MemoryError: no room" and second.startswith("PassError") and second.endswith(first)
