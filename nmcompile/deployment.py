@@ -5,7 +5,7 @@ from torch import nn
 
 from nmcompile.compilation import record_of
 from nmcompile.config import Phase
-from nmcompile.errors import PassError
+from nmcompile.errors import ExportError, PassError
 from nmcompile.finalization import effective_weight, named_weight, stored_weight
 from nmcompile.ir.captured import Site
 from nmcompile.ir.deployed import DeployedActivation, DeployedLayer, DeployedWeight
@@ -22,12 +22,24 @@ def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
     Raises:
         CalibrationError: an input is to be quantized, but not calibrated.
         PassError: a weight is computed in forward.
+        ExportError: an input is pruned by magnitude, and may be negative.
     """
-    rewritten = {triple.layer.name: _deployed(compiled, triple) for triple in triples_of(compiled)}
     root, record = record_of(compiled)
     captured = record.program.captured
+    for triple in triples_of(compiled):
+        _check_input(triple, captured.facts[triple.layer.name].nonnegative)
+    rewritten = {triple.layer.name: _deployed(compiled, triple) for triple in triples_of(compiled)}
     left = [site for site in captured.sites if site.layer.name not in captured.bypassed and not site.is_expression]
     return {site.layer.name: _plain(root, site) for site in left} | rewritten
+
+
+def _check_input(triple: GemmTriple, nonnegative: bool) -> None:
+    row = triple.graphs.plan.find(Phase.FORWARD, "input")
+    if row is not None and row.operator != "greedy_by_value" and not nonnegative:
+        raise ExportError(
+            f"layer {triple.layer.name!r}: its input, which may be negative, is pruned {row.pattern} {row.operator}, "
+            "and files prune by value; give the layer an input that is behind a ReLU, or LayerConfig(input=None)"
+        )
 
 
 def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nmcompile
-from nmcompile import CompileConfig, LayerConfig, Phase, presets
-from nmcompile.errors import CalibrationError, ConfigError
+from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, Pruning, calibration, presets
+from nmcompile.deployment import deployed_layers
+from nmcompile.errors import CalibrationError, ConfigError, ExportError, StateError
 from nmcompile.pruning import greedy, greedy_by_value
 from nmcompile.training import clips
 from nmcompile.training.state import masks_of, triples_of
@@ -263,6 +265,11 @@ def test_bad_calibration_data_is_an_error_and_changes_nothing(net: Net, bad: str
     assert [type(module) for module in net.modules()] == before
 
 
+def test_a_plain_model_has_no_clips_to_calibrate(net: Net) -> None:
+    with pytest.raises(StateError, match="not compiled"):
+        nmcompile.calibrate(net, [X])
+
+
 def test_loaders_may_yield_labels_and_keywords(net: Net) -> None:
     model = compiled(net)
     for batch in ([X, torch.zeros(8)], ((X,), torch.zeros(8)), {"x": X}):
@@ -337,3 +344,43 @@ def unquantized(model: nn.Module, net: Net, pruned: Tensor) -> Tensor:
     y = plain.signed(plain.norm(plain.unsigned(pruned)))
     output: Tensor = plain.fc(y.flatten(1))
     return output
+
+
+class Wrapped(nn.Module):
+    """A network whose outputs something else is made of."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.net(x))
+
+
+def clips_of(end: Callable[[Tensor], Tensor]) -> list[float]:
+    config, x = CompileConfig(ends="sparse"), torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    model = nmcompile.compile(Wrapped(end), "inference", args=(x,), config=config, calibration=[x])
+    return [float(step.clip) for triple in triples_of(model) for step in triple.steps.activations]
+
+
+def test_masked_outputs_have_no_say_in_the_clips() -> None:
+    masked = clips_of(lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1))
+    assert masked == clips_of(lambda y: y)
+
+
+def test_without_floating_point_outputs_each_clip_is_its_own_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = clips_of(lambda y: y.argmax(1))
+    monkeypatch.setattr(calibration, "FACTORS", (1.0,))
+    assert found == clips_of(lambda y: y)
+
+
+@pytest.mark.parametrize(("layer", "refused"), [("0", True), ("2", False)])
+def test_files_prune_by_value_which_magnitudes_are_only_behind_a_relu(layer: str, refused: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), torch.randn(4, 16)
+    by_magnitude = LayerConfig(input=Pruning("greedy", NMPattern(4, 8)))
+    config = CompileConfig(ends="sparse", layers={layer: by_magnitude})
+    compiled = nmcompile.compile(model, "weights", args=(x,), config=config)
+    with pytest.raises(ExportError, match="layer '0': its input, which may be") if refused else nullcontext():
+        assert deployed_layers(compiled)[layer].input.pattern == NMPattern(4, 8)

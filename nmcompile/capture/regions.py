@@ -86,7 +86,7 @@ class _Finder:
                 call.layer(layer_name, weight.shape),
                 name,
                 call.node.name,
-                full[0] if len(full) == 1 else join(name, call.node.name),
+                full[0] if len(full) == 1 and (is_only or not weight.is_expression) else join(name, call.node.name),
                 weight.is_expression,
             )
             self.regions.found.append(FoundSite(site, weight.parameters))

@@ -18,7 +18,8 @@ class Site:
         module: name of the module whose forward runs the node.
         role: `""` where the module itself is the layer; the fx node's name for a functional call in the module's
             forward; `"in_proj"`, `"q_proj"`, `"k_proj"`, `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`.
-        weight: full name of the weight (a parameter, or `<module>.weight` where it is computed).
+        weight: full name of the weight: a parameter's; where it is computed `<module>.weight`, or the module's and the
+            fx node's for a functional call.
         is_expression: the weight is computed in forward (a parametrization, a standardized weight).
     """
 

@@ -28,7 +28,8 @@ class WeightMask:
     """The current mask of one weight, shared by the layers that share the weight.
 
     It becomes stale by an optimizer step (every `refresh`-th), by `load_state_dict`, and by any write to the weight
-    that no optimizer step explains, such as an EMA update. The mask itself, its step count and whether it is stale are
+    that no optimizer step explains, such as an EMA update. Writes to what a weight is computed from (a parametrization)
+    are not seen, nor are those through `.data`. The mask itself, its step count and whether it is stale are
     what `sparse_state_dict` keeps.
 
     Args:
@@ -89,7 +90,6 @@ class WeightMask:
         if self.backwards:
             self._warn("its weight changed after backward")
         self.mark_stale()
-        self.accept_version()
 
     def note_backward(self) -> None:
         """Count a backward call, to notice an optimizer whose steps nobody sees."""
@@ -106,7 +106,9 @@ class WeightMask:
         )
 
     def mark_stale(self) -> None:
+        """Have the next forward rebuild the mask from the weight as it is then."""
         self.clock[STALE] = 1
+        self.accept_version()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the weight is made of, as they are registered now (sharded ones under FSDP2)."""
@@ -151,15 +153,15 @@ class WeightMask:
         """Count an optimizer step that may have changed the weight."""
         self.backwards = 0
         self.steps += 1
+        self.accept_version()
         if self.refresh is not None and self.steps % self.refresh == 0:
             self.mark_stale()
-        self.accept_version()
 
     def move(self, tensor: Tensor) -> None:
         """Put another tensor in the mask's place: the module moved to another device."""
         if self.tensor.is_meta and not tensor.is_meta:
             self.mark_stale()
-        self.tensor = tensor
+        self.tensor = tensor.to(torch.bool)  # also where a module took another dtype
         self.accept_version()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,10 +169,13 @@ class WeightMask:
         return self.__dict__ | {"owners": list(self.owners.items())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        from nmcompile.training.steps import watch_optimizers  # which looks at the masks that are here
+
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
         self.clock[VERSION] = NEVER_SEEN
         self.accepted = None
         live_masks.add(self)
+        watch_optimizers()  # in a process that has compiled nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeightMask":
         replica = type(self).__new__(type(self))

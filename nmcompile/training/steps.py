@@ -3,8 +3,8 @@
 What is kept of weights at rest is forgotten there too.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,15 +34,34 @@ def step(model: nn.Module) -> None:
     _note_step(list(model.parameters()))
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     masks = list(_masks_of(_held(optimizer)))
     for mask in masks:
         if mask.was_written():
             mask.mark_stale()
+    closure = kwargs.get("closure") or next(iter(args[1:]), None)
+    if not callable(closure):
+        _decay(masks, optimizer)
+        return None
+    # The gradients are only computed in there.
+    evaluate = partial(_evaluate, closure, masks, optimizer)
+    return (args, kwargs | {"closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
+
+
+def _evaluate(closure: Callable[[], Any], masks: Sequence[WeightMask], optimizer: Optimizer) -> Any:
+    """The loss, with the gradients that the optimizer shall see."""
+    for mask in masks:
+        mask.accept_version()  # of what the optimizer wrote on its way: line searches call closures more than once
+    loss = closure()
+    _decay(masks, optimizer)
+    return loss
+
+
+def _decay(masks: Sequence[WeightMask], optimizer: Optimizer) -> None:
     # Of several compilations that share a weight, the last one decays it: the others may only wait to be collected.
     decaying = sorted((mask for mask in masks if mask.sr_ste), key=lambda mask: mask.serial)
     for mask in {id(mask.weight()): mask for mask in decaying}.values():
-        _add_sr_ste(mask)
+        _add_sr_ste(mask, getattr(optimizer, "grad_scale", None))
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -67,15 +86,17 @@ def _masks_of(parameters: Sequence[Tensor]) -> Iterator[WeightMask]:
 
 
 @torch.no_grad()
-def _add_sr_ste(mask: WeightMask) -> None:
+def _add_sr_ste(mask: WeightMask, scale: Tensor | None) -> None:
     """g += λ (1 - mask) ∘ w: the pruned weights decay (Zhou et al. 2021, SR-STE).
 
-    Added here, right before the step, so that neither gradient accumulation nor a GradScaler can scale it.
+    Added here, right before the step, so that gradient accumulation cannot scale it. By `scale`, which a GradScaler
+    leaves to fused optimizers, those divide gradients.
     """
     weight = mask.weight()
     if weight is not None and weight.grad is not None:
         kept = _sharded_like(mask.tensor, weight)
-        weight.grad.add_(torch.where(kept, torch.zeros_like(weight), weight), alpha=mask.sr_ste)
+        pruned = torch.where(kept, torch.zeros_like(weight), weight)
+        weight.grad.add_(pruned if scale is None else pruned * scale.to(weight), alpha=mask.sr_ste)
 
 
 def _sharded_like(mask: Tensor, weight: nn.Parameter) -> Tensor:

@@ -180,7 +180,7 @@ def test_scaled_addmm_stays_python() -> None:
 def test_expressions_of_parameters_are_weights_and_activations_are_not(args: tuple[Tensor] | None) -> None:
     captured = capture_model(Expressions(), args)
     first, second = captured.sites
-    assert (first.layer.name, first.weight, first.layer.weight_shape) == ("linear", "p", (8, 4))
+    assert (first.layer.name, first.weight, first.layer.weight_shape) == ("linear", "linear", (8, 4))
     assert (second.layer.name, second.weight, second.layer.weight_shape) == ("linear_1", "linear_1", (4, 8))
     assert first.is_expression
     assert second.is_expression

@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +132,12 @@ def point_elsewhere(model: nn.Linear) -> None:
     nn.utils.vector_to_parameters(torch.randn(72), model.parameters())
 
 
+def write_after_an_assignment(model: nn.Linear) -> None:
+    assign_other(model)
+    model(X)
+    write_in_place(model)
+
+
 def write_after_a_move(model: nn.Linear) -> None:
     model.double().float()
     write_in_place(model)
@@ -146,7 +155,7 @@ def write_before_a_step(model: nn.Linear) -> None:
 
 WRITES = [
     load_other, assign_other, write_in_place, point_elsewhere,
-    write_after_a_move, write_before_a_move, write_before_a_step,
+    write_after_an_assignment, write_after_a_move, write_before_a_move, write_before_a_step,
 ]  # fmt: skip
 
 
@@ -271,3 +280,52 @@ def compiled_linear_after_update() -> Tensor:
     torch.nn.functional.linear(X, masked, model.bias.detach()).square().sum().backward()
     assert masked.grad is not None
     return dense - 0.5 * masked.grad
+
+
+def test_a_line_search_keeps_a_frozen_mask() -> None:
+    """It calls its closure on weights that it has written itself."""
+    model = compiled_linear(None)
+    model(X)
+    before = mask_of(model)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=8, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = (model(X) - 1).square().sum()
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = [float(optimizer.step(closure).detach()) for _ in range(2)]
+        model(X)
+    assert losses[1] < losses[0] and torch.equal(mask_of(model), before)
+
+
+LOADED = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+optimizer = torch.optim.SGD(model.parameters(), 0.5)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.ones(8, 8)).square().sum().backward()
+    optimizer.step()
+model(torch.ones(8, 8))
+torch.save((model.weight.detach(), model.three_gemms[""].mask.tensor, model.three_gemms[""].mask.steps), sys.argv[1])
+"""
+
+
+def test_masks_go_on_in_a_process_that_only_loads_the_model(tmp_path: Path) -> None:
+    torch.save(compiled_linear(refresh=1), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", LOADED, tmp_path / "model.pt"], check=True, timeout=300)
+    weight, mask, steps = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert steps == 3 and torch.equal(mask, best_mask(weight))
+
+
+def test_another_dtype_leaves_a_mask_a_mask() -> None:
+    model = compiled_linear()
+    model(X)
+    before = mask_of(model)
+    model.type(torch.float64)
+    model(X.double())
+    assert mask_of(model).dtype == torch.bool and torch.equal(mask_of(model), before)

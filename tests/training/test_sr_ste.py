@@ -19,10 +19,12 @@ def compiled(sr_ste: float) -> nn.Linear:
     return model
 
 
-def weight_change(model: nn.Linear, micro_batches: int, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+def weight_change(
+    model: nn.Linear, micro_batches: int, scaler: torch.amp.GradScaler | None = None, fused: bool = False
+) -> Tensor:
     """What one SGD step with rate 1 adds to the weight."""
     before = model.weight.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=fused)
     for part in X.chunk(micro_batches):
         loss = model(part).square().sum()
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -33,16 +35,37 @@ def weight_change(model: nn.Linear, micro_batches: int, scaler: torch.amp.GradSc
     return model.weight.detach() - before
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_pruned_weights_decay_by_lambda(micro_batches: int, scaled: bool) -> None:
+def test_pruned_weights_decay_by_lambda(micro_batches: int, scaled: bool, fused: bool) -> None:
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None for _ in range(2)]
     decayed, plain = compiled(LAMBDA), compiled(0.0)
     weight = decayed.weight.detach().clone()
-    difference = weight_change(decayed, micro_batches, scalers[0]) - weight_change(plain, micro_batches, scalers[1])
+    first, second = (weight_change(m, micro_batches, s, fused) for m, s in zip((decayed, plain), scalers, strict=True))
+    difference = first - second
     (mask,) = masks_of(decayed).values()
     expected = torch.where(mask.tensor, 0.0, -LAMBDA * weight)
     torch.testing.assert_close(difference, expected)
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_gradients_that_a_closure_computes_decay_too(as_keyword: bool) -> None:
+    changes = []
+    for model in (compiled(LAMBDA), compiled(0.0)):
+        before, optimizer = model.weight.detach().clone(), torch.optim.SGD(model.parameters(), 1.0)
+
+        def closure(model: nn.Linear = model, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = model(X).square().sum()
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+        assert loss is not None and bool(loss > 0)
+        changes.append(model.weight.detach() - before)
+        (mask,) = masks_of(model).values()
+    torch.testing.assert_close(changes[0] - changes[1], torch.where(mask.tensor, 0.0, -LAMBDA * before))
 
 
 def test_a_skipped_step_decays_nothing() -> None:
