@@ -19,8 +19,8 @@ from nmcompile.backends.triton import TritonBackend
 from nmcompile.calibration import calibrate
 from nmcompile.capture import capture_model
 from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of, restore_all
-from nmcompile.config import CompileConfig, preset
-from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError, nearest
+from nmcompile.config import CompileConfig, check_choice, check_kind, preset
+from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.protocols import Backend
@@ -73,8 +73,8 @@ def compile(
         A module of the model's class.
 
     Raises:
-        ConfigError: an unknown mode, pattern, layer name or backend; `validation` without `max_drop` or the reverse;
-            `where="pays"` without `args`.
+        ConfigError: an unknown mode, pattern, layer name or backend; `args` that are no tuple; `validation` without
+            `max_drop` or the reverse; `where="pays"` without `args`.
         CaptureError: nothing to compile, or the model refuses `args`.
         PreconditionError: a layer named in `config` cannot be pruned as asked.
         BackendUnavailable: the backend asked for cannot run here.
@@ -82,6 +82,7 @@ def compile(
     """
     if (validation is None) != (max_drop is None):
         raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
+    _check_kinds(args, kwargs, config)
     source, asked, reverted = _module(model), config or CompileConfig(), None
     chosen = asked
     rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
@@ -118,6 +119,7 @@ def analyze(
     backend: str | Backend = "auto",
 ) -> Report:
     """What `compile` would do, without changing anything, the random state included. Takes and raises the same."""
+    _check_kinds(args, kwargs, config)
     source, asked = _module(model), config or CompileConfig()
     dense_phases = None
     if asked.where == "pays":
@@ -187,6 +189,13 @@ def _module(model: Model) -> nn.Module:
     return model
 
 
+def _check_kinds(args: Any, kwargs: Any, config: Any) -> None:
+    """What typing says too, for those who run no type checker: truth values of tensors mislead."""
+    check_kind("args", args, tuple | None, "a tuple of the model's positional inputs, args=(x,) for a single one")
+    check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
+    check_kind("config", config, CompileConfig | None, "a CompileConfig, or None")
+
+
 def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:
     if args is None and kwargs is None:
         raise ConfigError("where='pays' times the layers with the inputs that an example brings them; pass args=")
@@ -202,17 +211,16 @@ def _backends(backend: str | Backend, model: nn.Module) -> tuple[Backend, ...]:
         return *(one for one in asked if one.available().ok), reference
     if backend == reference.name:
         return (reference,)
-    chosen = _named(backend) if isinstance(backend, str) else backend
+    chosen = _named(backend) if isinstance(backend, str) or not hasattr(backend, "available") else backend
     support = chosen.available()
     if not support.ok:
         raise BackendUnavailable(f"backend {chosen.name!r} cannot run here: {support.reason}; or use backend='auto'")
     return chosen, reference
 
 
-def _named(name: str) -> Backend:
+def _named(name: Any) -> Backend:
     known = {one.name: one for one in ACCELERATED}
-    if name not in known:
-        raise ConfigError(f"backend {name!r} is unknown; {nearest(name, ('auto', 'reference', *known))}")
+    check_choice("backend", name, ("auto", "reference", *known))
     return known[name]
 
 

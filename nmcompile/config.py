@@ -2,10 +2,12 @@
 
 import enum
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from types import MappingProxyType
+from numbers import Integral, Real
+from types import MappingProxyType, UnionType
 from typing import Any, TypeVar
 
 from nmcompile.errors import ConfigError, nearest
@@ -17,7 +19,7 @@ GRADIENT_OPERATORS = frozenset(
     {"greedy", "mvue", "mvue_one_of_two", "mvue_pairs", "mvue_approx", "biased", "uniform", "unbiased", "sdgp"}
 )
 INPUT_OPERATORS = frozenset({"greedy", "greedy_by_value"})
-GROUPS = frozenset({"auto", "batch", "flat"})
+GROUPS = ("auto", "batch", "flat")
 BITS = (2, 3, 4, 8)
 ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
@@ -25,6 +27,22 @@ PLACEMENTS = ("operand", "activation")
 OUTPUTS = ("float", "int8")
 GRANULARITIES = ("tensor", "channel")
 WHERE = ("all", "pays")
+
+
+def check_kind(name: str, value: Any, kind: type[Any] | UnionType, expected: str) -> None:
+    """Raise unless `value`, given as `name`, is of its kind; `expected` says what to give."""
+    if not isinstance(value, kind):
+        is_short = value is None or isinstance(value, str | Real)
+        given = repr(value) if is_short else f"of type {type(value).__name__}"
+        raise ConfigError(f"{name} is {given}; give {expected}")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise unless `value`, given as `name`, is one of the known names."""
+    choices = tuple(known)
+    check_kind(name, value, str, f"one of {', '.join(choices)}")
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} is unknown; {nearest(value, choices)}")
 
 
 class Phase(enum.Enum):
@@ -49,9 +67,9 @@ class Pruning:
     group: str = "auto"
 
     def __post_init__(self) -> None:
+        check_kind("Pruning.operator", self.operator, str, "the name of an operator, such as 'greedy'")
         object.__setattr__(self, "pattern", NMPattern.parse(self.pattern))
-        if self.group not in GROUPS:
-            raise ConfigError(f"group {self.group!r} is unknown; {nearest(self.group, GROUPS)}")
+        check_choice("group", self.group, GROUPS)
 
 
 @dataclass(frozen=True)
@@ -71,9 +89,11 @@ class LayerConfig:
     input_bits: int | None = None
 
     def __post_init__(self) -> None:
-        for bits in (self.weight_bits, self.input_bits):
+        for name in ("weight_bits", "input_bits"):
+            bits, expected = getattr(self, name), f"one of the numbers {', '.join(map(str, BITS))}, or None"
+            check_kind(f"LayerConfig.{name}", bits, Integral | None, expected)
             if bits is not None and bits not in BITS:
-                raise ConfigError(f"{bits} bits have no grid; give one of {', '.join(map(str, BITS))}, or None")
+                raise ConfigError(f"LayerConfig.{name} asks for {bits} bits, which have no grid; give {expected}")
         legal = {
             "weight": WEIGHT_OPERATORS,
             "input": INPUT_OPERATORS,
@@ -82,6 +102,8 @@ class LayerConfig:
         }
         for operand, operators in legal.items():
             pruning = getattr(self, operand)
+            expected = "a Pruning, as in Pruning('greedy', '2:4'), or None for dense"
+            check_kind(f"LayerConfig.{operand}", pruning, Pruning | None, expected)
             if pruning is not None and pruning.operator not in operators:
                 raise ConfigError(
                     f"operator {pruning.operator!r} does not prune a {operand}; {nearest(pruning.operator, operators)}"
@@ -113,8 +135,7 @@ presets: Mapping[str, LayerConfig] = MappingProxyType(
 
 def preset(mode: str) -> LayerConfig:
     """The preset of a mode; an unknown one is an error with the nearest name."""
-    if mode not in presets:
-        raise ConfigError(f"mode {mode!r} is unknown; {nearest(mode, presets)}")
+    check_choice("mode", mode, presets)
     return presets[mode]
 
 
@@ -157,20 +178,30 @@ class CompileConfig:
     where: str = "all"
 
     def __post_init__(self) -> None:
-        if self.refresh is not None and self.refresh < 1:
-            raise ConfigError(f"refresh is {self.refresh}; give a number of optimizer steps >= 1, or None to freeze")
-        if self.sr_ste < 0:
-            raise ConfigError(f"sr_ste is {self.sr_ste}; SR-STE's λ cannot be negative")
+        self._check_numbers()
         choices = {"ends": ENDS, "clip": CLIPS, "granularity": GRANULARITIES, "placement": PLACEMENTS}
         choices |= {"outputs": OUTPUTS, "where": WHERE}
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
+            check_choice(name, getattr(self, name), known)
+        self._check_layers()
+
+    def _check_numbers(self) -> None:
+        steps, factor = "a number of optimizer steps >= 1, or None to freeze", "SR-STE's λ, a finite number >= 0"
+        check_kind("refresh", self.refresh, Integral | None, steps)
+        if self.refresh is not None and self.refresh < 1:
+            raise ConfigError(f"refresh is {self.refresh}; give {steps}")
+        check_kind("sr_ste", self.sr_ste, Real, factor)
+        if not 0 <= self.sr_ste < math.inf:
+            raise ConfigError(f"sr_ste is {self.sr_ste}; give {factor}")
+
+    def _check_layers(self) -> None:
+        check_kind("CompileConfig.layers", self.layers, Mapping, "a dict, layer names to LayerConfigs")
         for key, value in self.layers.items():
+            check_kind("a key of CompileConfig.layers", key, str, f"the name of a layer, {str(key)!r}")
             if key.startswith("re:"):
                 _compiled(key)
-            if value is not None and not isinstance(value, LayerConfig):
-                raise ConfigError(f"CompileConfig.layers[{key!r}] is {value!r}; give a LayerConfig, or None for dense")
+            expected = "a LayerConfig, or None for dense"
+            check_kind(f"CompileConfig.layers[{key!r}]", value, LayerConfig | None, expected)
 
     def lookup(self, layer: str, weight: str) -> tuple[str, LayerConfig | None] | None:
         """The key and config that hold for a layer and its weight's name; `None` where nothing is said."""

@@ -26,9 +26,9 @@ def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
     """
     root, record = record_of(compiled)
     captured = record.program.captured
-    for triple in triples_of(compiled):
+    for triple in triples_of(root):
         _check_input(triple, captured.facts[triple.layer.name].nonnegative)
-    rewritten = {triple.layer.name: _deployed(compiled, triple) for triple in triples_of(compiled)}
+    rewritten = {triple.layer.name: _deployed(root, triple) for triple in triples_of(root)}
     left = [site for site in captured.sites if site.layer.name not in captured.bypassed and not site.is_expression]
     return {site.layer.name: _plain(root, site) for site in left} | rewritten
 

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nmcompile.errors import PassError
-from nmcompile.ir.modules import RECORD, restore
+from nmcompile.compilation import restore_all
+from nmcompile.errors import PassError, StateError
+from nmcompile.ir.modules import RECORD
 from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training.state import masks_of, triples_of
 
 FINALIZED = "_nmcompile_finalized"
-"""Under this name a finalized model remembers which weight obeys which pattern, for `verify`."""
+"""Under this name a finalized model, within what wraps it, remembers which weight obeys which pattern, for `verify`."""
 
 
 @torch.no_grad()
@@ -23,21 +24,33 @@ def finalize(compiled: nn.Module) -> nn.Module:
 
     Biases of layers with integer weights and inputs are whole steps of their accumulator, as those layers add them.
 
+    Args:
+        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay.
+
     Raises:
         PassError: a pruned weight is computed in forward (a standardized weight, say), so that no parameter can hold
             its zeros.
+        StateError: a part of a compiled model.
     """
     plain = copy.deepcopy(compiled)
-    masks = masks_of(plain)
-    effective = {triple.site.weight: _effective(plain, triple) for triple in triples_of(plain) if _changes(triple)}
-    effective |= dict(_rounded_biases(plain))
-    for module in plain.modules():
-        restore(module)
-        module.__dict__.pop(RECORD, None)
-    for name, values in effective.items():
-        _write(plain, name, values)
-    plain.__dict__[FINALIZED] = masks
+    for root in [module for module in plain.modules() if RECORD in module.__dict__]:
+        _finalize(root)
+    if any(triples_of(plain)):
+        raise StateError(
+            f"{type(compiled).__name__} is a part of a compiled model, which alone knows the names of its weights; "
+            "finalize the whole model and take the part from it"
+        )
     return plain
+
+
+def _finalize(root: nn.Module) -> None:
+    masks = masks_of(root)
+    effective = {triple.site.weight: _effective(root, triple) for triple in triples_of(root) if _changes(triple)}
+    effective |= dict(_rounded_biases(root))
+    restore_all(root)
+    for name, values in effective.items():
+        _write(root, name, values)
+    root.__dict__[FINALIZED] = masks
 
 
 @torch.no_grad()
@@ -100,7 +113,17 @@ def _write(model: nn.Module, name: str, weight: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if parametrize.is_parametrized(module, attribute):
+        module.__class__ = _own_class(module)
         # Without gradients torch would leave a plain tensor instead of a parameter.
         with torch.enable_grad():
             parametrize.remove_parametrizations(module, attribute)
     getattr(module, attribute).copy_(weight)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A class like the module's, which it does not share with what it was copied from.
+
+    A parametrized weight is a property of the class, and is taken from there when the parametrization is removed.
+    """
+    shared = type(module)
+    return type(shared.__name__, shared.__bases__, dict(vars(shared)))

@@ -14,6 +14,7 @@ from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training.masks import STALE
 from nmcompile.training.state import masks_among, triples_of
+from nmcompile.verification import mask_checks
 
 FORMAT = 1
 DENSE = ".dense_phases"
@@ -29,9 +30,13 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
     backward and the update GEMM: whether its pruning was given up).
 
     Raises:
-        StateError: the model is not compiled.
+        StateError: the model is not compiled, or holds several compiled ones with layers of the same name.
     """
-    return _state(_layers(model), _dense_phases(model))
+    layers = _layers(model)
+    for mask in masks_among(layers).values():
+        # The next forward would see that the weight was written; in the model that loads it looks like a known one.
+        mask.notice_write()
+    return _state(layers, _dense_phases(model))
 
 
 def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -41,7 +46,8 @@ def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     it is wrapped (by DDP, FSDP2 or `torch.compile`).
 
     Raises:
-        StateError: the model is not compiled, or the state is of another format, plan or shape; nothing is loaded then.
+        StateError: the model is not compiled, or the state is of another format, plan or shape, or holds a mask that
+            breaks the pattern of its layer; nothing is loaded then.
     """
     layers, planned = _layers(model), _dense_phases(model)
     decided = _read_dense_phases(state, planned)
@@ -49,7 +55,7 @@ def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
         _replan(model, layers, decided, state)
         layers = list(triples_of(model))
     else:
-        _check(state, _state(layers, planned))
+        _check(state, layers, planned)
     _load(layers, state)
 
 
@@ -101,7 +107,7 @@ def _replan(model: nn.Module, layers: list[GemmTriple], decided: DensePhases, st
     what = record.program.captured, record.mode, record.config, record.backends, record.reverted
     done = compilation_of(*what, dense_phases=decided)
     triples = bind_layers(root, done, int(state.get("seed", torch.tensor(0))), layers)
-    _check(state, _state(list(triples.values()), decided))
+    _check(state, list(triples.values()), decided)
     install_layers(root, done, triples)
 
 
@@ -116,12 +122,29 @@ def _clip_key(step: ActivationStep) -> str:
 
 def _layers(model: nn.Module) -> list[GemmTriple]:
     layers = list(triples_of(model))
-    if not layers and not _dense_phases(model):
-        raise StateError(f"{type(model).__name__} holds no three-GEMM layer; give a model that nmcompile.compile made")
+    if not layers and not any(RECORD in module.__dict__ for module in model.modules()):
+        raise StateError(f"{type(model).__name__} is not compiled; give a model that nmcompile.compile made")
+    if len({triple.layer.name for triple in layers}) < len(set(layers)):
+        raise StateError(
+            f"{type(model).__name__} holds several compiled models with layers of the same name; save and load the "
+            "state of each by itself"
+        )
     return layers
 
 
-def _check(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check(state: dict[str, Tensor], layers: list[GemmTriple], dense: DensePhases | None) -> None:
+    _check_entries(state, _state(layers, dense))
+    for name, mask in masks_among(layers).items():
+        for check in mask_checks(state[f"{name}.mask"], mask):
+            if check.violations:
+                broken = f"in {check.violations} of {check.blocks} blocks"
+                raise StateError(
+                    f"'{name}.mask' of the sparse state is not {check.pattern} along {check.axis} {broken}, as a "
+                    f"{mask.operator} mask of the model is; compile with the mode and config it was saved in"
+                )
+
+
+def _check_entries(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if "format" not in state or int(state["format"]) > FORMAT:
         raise StateError(
             f"sparse state of format {state.get('format', 'none')} cannot be read; this version reads up to {FORMAT}"

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from nmcompile.capture import capture_model
-from nmcompile.config import Phase
+from nmcompile.config import Phase, check_kind
 from nmcompile.errors import ConfigError
 from nmcompile.export.read_onnx import planned_patterns
 from nmcompile.finalization import FINALIZED, effective_weight, named_weight
@@ -67,9 +68,10 @@ def verify(
     """Check a model, or an ONNX file, against its patterns.
 
     Args:
-        target: a compiled model, judged by its effective weights and its own plan; a finalized model, judged by what
-            it was finalized from; or any other module, whose conv and linear weights are checked against `pattern`
-            along in-channels; or the path of an ONNX file, judged by what `export` wrote into it, or by `pattern`.
+        target: a compiled model, judged by its effective weights and its own plan, or a finalized model, judged by
+            what it was finalized from, both also inside others (DDP, an average, a parent module); or any other
+            module, whose conv and linear weights are checked against `pattern` along in-channels; or the path of an
+            ONNX file, judged by what `export` wrote into it, or by `pattern`.
         pattern: for a module that is neither compiled nor finalized, or a file that `export` did not write.
         step: runs one forward and backward of a compiled model; every pruned operand of every GEMM that it runs is
             then checked too.
@@ -78,20 +80,20 @@ def verify(
         ConfigError: a plain module, or a file of another writer, without a pattern.
         FileError: a damaged or hostile file.
     """
+    check_kind("target", target, nn.Module | str | os.PathLike, "a model, or the path of an ONNX file")
     if not isinstance(target, nn.Module):
         return VerifyReport(tuple(_file_checks(target, None if pattern is None else NMPattern.parse(pattern))))
-    masks = masks_of(target) or target.__dict__.get(FINALIZED, {})
+    roots = _roots(target)
     if pattern is not None:
         checks = list(_plain_checks(target, NMPattern.parse(pattern)))
-    elif FINALIZED in target.__dict__ or any(RECORD in module.__dict__ for module in target.modules()):
-        effective = dict(_weights(target))
-        checks = [check for name, mask in masks.items() for check in _mask_checks(effective.get(name), mask)]
+    elif roots:
+        checks = [check for path, root in roots.items() for check in _root_checks(path, root)]
     else:
         raise ConfigError(
             f"{type(target).__name__} is neither compiled nor finalized; give the pattern to check it for"
         )
     if step is not None:
-        checks += _step_checks(target, step)
+        checks += _step_checks(target, roots, step)
     return VerifyReport(tuple(checks))
 
 
@@ -117,17 +119,34 @@ def _plain_checks(model: nn.Module, pattern: NMPattern) -> Iterator[TensorCheck]
             yield _check(site.weight, "weight", "in", weight.detach(), pattern, site.layer.in_dim)
 
 
-def _weights(target: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """The weights by name as the forward GEMM reads them."""
-    for name in target.__dict__.get(FINALIZED, ()):
-        yield name, named_weight(target, name)
-    for triple in triples_of(target):
-        yield triple.site.weight, effective_weight(target, triple)
+def _roots(model: nn.Module) -> dict[str, nn.Module]:
+    """The compiled and finalized models, by their path in the model that is or holds them."""
+    roots: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if module not in inside and not {RECORD, FINALIZED}.isdisjoint(module.__dict__):
+            roots[path] = module
+            inside.update(module.modules())
+    return roots
 
 
-def _mask_checks(weight: Tensor | None, mask: WeightMask) -> Iterator[TensorCheck]:
-    if weight is None:
-        return
+def _root_checks(path: str, root: nn.Module) -> Iterator[TensorCheck]:
+    for weight, mask in _weights(root):
+        yield from (replace(check, name=_join(path, check.name)) for check in mask_checks(weight, mask))
+
+
+def _weights(root: nn.Module) -> Iterator[tuple[Tensor, WeightMask]]:
+    """The weights as the forward GEMM reads them, but those computed inside a forward, with their masks."""
+    if RECORD in root.__dict__:
+        read = {triple.site.weight: partial(effective_weight, root, triple) for triple in triples_of(root)}
+        pairs = ((read[name](), mask) for name, mask in masks_of(root).items())
+    else:
+        pairs = ((named_weight(root, name), mask) for name, mask in root.__dict__[FINALIZED].items())
+    yield from ((weight, mask) for weight, mask in pairs if weight is not None)
+
+
+def mask_checks(weight: Tensor, mask: WeightMask) -> Iterator[TensorCheck]:
+    """Check a tensor of a weight's shape for what the mask promises: its pattern along in, or along both."""
     layer: Layer = mask.layer
     yield _check(mask.name, "weight", "in", weight.detach(), mask.pattern, layer.in_dim)
     if mask.operator.startswith("transposable"):
@@ -140,19 +159,22 @@ def _check(name: str, operand: str, axis: str, x: Tensor, pattern: NMPattern, di
     return TensorCheck(name, operand, axis, pattern, blocks, count_violations(x, pattern, dim))
 
 
-def _step_checks(model: nn.Module, step: Callable[[], Any]) -> list[TensorCheck]:
+def _step_checks(model: nn.Module, roots: dict[str, nn.Module], step: Callable[[], Any]) -> list[TensorCheck]:
     """Run `step` with every graph interpreted node by node, and look at what its prune nodes hand to the GEMM."""
     checks: list[TensorCheck] = []
-    with interpreted(triples_of(model), lambda triple, phase: _Checker(triple, phase, checks)):
+    names = {triple: _join(path, triple.layer.name) for path, root in roots.items() for triple in triples_of(root)}
+    with interpreted(
+        triples_of(model), lambda triple, phase: _Checker(names.get(triple, triple.layer.name), triple, phase, checks)
+    ):
         step()
     return checks
 
 
 class _Checker(fx.Interpreter):
-    def __init__(self, triple: GemmTriple, phase: Phase, checks: list[TensorCheck]) -> None:
+    def __init__(self, name: str, triple: GemmTriple, phase: Phase, checks: list[TensorCheck]) -> None:
         super().__init__(triple.graphs[phase])
+        self.where = f"{name} ({phase.value})"
         self.layer = triple.layer
-        self.phase = phase
         self.checks = checks
 
     def run_node(self, n: fx.Node) -> Any:
@@ -167,9 +189,8 @@ class _Checker(fx.Interpreter):
 
     def _look_at(self, row: PlanRow, operand: Tensor) -> None:
         assert row.operand is not None and row.axis is not None and row.pattern is not None
-        name = f"{self.layer.name} ({self.phase.value})"
         view, dim = _along(operand, row.operand, row.axis, self.layer, row.pattern)
-        self.checks.append(_check(name, row.operand, row.axis, view, row.pattern, dim))
+        self.checks.append(_check(self.where, row.operand, row.axis, view, row.pattern, dim))
 
 
 def _along(x: Tensor, operand: str, axis: str, layer: Layer, pattern: NMPattern) -> tuple[Tensor, int]:
@@ -179,3 +200,7 @@ def _along(x: Tensor, operand: str, axis: str, layer: Layer, pattern: NMPattern)
     if axis == "in":
         return x, layer.in_dim
     return x.unflatten(layer.out_dim, (layer.groups, -1)), layer.out_dim + 1
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,12 +1,16 @@
 """What can be asked for: presets, overrides by name and their precedence, JSON."""
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Pruning, presets
+from nmcompile.config import preset
 from nmcompile.errors import ConfigError
 
 A, B, C, D, E = (LayerConfig(weight=Pruning("greedy", NMPattern(n, 8))) for n in range(1, 6))
@@ -131,6 +135,43 @@ def test_bad_values_are_errors_that_name_the_field(values: dict[str, Any]) -> No
     with pytest.raises(ConfigError) as caught:
         CompileConfig(**values)
     assert next(iter(values)) in str(caught.value)
+
+
+WRONG_KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = {
+    "ends": (CompileConfig, {"ends": None}, ("ends is None", "one of dense, sparse, int8")),
+    "clip": (CompileConfig, {"clip": ["mse"]}, ("clip is of type list", "one of mse, percentile, pact")),
+    "refresh text": (CompileConfig, {"refresh": "40"}, ("refresh is '40'", "optimizer steps >= 1, or None")),
+    "refresh fraction": (CompileConfig, {"refresh": 1.5}, ("refresh is 1.5", "optimizer steps >= 1, or None")),
+    "sr_ste nan": (CompileConfig, {"sr_ste": math.nan}, ("sr_ste is nan", "finite number >= 0")),
+    "sr_ste infinite": (CompileConfig, {"sr_ste": math.inf}, ("sr_ste is inf", "finite number >= 0")),
+    "sr_ste text": (CompileConfig, {"sr_ste": "x"}, ("sr_ste is 'x'", "finite number >= 0")),
+    "layers": (CompileConfig, {"layers": ["fc"]}, ("CompileConfig.layers is of type list", "a dict")),
+    "layer name": (CompileConfig, {"layers": {0: None}}, ("key of CompileConfig.layers is 0", "'0'")),
+    "operand text": (LayerConfig, {"weight": "2:4"}, ("LayerConfig.weight is '2:4'", "Pruning('greedy', '2:4')")),
+    "operand pattern": (LayerConfig, {"input": NMPattern(2, 4)}, ("LayerConfig.input", "NMPattern", "a Pruning")),
+    "bits text": (LayerConfig, {"weight_bits": "4"}, ("weight_bits is '4'", "one of the numbers 2, 3, 4, 8")),
+    "bits fraction": (LayerConfig, {"input_bits": 4.0}, ("input_bits is 4.0", "one of the numbers 2, 3, 4, 8")),
+    "bits": (LayerConfig, {"input_bits": 5}, ("LayerConfig.input_bits asks for 5 bits", "no grid", "one of the")),
+    "pattern tuple": (Pruning, {"operator": "greedy", "pattern": (2, 4)}, ("pattern (2, 4)", "'2:4'")),
+    "pattern of texts": (NMPattern, {"n_keep": "2", "block": "4"}, ("pattern 2:4", "1 <= N < M")),
+    "operator": (Pruning, {"operator": None, "pattern": "2:4"}, ("Pruning.operator is None", "'greedy'")),
+    "group": (Pruning, {"operator": "mvue", "pattern": "2:4", "group": None}, ("group is None", "auto, batch, flat")),
+    "mode": (preset, {"mode": None}, ("mode is None", "one of dense, weights, t-weights")),
+    "JSON": (CompileConfig.from_json, {"text": '{"refresh": "a"}'}, ("refresh is 'a'", "optimizer steps")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_KINDS)
+def test_values_of_another_kind_are_errors_that_say_what_to_give(case: str) -> None:
+    act, values, fragments = WRONG_KINDS[case]
+    with pytest.raises(ConfigError) as caught:
+        act(**values)
+    assert [text for text in fragments if text not in str(caught.value)] == []
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = CompileConfig(refresh=np.int64(8), sr_ste=np.float32(0.5))  # type: ignore[arg-type]
+    assert (config.refresh, config.sr_ste) == (8, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from nmcompile import CompileConfig, LayerConfig, NMPattern, Pruning, errors, pr
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.ir.protocols import Support
 
+X = torch.zeros(2, 12)
+
 
 class Net(nn.Module):
     def __init__(self) -> None:
@@ -33,6 +35,10 @@ def compiled(**options: Any) -> nn.Module:
     return nmcompile.compile(Net(), **options)
 
 
+def analyzed(**options: Any) -> Any:
+    return nmcompile.analyze(Net(), **options)
+
+
 def layers(**overrides: LayerConfig | None) -> nn.Module:
     return compiled(config=CompileConfig(layers=overrides))
 
@@ -47,6 +53,15 @@ BAD: dict[str, tuple[Callable[[], Any], type[errors.NMCompileError], tuple[str, 
     "mode": (lambda: compiled(mode="trainin"), errors.ConfigError, ("'trainin'", "did you mean 'training'")),
     "mode of analyze": (lambda: nmcompile.analyze(Net(), "weight"), errors.ConfigError, ("did you mean 'weights'",)),
     "backend": (lambda: compiled(backend="referense"), errors.ConfigError, ("did you mean 'reference'",)),
+    "no mode": (lambda: compiled(mode=None), errors.ConfigError, ("mode is None", "one of dense, weights")),
+    "no backend": (lambda: compiled(backend=None), errors.ConfigError, ("backend is None", "auto, reference")),
+    "dict for a config": (lambda: compiled(config={}), errors.ConfigError, ("config is of type dict", "CompileConfig")),
+    "tensor for args": (lambda: compiled(args=X), errors.ConfigError, ("args is of type Tensor", "args=(x,)")),
+    "list for args": (lambda: compiled(args=[X]), errors.ConfigError, ("args is of type list", "args=(x,)")),
+    "args of analyze": (lambda: analyzed(args=X), errors.ConfigError, ("args is of type Tensor", "args=(x,)")),
+    "config of analyze": (lambda: analyzed(config={}), errors.ConfigError, ("of type dict", "a CompileConfig")),
+    "tensor for kwargs": (lambda: compiled(kwargs=X), errors.ConfigError, ("kwargs is of type Tensor", "a dict")),
+    "target of verify": (lambda: nmcompile.verify({}), errors.ConfigError, ("of type dict", "a model, or the path")),  # type: ignore[arg-type]
     "pattern text": (lambda: NMPattern.parse("2/4"), errors.ConfigError, ("'2/4'", "'N:M'", "'2:4'")),
     "pattern of nothing": (lambda: NMPattern.parse("4:4"), errors.ConfigError, ("4:4", "N < M")),
     "layer": (lambda: layers(encodr=None), errors.ConfigError, ("'encodr'", "did you mean 'encoder'")),
@@ -124,6 +139,16 @@ def test_gradient_penalty_is_refused_by_name_and_works_on_the_decompiled_model()
     (gradient,) = torch.autograd.grad(plain(x).sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert all(p.grad is not None for name, p in plain.named_parameters() if name.endswith("weight"))
+
+
+def test_gradient_penalty_works_on_layers_that_are_left_out_as_the_error_says() -> None:
+    sparse, x = nmcompile.compile(nn.Sequential(nn.Linear(8, 8)), "dense"), torch.randn(4, 8, requires_grad=True)
+    with pytest.raises(errors.GradientError, match=r"leave the layer out with CompileConfig\(layers={'0': None}\)"):
+        torch.autograd.grad(sparse(x).sum(), x, create_graph=True)
+    left = nmcompile.compile(sparse, "dense", config=CompileConfig(layers={"0": None}))
+    (gradient,) = torch.autograd.grad(left(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert x.grad is not None
 
 
 def test_integer_input_is_refused_as_eager_refuses_it() -> None:

@@ -34,7 +34,9 @@ def fresh(seed: int = 0, mode: str = "training", config: CompileConfig = CONFIG)
     return nmcompile.compile(model, mode, config=config)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, bound: float | None = None
+) -> None:
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(8, 4, 5, 5, generator=generator)
@@ -42,6 +44,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
+        if bound is not None:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.clamp_(-bound, bound)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -75,6 +81,20 @@ def test_resumed_equals_uninterrupted(stop: int, kind: str, store: str, tmp_path
     nmcompile.load_sparse_state_dict(second, load(tmp_path / "sparse"))
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer", weights_only=True))
     train(second, optimizer, stop, STEPS)
+    assert_equal_states(whole, second)
+
+
+def test_resumed_equals_uninterrupted_where_weights_are_clamped_after_each_step() -> None:
+    """Each clamp makes the masks stale, also the one right before saving, which no forward has seen yet."""
+    whole, first, second = fresh(), fresh(), fresh(seed=1)
+    train(whole, OPTIMIZERS["momentum"](whole), 0, STEPS, bound=0.1)
+    optimizer = OPTIMIZERS["momentum"](first)
+    train(first, optimizer, 0, 5, bound=0.1)
+    second.load_state_dict(first.state_dict())
+    nmcompile.load_sparse_state_dict(second, nmcompile.sparse_state_dict(first))
+    resumed = OPTIMIZERS["momentum"](second)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(second, resumed, 5, STEPS, bound=0.1)
     assert_equal_states(whole, second)
 
 
@@ -146,3 +166,52 @@ def test_a_state_that_does_not_fit_is_refused_whole(case: str) -> None:
 def test_a_state_of_another_mode_is_refused() -> None:
     with pytest.raises(StateError, match="compile with the mode it was saved in"):
         nmcompile.load_sparse_state_dict(fresh(), nmcompile.sparse_state_dict(fresh(mode="gradients")))
+
+
+class Tied(nn.Module):
+    """The decoder's weight is computed from the encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.encoder(x).relu(), self.encoder.weight.t())
+
+
+def test_a_weight_and_one_computed_from_it_have_masks_of_their_own() -> None:
+    config = CompileConfig(ends="sparse", refresh=None)
+    model = nmcompile.compile(Tied(), "weights", config=config)
+    x = torch.randn(4, 8)
+    model(x)
+    assert list(masks(model)) == ["linear.mask", "encoder.weight.mask"]
+    again = nmcompile.compile(model, "weights", config=config)
+    torch.testing.assert_close(again(x), model(x))
+    other = nmcompile.compile(Tied(), "weights", config=config)
+    other.load_state_dict(model.state_dict())
+    nmcompile.load_sparse_state_dict(other, nmcompile.sparse_state_dict(model))
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_row_wise_masks_are_refused_where_transposable_ones_are_due() -> None:
+    row_wise, model = fresh(seed=1, mode="weights"), fresh(mode="t-weights")
+    train(row_wise, OPTIMIZERS["momentum"](row_wise), 0, 1)
+    before = nmcompile.sparse_state_dict(model)
+    with pytest.raises(StateError, match=r"'0.weight.mask'.* not 2:4 along out in \d+ of .*transposable.*mode"):
+        nmcompile.load_sparse_state_dict(model, nmcompile.sparse_state_dict(row_wise))
+    after = nmcompile.sparse_state_dict(model)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_a_compiled_model_without_rewritten_layers_has_a_state() -> None:
+    model = nmcompile.compile(nn.Sequential(nn.Linear(8, 4)), config=CompileConfig(layers={"0": None}))
+    state = nmcompile.sparse_state_dict(model)
+    assert set(state) == {"format", "seed"}
+    nmcompile.load_sparse_state_dict(model, state)
+
+
+def test_two_compiled_models_in_one_have_no_common_state() -> None:
+    """Their layers have the same names, so that one state would overwrite the other."""
+    with pytest.raises(StateError, match="several compiled models"):
+        nmcompile.sparse_state_dict(nn.ModuleList([fresh(), fresh(seed=1)]))
+    assert len(nmcompile.sparse_state_dict(nn.ModuleList([fresh()]))) > 2

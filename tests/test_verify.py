@@ -1,17 +1,22 @@
 """`finalize` makes the pruning real; `verify` counts the blocks that break it."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
 
 import nmcompile
 from nmcompile import CompileConfig, ThreeGemm
-from nmcompile.errors import ConfigError, PassError
+from nmcompile.errors import ConfigError, PassError, StateError
+from nmcompile.training.state import masks_of
 
 ALL = CompileConfig(ends="sparse")
 
@@ -90,6 +95,27 @@ def test_parametrized_weight_becomes_an_ordinary_one() -> None:
     assert broken_blocks(plain.get_parameter("0.weight"), 2, 4) == 0
 
 
+PARAMETRIZATIONS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "weight and bias": lambda linear: parametrizations.weight_norm(parametrizations.weight_norm(linear), "bias"),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_finalize_leaves_parametrized_models_alone(name: str) -> None:
+    """The weight is a property of a class, which a copy shares with the compiled and with the first model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(PARAMETRIZATIONS[name](nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8)).eval()
+    sparse, x = nmcompile.compile(model, "weights", config=ALL), torch.randn(3, 8)
+    before, dense = sparse(x), model(x)
+    plain = nmcompile.finalize(sparse)
+    assert torch.equal(sparse(x), before) and torch.equal(model(x), dense)
+    assert torch.equal(plain(x), before) and nmcompile.verify(plain).ok
+    assert torch.equal(nmcompile.finalize(sparse)(x), before)
+
+
 def test_weight_computed_in_forward_cannot_be_finalized() -> None:
     """Zeros in the parameter would not be zeros of the centered weight."""
 
@@ -160,3 +186,74 @@ def test_a_model_without_sparse_weights_breaks_nothing() -> None:
 def test_a_plain_model_needs_a_pattern() -> None:
     with pytest.raises(ConfigError, match="give the pattern"):
         nmcompile.verify(network())
+
+
+class Parent(nn.Module):
+    """Two models that were compiled apart, with layers of the same names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.first = model
+        self.second = trained("weights")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x) + self.second(x)
+        return y
+
+
+WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "average": (AveragedModel, "module"),
+    "parent": (Parent, "first"),
+    "ddp": (DistributedDataParallel, "module"),
+}
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    if not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_broken_mask_is_found_through_a_wrapper(name: str) -> None:
+    wrap, path = WRAPPERS[name]
+    wrapped = wrap(trained("training"))
+    assert nmcompile.verify(wrapped).ok
+    masks_of(wrapped.get_submodule(path))["5.weight"].tensor.fill_(True)
+    report = nmcompile.verify(wrapped)
+    assert {check.name for check in report.checks if check.violations} == {f"{path}.5.weight"}
+    assert {f"{path}.{number}.weight" for number in (0, 3, 5, 7)} <= {check.name for check in report.checks}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_finalize_and_verify_work_through_a_wrapper(name: str) -> None:
+    wrap, path = WRAPPERS[name]
+    wrapped, x = wrap(trained("training")).eval(), torch.randn(4, 8, 4, 4)
+    plain = nmcompile.finalize(wrapped)
+    assert type(plain) is type(wrapped) and not nmcompile.is_compiled(plain)
+    assert torch.equal(plain(x), wrapped(x))
+    assert nmcompile.verify(plain).ok and len(nmcompile.verify(plain).checks) >= 7
+    plain.get_parameter(f"{path}.5.weight").data.fill_(1.0)
+    assert {check.name for check in nmcompile.verify(plain).checks if check.violations} == {f"{path}.5.weight"}
+
+
+def test_step_names_layers_by_their_place_in_the_wrapper() -> None:
+    parent, x = Parent(trained("training")), torch.rand(4, 8, 4, 4)
+    report = nmcompile.verify(parent, step=lambda: parent(x).square().sum().backward())
+    assert report.ok
+    assert {"first.5 (forward)", "second.5 (forward)", "first.5 (update)"} <= {check.name for check in report.checks}
+
+
+def test_a_part_of_a_compiled_model_cannot_be_finalized() -> None:
+    with pytest.raises(StateError, match=r"part of a compiled model.*finalize the whole"):
+        nmcompile.finalize(trained("weights").get_submodule("5"))
+
+
+def test_finalizing_twice_changes_nothing() -> None:
+    plain = nmcompile.finalize(nmcompile.finalize(trained("weights")))
+    assert len(nmcompile.verify(plain).checks) == 4

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmcompile.errors import OperandError
 from nmcompile.pruning.pattern import NMPattern
 
 
@@ -60,7 +61,11 @@ class Layer:
         return (self.out_features // self.groups) % pattern.block == 0
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
-        """The input as the GEMM takes it, and whether a batch dim was added."""
+        """The input as the GEMM takes it, and whether a batch dim was added.
+
+        Raises:
+            OperandError: an input of a rank that a convolution does not take.
+        """
         raise NotImplementedError
 
 
@@ -112,6 +117,12 @@ class ConvLayer(Layer):
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
         unbatched = x.dim() == self.spatial_dims + 1
+        if not unbatched and x.dim() != self.spatial_dims + 2:
+            size = ("length", "height, width", "depth, height, width")[self.spatial_dims - 1]
+            raise OperandError(
+                f"layer {self.name!r}: its input has shape {tuple(x.shape)}, but a {self.kind} takes (batch, channels, "
+                f"{size}) or one sample without the batch dim; reshape the input"
+            )
         if unbatched:
             x = x.unsqueeze(0)
         if self.pad_before:

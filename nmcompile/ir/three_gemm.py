@@ -186,8 +186,8 @@ def _refuse_double_backward(triple: GemmTriple) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise GradientError(
             f"layer {triple.layer.name!r}: backward was called with create_graph=True, but a pruned GEMM has no second "
-            "derivative; compute the penalty on nmcompile.decompile(model), or leave the layer out of "
-            "CompileConfig.layers"
+            "derivative; compute the penalty on nmcompile.decompile(model), or leave the layer out with "
+            f"CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
 
 

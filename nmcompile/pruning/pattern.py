@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 from nmcompile.errors import ConfigError
 
@@ -17,7 +18,8 @@ class NMPattern:
     block: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n_keep < self.block:
+        are_whole = isinstance(self.n_keep, Integral) and isinstance(self.block, Integral)
+        if not are_whole or not 1 <= self.n_keep < self.block:
             raise ConfigError(
                 f"pattern {self.n_keep}:{self.block} keeps N of every M elements and needs 1 <= N < M, as in '2:4'"
             )
@@ -27,7 +29,7 @@ class NMPattern:
         """Read `"2:4"`; a pattern passes through."""
         if isinstance(text, NMPattern):
             return text
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text) if isinstance(text, str) else None
         if match is None:
             raise ConfigError(f"pattern {text!r} is not of the form 'N:M', N kept of every M, as in '2:4'")
         return cls(int(match[1]), int(match[2]))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmcompile.capture import capture_model
+from nmcompile.errors import OperandError
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
 from nmcompile.pruning import NMPattern
 
@@ -50,6 +51,16 @@ def test_geometry_is_what_the_module_computes(name: str, batched: bool) -> None:
     y = convolve(prepared, conv.weight, conv.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     assert unbatched == (not batched)
     assert torch.equal(y if batched else y.squeeze(0), conv(x))
+
+
+@pytest.mark.parametrize("name", ["plain", "groups", "same, 3d", "reflect"])
+@pytest.mark.parametrize("extra", [-2, 1])
+def test_a_rank_that_no_convolution_takes_is_an_error(name: str, extra: int) -> None:
+    layer = layer_of(CONVS[name])
+    assert isinstance(layer, ConvLayer)
+    x = torch.zeros([4] * (layer.spatial_dims + 2 + extra))
+    with pytest.raises(OperandError, match=r"layer '0'.*shape \(4.*takes \(batch, channels, .*(width|length)"):
+        layer.prepare(x)
 
 
 def test_a_single_token_gets_a_batch_dim() -> None:
