@@ -54,6 +54,9 @@ def compile(
     The result has the same parameters, buffers and `state_dict()` keys: an optimizer made before still trains it. Its
     modules are copies of the model's that share every tensor, or with `inplace` the model's own.
 
+    A module whose own forward calls `F.linear` or a convolution gets a forward generated from its traced graph: Python
+    values that it reads (numbers, flags, globals) are those of the moment of compilation, tensors and buffers are not.
+
     Args:
         model: a module, a `GraphModule`, an `ExportedProgram`, or a model that was compiled before: it is planned
             anew, and a mask that already meets the new pattern is kept.

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nmcompile.capture.state import Memory
+from nmcompile.capture.state import Memory, python_states
 from nmcompile.capture.tracer import SAME, ModuleTracer
 
 DRAWING = {
@@ -48,10 +49,12 @@ def trace_module(
         return Trace(module.graph)
     clone, tracer = shallow_clone(module), ModuleTracer(bindings, protected)
     clone.training = training
-    before = Memory(clone)
+    before, drawn = Memory(clone), pickle.dumps(python_states())
     try:
         with torch.set_grad_enabled(training):
             graph = tracer.trace(clone)
+        if pickle.dumps(python_states()) != drawn:
+            return Trace(graph, failure="it draws random numbers of Python or NumPy")
         complaints = [*tracer.complaints, *(["it changes its attributes"] if before.changed() else [])]
         return Trace(graph, tuple(complaints))
     except Exception as error:

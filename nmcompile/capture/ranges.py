@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from nmcompile.capture.faithful import operator_name
 from nmcompile.capture.sites import is_torch_nn, own_class
+from nmcompile.capture.writes import SharedMemory, is_torch_function, written
 
 # Names are compared without underscores and in lower case, so that one entry covers nn.AdaptiveAvgPool2d,
 # F.adaptive_avg_pool2d, Tensor methods and ATen operators.
@@ -29,11 +30,18 @@ KEEPS = {
 
 
 def nonnegative_nodes(model: nn.Module, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose every element is at least 0 whatever the inputs are."""
-    proven: set[fx.Node] = set()
+    """The nodes whose every element is at least 0 whatever the inputs are, and stays so.
+
+    What a node writes in place it also returns: an operator that is proven keeps the memory proven that it writes to,
+    any other takes the proof from all that may share that memory, before the write and after.
+    """
+    proven, memory = set[fx.Node](), SharedMemory(model)
     for node in graph.nodes:
+        memory.add(node, plain_name(model, node))
         if _is_nonnegative(model, node, proven):
             proven.add(node)
+        else:
+            proven -= memory.behind(written(model, node))
     return proven
 
 
@@ -52,7 +60,8 @@ def plain_name(model: nn.Module, node: fx.Node) -> str:
         module = model.get_submodule(str(node.target))
         name = own_class(module).__name__ if is_torch_nn(module) else ""
     else:
-        name = operator_name(node) if node.op in ("call_function", "call_method") else ""
+        is_known = node.op == "call_method" or (node.op == "call_function" and is_torch_function(node.target))
+        name = operator_name(node) if is_known else ""
     return name.replace("_", "").lower()
 
 
@@ -130,6 +139,8 @@ RULES: dict[str, Callable[[_Bounds, set[fx.Node]], bool]] = {
     "constantpad2d": _padded,
     "constantpad3d": _padded,
     "pow": _powered,
+    "ipow": _powered,
     "div": _scaled,
     "truediv": _scaled,
+    "itruediv": _scaled,
 }

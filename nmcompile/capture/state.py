@@ -26,9 +26,15 @@ def unchanged(model: nn.Module) -> Iterator["Memory"]:
 
 def random_states() -> dict[str, Any]:
     """The state of every global generator in use: torch's, Python's and NumPy's."""
-    states: dict[str, Any] = {"torch": torch.random.get_rng_state(), "python": random.getstate()}
+    states: dict[str, Any] = {"torch": torch.random.get_rng_state(), **python_states()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def python_states() -> dict[str, Any]:
+    """Those of the generators whose numbers no trace sees: Python's and NumPy's."""
+    states: dict[str, Any] = {"python": random.getstate()}
     if numpy := sys.modules.get("numpy.random"):
         states["numpy"] = numpy.get_state()
     return states

@@ -46,7 +46,7 @@ class ModuleTracer(fx.Tracer):
         return WatchedProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is WatchedProxy:
+        if issubclass(type(a), WatchedProxy):
             return a.node
         before = len(self.tensor_attrs)
         result = super().create_arg(a)
@@ -62,8 +62,8 @@ class ModuleTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        placed = [str(arg.node.target) if type(arg) is WatchedProxy else "" for arg in args]
-        first = next((arg for arg in args if type(arg) is WatchedProxy), None)
+        placed = [str(arg.node.target) if issubclass(type(arg), WatchedProxy) else "" for arg in args]
+        first = next((arg for arg in args if issubclass(type(arg), WatchedProxy)), None)
         values = {name: first if value is SAME else value for name, value in self.bindings.items()}
         return function, [values.get(name, arg) for name, arg in zip(placed, args, strict=True)]
 

@@ -46,12 +46,14 @@ class ThreeGemmAttention(ThreeGemm):
         """As `nn.MultiheadAttention.forward`: `(L, N, E)`, `(N, L, E)` with `batch_first`, or `(L, E)`."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give attn_mask too")
+        self._check_dims(query, key, value)
         batched = query.dim() == 3
         q, k, v = self._project(*self._tokens_first(query, key, value, batched))
         if is_causal and key_padding_mask is None and not need_weights:
             attn_mask = None
         else:
             is_causal = is_causal and key_padding_mask is None
+        self._check_masks((q.shape[0], k.shape[0]), q.shape[1] if batched else None, attn_mask, key_padding_mask)
         mask = _additive(attn_mask, q.dtype)
         mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 2 else mask
         padding = _additive(key_padding_mask, q.dtype)
@@ -66,6 +68,35 @@ class ThreeGemmAttention(ThreeGemm):
         if not batched:
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return (output.transpose(1, 0) if self.batch_first else output), weights
+
+    def _check_dims(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        dims = [tensor.dim() for tensor in (query, key, value)]
+        if dims not in ([3, 3, 3], [2, 2, 2]):
+            raise RuntimeError(
+                f"{self._label()}: query, key and value have {dims[0]}, {dims[1]} and {dims[2]} dims; give each "
+                "3, or 2 without a batch"
+            )
+
+    def _check_masks(
+        self, scores: tuple[int, int], batch: int | None, mask: Tensor | None, padding: Tensor | None
+    ) -> None:
+        """Refuse, as eager does, masks of another shape: they would broadcast, and hide other tokens than they say.
+
+        `scores` is (L, S); `batch` is None where the inputs have none.
+        """
+        heads = self.num_heads if batch is None else batch * self.num_heads
+        self._check_shape("attn_mask", mask, scores, (heads, *scores))
+        self._check_shape("key_padding_mask", padding, scores[1:] if batch is None else (batch, scores[1]))
+
+    def _check_shape(self, name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+        # Only shapes of as many dims are compared: a comparison of open sizes would guard on them in torch.export.
+        if mask is None or any(len(shape) == mask.dim() and tuple(mask.shape) == shape for shape in shapes):
+            return
+        wanted = " or ".join(str(tuple(map(int, shape))) for shape in shapes)
+        raise RuntimeError(f"{self._label()}: {name} has the shape {tuple(mask.shape)}; give it {wanted}")
+
+    def _label(self) -> str:
+        return f"attention with layer {next(iter(self.three_gemms.values())).layer.name!r}"
 
     def _tokens_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; tensors that were the same object stay so, since that decides how they are projected."""

@@ -137,8 +137,9 @@ def restore(module: nn.Module) -> None:
     Raises:
         PassError: something else has changed the class since (a parametrization, FSDP).
     """
-    if "three_gemm_fast_path" in module.__dict__:
-        module.activation_relu_or_gelu = module.__dict__.pop("three_gemm_fast_path")
+    for kind, (switch, _) in FAST_PATHS.items():
+        if isinstance(module, kind) and "three_gemm_fast_path" in module.__dict__:
+            setattr(module, switch, module.__dict__.pop("three_gemm_fast_path"))
     if not isinstance(module, Rewritten):
         return
     if len(type(module).__bases__) != 2 or not issubclass(type(module).__bases__[0], Rewritten):
@@ -151,12 +152,23 @@ def restore(module: nn.Module) -> None:
     module.__class__ = type(module).__bases__[1]
 
 
+# The layer's inference kernel reads the dense weights of its children, and the encoder packs a padded batch into a
+# nested tensor that nothing but that kernel takes. Padded positions then hold in eval() what they hold in train(), and
+# what eager holds there with gradients on; eager's packed batches come back with zeros there.
+FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+"""By class, the attribute that opens torch's inference fast path, and the value that closes it."""
+
+
 def turn_off_fast_path(model: nn.Module) -> None:
-    """Keep `nn.TransformerEncoderLayer` from its inference kernel, which reads the dense weights of its children."""
+    """Keep torch's encoders that hold rewritten layers from their inference fast path."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, ThreeGemm) for m in module.modules()):
-            module.__dict__.setdefault("three_gemm_fast_path", module.activation_relu_or_gelu)
-            module.activation_relu_or_gelu = 0
+        for kind, (switch, closed) in FAST_PATHS.items():
+            if isinstance(module, kind) and any(isinstance(m, ThreeGemm) for m in module.modules()):
+                module.__dict__.setdefault("three_gemm_fast_path", getattr(module, switch, closed))
+                setattr(module, switch, closed)
 
 
 def run_three_gemm(

@@ -1,12 +1,15 @@
 """First, last, non-negative inputs and positions."""
 
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+import nmcompile
+from nmcompile import CompileConfig
 from nmcompile.capture import capture_model
 from nmcompile.ir.captured import Captured
 
@@ -117,6 +120,114 @@ def test_export_sees_what_fx_cannot_and_counts_positions() -> None:
     assert captured.facts["0"].positions == 2 * 4 * 4
 
 
+def subtracted(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.sub_(1)
+    return h
+
+
+def masked(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.masked_fill_(h == 0, -1)
+    return h
+
+
+def copied(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.copy_(x)
+    return h
+
+
+def augmented(x: Tensor) -> Tensor:
+    h = g = x.relu()
+    h -= 1
+    return g
+
+
+def with_negative_item(x: Tensor) -> Tensor:
+    h = x.relu()
+    h[:, 0] = -1
+    return h
+
+
+def written_out(x: Tensor) -> Tensor:
+    h = x.relu()
+    torch.sub(h, 1, out=h)
+    return h
+
+
+def activated(x: Tensor) -> Tensor:
+    h = x.sigmoid()
+    F.elu(F.elu(h.sub_(1), 1.0, True), inplace=True)
+    return h
+
+
+def chunk_negated(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.chunk(2, -1)[0].neg_()
+    return h
+
+
+def view_subtracted(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.view(-1).flatten().sub_(1)
+    return h
+
+
+def detached_subtracted(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.detach().sub_(1)
+    return h
+
+
+def data_subtracted(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.data.sub_(1)
+    return h
+
+
+def base_subtracted(x: Tensor) -> Tensor:
+    h = x.relu()
+    g = h.unsqueeze(0).squeeze(0)
+    h.sub_(1)
+    return g
+
+
+def rectified_base_subtracted(x: Tensor) -> Tensor:
+    g = F.relu(x, inplace=True)
+    x.sub_(1)
+    return g
+
+
+def subtracted_without_gradients(x: Tensor) -> Tensor:
+    h = x.relu()
+    with torch.no_grad():
+        h.sub_(1)
+    return h
+
+
+def subtracted_from_a_column(x: Tensor) -> Tensor:
+    h = x.relu()
+    h.t()[0].index_fill_(0, torch.tensor([0]), -1.0)
+    return h.clone()
+
+
+def residual(x: Tensor) -> Tensor:
+    """As ResNets write it: the identity is read after the branch has begun, the sum and its ReLU are in place."""
+    h = F.relu_(x * 1)
+    branch = F.relu(h * -1, inplace=True) - 0.1
+    branch += h
+    return F.relu_(branch) + h
+
+
+def added(x: Tensor) -> Tensor:
+    h = x.relu()
+    h += 1
+    h /= 2
+    h.add_(x.sigmoid()).mul_(2)
+    return h.clamp_(min=0)
+
+
 NONNEGATIVE: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.relu(x),
     lambda x: x.relu_(),
@@ -128,6 +239,8 @@ NONNEGATIVE: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.max_pool1d(F.hardsigmoid(x), 3, 1, 1),
     lambda x: F.pad(F.adaptive_avg_pool1d(F.relu(x), 6), (1, 1)),
     lambda x: F.dropout(x * x, 0.1, False).view(-1, 8).t().contiguous().t(),
+    residual,
+    added,
 ]
 UNPROVEN: list[Callable[[Tensor], Tensor]] = [
     lambda x: x,
@@ -140,6 +253,21 @@ UNPROVEN: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.pad(F.relu(x)[:, :6], (1, 1), value=-1.0),
     lambda x: F.relu(x) * -1,
     lambda x: F.hardtanh(x),
+    subtracted,
+    masked,
+    copied,
+    augmented,
+    with_negative_item,
+    written_out,
+    activated,
+    chunk_negated,
+    view_subtracted,
+    detached_subtracted,
+    data_subtracted,
+    base_subtracted,
+    rectified_base_subtracted,
+    subtracted_without_gradients,
+    subtracted_from_a_column,
 ]
 
 
@@ -172,3 +300,72 @@ def test_nonnegative_through_modules() -> None:
     assert facts["7"].nonnegative
     assert facts["9"].nonnegative
     assert not facts["0"].nonnegative
+
+
+class WritesOnItsInput(nn.Module):
+    """fx cannot trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sub_(1) if x.sum() > 0 else x
+
+
+class Shares(nn.Module):
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child, self.a, self.b = child, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        self.child(h)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("args", [None, (X,)], ids=["fx", "export"])
+@pytest.mark.parametrize(
+    ("child", "expected"),
+    [
+        (nn.Tanh(), True),
+        (nn.ReLU(inplace=True), True),
+        (nn.Dropout(inplace=True), True),
+        (nn.Sequential(nn.Flatten(0), nn.ReLU6(inplace=True)), True),
+        (nn.ELU(inplace=True), False),
+        (nn.Hardtanh(inplace=True), False),
+        (nn.Sequential(nn.Flatten(0), nn.LeakyReLU(inplace=True)), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_modules_that_work_in_place(child: nn.Module, expected: bool, args: tuple[Tensor] | None) -> None:
+    assert capture_model(Shares(child), args).facts["b"].nonnegative == expected
+
+
+def test_code_that_is_not_known_may_write_to_its_inputs() -> None:
+    captured = capture_model(Shares(WritesOnItsInput()))
+    assert captured.whole is not None
+    assert not captured.facts["b"].nonnegative
+
+
+def test_a_written_item_in_a_graph_by_hand() -> None:
+    root = nn.Module()
+    root.a, root.b = nn.Linear(8, 8), nn.Linear(8, 8)
+    graph = fx.Graph()
+    h = graph.call_method("relu", (graph.call_module("a", (graph.placeholder("x"),)),))
+    graph.call_function(operator.setitem, (h, 0, -1.0))
+    graph.output(graph.call_module("b", (h,)))
+    assert not capture_model(fx.GraphModule(root, graph)).facts["b"].nonnegative
+
+
+def relu(x: Tensor) -> Tensor:
+    return -x
+
+
+fx.wrap("relu")
+
+
+def test_a_function_of_the_model_is_not_the_operator_of_its_name() -> None:
+    assert not capture_model(Applies(relu)).facts["b"].nonnegative
+
+
+def test_a_layer_after_a_write_reads_what_was_written() -> None:
+    model = Applies(masked)
+    compiled = nmcompile.compile(model, "activations", config=CompileConfig(ends="sparse"))
+    torch.testing.assert_close(compiled(X), model(X))

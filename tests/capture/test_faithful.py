@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,24 @@ class Drops(Unfaithful):
 class DrawsMethod(Unfaithful):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x + torch.rand_like(x), self.w)
+
+
+class DrawsInPython(Unfaithful):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.w)
+        return y if random.random() < 1.0 else x
+
+
+class DrawsInTraining(Unfaithful):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 0.0:
+            return x
+        return F.linear(x, self.w)
+
+
+class DrawsInNumPy(Unfaithful):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if np.random.rand() < 0.0 else F.linear(x, self.w)
 
 
 class Constant(Unfaithful):
@@ -121,6 +140,9 @@ UNFAITHFUL: dict[type[nn.Module], str] = {
     ModeDependent: "train() and eval() differ",
     Drops: "draws random numbers",
     DrawsMethod: "draws random numbers",
+    DrawsInPython: "draws random numbers of Python",
+    DrawsInTraining: "draws random numbers of Python",
+    DrawsInNumPy: "draws random numbers of Python or NumPy",
     Constant: "tensor constant",
     Counts: "changes its attributes",
     Logs: "changes its attributes",
@@ -164,6 +186,16 @@ def test_unfaithful_traces_stay_python_and_change_nothing(kind: type[nn.Module])
     for name, value in state.items():
         kept = getattr(model.part, name)
         assert torch.equal(kept, value) if isinstance(value, Tensor) else kept == value
+
+
+def test_a_branch_on_a_number_that_python_draws_stays_random() -> None:
+    class Skips(Unfaithful):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if random.random() < 0.9 else F.linear(x, self.w)
+
+    for seed in range(4):
+        random.seed(seed)
+        assert "draws random numbers of Python" in capture_model(with_layer(Skips())).python["part"]
 
 
 def test_python_reason_names_the_layers_it_keeps() -> None:

@@ -140,3 +140,47 @@ def test_pruned_attention_is_attention_with_pruned_weights(inputs: str) -> None:
 def test_a_causal_hint_without_a_mask_is_refused() -> None:
     with pytest.raises(RuntimeError, match="attn_mask"):
         nmcompile.compile(attention(), "dense")(X, X, X, is_causal=True)
+
+
+WRONG_MASKS: dict[str, dict[str, Tensor]] = {
+    "padding, batch last": {"key_padding_mask": torch.zeros(SOURCE, BATCH).bool()},
+    "padding of one batch": {"key_padding_mask": torch.zeros(1, SOURCE).bool()},
+    "padding without a batch": {"key_padding_mask": torch.zeros(SOURCE)},
+    "one query": {"attn_mask": torch.zeros(1, SOURCE)},
+    "one key": {"attn_mask": torch.zeros(LENGTH, 1)},
+    "keys alone": {"attn_mask": torch.zeros(SOURCE)},
+    "one head": {"attn_mask": torch.zeros(1, LENGTH, SOURCE)},
+    "heads apart": {"attn_mask": torch.zeros(BATCH, HEADS, LENGTH, SOURCE)},
+}
+
+
+@pytest.mark.parametrize("call", WRONG_MASKS)
+@pytest.mark.parametrize("options", ["plain", "both"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_mask_of_another_shape_is_refused(options: str, call: str, need_weights: bool) -> None:
+    eager = attention(**OPTIONS[options])
+    with pytest.raises((RuntimeError, AssertionError)):
+        eager(*INPUTS["cross"], need_weights=need_weights, **WRONG_MASKS[call])
+    with pytest.raises(RuntimeError, match=r"'in_proj'.*mask has the shape \(.*\); give it \("):
+        nmcompile.compile(eager, "dense")(*INPUTS["cross"], need_weights=need_weights, **WRONG_MASKS[call])
+
+
+@pytest.mark.parametrize("call", [{"key_padding_mask": HIDDEN}, {"attn_mask": torch.zeros(1, LENGTH, LENGTH)}])
+def test_an_unbatched_mask_of_another_shape_is_refused(call: dict[str, Tensor]) -> None:
+    eager, x = attention(), X[:, 0]
+    with pytest.raises((RuntimeError, AssertionError)):
+        eager(x, x, x, **call)
+    with pytest.raises(RuntimeError, match="mask has the shape"):
+        nmcompile.compile(eager, "dense")(x, x, x, **call)
+
+
+def test_masks_of_each_head_without_a_batch() -> None:
+    eager, x, mask = attention(), X[:, 0].contiguous(), randn(HEADS, LENGTH, LENGTH)
+    got = results(nmcompile.compile(eager, "dense"), (x, x, x), attn_mask=mask)
+    assert_bits(got, results(eager, (x, x, x), attn_mask=mask))
+
+
+def test_a_batch_of_queries_over_unbatched_keys_is_refused() -> None:
+    eager, keys = attention(), MEMORY[:, 0]
+    with pytest.raises(RuntimeError, match="3, 2 and 2 dims"):
+        nmcompile.compile(eager, "dense")(X[:, :1], keys, keys)
