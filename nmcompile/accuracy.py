@@ -1,6 +1,7 @@
 """Accuracy control: revert the layers that hurt most, until the drop is small enough."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ def revert_layers(
     """The layers to leave dense, as few as a greedy search finds.
 
     Each layer is ranked by the score of a model in which it alone is dense; then layers are reverted in that order, one
-    more at a time (the idea of NNCF's accuracy control). It costs one validation a layer, and one a reverted layer.
+    more at a time (the idea of NNCF's accuracy control). It costs one validation a layer, and one a reverted layer. A
+    score that is NaN is below every other, so that the layers which make it so are reverted.
 
     Args:
         dense_score: of the dense model; higher is better.
@@ -42,16 +44,28 @@ def revert_layers(
         build: the compiled model with these layers dense.
         validation: the score of a model.
         max_drop: how far the score may be below `dense_score`.
+
+    Raises:
+        ConfigError: a `max_drop` below 0, or a score that is NaN for the dense model or with every candidate reverted.
     """
-    if max_drop < 0:
+    if not max_drop >= 0:
         raise ConfigError(f"max_drop is {max_drop}; give how much the score may fall, a number >= 0")
-    score = validation(build(()))
+    if math.isnan(dense_score):
+        raise ConfigError("validation gives NaN for the dense model; let it return a number, higher for a better model")
+
+    def scored(reverted: tuple[str, ...]) -> float:
+        score = float(validation(build(reverted)))
+        return -math.inf if math.isnan(score) else score
+
+    score = scored(())
     if dense_score - score <= max_drop:
         return Reverted((), dense_score, score)
-    ranked = sorted(candidates, key=lambda name: validation(build((name,))), reverse=True)
+    ranked = sorted(candidates, key=lambda name: scored((name,)), reverse=True)
     reverted: tuple[str, ...] = ()
     while dense_score - score > max_drop and len(reverted) < len(ranked):
         reverted = tuple(ranked[: len(reverted) + 1])
-        score = validation(build(reverted))
+        score = scored(reverted)
         logger.info("reverted %s: score %.4f", reverted[-1], score)
+    if score == -math.inf:
+        raise ConfigError("validation gives NaN or -inf even with every layer dense; let it return a finite number")
     return Reverted(reverted, dense_score, score)

@@ -1,8 +1,11 @@
 """The command line. Imports are lazy, so that `--help` is quick."""
 
 import importlib
+import os
 import re
 import sys
+from collections.abc import Callable, Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,10 @@ import click
 from nmcompile.errors import ConfigError, NMCompileError
 
 DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32"}
+
+
+class TargetError(ConfigError):
+    """A package.module:factory that names no factory."""
 
 
 @click.group()
@@ -41,7 +48,7 @@ def analyze(model: str, mode: str, inputs: tuple[str, ...], style: str | None) -
     """Show what compile would do to MODEL, named package.module:factory. Imports and runs that code."""
     import nmcompile
 
-    args = tuple(_example(text) for text in inputs) or None
+    args = _examples(inputs) or None
     report = nmcompile.analyze(_factory(model)(), mode, args=args)
     click.echo({"json": report.to_json, "markdown": report.to_markdown, None: report.__str__}[style]())
 
@@ -65,11 +72,14 @@ def export(
     container: str,
     precision: str,
 ) -> None:
-    """Write MODEL, named package.module:factory, to PATH (.onnx, .engine or .plan). Imports and runs that code."""
+    """Write MODEL, named package.module:factory, to PATH (.onnx, .engine or .plan). Imports and runs that code.
+
+    The file is compared with the model on random inputs, the same in each run.
+    """
     import nmcompile
 
-    args = tuple(_example(text) for text in inputs)
-    compiled = _factory(model)().eval()
+    args = _examples(inputs)
+    compiled = _model(model).eval()
     if not nmcompile.is_compiled(compiled):
         batches = _factory(calibration)() if calibration else None
         compiled = nmcompile.compile(compiled, mode, args=args, calibration=batches)
@@ -110,27 +120,73 @@ def doctor() -> None:
     click.echo(f"CUDA: {'available' if torch.cuda.is_available() else 'not available; everything runs on the CPU'}")
 
 
-def _factory(name: str) -> Any:
+def _factory(name: str) -> Callable[[], Any]:
+    """What the user's code has under the name, and can be called without arguments."""
+    if os.getcwd() not in sys.path:  # as for `python -m`
+        sys.path.insert(0, os.getcwd())
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        if module.startswith("."):
+            raise ImportError("the name is relative")
+        factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot find the model {name!r} ({error}); name it package.module:factory") from error
+        raise TargetError(f"cannot find the model {name!r} ({error}); name it package.module:factory") from error
+    reason = _refusal(factory)
+    if reason:
+        raise TargetError(
+            f"{name!r} is no factory ({reason}); name a function or class that is called without arguments"
+        )
+    return factory  # type: ignore[no-any-return]
 
 
-def _example(text: str) -> Any:
+def _refusal(factory: Any) -> str:
+    """Why something is no factory; "" if it is one."""
+    from torch import nn
+
+    if isinstance(factory, nn.Module) or not callable(factory):
+        return f"it is of type {type(factory).__name__}"
+    try:
+        signature(factory).bind()
+    except TypeError as error:
+        return str(error)
+    except ValueError:
+        pass  # a builtin does not say what it takes
+    return ""
+
+
+def _model(name: str) -> Any:
+    from torch import nn
+
+    model = _factory(name)()
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"{name!r} returns something of type {type(model).__name__}; let it return an nn.Module")
+    return model
+
+
+def _examples(texts: Iterable[str]) -> tuple[Any, ...]:
+    """Inputs that tell models apart: zeros stay zeros in layers without bias, and standardized they are NaN."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return tuple(_example(text, generator) for text in texts)
+
+
+def _example(text: str, generator: Any) -> Any:
     import torch
 
     match = re.fullmatch(r"(\w+)\[(\d+(?:,\d+)*)\]", text.replace(" ", ""))
     if match is None or match[1] not in DTYPES:
         raise ConfigError(f"input {text!r} is not of the form f32[8,3,224,224]; dtypes: {', '.join(DTYPES)}")
-    return torch.zeros([int(size) for size in match[2].split(",")], dtype=getattr(torch, DTYPES[match[1]]))
+    shape, dtype = [int(size) for size in match[2].split(",")], getattr(torch, DTYPES[match[1]])
+    if dtype.is_floating_point:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+    return torch.randint(2, shape, dtype=dtype, generator=generator)  # indices that every embedding has
 
 
 def main() -> None:
-    """The console script: an error of nmcompile is one line, without a traceback."""
+    """The console script: an error of nmcompile is one line, without a traceback; a wrong MODEL exits with 2."""
     try:
         cli()
     except NMCompileError as error:
         click.echo(f"nmcompile: {error}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, TargetError) else 1)

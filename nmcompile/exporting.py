@@ -10,9 +10,11 @@ from tabulate import tabulate
 from torch import nn
 
 from nmcompile.backends.tensorrt import EngineReport, build_engine
+from nmcompile.compilation import record_of
+from nmcompile.config import check_kind
 from nmcompile.deployment import deployed_layers
 from nmcompile.errors import ConfigError, ExportError, nearest
-from nmcompile.export import OnnxReport, Verification, verify_onnx, write_onnx
+from nmcompile.export import Example, OnnxReport, Verification, verify_onnx, write_onnx
 from nmcompile.finalization import finalize
 from nmcompile.ir.deployed import DeployedLayer
 
@@ -57,32 +59,45 @@ def export(
     Args:
         compiled: what `compile` made, in eval mode, with calibrated inputs.
         path: `.onnx`; or `.engine` or `.plan`, for which the ONNX file is written beside it first.
-        args, kwargs: an example of the inputs.
+        args, kwargs: an example of the inputs, a tuple and a dict; verification runs on it too, and values as in use
+            show more there than zeros.
         target: the runtime of the file, `"onnxruntime"` (default of `.onnx`) or `"tensorrt"`: it decides how inputs
             are quantized.
         container: `"int8"`, or `"int4"` for the smallest file.
-        precision: `"fp32"`, or `"fp16"` for models whose layers are not quantized.
+        precision: `"fp32"`, or `"fp16"` for models whose layers are not quantized; models in float16 stay so.
         dynamic_batch: leave the batch size open.
         verify: read the file back, count blocks that break their pattern, and compare ONNX Runtime and the ONNX
             reference with the model, layer by layer and end to end.
 
     Raises:
-        ConfigError: an unknown suffix, target, container or precision.
+        ConfigError: an unknown suffix, target, container or precision; `args` that are no tuple, or hold no tensor.
         CalibrationError: an input is to be quantized, but has no clip.
         ExportError: a model that cannot be written as asked, or a file that does not compute the same.
         BackendUnavailable: a plan without TensorRT; the ONNX file is there all the same.
     """
+    example = _example(args, kwargs)
     path, onnx_path, target = _chosen(Path(path), target)
     if compiled.training:
         raise ExportError(f"{type(compiled).__name__} is in train mode; call .eval() before export")
+    if compiled is not record_of(compiled)[0]:
+        raise ExportError(f"{type(compiled).__name__} wraps a compiled model; export that, or compile what wraps it")
     layers = deployed_layers(compiled)
     report = write_onnx(
         finalize(compiled), layers, onnx_path, args,
         kwargs=kwargs, target=target, container=container, precision=precision, dynamic_batch=dynamic_batch,
     )  # fmt: skip
-    verification = verify_onnx(report, layers, compiled, [args]) if verify else None
+    verification = verify_onnx(report, layers, compiled, [example]) if verify else None
     engine = build_engine(onnx_path, path) if path.suffix in ENGINES else None
     return ExportReport(report, layers, verification, engine)
+
+
+def _example(args: Any, kwargs: Any) -> Example:
+    check_kind("args", args, tuple, "a tuple of the model's positional inputs, args=(x,) for a single one")
+    check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
+    example = Example(args, kwargs or {})
+    if not example.tensors:
+        raise ConfigError("args and kwargs hold no tensor; give an example of the model's inputs, args=(x,)")
+    return example
 
 
 def _chosen(path: Path, target: str | None) -> tuple[Path, Path, str]:

@@ -52,6 +52,8 @@ class VerifyReport:
         return all(check.violations == 0 for check in self.checks)
 
     def __str__(self) -> str:
+        if not self.checks:
+            return "nothing in it is pruned, so that there are no blocks to count"
         rows = [[c.name, c.operand, str(c.pattern), c.axis, c.blocks, c.violations] for c in self.checks]
         table = tabulate(rows, headers=["tensor", "operand", "pattern", "along", "blocks", "violations"])
         broken = sum(check.violations > 0 for check in self.checks)
@@ -100,10 +102,10 @@ def verify(
 def _file_checks(path: str | os.PathLike[str], pattern: NMPattern | None) -> Iterator[TensorCheck]:
     file = open_onnx(path)
     weights, planned = read_weights(file), planned_patterns(file)
-    if pattern is None and not planned:
+    if pattern is None and planned is None:
         raise ConfigError(f"{file.name} does not say what its weights were pruned to; give the pattern to check it for")
     for weight in weights:
-        wanted = pattern or planned.get(weight.node)
+        wanted = pattern or (planned or {}).get(weight.node)
         if wanted is None:
             continue
         blocks = -(-weight.rows.shape[-1] // wanted.block) * (weight.rows.size // max(1, weight.rows.shape[-1]))

@@ -20,6 +20,7 @@ class Scored(nn.Module):
 
     def __init__(self, reverted: tuple[str, ...]) -> None:
         super().__init__()
+        self.reverted = reverted
         self.score = 1 - sum(cost for name, cost in COST.items() if name not in reverted)
 
 
@@ -31,6 +32,22 @@ def test_the_costliest_layers_are_reverted(max_drop: float, expected: tuple[str,
     found = revert_layers(1.0, list(COST), Scored, lambda model: float(model.score), max_drop)  # type: ignore[arg-type]
     assert found.layers == expected
     assert found.dense - found.compiled <= max_drop + 1e-9
+
+
+def test_a_score_that_is_no_number_never_holds() -> None:
+    """The layer that makes it so is reverted first."""
+
+    def score(model: nn.Module) -> float:
+        assert isinstance(model, Scored)
+        return float(model.score) if "d" in model.reverted else math.nan
+
+    assert revert_layers(1.0, list(COST), Scored, score, 0.5).layers == ("d",)
+    with pytest.raises(ConfigError, match="NaN for the dense model"):
+        revert_layers(math.nan, list(COST), Scored, score, 0.5)
+    with pytest.raises(ConfigError, match="NaN or -inf even with every layer dense"):
+        revert_layers(1.0, list(COST), Scored, lambda model: math.nan, 0.5)
+    with pytest.raises(ConfigError, match="max_drop is nan"):
+        revert_layers(1.0, list(COST), Scored, score, math.nan)
 
 
 @pytest.fixture

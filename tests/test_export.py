@@ -1,6 +1,11 @@
 """`nmcompile.export`: what is refused, what is written, and what the command line makes of the file."""
 
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +15,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import nmcompile
+from nmcompile import CompileConfig, LayerConfig
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.backends.tensorrt import tensorrt_support
 from nmcompile.deployment import deployed_layers
@@ -92,6 +98,11 @@ def test_files_of_others_need_a_pattern(net: nn.Module, tmp_path: Path) -> None:
         nmcompile.verify(tmp_path / "broken.onnx", "2:4")
 
 
+def test_what_wraps_a_compiled_model_is_refused(quantized: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Sequential wraps a compiled model"):
+        nmcompile.export(nn.Sequential(quantized).eval(), tmp_path / "m.onnx", args=(X,))
+
+
 def test_a_model_in_train_mode_is_refused(quantized: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"train mode.*\.eval\(\)"):
         nmcompile.export(quantized.train(), tmp_path / "m.onnx", (X,))
@@ -143,3 +154,141 @@ def test_a_difference_fails_loudly(quantized: nn.Module, tmp_path: Path, monkeyp
 
 def _half(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale / 2
+
+
+class Called(nn.Module):
+    """A model that is called with more than a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(
+        self, x: Tensor, table: Tensor | None = None, *, shift: Tensor | None = None, double: bool = False
+    ) -> Tensor:
+        y: Tensor = self.layers(x)
+        y = y if table is None else y @ table
+        y = y if shift is None else y + shift
+        return 2 * y if double else y
+
+
+ROWS = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+TABLE, SHIFT = torch.eye(4) + 1, torch.arange(24.0).reshape(6, 4)
+CALLS: dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]] = {
+    "a number": ((ROWS,), {"shift": torch.tensor(1.5)}),
+    "another order": ((), {"shift": SHIFT, "table": TABLE, "x": ROWS}),
+    "no tensor": ((ROWS,), {"double": True}),
+    "a batch of one": ((ROWS[:1],), {"shift": SHIFT[1:2], "double": True}),
+}
+
+
+@pytest.mark.parametrize("mode", ["weights", "inference"])
+@pytest.mark.parametrize("call", CALLS)
+def test_verification_calls_the_model_with_the_same_kwargs(call: str, mode: str, tmp_path: Path) -> None:
+    args, kwargs = CALLS[call]
+    compiled = nmcompile.compile(Called().eval(), mode, args=args, kwargs=kwargs, calibration=[ROWS]).eval()
+    report = nmcompile.export(compiled, tmp_path / "m.onnx", args, kwargs=kwargs)
+    assert report.verification is not None and len(report.verification.runtimes) == 2
+    assert all(check.relative_l2 < 1e-5 for check in report.verification.runtimes)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (X, r"args is of type Tensor; give a tuple .* args=\(x,\)"),
+        ([X], r"args is of type list; give a tuple .* args=\(x,\)"),
+        ((), r"no tensor; give an example of the model's inputs, args=\(x,\)"),
+        ((X.numpy(),), r"no tensor; give an example of the model's inputs, args=\(x,\)"),
+    ],
+)
+def test_args_have_to_be_a_tuple_of_tensors(quantized: nn.Module, args: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        nmcompile.export(quantized, tmp_path / "m.onnx", args)
+
+
+def test_args_that_forward_does_not_take_are_refused(quantized: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Sequential does not take these args and kwargs: too many"):
+        nmcompile.export(quantized, tmp_path / "m.onnx", (X, X))
+
+
+class Ending(nn.Sequential):
+    """A chain that ends in something of its own."""
+
+    def __init__(self, end: Callable[[Tensor], Any]) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.end = end
+
+    def forward(self, input: Tensor) -> Any:
+        return self.end(super().forward(input))
+
+
+def masked(y: Tensor, value: float) -> Tensor:
+    return y.masked_fill(torch.tensor([True, False, False, False]), value)
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("mode", ["weights", "inference"])
+def test_equal_infinities_are_equal(mode: str, value: float, tmp_path: Path) -> None:
+    model = Ending(partial(masked, value=value)).eval()
+    compiled = nmcompile.compile(model, mode, args=(ROWS,), calibration=[ROWS]).eval()
+    report = nmcompile.export(compiled, tmp_path / "m.onnx", (ROWS,))
+    assert report.verification is not None
+    assert all(check.relative_l2 < 1e-5 for check in report.verification.runtimes)
+
+
+def test_an_infinite_bias_is_equal(tmp_path: Path) -> None:
+    model = Ending(torch.neg).eval()
+    with torch.no_grad():
+        model.get_parameter("4.bias")[1] = -math.inf
+    nmcompile.export(nmcompile.compile(model, "weights", args=(ROWS,)), tmp_path / "m.onnx", (ROWS,))
+
+
+def test_outputs_that_are_nowhere_numbers_prove_nothing(tmp_path: Path) -> None:
+    compiled = nmcompile.compile(Ending(lambda y: y / 0 * 0).eval(), "weights", args=(ROWS,))
+    with pytest.raises(ExportError, match="nothing but NaN and infinities"):
+        nmcompile.export(compiled, tmp_path / "m.onnx", (ROWS,))
+
+
+def test_a_constant_output_is_refused_by_its_place(tmp_path: Path) -> None:
+    compiled = nmcompile.compile(Ending(lambda y: (y, 3)).eval(), "weights", args=(ROWS,))
+    with pytest.raises(ExportError, match=r"Ending returns the constant 3 as output 2.*torch\.tensor\(3\)"):
+        nmcompile.export(compiled, tmp_path / "m.onnx", (ROWS,))
+
+
+@pytest.mark.parametrize("mode", ["weights", "inference"])
+def test_float64_models_are_written_in_float32(net: nn.Module, mode: str, tmp_path: Path) -> None:
+    x = X.double()
+    compiled = nmcompile.compile(net.double(), mode, args=(x,), calibration=[x]).eval()
+    report = nmcompile.export(compiled, tmp_path / "m.onnx", (x,))
+    assert report.verification is not None and report.verification.runtimes[0].relative_l2 < 1e-5
+    assert {value.type.tensor_type.elem_type for value in onnx.load(tmp_path / "m.onnx").graph.input} == {1}
+    assert next(compiled.parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("weights", torch.bfloat16), ("inference", torch.bfloat16), ("inference", torch.float16)]
+)
+def test_half_precision_that_files_do_not_hold_is_refused_first(mode: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = Ending(torch.neg).eval().to(dtype), ROWS.to(dtype)
+    compiled = nmcompile.compile(model, mode, args=(x,), calibration=[x]).eval()
+    with pytest.raises(ExportError, match=rf"layer '\d' has a {str(dtype)[6:]} weight.*call model\.float\(\)"):
+        nmcompile.export(compiled, tmp_path / "m.onnx", (x,))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_float_weights_between_quantizers_are_not_rounded(kind: str, bias: bool, tmp_path: Path) -> None:
+    """ONNX Runtime would put them on an int8 grid of its own."""
+    torch.manual_seed(0)
+    widths = (8, 16, 16, 4)
+    layers = [nn.Linear(n, m, bias) if kind == "linear" else nn.Conv2d(n, m, 1, bias=bias) for n, m in pairwise(widths)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).eval()
+    x = torch.randn(64, 8) if kind == "linear" else torch.randn(16, 8, 4, 4)
+    config = CompileConfig(ends="sparse", layers={"_default": LayerConfig(input_bits=4)})
+    compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=[x]).eval()
+    report = nmcompile.export(compiled, tmp_path / "m.onnx", (x,))
+    assert report.verification is not None and report.verification.runtimes[0].relative_l2 < 1e-5
+    torch.testing.assert_close(OnnxRuntimeModel(tmp_path / "m.onnx")(x), compiled(x).detach(), rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """The ONNX writer, and what checks its files."""
 
+from nmcompile.export.examples import Example as Example
 from nmcompile.export.read_onnx import weights_table as weights_table
 from nmcompile.export.verify_onnx import Verification as Verification
 from nmcompile.export.verify_onnx import verify_onnx as verify_onnx

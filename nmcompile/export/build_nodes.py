@@ -28,3 +28,21 @@ def insert_before(
     new.outputs[0].name = name
     node.prepend(new)
     return new.outputs[0]
+
+
+def insert_behind(node: ir.Node, op_type: str, others: Sequence[ir.Value], name: str) -> None:
+    """A new node that reads a node's output, and others, in front of all that read it; it takes over the name."""
+    output = node.outputs[0]
+    new = ir.Node("", op_type, [output, *others], name=name)
+    result = new.outputs[0]
+    result.shape, result.type = output.shape, output.type
+    users = [use for use in output.uses() if use.node is not new]
+    node.append(new)
+    result.name, output.name = output.name, f"{output.name}.product"
+    for user, operand in users:
+        user.replace_input_with(operand, result)
+    assert node.graph is not None
+    outputs = node.graph.outputs
+    for index, one in enumerate(outputs):
+        if one is output:
+            outputs[index] = result

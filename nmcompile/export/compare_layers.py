@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError
+from nmcompile.export.distances import difference, finite
 from nmcompile.export.layer_part import LayerPart
 from nmcompile.export.runners import onnxruntime_runner
 from nmcompile.export.write_onnx import ExportedNode
@@ -141,16 +142,16 @@ def _check(
     got = onnxruntime_runner(part.model, target)({part.input: prepared.to(part.dtype).numpy()})[0]
     want = (expected.unsqueeze(0) if unbatched else expected).double().numpy()
     result = got.astype(np.float64).reshape(want.shape)
-    difference = np.abs(result - want)
+    apart = np.abs(difference(result, want))
     if part.step is None:
-        norm = float(np.linalg.norm(want))
-        return LayerCheck(node.name, float(np.linalg.norm(difference)) / (norm or 1.0), 1.0, False, want.size)
+        norm = float(np.linalg.norm(finite(want)))
+        return LayerCheck(node.name, float(np.linalg.norm(apart)) / (norm or 1.0), 1.0, False, want.size)
     behind = want.ndim - 2 if node.op == "Conv" else 0
     by_channel = part.step.reshape(-1, *[1] * behind)
-    steps = difference / by_channel
+    steps = apart / by_channel
     length = layer.weight.values.numel() / layer.layer.out_features
     others = tuple(dim for dim in range(want.ndim) if dim != layer.layer.channel_dim % want.ndim)
-    largest = (np.abs(want) / by_channel).max(others, keepdims=True, initial=0)
+    largest = (np.abs(finite(want)) / by_channel).max(others, keepdims=True, initial=0)
     rounding = np.broadcast_to(ROUNDING * length**0.5 * largest, steps.shape)
     equal = float((steps < np.maximum(HALF, rounding)).mean()) if steps.size else 1.0
     if part.is_pruned:

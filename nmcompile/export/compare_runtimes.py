@@ -13,12 +13,14 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import RELATIVE_L2
+from nmcompile.export.distances import difference, finite
+from nmcompile.export.examples import Example
 from nmcompile.export.lockstep import Lockstep
 from nmcompile.export.runners import Arrays, Runner, onnxruntime_runner, reference_runner
 from nmcompile.onnx_files import OnnxFile
 
 SAME_TOP1 = 0.99
-Batches = Sequence[tuple[Any, ...]]
+Batches = Sequence[Example]
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ def compare_runtime(
     run: Runner,
     inputs: Mapping[str, np.dtype[Any]],
     outputs: int,
-    reference: Callable[[tuple[Any, ...], Arrays], Any],
-    batches: Iterable[tuple[Any, ...]],
+    reference: Callable[[Example, Arrays], Any],
+    batches: Iterable[Example],
 ) -> RuntimeCheck:
     """Run both on the same batches.
 
@@ -61,29 +63,45 @@ def compare_runtime(
         run: the exported model.
         inputs: the dtypes of its inputs by name, in the order of forward's tensors.
         outputs: how many of the first results are the model's outputs.
-        reference: gives the torch model's outputs from its arguments, and may look at what the runtime has found.
+        reference: gives the torch model's outputs of a batch, and may look at what the runtime has found.
         batches: arguments for the torch model.
 
     Raises:
-        ExportError: the model has another number of outputs.
+        ExportError: the model has another number of inputs or outputs, or outputs without a finite number.
     """
     squares, total, same, samples = 0.0, 0.0, 0, 0
-    for args in batches:
-        tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        feeds = zip(inputs.items(), tensors, strict=True)
-        found = run({key: x.detach().numpy().astype(dtype) for (key, dtype), x in feeds})
+    for batch in batches:
+        found = run(_feeds(inputs, batch))
         with torch.no_grad():
-            results = pytree.tree_leaves(reference(args, found))
+            results = pytree.tree_leaves(reference(batch, found))
         expected = [x.double().numpy() for x in results if isinstance(x, Tensor)]
         if len(expected) != outputs:
             raise ExportError(f"the file has {outputs} outputs, the model {len(expected)} tensors")
+        _check_finite(expected)
         for want, got in zip(expected, found[:outputs], strict=True):
-            squares += float(np.square(got.astype(np.float64) - want).sum())
-            total += float(np.square(want).sum())
+            squares += float(np.square(difference(got, want)).sum())
+            total += float(np.square(finite(want)).sum())
             if want.ndim == 2:
                 same += int((got.argmax(1) == want.argmax(1)).sum())
                 samples += len(want)
     return RuntimeCheck(name, (squares / total) ** 0.5 if total else squares**0.5, same / samples if samples else 1.0)
+
+
+def _feeds(inputs: Mapping[str, np.dtype[Any]], batch: Example) -> dict[str, np.ndarray[Any, Any]]:
+    tensors = batch.tensors
+    if len(tensors) != len(inputs):
+        raise ExportError(f"the file has {len(inputs)} inputs, args and kwargs hold {len(tensors)} tensors")
+    feeds = zip(inputs.items(), tensors, strict=True)
+    return {name: x.detach().numpy().astype(dtype) for (name, dtype), x in feeds}
+
+
+def _check_finite(outputs: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Outputs that are nowhere a number are equal whatever the weights are."""
+    if any(x.size for x in outputs) and not any(np.isfinite(x).any() for x in outputs):
+        raise ExportError(
+            "the model returns nothing but NaN and infinities for these args, so that nothing can be compared; give an "
+            "example of its inputs for which it returns numbers"
+        )
 
 
 def check_runtimes(
@@ -102,7 +120,7 @@ def check_runtimes(
     checks = []
     for name, load, some in _runtimes(file, target, batches):
         run = load(file.proto if file.path is None else str(file.path))
-        check = compare_runtime(name, run, inputs, outputs, lambda args, _: model(*args), some)
+        check = compare_runtime(name, run, inputs, outputs, lambda batch, _: batch.run(model), some)
         if not check.ok and file.path is None:
             both = lockstep()
             exposed = _same_outputs(load(both.proto), run)
@@ -126,8 +144,8 @@ def _same_outputs(exposed: Runner, run: Runner) -> Runner:
     def checked(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
         found = exposed(feeds)
         for mine, alone in zip(found, run(feeds), strict=False):
-            distance = float(np.linalg.norm(mine.astype(np.float64) - alone))
-            if not distance <= RELATIVE_L2 * float(np.linalg.norm(alone.astype(np.float64))):
+            distance = float(np.linalg.norm(difference(mine, alone)))
+            if not distance <= RELATIVE_L2 * float(np.linalg.norm(finite(alone))):
                 raise ExportError(
                     "it computes something else where its integers are looked at, which prove nothing then"
                 )
@@ -140,10 +158,6 @@ def _runtimes(file: OnnxFile, target: str, batches: Batches) -> Iterator[tuple[s
     """Name, loader and what to run of each runtime that can take the file."""
     yield "ONNX Runtime", partial(onnxruntime_runner, target=target), batches
     if file.path is None:
-        dims = file.proto.graph.input[0].type.tensor_type.shape.dim
-        is_open = bool(dims) and dims[0].HasField("dim_param")
-        yield (
-            "onnx.reference",
-            reference_runner,
-            [pytree.tree_map_only(Tensor, lambda x: x[:1] if is_open else x, batches[0])],
-        )
+        dims = [value.type.tensor_type.shape.dim for value in file.proto.graph.input]
+        is_open = [bool(dim) and dim[0].HasField("dim_param") for dim in dims]
+        yield "onnx.reference", reference_runner, [batches[0].first_sample(is_open)]

@@ -10,7 +10,7 @@ a whole number of steps already stays where it is, and the layer becomes one int
 import numpy as np
 import onnx_ir as ir
 
-from nmcompile.export.build_nodes import add_initializer
+from nmcompile.export.build_nodes import add_initializer, insert_behind
 from nmcompile.export.find_layers import Doubles, LayerNode
 
 # What may lie between: fused with the layer, or indifferent to where values are quantized.
@@ -22,7 +22,7 @@ def keep_bias(model: ir.Model, site: LayerNode) -> None:
     """Take a layer's bias out of its node if ONNX Runtime would change it, in place."""
     node = site.node
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None or bias.const_value is None or not _feeds_quantizer(node.outputs[0]):
+    if bias is None or bias.const_value is None or not feeds_quantizer(node.outputs[0]):
         return
     scales = [_scale(node.inputs[0]), _scale(node.inputs[1])]
     content = bias.const_value.numpy()
@@ -32,7 +32,7 @@ def keep_bias(model: ir.Model, site: LayerNode) -> None:
     name = f"{site.name}.bias"
     apart = add_initializer(model, name, content.reshape(-1, *[1] * spatial))
     node.resize_inputs(2)
-    _add_behind(node, apart, f"{site.name}.add")
+    insert_behind(node, "Add", [apart], f"{site.name}.add")
 
 
 def is_read_in_floats(value: ir.Value) -> bool:
@@ -43,9 +43,10 @@ def is_read_in_floats(value: ir.Value) -> bool:
     )
 
 
-def _feeds_quantizer(value: ir.Value) -> bool:
+def feeds_quantizer(value: ir.Value) -> bool:
+    """Whether a QuantizeLinear reads a value, seen through what runtimes fuse or move."""
     return any(
-        user.op_type == "QuantizeLinear" or (user.op_type in BETWEEN and _feeds_quantizer(user.outputs[0]))
+        user.op_type == "QuantizeLinear" or (user.op_type in BETWEEN and feeds_quantizer(user.outputs[0]))
         for user in value.consumers()
     )
 
@@ -63,15 +64,3 @@ def _is_whole(bias: Doubles, step: Doubles) -> bool:
     steps = bias / step
     slack = np.maximum(WHOLE, np.abs(steps) * np.finfo(np.float32).eps)  # a float32 holds no more digits
     return bool((np.abs(steps - np.round(steps)) <= slack).all() and (np.abs(steps) < 2**31).all())
-
-
-def _add_behind(node: ir.Node, bias: ir.Value, name: str) -> None:
-    output = node.outputs[0]
-    add = ir.Node("", "Add", [output, bias], name=name)
-    result = add.outputs[0]
-    result.shape, result.type = output.shape, output.type
-    users = [use for use in output.uses() if use.node is not add]
-    node.append(add)
-    result.name, output.name = output.name, f"{output.name}.product"
-    for user, operand in users:
-        user.replace_input_with(operand, result)

@@ -93,10 +93,12 @@ class LayerPart:
         return [] if node is None else [*(n for source in node.input for n in self._sources(source)), node]
 
     def _behind(self, nodes: Sequence[NodeProto], gemm: NodeProto) -> list[NodeProto]:
-        """The bias, if it is a node of its own, then the ReLU and what prunes and quantizes its result."""
+        """The bias, if it is a node of its own, or the Sum that keeps a weight, then the ReLU and what
+        prunes and quantizes its result.
+        """
         behind: list[NodeProto] = []
         users = [node for node in nodes if gemm.output[0] in node.input]
-        if len(users) == 1 and users[0].op_type == "Add" and any(n in self.constants for n in users[0].input):
+        if len(users) == 1 and self._belongs(users[0]):
             behind = users
             users = [node for node in nodes if users[0].output[0] in node.input]
         rest: list[NodeProto] = []
@@ -104,6 +106,10 @@ class LayerPart:
             rest += users
             users = [node for node in nodes if rest[-1].output[0] in node.input]
         return behind + (rest if len(rest) > 1 else [])
+
+    def _belongs(self, node: NodeProto) -> bool:
+        adds_bias = node.op_type == "Add" and any(name in self.constants for name in node.input)
+        return adds_bias or (node.op_type == "Sum" and len(node.input) == 1)
 
     def _step(self, gemm: NodeProto) -> npt.NDArray[np.float64] | None:
         input, weight = (self._scale(self.producers.get(operand)) for operand in gemm.input[:2])

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import HALF, LayerCheck
+from nmcompile.export.examples import Example
 from nmcompile.export.layer_part import LayerPart
 from nmcompile.export.runners import Arrays, onnxruntime_runner
 from nmcompile.export.write_onnx import ExportedNode
@@ -68,8 +69,8 @@ class Lockstep:
             kind = helper.np_dtype_to_tensor_dtype(dtype)
             self.proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
 
-    def run(self, args: tuple[Any, ...], found: Arrays) -> Any:
-        """What the torch model makes of `args` with the integers among the outputs `found` of the exposed file.
+    def run(self, batch: Example, found: Arrays) -> Any:
+        """What the torch model makes of a batch with the integers among the outputs `found` of the exposed file.
 
         Raises:
             ExportError: names the first layer whose input in torch is another one.
@@ -78,7 +79,7 @@ class Lockstep:
         differing: dict[str, int] = {}  # by tensor: once, however many layers read it
         undo = [x.place.follow(partial(self._take_over, x, integers, differing)) for x in self._inputs]
         try:
-            return self._model(*args)
+            return batch.run(self._model)
         finally:
             self.taken_over += sum(differing.values())
             for one in undo:

@@ -13,13 +13,15 @@ PLANNED = "nmcompile.patterns"
 """The key of a file's metadata that says which node was written with which pattern, as JSON."""
 
 
-def planned_patterns(file: OnnxFile) -> dict[str, NMPattern]:
-    """Which pattern each node was written with; empty for files of other writers.
+def planned_patterns(file: OnnxFile) -> dict[str, NMPattern] | None:
+    """Which pattern each node was written with, where one was; None for files of other writers.
 
     Raises:
         FileError: metadata that no writer of ours has made.
     """
-    text = next((entry.value for entry in file.proto.metadata_props if entry.key == PLANNED), "{}")
+    text = next((entry.value for entry in file.proto.metadata_props if entry.key == PLANNED), None)
+    if text is None:
+        return None
     try:
         return {str(name): NMPattern.parse(pattern) for name, pattern in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:

@@ -25,14 +25,16 @@ def trace_model(
     Args:
         plain: in eval mode; not changed.
         args, kwargs: an example of the inputs.
-        dtype: of the graph; another one than float32 casts a copy of the model and the inputs.
+        dtype: of the graph; a copy of the model and the inputs are cast for float16, and where parameters are float64.
         dynamic_batch: leave dim 0 of every input that has the first input's batch size open.
 
     Raises:
-        ExportError: a model in train mode, one that torch.export cannot trace, or an operator without ONNX form.
+        ExportError: a model in train mode, one that torch.export cannot trace, one that does not take such inputs or
+            returns a constant, or an operator without ONNX form.
     """
     _check_eval(plain)
-    if dtype != torch.float32:
+    # Runtimes have no kernels for most operators in float64.
+    if dtype != torch.float32 or any(parameter.dtype == torch.float64 for parameter in plain.parameters()):
         plain = copy.deepcopy(plain).to(dtype)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
@@ -42,6 +44,7 @@ def trace_model(
         args, kwargs = _two_samples(args, kwargs)
         shapes = _open_batch(plain, args, kwargs)
     program = _exported(plain, args, kwargs, shapes)
+    _check_outputs(program, type(plain).__name__)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the decomposition warns of torch's own code
@@ -57,6 +60,16 @@ def _check_eval(plain: nn.Module) -> None:
     if name is not None:
         where = f"module {name!r}" if name else type(plain).__name__
         raise ExportError(f"{where} is in train mode; call model.eval() before the export")
+
+
+def _check_outputs(program: torch.export.ExportedProgram, model: str) -> None:
+    for number, output in enumerate(program.graph_signature.output_specs, start=1):
+        constant = getattr(output.arg, "value", None)
+        if constant is not None:
+            raise ExportError(
+                f"{model} returns the constant {constant!r} as output {number}, and a file's outputs are tensors; "
+                f"leave it out, or return torch.tensor({constant!r})"
+            )
 
 
 def _exported(
@@ -90,7 +103,10 @@ def _two_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
 def _open_batch(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`dynamic_shapes` by the names of forward's arguments."""
     size, batch = _batch_of(args, kwargs), torch.export.Dim(BATCH)
-    arguments = inspect.signature(plain.forward).bind(*args, **kwargs).arguments
+    try:
+        arguments = inspect.signature(plain.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise ExportError(f"{type(plain).__name__} does not take these args and kwargs: {error}") from error
 
     def opened(x: Any) -> dict[int, Any] | None:
         return {0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import onnx
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import LayerCheck, check_layers
 from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
+from nmcompile.export.examples import Example
 from nmcompile.export.lockstep import Lockstep, places_of
 from nmcompile.export.write_onnx import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
@@ -33,7 +33,7 @@ class Verification:
 
 
 def verify_onnx(
-    report: OnnxReport, layers: Mapping[str, DeployedLayer], model: nn.Module, batches: Sequence[tuple[Any, ...]]
+    report: OnnxReport, layers: Mapping[str, DeployedLayer], model: nn.Module, batches: Sequence[Example]
 ) -> Verification:
     """Compare a file with the model it was made from: zeros, then layer by layer, then end to end.
 
@@ -41,7 +41,7 @@ def verify_onnx(
         report: of the writer.
         layers: that it was given.
         model: computes in torch what the file should: weights and inputs pruned and quantized, in eval mode.
-        batches: arguments of the model, float32.
+        batches: arguments of the model.
 
     Raises:
         ExportError: names the first layer, or the runtime, that differs.
@@ -50,7 +50,7 @@ def verify_onnx(
     file = open_onnx(report.path)
     _check_zeros(file, report, layers)
     proto = file.proto if file.path is None else onnx.load(file.path)
-    checks = check_layers(proto, report.nodes, layers, model, lambda: model(*batches[0]), report.target)
+    checks = check_layers(proto, report.nodes, layers, model, lambda: batches[0].run(model), report.target)
     calls = Counter(node.layer for node in report.nodes)
     called = {node.layer for node in report.nodes if node.name in {check.node for check in checks}}
     projected = {layer for layer, place in places_of(model).items() if place.role}

@@ -16,6 +16,7 @@ from nmcompile.export.bake_weights import bake_weights
 from nmcompile.export.clean_graph import clean_graph, drop_unused, strip_origin
 from nmcompile.export.find_layers import LayerNode, find_layers
 from nmcompile.export.keep_biases import is_read_in_floats, keep_bias
+from nmcompile.export.keep_weights import keep_weight
 from nmcompile.export.lift_weights import lift_weight
 from nmcompile.export.quantize_activations import is_emulated, quantize_activations
 from nmcompile.export.read_onnx import PLANNED
@@ -101,6 +102,7 @@ def write_onnx(
     if target == "onnxruntime":
         for site in sites:
             keep_bias(model, site)
+            keep_weight(site)
             lift_weight(model, site)
     drop_unused(model)
     strip_origin(model)
@@ -130,6 +132,7 @@ def _check_choice(option: str, value: str, known: Sequence[str] | Mapping[str, A
 def _check_types(layers: Mapping[str, DeployedLayer], target: str, container: str, precision: str) -> None:
     for name, layer in layers.items():
         is_quantized = any(part.grid is not None for part in (layer.weight, layer.input, layer.output))
+        _check_dtype(name, layer.weight.values.dtype, is_quantized)
         if precision == "fp16" and is_quantized:
             raise ExportError(f"layer {name!r} is quantized, and an fp16 graph holds no quantized layers; use fp32")
         is_int4 = container == "int4" and layer.weight.grid is not None and layer.weight.grid.bits <= 4
@@ -138,6 +141,15 @@ def _check_types(layers: Mapping[str, DeployedLayer], target: str, container: st
                 f"layer {name!r}: TensorRT takes INT4 weights only where the input is not quantized (weight-only); "
                 f"use container='int8', or leave the inputs in floating point"
             )
+
+
+def _check_dtype(name: str, dtype: torch.dtype, is_quantized: bool) -> None:
+    if dtype == torch.bfloat16 or (dtype == torch.float16 and is_quantized):
+        what = "quantized layers are written from float32" if is_quantized else "runtimes have no such kernels on CPUs"
+        raise ExportError(
+            f"layer {name!r} has a {str(dtype).removeprefix('torch.')} weight, and {what}; call model.float() before "
+            "compile, and give float32 inputs"
+        )
 
 
 def _described(site: LayerNode, affine: Affine | None, target: str) -> ExportedNode:

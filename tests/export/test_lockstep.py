@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile.errors import ExportError
-from nmcompile.export import compare_runtimes, verify_onnx, write_onnx
+from nmcompile.export import Example, compare_runtimes, verify_onnx, write_onnx
 from nmcompile.export.lockstep import Lockstep
 from nmcompile.export.runners import onnxruntime_runner
 
@@ -44,7 +44,7 @@ def test_the_integers_of_all_quantized_layers_are_exposed(report: Any, lockstep:
 def test_runtime_that_agrees_changes_nothing(report: Any, lockstep: Lockstep, found: Found, images: Tensor) -> None:
     model, _ = report
     with torch.no_grad():
-        torch.testing.assert_close(lockstep.run((images,), found), model.reference(images))
+        torch.testing.assert_close(lockstep.run(Example((images,)), found), model.reference(images))
     assert lockstep.taken_over == 0
 
 
@@ -53,22 +53,22 @@ def test_torch_goes_on_from_what_was_rounded_otherwise(
 ) -> None:
     model, _ = report
     with torch.no_grad():
-        before = lockstep.run((images,), found)
+        before = lockstep.run(Example((images,)), found)
         sign = 1 if found[-1][0, 3] < 7 else -1
         found[-1][0, 3] += sign  # of the last layer, so that no other one is left behind
-        after = lockstep.run((images,), found)
+        after = lockstep.run(Example((images,)), found)
     step = sign * model.layers["head"].input.scale * model.layers["head"].weight.values[:, 3]
     torch.testing.assert_close(after - before, torch.cat([step[None], torch.zeros(3, 8)]))
     assert lockstep.taken_over == 1
     with torch.no_grad():
-        lockstep.run((images,), found)
+        lockstep.run(Example((images,)), found)
     assert lockstep.taken_over == 2  # of all batches
 
 
 def test_two_steps_are_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
     found[1].reshape(-1)[0] += 2 if found[1].reshape(-1)[0] < 6 else -2
     with torch.no_grad(), pytest.raises(ExportError, match="layer 'stem' reads something else in the file"):
-        lockstep.run((images,), found)
+        lockstep.run(Example((images,)), found)
 
 
 def test_more_than_one_in_a_thousand_is_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
@@ -79,7 +79,7 @@ def test_more_than_one_in_a_thousand_is_no_rounding(lockstep: Lockstep, found: F
         torch.no_grad(),
         pytest.raises(ExportError, match=r"'stem' .* up to 1 quantization steps apart, 99.8\d% equal"),
     ):
-        lockstep.run((images,), found)
+        lockstep.run(Example((images,)), found)
 
 
 def test_runtimes_run_in_lockstep_where_they_disagree_alone(
@@ -94,7 +94,7 @@ def test_runtimes_run_in_lockstep_where_they_disagree_alone(
         return replace(check, relative_l2=0.5) if calls.count(name) == 1 else check
 
     monkeypatch.setattr(compare_runtimes, "compare_runtime", disagreeing_at_first)
-    checks = verify_onnx(written, model.layers, model.reference, [(images,)]).runtimes
+    checks = verify_onnx(written, model.layers, model.reference, [Example((images,))]).runtimes
     assert calls == ["ONNX Runtime"] * 2 + ["onnx.reference"] * 2
     assert all(check.relative_l2 < 1e-5 and check.taken_over == 0 for check in checks)
     assert str(checks[0]).startswith("ONNX Runtime: in lockstep, 0 integers rounded otherwise: relative L2")
@@ -112,7 +112,7 @@ def test_the_file_itself_has_to_give_what_the_exposed_one_gives(
 
     monkeypatch.setattr(compare_runtimes, "onnxruntime_runner", load)
     with pytest.raises(ExportError, match="ONNX Runtime: it computes something else where its integers are looked at"):
-        verify_onnx(written, model.layers, model.reference, [(images,)])
+        verify_onnx(written, model.layers, model.reference, [Example((images,))])
 
 
 def test_of_equal_elements_either_is_kept(
@@ -146,7 +146,7 @@ def test_layers_that_pad_by_themselves(mode: Any, images: Tensor, deploy: Callab
     lockstep = Lockstep(onnx.load(written.path), written.nodes, model.layers, model.reference, written.target)
     found = onnxruntime_runner(lockstep.proto, "onnxruntime")({lockstep.proto.graph.input[0].name: images.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(lockstep.run((images,), found), model.reference(images))
+        torch.testing.assert_close(lockstep.run(Example((images,)), found), model.reference(images))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -88,3 +88,27 @@ def test_inputs_of_weight_only_layers_are_not_rounded(deploy: Deploy, tmp_path: 
     model, x = deploy(nn.Linear(64, 32), input_bits=None), torch.randn(2, 5, 64)
     path = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,)).path
     torch.testing.assert_close(run(path, x), model.reference(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+class Tapped(nn.Module):
+    """A layer whose result is quantized, and an output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        return y, self.second(y)
+
+
+@pytest.mark.parametrize("weight_bits", [4, None])
+def test_outputs_that_are_quantized_elsewhere_stay_whole(
+    deploy: Deploy, tmp_path: Path, weight_bits: int | None
+) -> None:
+    """The bias, or what keeps the weight from being rounded, stands in front of the output too."""
+    model, x = deploy(Tapped(), weight_bits=weight_bits), torch.randn(2, 8, 4, 4)
+    path = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,)).path
+    assert [output.name for output in onnx.load(path).graph.output] == ["conv2d", "conv2d_1"]
+    torch.testing.assert_close(run(path, x), model.reference(x)[0].detach(), rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ def test_table_names_type_pattern_and_zeros() -> None:
     assert table.splitlines()[2].split() == ["n", "MatMul", "8x16", "INT8", "2:4,", "4:8", "50%"]
 
 
-def planned(text: str) -> dict[str, NMPattern]:
+def planned(text: str) -> dict[str, NMPattern] | None:
     proto = ModelProto()
     proto.metadata_props.add(key=PLANNED, value=text)
     return planned_patterns(OnnxFile("m.onnx", proto, b"", None))
@@ -27,7 +27,8 @@ def planned(text: str) -> dict[str, NMPattern]:
 
 def test_planned_patterns_are_read() -> None:
     assert planned('{"conv": "2:4"}') == {"conv": NMPattern(2, 4)}
-    assert planned_patterns(OnnxFile("m.onnx", ModelProto(), b"", None)) == {}
+    assert planned("{}") == {}
+    assert planned_patterns(OnnxFile("m.onnx", ModelProto(), b"", None)) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"conv": 3}', '{"conv": "5:4"}', "[" * 10**5])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError
-from nmcompile.export import save_model, verify_onnx, write_onnx
+from nmcompile.export import Example, save_model, verify_onnx, write_onnx
 from nmcompile.onnx_files import open_onnx
 
 Write = Callable[[], Any]
@@ -41,7 +41,7 @@ def test_large_models_keep_their_weights_in_one_file_beside(
     places = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
     assert places == {"model.onnx.data"}
     assert open_onnx(path).path == path
-    assert verify_onnx(report, model.layers, model.reference, [(images,)]).runtimes[0].ok
+    assert verify_onnx(report, model.layers, model.reference, [Example((images,))]).runtimes[0].ok
 
 
 def test_small_models_are_one_file(path: Path, write: Write) -> None:

@@ -10,7 +10,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, FileError
-from nmcompile.export import OnnxReport, verify_onnx, write_onnx
+from nmcompile.export import Example, OnnxReport, verify_onnx, write_onnx
 from nmcompile.export.compare_layers import ROUNDING, LayerCheck
 
 
@@ -53,7 +53,7 @@ def test_first_layer_that_differs_is_named(
     model, report = written
     damage(report.path, initializer, change)
     with pytest.raises(ExportError, match=message):
-        verify_onnx(report, model.layers, model.reference, [(images,)])
+        verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
 def test_difference_between_layers_is_named_after_the_next_one(written: tuple[Any, OnnxReport], images: Tensor) -> None:
@@ -63,7 +63,7 @@ def test_difference_between_layers_is_named_after_the_next_one(written: tuple[An
     relu.op_type = "Abs"
     onnx.save(proto, report.path)
     with pytest.raises(ExportError, match="layer 'token' reads something else in the file than in torch: up to"):
-        verify_onnx(report, model.layers, model.reference, [(images,)])
+        verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
 def test_difference_behind_the_last_layer_is_found_end_to_end(written: tuple[Any, OnnxReport], images: Tensor) -> None:
@@ -74,7 +74,7 @@ def test_difference_behind_the_last_layer_is_found_end_to_end(written: tuple[Any
     last.output[0] = "signed"
     onnx.save(proto, report.path)
     with pytest.raises(ExportError, match="ONNX Runtime computes something else than torch: relative L2"):
-        verify_onnx(report, model.layers, model.reference, [(images,)])
+        verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
 def test_a_channel_that_all_but_vanishes_hides_no_damage_to_others(
@@ -84,10 +84,10 @@ def test_a_channel_that_all_but_vanishes_hides_no_damage_to_others(
         net.norm2.weight[1], net.norm2.bias[1] = 1e-9, 1.0  # its step is minute, its results are not
     model = deploy(net)
     report = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
-    verify_onnx(report, model.layers, model.reference, [(images,)])
+    verify_onnx(report, model.layers, model.reference, [Example((images,))])
     damage(report.path, "conv.weight_quantized", some_integers_off)
     with pytest.raises(ExportError, match="layer 'conv' computes something else"):
-        verify_onnx(report, model.layers, model.reference, [(images,)])
+        verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
 def test_outputs_that_the_model_does_not_have_are_refused(written: tuple[Any, OnnxReport], images: Tensor) -> None:
@@ -96,21 +96,21 @@ def test_outputs_that_the_model_does_not_have_are_refused(written: tuple[Any, On
     proto.graph.output.append(onnx.helper.make_tensor_value_info("relu_2", TensorProto.FLOAT, [None] * 4))
     onnx.save(proto, report.path)
     with pytest.raises(ExportError, match="the file has 2 outputs, the model 1 tensors"):
-        verify_onnx(report, model.layers, model.reference, [(images,)])
+        verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
 def test_outputs_that_are_not_numbers_never_pass(written: tuple[Any, OnnxReport], images: Tensor) -> None:
     model, report = written
     damage(report.path, "head.bias", lambda bias: bias * np.float32("nan"))
     with pytest.raises(ExportError, match="layer 'head'"):
-        verify_onnx(report, model.layers, model.reference, [(images,)])
+        verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
 def test_truncated_file_is_refused(written: tuple[Any, OnnxReport], images: Tensor) -> None:
     model, report = written
     report.path.write_bytes(report.path.read_bytes()[:-100])
     with pytest.raises(FileError):
-        verify_onnx(report, model.layers, model.reference, [(images,)])
+        verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
 def test_types_are_as_reported(written: tuple[Any, OnnxReport]) -> None:

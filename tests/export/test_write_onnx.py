@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ConfigError, ExportError
-from nmcompile.export import OnnxReport, verify_onnx, write_onnx
+from nmcompile.export import Example, OnnxReport, verify_onnx, write_onnx
 from nmcompile.ir.deployed import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.layers import LinearLayer
 from nmcompile.pruning import NMPattern, greedy
@@ -61,7 +61,7 @@ def test_file_computes_what_torch_computes(
     model = deploy(net, **how)
     report = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,), target=target, **options)
     onnx.checker.check_model(str(report.path), full_check=True)
-    verified = verify_onnx(report, model.layers, model.reference, [(images,)])
+    verified = verify_onnx(report, model.layers, model.reference, [Example((images,))])
     assert {check.node for check in verified.layers} == set(model.layers)
     tight = 2e-3 if variant == "fp16" else 1e-5
     assert max(check.relative_l2 for check in verified.runtimes) < tight

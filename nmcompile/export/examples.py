@@ -1,0 +1,31 @@
+"""What a model is called with when a file is compared with it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Example:
+    """The arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """In the order of the file's inputs: those in `args`, then those in `kwargs` as they were given."""
+        return [x for x in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Tensor)]
+
+    def run(self, model: nn.Module) -> Any:
+        """What a model returns for it."""
+        return model(*self.args, **self.kwargs)
+
+    def first_sample(self, is_open: Iterable[bool]) -> "Example":
+        """The same with a batch of one, in each tensor whose batch size the file leaves open."""
+        flags = iter(is_open)
+        leaves = (self.args, dict(self.kwargs))
+        return Example(*pytree.tree_map_only(Tensor, lambda x: x[:1] if next(flags) else x, leaves))
