@@ -48,7 +48,8 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
         CalibrationError: no data, data with NaN or infinity, or an input that is always zero; it names the layer.
         StateError: the model is not compiled.
     """
-    record_of(compiled)
+    if not any(triples_of(compiled)):
+        record_of(compiled)
     steps = {id(step): step for triple in triples_of(compiled) for step in triple.steps.activations}
     with evaluating(compiled):
         observed, examples = _observe(compiled, data)

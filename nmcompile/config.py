@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
+from operator import methodcaller
 from types import MappingProxyType, UnionType
 from typing import Any, TypeVar
 
@@ -228,7 +229,7 @@ class CompileConfig:
         """The config as JSON text that `from_json` reads back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["layers"] = {name: None if c is None else _layer_json(c) for name, c in self.layers.items()}
-        return json.dumps(data, indent=2)
+        return json.dumps(data, indent=2, default=methodcaller("item"))  # NumPy's numbers
 
     @classmethod
     def from_json(cls, text: str) -> "CompileConfig":

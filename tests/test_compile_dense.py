@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import nmcompile
 
@@ -137,3 +138,25 @@ def test_a_whole_network_in_train_mode() -> None:
         nn.Conv2d(8, 8, 3, groups=2), nn.GELU(), nn.Flatten(), nn.Linear(128, 8), nn.LayerNorm(8), nn.Linear(8, 3),
     )  # fmt: skip
     assert_equals_eager(network, torch.randn(4, 3, 6, 6))
+
+
+class WritesInPlace(nn.Module):
+    """Its layer reads what was written under another name."""
+
+    def __init__(self, by_data: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6))
+        self.by_data = by_data
+
+    def forward(self, x: Tensor) -> Tensor:
+        written = hidden = torch.tanh(x).detach()
+        if self.by_data:
+            written.data = -written.data
+        else:
+            written -= 1
+        return F.linear(hidden, self.weight)
+
+
+@pytest.mark.parametrize("by_data", [False, True])
+def test_a_traced_forward_writes_in_place_as_its_code_does(by_data: bool) -> None:
+    assert_equals_eager(WritesInPlace(by_data), torch.randn(3, 6))

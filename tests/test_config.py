@@ -171,7 +171,7 @@ def test_values_of_another_kind_are_errors_that_say_what_to_give(case: str) -> N
 
 def test_numbers_of_numpy_are_numbers() -> None:
     config = CompileConfig(refresh=np.int64(8), sr_ste=np.float32(0.5))  # type: ignore[arg-type]
-    assert (config.refresh, config.sr_ste) == (8, 0.5)
+    assert (config.refresh, config.sr_ste) == (8, 0.5) and CompileConfig.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,8 @@ def best_algorithm(problem: Problem) -> Algorithm | None:
             return None
         try:
             _found[key] = _search(problem, is_deterministic)
-        except LibraryError:  # it refuses the device, or the problem
+        except (LibraryError, torch.OutOfMemoryError):  # it refuses the device or the problem, or finds no room
             _found[key] = None
-        except torch.OutOfMemoryError:  # there may be room later
-            return None
     return _found[key]
 
 

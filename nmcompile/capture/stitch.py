@@ -4,7 +4,6 @@ A module that cannot be traced is rolled back and stays one call; so do torch.nn
 """
 
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,9 +14,8 @@ from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
 from nmcompile.capture.regions import is_traceable
 from nmcompile.capture.sites import FoundSite, norm_names
-from nmcompile.capture.tracer import ModuleTracer, WatchedProxy
+from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.capture.weights import parameters_behind, read_attribute
-from nmcompile.capture.writes import AUGMENTED
 from nmcompile.ir.captured import WholeGraph
 
 SCOPE = "module"
@@ -118,9 +116,6 @@ class StitchTracer(ModuleTracer):
         self.originals = {id(module): name for name, module in model.named_modules()}
         self.cache: dict[str, Any] = {}
 
-    def proxy(self, node: fx.Node) -> WatchedProxy:
-        return WritingProxy(node, self)
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_plain_sequence = isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
         return not (is_plain_sequence or is_traceable(m))
@@ -151,21 +146,6 @@ class StitchTracer(ModuleTracer):
             for name in [name for name, proxy in self.cache.items() if proxy.node is node]:
                 del self.cache[name]
             self.graph.erase_node(node)
-
-
-class WritingProxy(WatchedProxy):
-    """A proxy whose `x += y` is noted as what it is for tensors, a write; fx would note `x + y`."""
-
-
-def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: WritingProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-for _name in AUGMENTED:
-    setattr(WritingProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 def _weights_given(node: fx.Node) -> list[fx.Node]:

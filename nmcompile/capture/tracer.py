@@ -1,9 +1,10 @@
 """Trace one module with fx, its children being calls, and note what makes the trace differ from the code."""
 
 import inspect
+import operator
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -11,12 +12,20 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Frames that pass a type test on; the code that asks stands behind them.
 RELAYS = {"abc", "_abc", "typing", "_collections_abc", "torch.nn.parameter"}
 TRUSTED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", __name__)
 CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
+
+
+AUGMENTED = {
+    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
+    "ixor",
+}  # fmt: skip
+"""What Python calls for `x += y` and its like."""
 
 
 class ModuleTracer(fx.Tracer):
@@ -46,7 +55,7 @@ class ModuleTracer(fx.Tracer):
         return WatchedProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), WatchedProxy):
+        if type(a) is WatchedProxy:
             return a.node
         before = len(self.tensor_attrs)
         result = super().create_arg(a)
@@ -62,8 +71,8 @@ class ModuleTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        placed = [str(arg.node.target) if issubclass(type(arg), WatchedProxy) else "" for arg in args]
-        first = next((arg for arg in args if issubclass(type(arg), WatchedProxy)), None)
+        placed = [str(arg.node.target) if type(arg) is WatchedProxy else "" for arg in args]
+        first = next((arg for arg in args if type(arg) is WatchedProxy), None)
         values = {name: first if value is SAME else value for name, value in self.bindings.items()}
         return function, [values.get(name, arg) for name, arg in zip(placed, args, strict=True)]
 
@@ -79,15 +88,35 @@ SAME = object()
 
 
 class WatchedProxy(fx.Proxy):
-    """A proxy that knows when its type is asked for: the answer sends the code down one branch unseen."""
+    """A proxy that knows when its type is asked for: the answer sends the code down one branch unseen.
+
+    `x += y` and `x.data = y` are noted as what they are for tensors, writes; fx notes `x + y` and nothing.
+    """
 
     tracer: ModuleTracer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("tracer", "node"):
+            super().__setattr__(name, value)
+        else:
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         if _asker(sys._getframe(1)):
             self.tracer.complain("its code tests the type of an argument")
         return WatchedProxy
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: WatchedProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in AUGMENTED:
+    setattr(WatchedProxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
 def _asker(frame: FrameType | None) -> bool:
@@ -147,14 +176,19 @@ class Guard(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.tracer.complain("it draws random numbers")
-        if func._schema.is_mutable and self._writes_protected(func._schema.arguments, args, kwargs):
+        if func._schema.is_mutable and self._writes_protected(written_arguments(func, args, kwargs)):
             raise RuntimeError("it changes a tensor of the model in place")
         return func(*args, **kwargs)
 
-    def _writes_protected(self, arguments: Any, args: Any, kwargs: Any) -> bool:
-        given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
-        written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    def _writes_protected(self, written: list[Any]) -> bool:
         return any(isinstance(tensor, Tensor) and storage_key(tensor) in self.protected for tensor in written)
+
+
+def written_arguments(function: OpOverload, args: Any, kwargs: Any) -> list[Any]:
+    """Those that an operator writes to, by its schema."""
+    arguments = function._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    return [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -9,12 +9,8 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from nmcompile.capture.sites import is_attention, is_layer, is_torch_nn
+from nmcompile.capture.tracer import AUGMENTED, written_arguments
 
-AUGMENTED = {
-    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
-    "ixor",
-}  # fmt: skip
-"""What Python calls for `x += y` and its like."""
 ORIGINS = {"torch", "_operator", "builtins", "math"}
 
 
@@ -37,7 +33,7 @@ def written(model: nn.Module, node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function":
         return []
     if isinstance(node.target, OpOverload):
-        return _by_schema(node, node.target._schema.arguments)
+        return _nodes(written_arguments(node.target, node.args, node.kwargs))
     if not is_torch_function(node.target):
         return node.all_input_nodes
     return [*(_first(node) if _is_inplace(node) else []), *_nodes(_argument(node, "out"))]
@@ -51,7 +47,7 @@ def _only_reads(module: nn.Module) -> bool:
 
 def _is_inplace(node: fx.Node) -> bool:
     name = str(getattr(node.target, "__name__", ""))
-    return name in AUGMENTED or name == "setitem" or name.endswith("_") or bool(_argument(node, "inplace"))
+    return name in AUGMENTED or name in ("setitem", "setattr") or name.endswith("_") or bool(_argument(node, "inplace"))
 
 
 def _argument(node: fx.Node, name: str) -> Any:
@@ -59,12 +55,6 @@ def _argument(node: fx.Node, name: str) -> Any:
         return node.kwargs.get(name)
     names = list(inspect.signature(node.target).parameters)
     return dict(zip(names, node.args, strict=False)).get(name)
-
-
-def _by_schema(node: fx.Node, arguments: Iterable[Any]) -> list[fx.Node]:
-    given = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
-    marked = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return _nodes([given.get(name) for name in marked])
 
 
 def _first(node: fx.Node) -> list[fx.Node]:

@@ -7,7 +7,7 @@ for which a sample of the elements is compared, on the CPU: on a GPU every call 
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from itertools import starmap
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -25,13 +25,17 @@ Value = TypeVar("Value")
 _all: "weakref.WeakSet[Kept[Any]]" = weakref.WeakSet()
 
 
-def forget(weights: Iterable[Tensor]) -> None:
-    """Free everything that is kept of these weights, which may change unseen."""
-    filled = [kept for kept in _all if len(kept)]
-    if filled:
-        for weight in weights:
-            for kept in filled:
+def forget(weights: Sequence[Tensor]) -> None:
+    """Free everything that is kept of these weights, which may change unseen.
+
+    Shards (DTensors) do not say which tensor they are a part of: with one among them, all that is kept is freed.
+    """
+    for kept in [kept for kept in _all if len(kept)]:
+        if all(type(weight) in PLAIN for weight in weights):
+            for weight in weights:
                 kept.forget(weight)
+        else:
+            kept.clear()
 
 
 class _Seen(NamedTuple):
@@ -93,6 +97,9 @@ class Kept(Generic[Value]):
     def __contains__(self, weight: Tensor) -> bool:
         return weight in self._entries
 
+    def clear(self) -> None:
+        self._entries.clear()
+
     def forget(self, weight: Tensor | None) -> None:
         """Free what is kept of a weight, if anything is."""
         if weight is not None:
@@ -120,8 +127,8 @@ def _seen(x: Tensor | None) -> _Seen | None:
 
 def _sample(x: Tensor) -> Tensor:
     """Elements from all over the memory of a tensor without gaps; of others the first."""
-    count = min(SAMPLES, x.numel())
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    count = min(SAMPLES, x.numel(), max(reach, 0))  # an expanded tensor reaches less far than it has elements
     return x.detach().as_strided((count,), (_distance(reach, max(1, count)),))
 
 

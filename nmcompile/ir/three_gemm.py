@@ -81,10 +81,10 @@ class GemmTriple:
         mask = None if self.mask is None else self.mask.current(weight)
         if self.draws:
             self.stream.move(input.device)
-        is_moving = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        if is_moving and not torch.compiler.is_compiling():
+        is_compiling, is_trained = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if is_trained and not is_compiling:
             forget([weight])
-        with nullcontext() if is_moving else weights_at_rest():
+        with nullcontext() if is_trained or is_compiling else weights_at_rest():
             weight_step = self.steps.of_weight(weight)
             if rows is not None:
                 weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))

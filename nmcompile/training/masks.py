@@ -29,7 +29,7 @@ class WeightMask:
 
     It becomes stale by an optimizer step (every `refresh`-th), by `load_state_dict`, and by any write to the weight
     that no optimizer step explains, such as an EMA update. Writes to what a weight is computed from (a parametrization)
-    are not seen, nor are those through `.data`. The mask itself, its step count and whether it is stale are
+    are not seen, nor are those to the elements of `.data`. The mask itself, its step count and whether it is stale are
     what `sparse_state_dict` keeps.
 
     Args:

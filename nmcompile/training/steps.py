@@ -96,7 +96,9 @@ def _add_sr_ste(mask: WeightMask, scale: Tensor | None) -> None:
     if weight is not None and weight.grad is not None:
         kept = _sharded_like(mask.tensor, weight)
         pruned = torch.where(kept, torch.zeros_like(weight), weight)
-        weight.grad.add_(pruned if scale is None else pruned * scale.to(weight), alpha=mask.sr_ste)
+        # λ times the scale first: the scale alone is infinite in float16.
+        factor = mask.sr_ste if scale is None else (mask.sr_ste * scale).to(weight.device)
+        weight.grad.add_(pruned * factor)
 
 
 def _sharded_like(mask: Tensor, weight: nn.Parameter) -> Tensor:

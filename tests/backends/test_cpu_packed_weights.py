@@ -147,6 +147,32 @@ def test_a_call_with_gradients_forgets_what_is_kept() -> None:
     assert len(packed_weights._kept) == 0
 
 
+class Sharded(Tensor):
+    """What an optimizer holds of a weight that is spread over ranks."""
+
+
+def test_a_step_on_shards_forgets_everything() -> None:
+    compiled, x = model("linear")
+    with torch.no_grad():
+        compiled(x)
+    shard = nn.Parameter(torch.zeros(2).as_subclass(Sharded))
+    shard.grad = torch.ones_like(shard)
+    torch.optim.SGD([shard], 0.1).step()
+    assert len(packed_weights._kept) == 0
+
+
+@torch.no_grad()
+def test_an_expanded_weight_is_kept_too() -> None:
+    compiled = nmcompile.compile(nn.Linear(8, 64, bias=False), "weights", config=CompileConfig(ends="sparse"))
+    compiled.weight = nn.Parameter(torch.randn(1, 8).expand(64, 8))
+    x = torch.randn(3, 8)
+    (mask,) = masks_of(compiled).values()
+    mask.mark_stale()
+    results = [compiled(x) for _ in range(2)]
+    expected = x @ torch.where(mask.tensor, compiled.weight, 0.0).t()
+    torch.testing.assert_close(results, [expected, expected])
+
+
 @torch.no_grad()
 def test_threads_that_pack_at_the_same_time_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     from nmcompile import _kernels

@@ -83,3 +83,12 @@ def test_a_weight_that_was_compiled_twice_decays_once() -> None:
     (mask,) = masks_of(last).values()
     torch.testing.assert_close(difference, torch.where(mask.tensor, 0.0, -LAMBDA * weight))
     assert masks_of(first)
+
+
+def test_a_scale_beyond_float16_leaves_its_weights_finite() -> None:
+    model = compiled(LAMBDA).half()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), 0.01, fused=True), torch.amp.GradScaler("cpu", 2.0**16)
+    before = model.weight.detach().clone()
+    scaler.scale(model(X.half()).float().mean()).backward()
+    scaler.step(optimizer)
+    assert bool(model.weight.isfinite().all()) and not torch.equal(model.weight, before)
