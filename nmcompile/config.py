@@ -163,9 +163,9 @@ class CompileConfig:
             `"float"` leaves them, and runtimes compute such layers in floating point. For deployment: the clips follow
             no training. Needs the whole graph, without which results stay as they are.
         where: `"all"` prunes what the plan says; `"pays"` times each layer alone with random inputs of the shape and
-            layout that `args` bring it, pruned and not, and gives up the pruning of the phases that are not faster for it. It is decided once, when
-            the model is compiled (in the autocast context, with the threads and in the mode, `train()` or `eval()`, of
-            that moment), by the first rank for all, and kept in `sparse_state_dict`.
+            layout that `args` bring it, pruned and not, and gives up the pruning of the phases that are not faster for
+            it. It is decided once, when the model is compiled (in the autocast context, with the threads and in the
+            mode, `train()` or `eval()`, of that moment), by the first rank for all, and kept in `sparse_state_dict`.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)

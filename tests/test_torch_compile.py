@@ -111,3 +111,27 @@ def test_masks_follow_other_writes_too(backend: str) -> None:
         fresh = nmcompile.compile(nmcompile.decompile(model), "t-weights", config=CompileConfig(ends="sparse"))
         torch.testing.assert_close(output, fresh(x))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("refresh", [2, None])
+def test_a_compiled_optimizer_keeps_the_refresh_period(refresh: int | None) -> None:
+    masks = []
+    for step_of in (lambda optimizer: optimizer.step, lambda optimizer: torch.compile(optimizer.step, backend="eager")):
+        torch.manual_seed(0)
+        config = CompileConfig(refresh=refresh, ends="sparse")
+        model = nmcompile.compile(nn.Linear(8, 8), "t-weights", config=config)
+        optimizer, x = torch.optim.SGD(model.parameters(), 0.5), torch.randn(16, 8)
+        step = step_of(optimizer)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            step()
+        state = nmcompile.sparse_state_dict(model)
+        masks.append((state["weight.mask"], state["weight.clock"].tolist()))
+    assert torch.equal(masks[0][0], masks[1][0]) and masks[0][1] == masks[1][1] == [5, 0]
+
+
+def test_a_report_sees_that_a_compiled_model_ran() -> None:
+    model = nmcompile.compile(network(), config=CompileConfig(ends="sparse"))
+    torch.compile(model, backend="eager", fullgraph=True)(torch.randn(8, 4, 5, 5))
+    assert "2 of 2 layers sparse" in str(nmcompile.inspect(model))

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
+from nmcompile.ir.kept import forget
 from nmcompile.ir.three_gemm import GemmTriple
 
 RECORD = "_nmcompile"
@@ -54,6 +55,10 @@ class ThreeGemm(Rewritten):
         """dW = dYᵀ X and db with what the plan prunes in the update GEMM."""
         return self._only_graph(Phase.UPDATE)
 
+    def _forget(self) -> None:
+        """Let go of what is kept of the weights: with weak references to them torch cannot swap tensors."""
+        forget(list(self.parameters()))  # type: ignore[attr-defined]
+
     def _only_graph(self, phase: Phase) -> fx.GraphModule:
         if len(self.three_gemms) != 1:
             roles = ", ".join(self.three_gemms)
@@ -68,6 +73,7 @@ class ThreeGemm(Rewritten):
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
         for triple in self.three_gemms.values():
             if triple.mask is not None:
@@ -77,6 +83,7 @@ class ThreeGemm(Rewritten):
         masks = [triple.mask for triple in self.three_gemms.values() if triple.mask is not None]
         for mask in masks:
             mask.notice_write()
+        self._forget()
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         for mask in masks:
             mask.move(fn(mask.tensor))

@@ -110,9 +110,9 @@ class GemmTriple:
         return name in self.placeholders[phase]
 
     def _observe(self, output: Tensor) -> None:
+        self.called = True
         if torch.compiler.is_compiling():
             return
-        self.called = True
         self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
 
 

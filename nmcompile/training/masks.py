@@ -64,6 +64,7 @@ class WeightMask:
         self.serial = next(_serials)  # A later compilation of the same weight has a higher one.
         self.steps = 0
         self.backwards = 0
+        self.is_decayed = False  # by SR-STE, for the step that is being made
         self.accepted: int | None = None  # The id of the parameter whose version and address the clock has.
         self.tensor = torch.zeros_like(weight, dtype=torch.bool, requires_grad=False)
         # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
@@ -94,6 +95,7 @@ class WeightMask:
     def note_backward(self) -> None:
         """Count a backward call, to notice an optimizer whose steps nobody sees."""
         self.backwards += 1
+        self.is_decayed = False
         if self.backwards == SILENT_BACKWARDS and self.refresh is not None:
             self._warn(f"{SILENT_BACKWARDS} backward calls")
 
@@ -152,6 +154,7 @@ class WeightMask:
     def after_step(self) -> None:
         """Count an optimizer step that may have changed the weight."""
         self.backwards = 0
+        self.is_decayed = False
         self.steps += 1
         self.accept_version()
         if self.refresh is not None and self.steps % self.refresh == 0:

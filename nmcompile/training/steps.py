@@ -3,8 +3,10 @@
 What is kept of weights at rest is forgotten there too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,12 +20,16 @@ from torch.optim.optimizer import (
 from nmcompile.ir.kept import forget
 from nmcompile.training.masks import WeightMask, live_masks
 
+_steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
+"""Of optimizers that are making a step: how many steps each mask had counted, by its id."""
+
 
 @cache
 def watch_optimizers() -> None:
     """Register the two hooks, once for the process; they look at nothing but what is alive of this package."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    # Dynamo would trace what they read of a weight as constants.
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
 
 
 def step(model: nn.Module) -> None:
@@ -36,12 +42,15 @@ def step(model: nn.Module) -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     masks = list(_masks_of(_held(optimizer)))
+    _steps_before[optimizer] = {id(mask): mask.steps for mask in masks}
     for mask in masks:
         if mask.was_written():
             mask.mark_stale()
     closure = kwargs.get("closure") or next(iter(args[1:]), None)
     if not callable(closure):
-        _decay(masks, optimizer)
+        _decay([mask for mask in masks if not mask.is_decayed], optimizer)
+        return None
+    if isinstance(closure, partial) and closure.func is _evaluate:  # of an optimizer around this one
         return None
     # The gradients are only computed in there.
     evaluate = partial(_evaluate, closure, masks, optimizer)
@@ -62,15 +71,21 @@ def _decay(masks: Sequence[WeightMask], optimizer: Optimizer) -> None:
     decaying = sorted((mask for mask in masks if mask.sr_ste), key=lambda mask: mask.serial)
     for mask in {id(mask.weight()): mask for mask in decaying}.values():
         _add_sr_ste(mask, getattr(optimizer, "grad_scale", None))
+    for mask in masks:
+        mask.is_decayed = True
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _note_step(_held(optimizer))
+    _note_step(_held(optimizer), _steps_before.pop(optimizer, {}))
 
 
-def _note_step(parameters: Sequence[Tensor]) -> None:
+def _note_step(parameters: Sequence[Tensor], before: Mapping[int, int] = MappingProxyType({})) -> None:
+    """Count a step, but where an optimizer inside this one has: then the mask has more steps than `before`."""
     for mask in _masks_of(parameters):
-        mask.after_step()
+        if before.get(id(mask), mask.steps) == mask.steps:
+            mask.after_step()
+        else:
+            mask.accept_version()
     forget(parameters)
 
 

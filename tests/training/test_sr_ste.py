@@ -1,5 +1,7 @@
 """SR-STE: the optimizer sees g + λ (1 - mask) ∘ w, whatever else scales or accumulates gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,3 +94,37 @@ def test_a_scale_beyond_float16_leaves_its_weights_finite() -> None:
     scaler.scale(model(X.half()).float().mean()).backward()
     scaler.step(optimizer)
     assert bool(model.weight.isfinite().all()) and not torch.equal(model.weight, before)
+
+
+class Around(torch.optim.Optimizer):
+    """Lets another optimizer make its steps, as ZeRO and Lookahead do."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_an_optimizer_around_another_counts_and_decays_once(with_closure: bool) -> None:
+    changes = []
+    for model in (compiled(LAMBDA), compiled(0.0)):
+        optimizer, before = Around(torch.optim.SGD(model.parameters(), 1.0)), model.weight.detach().clone()
+
+        def closure(model: nn.Linear = model, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = model(X).square().sum()
+            loss.backward()
+            return loss
+
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        (mask,) = masks_of(model).values()
+        assert mask.steps == 1
+        changes.append(model.weight.detach() - before)
+    torch.testing.assert_close(changes[0] - changes[1], torch.where(mask.tensor, 0.0, -LAMBDA * before))
