@@ -98,6 +98,11 @@ def write_in_place(model: nn.Module) -> None:
         next(model.parameters()).normal_()
 
 
+def point_elsewhere(model: nn.Module) -> None:
+    """Sets `weight.data`, which counts no version."""
+    nn.utils.vector_to_parameters(torch.randn(72), model.parameters())
+
+
 @pytest.mark.parametrize("backend", [*EXACT, "inductor"])
 def test_masks_follow_other_writes_too(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
@@ -105,7 +110,7 @@ def test_masks_follow_other_writes_too(backend: str) -> None:
     model = nmcompile.compile(nn.Linear(8, 8), "t-weights", config=CompileConfig(refresh=None, ends="sparse"))
     run, x = torch.compile(model, backend=counter, fullgraph=True), torch.randn(4, 8)
     run(x)
-    for change in (load_other, write_in_place):
+    for change in (load_other, write_in_place, point_elsewhere):
         change(model)
         output = run(x)  # Before the copy below, which would notice the write.
         fresh = nmcompile.compile(nmcompile.decompile(model), "t-weights", config=CompileConfig(ends="sparse"))

@@ -28,9 +28,9 @@ class WeightMask:
     """The current mask of one weight, shared by the layers that share the weight.
 
     It becomes stale by an optimizer step (every `refresh`-th), by `load_state_dict`, and by any write to the weight
-    that no optimizer step explains, such as an EMA update. Writes to what a weight is computed from (a parametrization)
-    are not seen, nor are those to the elements of `.data`. The mask itself, its step count and whether it is stale are
-    what `sparse_state_dict` keeps.
+    that no optimizer step explains, such as an EMA update. Not seen are writes to what a weight is computed from (a
+    parametrization), to the elements of `.data` or of shards (FSDP2), and another parameter in its place: compile again
+    after such. The mask itself, its step count and whether it is stale are what `sparse_state_dict` keeps.
 
     Args:
         name: the weight's name.
@@ -205,8 +205,8 @@ def refresh_mask(
     if is_outdated(weight, clock):
         mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
         clock[STALE] = 0
-        if _has_version(weight, clock):
-            clock[VERSION] = weight._version
+        if _tells_writes(weight, clock):
+            clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
 
 
 refresh_mask.register_fake(lambda *args, **kwargs: None)
@@ -214,14 +214,15 @@ refresh_mask.register_fake(lambda *args, **kwargs: None)
 
 def is_outdated(weight: Tensor, clock: Tensor) -> bool:
     """Whether the clock of a mask says that it is stale, or that the weight was written unseen."""
-    return bool(clock[STALE]) or (_has_version(weight, clock) and int(clock[VERSION]) != weight._version)
+    seen = [int(clock[VERSION]), int(clock[ADDRESS])]
+    return bool(clock[STALE]) or (_tells_writes(weight, clock) and seen != [weight._version, weight.data_ptr()])
 
 
-def _has_version(weight: Tensor, clock: Tensor) -> bool:
-    """Whether the version of this tensor tells of writes: inductor may hand a copy over, which counts from 0."""
+def _tells_writes(weight: Tensor, clock: Tensor) -> bool:
+    """Whether version and address of this tensor tell of writes: inductor may hand a copy over, which counts from 0."""
     if weight.is_inference() or int(clock[VERSION]) == NEVER_SEEN:
         return False
-    return int(clock[ADDRESS]) == weight.data_ptr()
+    return weight._version > 0 or int(clock[ADDRESS]) == weight.data_ptr()
 
 
 def compute_mask(
