@@ -23,7 +23,7 @@ SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there
 ROUNDS = 4
 HEAD_START = 2_000_000  # of a call over the GPU, in its cycles: about a millisecond
 MARGIN = 0.95  # of the dense time, that the sparse kernel must stay below: a run differs from the next by some percent
-UNFIT = Choice("dense", "no sparse kernel computes it: a NaN in the operand, or the library has none, or no room")
+UNFIT = Choice("dense", "no sparse kernel computes it: a NaN in the operand, no right algorithm, or no room to try one")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
 
 _measured: dict[Hashable, Choice] = {}

@@ -19,7 +19,7 @@ from nmcompile.backends.triton import TritonBackend
 from nmcompile.calibration import calibrate
 from nmcompile.capture import capture_model
 from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of, restore_all
-from nmcompile.config import CompileConfig, check_choice, check_kind, preset
+from nmcompile.config import CompileConfig, check_call, check_choice, check_kind, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.plan import DensePhases
@@ -85,7 +85,7 @@ def compile(
     """
     if (validation is None) != (max_drop is None):
         raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
-    _check_kinds(args, kwargs, config)
+    _check(args, kwargs, config)
     source, asked, reverted = _module(model), config or CompileConfig(), None
     chosen = asked
     rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
@@ -122,7 +122,7 @@ def analyze(
     backend: str | Backend = "auto",
 ) -> Report:
     """What `compile` would do, without changing anything, the random state included. Takes and raises the same."""
-    _check_kinds(args, kwargs, config)
+    _check(args, kwargs, config)
     source, asked = _module(model), config or CompileConfig()
     dense_phases = None
     if asked.where == "pays":
@@ -192,10 +192,8 @@ def _module(model: Model) -> nn.Module:
     return model
 
 
-def _check_kinds(args: Any, kwargs: Any, config: Any) -> None:
-    """What typing says too, for those who run no type checker: truth values of tensors mislead."""
-    check_kind("args", args, tuple | None, "a tuple of the model's positional inputs, args=(x,) for a single one")
-    check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
+def _check(args: Any, kwargs: Any, config: Any) -> None:
+    check_call(args, kwargs)
     check_kind("config", config, CompileConfig | None, "a CompileConfig, or None")
 
 

@@ -128,7 +128,7 @@ def _factory(name: str) -> Callable[[], Any]:
     try:
         if module.startswith("."):
             raise ImportError("the name is relative")
-        factory = getattr(importlib.import_module(module), attribute)
+        factory: Callable[[], Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise TargetError(f"cannot find the model {name!r} ({error}); name it package.module:factory") from error
     reason = _refusal(factory)
@@ -136,7 +136,7 @@ def _factory(name: str) -> Callable[[], Any]:
         raise TargetError(
             f"{name!r} is no factory ({reason}); name a function or class that is called without arguments"
         )
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def _refusal(factory: Any) -> str:

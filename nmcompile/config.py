@@ -38,6 +38,12 @@ def check_kind(name: str, value: Any, kind: type[Any] | UnionType, expected: str
         raise ConfigError(f"{name} is {given}; give {expected}")
 
 
+def check_call(args: Any, kwargs: Any) -> None:
+    """Raise unless a model can be called with these: truth values of tensors mislead."""
+    check_kind("args", args, tuple | None, "a tuple of the model's positional inputs, args=(x,) for a single one")
+    check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
+
+
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     """Raise unless `value`, given as `name`, is one of the known names."""
     choices = tuple(known)

@@ -11,7 +11,7 @@ from torch import nn
 
 from nmcompile.backends.tensorrt import EngineReport, build_engine
 from nmcompile.compilation import record_of
-from nmcompile.config import check_kind
+from nmcompile.config import check_call
 from nmcompile.deployment import deployed_layers
 from nmcompile.errors import ConfigError, ExportError, nearest
 from nmcompile.export import Example, OnnxReport, Verification, verify_onnx, write_onnx
@@ -92,9 +92,8 @@ def export(
 
 
 def _example(args: Any, kwargs: Any) -> Example:
-    check_kind("args", args, tuple, "a tuple of the model's positional inputs, args=(x,) for a single one")
-    check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
-    example = Example(args, kwargs or {})
+    check_call(args, kwargs)
+    example = Example(args or (), kwargs or {})
     if not example.tensors:
         raise ConfigError("args and kwargs hold no tensor; give an example of the model's inputs, args=(x,)")
     return example

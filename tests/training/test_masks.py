@@ -331,15 +331,15 @@ def test_another_dtype_leaves_a_mask_a_mask() -> None:
     assert mask_of(model).dtype == torch.bool and torch.equal(mask_of(model), before)
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_torch_can_swap_what_it_converts(keep: bool) -> None:
+@pytest.mark.parametrize("loads", [True, False])
+def test_torch_can_swap_what_it_loads_and_converts(loads: bool) -> None:
     """It refuses tensors that something has a weak reference to."""
     model = nmcompile.compile(nn.Linear(8, 8), "inference", config=CompileConfig(ends="sparse"), calibration=[X]).eval()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with torch.no_grad():
             model(X)
-            if keep:
+            if loads:
                 model.load_state_dict(nn.Linear(8, 8).state_dict())
             assert model.double()(X.double()).dtype == torch.float64
     finally:
