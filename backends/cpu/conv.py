@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
@@ -33,17 +34,18 @@ def _conv_forward(
 ) -> Tensor:
     """Y = X * W + b, `(N, C, *spatial)`, with W pruned along in-channels; channels last where X or W is."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    sizes, layout = _output_sizes(input, weight, geometry), _layout(input, weight)
-    lanes = sizes[0] * torch.Size(sizes[2:]).numel()
+    shape = _output_shape(input, weight, geometry)
+    lanes = shape.numel() // max(1, shape.shape[1])
 
     def dense() -> Tensor:
         output = conv.conv_forward(input, masked(weight, mask), bias, *_lists(geometry))
-        return output.contiguous(memory_format=layout)
+        as_expected = output.stride() == shape.stride() or not output.numel()
+        return output if as_expected else empty(input, shape).copy_(output)
 
     phase = AT_REST if are_weights_at_rest() else "forward"
     gemm = GemmCall(call, phase, geometry, (input, weight, mask, bias), *_matrix(weight, groups), lanes)
     return gemm.run(
-        lambda: _empty(input, sizes, layout),
+        lambda: empty(input, shape),
         lambda output: sparse_forward(input, weight, mask, bias, output, geometry, kept_packs(weight, mask, groups)),
         dense,
     )
@@ -61,8 +63,7 @@ def _(
     groups: int,
     call: str,
 ) -> Tensor:
-    sizes = _output_sizes(input, weight, Geometry(stride, padding, dilation, groups))
-    return _empty(input, sizes, _layout(input, weight))
+    return empty(input, _output_shape(input, weight, Geometry(stride, padding, dilation, groups)))
 
 
 @torch.library.custom_op("nmcompile::cpu_conv_input_gradient", mutates_args=())
@@ -130,28 +131,35 @@ conv_input_gradient = torch.ops.nmcompile.cpu_conv_input_gradient.default
 conv_weight_gradient = torch.ops.nmcompile.cpu_conv_weight_gradient.default
 
 
-def _empty(x: Tensor, sizes: list[int], layout: torch.memory_format) -> Tensor:
-    return empty(x, torch.empty(sizes, device="meta", memory_format=layout))
-
-
 def _matrix(weight: Tensor, groups: int) -> tuple[int, int]:
     """Rows and columns of one group's weight as a matrix."""
     return weight.shape[0] // groups, weight.shape[1:].numel()
 
 
-def _output_sizes(input: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
+def _output_shape(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Return a meta tensor of the result's sizes and strides, which are those of eager's convolution.
+
+    Eager computes a 1-d convolution as a 2-d one of height 1, and reads its input as a contiguous one.
+    """
     spans = zip(input.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
     sizes = [(size + 2 * pad - dilation * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, dilation in spans]
-    return [input.shape[0], weight.shape[0], *sizes]
+    if len(sizes) == 1:
+        image = [input.shape[0], weight.shape[0], 1, *sizes]
+        return _empty_image(image, _is_channels_last(weight.unsqueeze(2))).squeeze(2)
+    is_channels_last = any(_is_channels_last(x) for x in (input, weight))
+    return _empty_image([input.shape[0], weight.shape[0], *sizes], is_channels_last)
 
 
-def _layout(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """That of eager's convolution: channels last where one of its operands is."""
-    return torch.channels_last if any(_is_channels_last(x) for x in (input, weight)) else torch.contiguous_format
+def _empty_image(sizes: list[int], is_channels_last: bool) -> Tensor:
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    return torch.empty(sizes, device="meta", memory_format=layout)
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """Tell whether eager takes an operand for channels last: where dims of size 1 leave that open, strides decide."""
+    if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        return False  # as most are, without arithmetic on strides
+    return suggest_memory_format(x) == torch.channels_last
 
 
 def _lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
