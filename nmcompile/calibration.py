@@ -2,16 +2,18 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from nmcompile.batches import run_batch, shown
 from nmcompile.compilation import record_of
 from nmcompile.config import Phase
 from nmcompile.errors import CalibrationError
@@ -41,18 +43,23 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
 
     Args:
         compiled: a model compiled with a mode that quantizes inputs.
-        data: batches: a tensor; a dict of keyword arguments; or a tuple or list such as a `DataLoader`'s
-            (inputs, labels), whose first entry is the input, or a tuple of the arguments.
+        data: batches, each a tensor; a mapping of forward's arguments by name (a dict, a `BatchEncoding`), of which
+            entries that forward does not take, such as labels, are left out; or a tuple or list as a `DataLoader`
+            yields it. Its first entry is then a tensor, such a mapping, or a tuple or list of forward's arguments.
+            Where forward requires several arguments, that many first entries are taken: (a, b, label) for
+            `forward(a, b)`. Optional arguments are given by name, or nested: ((x, mask), label).
 
     Raises:
-        CalibrationError: no data, data with NaN or infinity, or an input that is always zero; it names the layer.
+        CalibrationError: no data; a batch that forward does not run on, or that gives NaN or infinity, by its number;
+            or an input that is always zero, by its layer.
         StateError: the model is not compiled.
     """
     if not any(triples_of(compiled)):
         record_of(compiled)
+    _check_data(data)
     steps = {id(step): step for triple in triples_of(compiled) for step in triple.steps.activations}
     with evaluating(compiled):
-        observed, examples = _observe(compiled, data)
+        observed, examples = _observe(compiled, data, steps)
         clips = {key: _clip(step, observed[key]) for key, step in steps.items()}
         for key, step in steps.items():
             step.calibrate(clips[key])
@@ -60,9 +67,15 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
         _scale_clips(compiled, [step for step in coarse if step.row.operator != "percentile"], examples)
 
 
+def _check_data(data: Any) -> None:
+    """Raise for a single batch: the rows of a tensor and the keys of a mapping are no batches."""
+    if isinstance(data, Tensor | np.ndarray | Mapping | str | bytes) or not isinstance(data, Iterable):
+        raise CalibrationError(f"the calibration data is {shown(data)}; give an iterable of batches, such as [batch]")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; behind, in the mode that it was in."""
+    """Inside, every module is in eval mode; after it, in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -72,17 +85,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _observe(compiled: nn.Module, data: Iterable[Any]) -> tuple[dict[int, Histogram], list[tuple[Any, list[Tensor]]]]:
-    """What each input holds, and some batches with the outputs that they have unquantized."""
+def _observe(
+    compiled: nn.Module, data: Iterable[Any], steps: Mapping[int, ActivationStep]
+) -> tuple[dict[int, Histogram], list[tuple[Any, list[Tensor]]]]:
+    """Histograms of all inputs, and some batches with their unquantized outputs."""
     observed: dict[int, Histogram] = defaultdict(Histogram)
     examples: list[tuple[Any, list[Tensor]]] = []
     observing = interpreted(triples_of(compiled), lambda triple, phase: _Observer(triple, phase, observed))
     with observing, _observed_norms(compiled, observed):
-        for batch in tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None):
-            outputs = _floats(run_batch(compiled, batch))
+        bar = tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None)
+        for number, batch in enumerate(bar):
+            outputs = _floats(run_batch(compiled, batch, f"calibration batch {number}"))
+            _check_finite(observed, steps, f"calibration batch {number}, {shown(batch)},")
             if len(examples) < EXAMPLES:
                 examples.append((batch, outputs))
     return observed, examples
+
+
+def _check_finite(observed: Mapping[int, Histogram], steps: Mapping[int, ActivationStep], batch: str) -> None:
+    """Raise for the first layer in call order that a batch gave NaN or infinity."""
+    broken = next((steps[key].layer for key, histogram in observed.items() if not histogram.is_finite), None)
+    if broken is not None:
+        raise CalibrationError(f"layer {broken!r}: {batch} gives NaN or infinity here; remove such samples")
 
 
 @contextmanager
@@ -133,16 +157,6 @@ def _squared_error(ours: Tensor, exact: Tensor) -> float:
 def _floats(output: Any) -> list[Tensor]:
     """The floating-point tensors that a model returns, in any structure."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a model with what a loader yields."""
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, dict):
-        return model(**batch)
-    inputs = batch[0]
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 class _Observer(fx.Interpreter):

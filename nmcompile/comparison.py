@@ -9,7 +9,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from nmcompile.api import compile as compile_model
-from nmcompile.calibration import run_batch
+from nmcompile.batches import run_batch
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.interpretation import interpreted
@@ -48,7 +48,7 @@ def compare(dense: nn.Module, compiled: nn.Module, batch: Any) -> CompareReport:
 
     Raises:
         ConfigError: the models share no layer.
-        CalibrationError: a quantized input has no clip yet.
+        CalibrationError: a quantized input has no clip yet, or a model does not run on the batch.
     """
     reference = dense if any(triples_of(dense)) else compile_model(dense, "dense")
     expected, actual = _outputs(reference, batch), _outputs(compiled, batch)
