@@ -9,15 +9,18 @@ import os
 import platform
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nmcompile.errors import FileError, StateError
+from nmcompile.checks import check_path
+from nmcompile.errors import FileError, StateError, nearest
 from nmcompile.files import write_atomically
 from nmcompile.ir.choice import Choice
+from nmcompile.read_files import parse_json, read_record, read_regular
 
 SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
 ROUNDS = 4
@@ -25,6 +28,9 @@ HEAD_START = 2_000_000  # of a call over the GPU, in its cycles: about a millise
 MARGIN = 0.95  # of the dense time, that the sparse kernel must stay below: a run differs from the next by some percent
 UNFIT = Choice("dense", "no sparse kernel computes it: a NaN in the operand, no right algorithm, or no room to try one")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
+
+KERNELS = ("dense", "sparse", "integers")
+LARGEST_FILE = 2**26  # bytes: some hundred thousand choices
 
 _measured: dict[Hashable, Choice] = {}
 _loaded: dict[str, Choice] = {}
@@ -78,24 +84,46 @@ def save_choices(path: str | os.PathLike[str]) -> None:
     """Write what was measured in this process as JSON, so that another on this machine need not measure it."""
     known = _loaded | {repr(problem): choice for problem, choice in _measured.items()}
     found = {problem: asdict(choice) for problem, choice in known.items()}
-    write_atomically(path, json.dumps({"setting": _setting(), "choices": found}, indent=2).encode())
+    write_atomically(check_path("path", path), json.dumps({"setting": _setting(), "choices": found}, indent=2).encode())
 
 
 def load_choices(path: str | os.PathLike[str]) -> None:
     """Take over what `save_choices` wrote.
 
     Raises:
-        FileError: no such file, or no file of that kind.
+        FileError: no such file, or no file of that kind; nothing is taken over then.
         StateError: it was measured on another machine, or with another PyTorch.
     """
     try:
-        content = json.loads(Path(path).read_text())
-        setting, found = content["setting"], {key: Choice(**value) for key, value in content["choices"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path} cannot be read as measured choices ({error}); write it with save_choices") from error
+        setting, found = _saved(check_path("path", path))
+    except FileError as error:
+        raise FileError(f"measured choices cannot be read: {error}; write them with save_choices") from error
     if setting != _setting():
         raise StateError(f"{path} was measured with {setting}, and this is {_setting()}; measure again and save that")
     _loaded.update(found)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The content of a file of choices: where they were measured, and the fields of each by its problem."""
+
+    setting: dict[str, str]
+    choices: dict[str, dict[str, str | float | None]]
+
+
+def _saved(path: Path) -> tuple[dict[str, str], dict[str, Choice]]:
+    document = parse_json(read_regular(path, LARGEST_FILE), str(path), largest=LARGEST_FILE)
+    saved = read_record(_Saved, document, str(path))
+    return saved.setting, {key: _choice_of(values, f"{path}: {key!r}") for key, values in saved.choices.items()}
+
+
+def _choice_of(values: dict[str, Any], name: str) -> Choice:
+    choice = read_record(Choice, values, name)
+    if choice.kernel not in KERNELS:
+        raise FileError(f"{name}: kernel {choice.kernel!r} is unknown; {nearest(choice.kernel, KERNELS)}")
+    if any(isinstance(value, float | int) and value < 0 for value in values.values()):
+        raise FileError(f"{name}: a time below 0")
+    return choice
 
 
 def _setting() -> dict[str, str]:

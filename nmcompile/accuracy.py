@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from nmcompile.errors import ConfigError
+from nmcompile.printable import printable
 
 logger = logging.getLogger("nmcompile")
 
@@ -21,7 +22,7 @@ class Reverted:
     compiled: float
 
     def __str__(self) -> str:
-        names = ", ".join(self.layers) or "none"
+        names = ", ".join(map(printable, self.layers)) or "none"
         return f"reverted for accuracy: {names} (score {self.compiled:.4f}, dense {self.dense:.4f})"
 
 
@@ -65,7 +66,7 @@ def revert_layers(
     while dense_score - score > max_drop and len(reverted) < len(ranked):
         reverted = tuple(ranked[: len(reverted) + 1])
         score = scored(reverted)
-        logger.info("reverted %s: score %.4f", reverted[-1], score)
+        logger.info("reverted %s: score %.4f", printable(reverted[-1]), score)
     if score == -math.inf:
         raise ConfigError("validation gives NaN or -inf even with every layer dense; let it return a finite number")
     return Reverted(reverted, dense_score, score)

@@ -18,8 +18,9 @@ from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.triton import TritonBackend
 from nmcompile.calibration import calibrate
 from nmcompile.capture import capture_model
+from nmcompile.checks import check_call, check_choice, check_kind
 from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of, restore_all
-from nmcompile.config import CompileConfig, check_call, check_choice, check_kind, preset
+from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.plan import DensePhases

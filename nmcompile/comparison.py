@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from nmcompile.api import compile as compile_model
@@ -14,6 +13,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.printable import table
 from nmcompile.training.state import triples_of
 
 
@@ -34,7 +34,7 @@ class CompareReport:
 
     def __str__(self) -> str:
         rows = [[layer.layer, layer.sqnr, layer.cosine] for layer in self.layers]
-        return tabulate(rows, headers=["layer", "SQNR, dB", "cosine"], floatfmt=("", ".1f", ".4f"))
+        return table(rows, headers=["layer", "SQNR, dB", "cosine"], floatfmt=("", ".1f", ".4f"))
 
 
 @torch.no_grad()

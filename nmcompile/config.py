@@ -2,19 +2,23 @@
 
 import enum
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from operator import methodcaller
-from types import MappingProxyType, UnionType
+from types import MappingProxyType
 from typing import Any, TypeVar
 
+from nmcompile.checks import check_choice, check_kind, check_number
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.pruning.pattern import NMPattern
+from nmcompile.read_files import parse_json
 
 DEFAULT = "_default"
+REGEX = "re:"
+MOST_STEPS = 2**53
 WEIGHT_OPERATORS = frozenset({"greedy", "transposable", "transposable_greedy"})
 GRADIENT_OPERATORS = frozenset(
     {"greedy", "mvue", "mvue_one_of_two", "mvue_pairs", "mvue_approx", "biased", "uniform", "unbiased", "sdgp"}
@@ -28,28 +32,6 @@ PLACEMENTS = ("operand", "activation")
 OUTPUTS = ("float", "int8")
 GRANULARITIES = ("tensor", "channel")
 WHERE = ("all", "pays")
-
-
-def check_kind(name: str, value: Any, kind: type[Any] | UnionType, expected: str) -> None:
-    """Raise unless `value`, given as `name`, is of its kind; `expected` says what to give."""
-    if not isinstance(value, kind):
-        is_short = value is None or isinstance(value, str | Real)
-        given = repr(value) if is_short else f"of type {type(value).__name__}"
-        raise ConfigError(f"{name} is {given}; give {expected}")
-
-
-def check_call(args: Any, kwargs: Any) -> None:
-    """Raise unless a model can be called with these: truth values of tensors mislead."""
-    check_kind("args", args, tuple | None, "a tuple of the model's positional inputs, args=(x,) for a single one")
-    check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
-
-
-def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raise unless `value`, given as `name`, is one of the known names."""
-    choices = tuple(known)
-    check_kind(name, value, str, f"one of {', '.join(choices)}")
-    if value not in choices:
-        raise ConfigError(f"{name} {value!r} is unknown; {nearest(value, choices)}")
 
 
 class Phase(enum.Enum):
@@ -194,18 +176,15 @@ class CompileConfig:
 
     def _check_numbers(self) -> None:
         steps, factor = "a number of optimizer steps >= 1, or None to freeze", "SR-STE's λ, a finite number >= 0"
-        check_kind("refresh", self.refresh, Integral | None, steps)
-        if self.refresh is not None and self.refresh < 1:
-            raise ConfigError(f"refresh is {self.refresh}; give {steps}")
-        check_kind("sr_ste", self.sr_ste, Real, factor)
-        if not 0 <= self.sr_ste < math.inf:
-            raise ConfigError(f"sr_ste is {self.sr_ste}; give {factor}")
+        if self.refresh is not None:
+            check_number("refresh", self.refresh, Integral, 1, MOST_STEPS, steps)
+        check_number("sr_ste", self.sr_ste, Real, 0, sys.float_info.max, factor)
 
     def _check_layers(self) -> None:
         check_kind("CompileConfig.layers", self.layers, Mapping, "a dict, layer names to LayerConfigs")
         for key, value in self.layers.items():
             check_kind("a key of CompileConfig.layers", key, str, f"the name of a layer, {str(key)!r}")
-            if key.startswith("re:"):
+            if key.startswith(REGEX):
                 _compiled(key)
             expected = "a LayerConfig, or None for dense"
             check_kind(f"CompileConfig.layers[{key!r}]", value, LayerConfig | None, expected)
@@ -217,17 +196,24 @@ class CompileConfig:
                 return name, self.layers[name]
         for name in (weight, layer):
             for key, value in self.layers.items():
-                if key.startswith("re:") and _compiled(key).fullmatch(name):
+                if key.startswith(REGEX) and _compiled(key).fullmatch(name):
                     return key, value
         return (DEFAULT, self.layers[DEFAULT]) if DEFAULT in self.layers else None
 
     def check_names(self, layers: Iterable[tuple[str, str]]) -> None:
-        """Raise for a key that no (layer, weight) name answers to."""
+        """Raise for a key that no (layer, weight) name answers to, and for a name that reads as another kind of key."""
         names = {name for pair in layers for name in pair}
+        for name in names:
+            if name.startswith(REGEX) or name == DEFAULT:
+                raise ConfigError(
+                    f"the model has a layer or weight named {name!r}, which CompileConfig.layers would read as a rule "
+                    "for others; rename it"
+                )
         for key in self.layers:
-            if key.startswith("re:"):
+            if key.startswith(REGEX):
                 if not any(_compiled(key).fullmatch(name) for name in names):
-                    raise ConfigError(f"{key!r} in CompileConfig.layers matches no layer; {nearest(key[3:], names)}")
+                    nearby = nearest(key.removeprefix(REGEX), names)
+                    raise ConfigError(f"{key!r} in CompileConfig.layers matches no layer; {nearby}")
             elif key != DEFAULT and key not in names:
                 raise ConfigError(f"{key!r} in CompileConfig.layers is no layer of the model; {nearest(key, names)}")
 
@@ -240,10 +226,8 @@ class CompileConfig:
     @classmethod
     def from_json(cls, text: str) -> "CompileConfig":
         """Read what `to_json` wrote; an unknown key is an error with the nearest name."""
-        try:
-            data = _object(json.loads(text), "CompileConfig")
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"the config is no JSON text: {error}") from error
+        check_kind("text", text, str | bytes, "the JSON text that to_json gave")
+        data = _object(parse_json(text, "the config", error=ConfigError), "CompileConfig")
         layers = _object(data.get("layers", {}), "CompileConfig.layers")
         return _read(cls, data | {"layers": {name: _read_layer(layer) for name, layer in layers.items()}})
 
@@ -289,6 +273,7 @@ def _layer_json(layer: LayerConfig) -> dict[str, Any]:
 
 def _compiled(key: str) -> re.Pattern[str]:
     try:
-        return re.compile(key[3:])
-    except re.error as error:
-        raise ConfigError(f"{key!r} in CompileConfig.layers is not a regular expression: {error}") from error
+        return re.compile(key.removeprefix(REGEX))
+    except (re.error, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"{key!r} in CompileConfig.layers is not a regular expression: {reason}") from error

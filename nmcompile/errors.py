@@ -6,9 +6,17 @@ A message says what went wrong, where (layer name, shape), what was expected and
 import difflib
 from collections.abc import Iterable
 
+from nmcompile.printable import printable
+
+LONGEST = 2000  # characters of a message: several names, a reason, and what to do
+COMPARED = 200  # characters of a name: how alike two are takes the product of their lengths
+
 
 class NMCompileError(Exception):
-    """The root of every error that nmcompile raises on purpose."""
+    """The root of every error that nmcompile raises on purpose, with a message of one printable line."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, LONGEST))
 
 
 class ConfigError(NMCompileError, ValueError):
@@ -70,7 +78,7 @@ class CalibrationError(NMCompileError, ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown `name`: the nearest known name, or all of them."""
     choices = sorted(known)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name[:COMPARED], choices, n=1, cutoff=0.4)
     if close:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else "")

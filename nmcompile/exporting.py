@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
 from torch import nn
 
 from nmcompile.backends.tensorrt import EngineReport, build_engine
+from nmcompile.checks import check_call
 from nmcompile.compilation import record_of
-from nmcompile.config import check_call
 from nmcompile.deployment import deployed_layers
 from nmcompile.errors import ConfigError, ExportError, nearest
 from nmcompile.export import Example, OnnxReport, Verification, verify_onnx, write_onnx
 from nmcompile.finalization import finalize
 from nmcompile.ir.deployed import DeployedLayer
+from nmcompile.printable import printable, table
 
 ENGINES = (".engine", ".plan")
 
@@ -34,11 +34,11 @@ class ExportReport:
         rows = [
             [node.name, node.op, *_deployed(self.layers[node.layer]), "; ".join(node.notes)] for node in self.onnx.nodes
         ]
-        table = tabulate(
+        nodes = table(
             rows, headers=["layer", "node", "weight", "input", "output", "note"], maxcolwidths=[None] * 5 + [60]
         )
-        size = f"{self.onnx.path.name}: {self.onnx.bytes / 1e6:.2f} MB for {self.onnx.target}"
-        parts = [table, size, *(str(part) for part in (self.verification, self.engine) if part is not None)]
+        size = f"{printable(self.onnx.path.name)}: {self.onnx.bytes / 1e6:.2f} MB for {self.onnx.target}"
+        parts = [nodes, size, *(str(part) for part in (self.verification, self.engine) if part is not None)]
         return "\n\n".join(parts)
 
 

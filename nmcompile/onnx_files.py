@@ -15,7 +15,9 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, SparseTensorProto, TensorProto
 
+from nmcompile.checks import check_path
 from nmcompile.errors import FileError
+from nmcompile.read_files import read_regular
 
 LARGEST = 2**31 - 1  # bytes; protobuf reads no more
 SUB_BYTE: dict[int, int] = {
@@ -54,18 +56,8 @@ def open_onnx(source: str | os.PathLike[str] | bytes) -> OnnxFile:
     """
     if isinstance(source, bytes):
         return _checked("the model", source, None)
-    path = Path(source)
-    return _checked(str(path), _read(path), path)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
-            raise FileError(f"{path}: not a regular file of at most 2 GiB")
-        return path.read_bytes()
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+    path = check_path("the model", source)
+    return _checked(str(path), read_regular(path, LARGEST), path)
 
 
 def _checked(name: str, content: bytes, path: Path | None) -> OnnxFile:

@@ -72,9 +72,9 @@ class OnnxWeight:
 
     def violations(self, pattern: NMPattern) -> int:
         """Blocks along in-channels with more than N non-zeros; a rest that fills no block counts as one."""
-        rest = -self.in_channels % pattern.block
-        padded = np.pad(self.rows != 0, [(0, 0)] * (self.rows.ndim - 1) + [(0, rest)])
-        return int((padded.reshape(-1, pattern.block).sum(axis=1) > pattern.n_keep).sum())
+        whole, rest = np.split(self.rows != 0, [self.in_channels // pattern.block * pattern.block], axis=-1)
+        parts = whole.reshape(-1, pattern.block).sum(axis=-1), rest.sum(axis=-1)
+        return sum(int((kept > pattern.n_keep).sum()) for kept in parts)
 
 
 def read_weights(file: OnnxFile) -> tuple[OnnxWeight, ...]:

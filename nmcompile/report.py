@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tabulate import tabulate
 from torch import fx
 
 from nmcompile.accuracy import Reverted
@@ -16,10 +15,12 @@ from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import READ, LayerPlan, PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.printable import in_markdown, printable, table
 from nmcompile.report_graphs import format_three_graphs, inline_forward
 
 SCHEMA_VERSION = 1
 BITS = 32
+LONGEST_REASON = 1000  # characters
 OPERANDS = {"weight": "W", "input": "X", "output": "Y", "grad_output": "dY"}
 
 
@@ -146,14 +147,14 @@ class Report:
         }
 
     def __str__(self) -> str:
-        parts = self._title(), self._table("simple"), self._notes(), self._kernels("simple"), self._totals()
+        parts = printable(self._title()), self._table("simple"), self._notes(), self._kernels("simple"), self._totals()
         return "\n\n".join(part for part in parts if part)
 
     def to_markdown(self) -> str:
         """The same as GitHub-flavoured markdown."""
         notes = self._notes()
         notes = f"```\n{notes}\n```" if notes else ""
-        parts = f"# {self._title()}", self._table("github"), notes, self._kernels("github"), self._totals()
+        parts = f"# {in_markdown(self._title())}", self._table("github"), notes, self._kernels("github"), self._totals()
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def to_json(self) -> str:
@@ -193,7 +194,7 @@ class Report:
         headers = ["layer", "kind", "weight", *(phase.value for phase in Phase), "MACs", "note"]
         # A markdown table has no rows of several lines.
         widths = None if style == "github" else [None] * 7 + [60]
-        return tabulate(rows, headers=headers, tablefmt=style, maxcolwidths=widths, disable_numparse=True)
+        return table(rows, headers, style, maxcolwidths=widths)
 
     def _kernels(self, style: str) -> str:
         """Which kernels were chosen, and what was measured; empty before a backend that chooses has run."""
@@ -203,16 +204,18 @@ class Report:
             if layer.choices
         ]
         headers = ["kernels, dense / sparse time", *(phase.value for phase in Phase)]
-        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True) if rows else ""
+        return table(rows, headers, style) if rows else ""
 
     def _notes(self) -> str:
         captured = self.program.captured
         sections = {"stays Python": captured.python, "skipped": captured.skipped}
         lines = [
-            f"{title}: {name or '(model)'}: {why}" for title, found in sections.items() for name, why in found.items()
+            f"{title}: {printable(name or '(model)')}: {printable(why, LONGEST_REASON)}"
+            for title, found in sections.items()
+            for name, why in found.items()
         ]
         if captured.whole is None:
-            lines.append(f"no whole graph: {captured.whole_reason}")
+            lines.append(f"no whole graph: {printable(captured.whole_reason, LONGEST_REASON)}")
         if self.reverted is not None:
             lines.append(str(self.reverted))
         return "\n".join(lines)

@@ -6,6 +6,9 @@ from torch import fx
 
 from nmcompile.config import Phase
 from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.printable import printable
+
+LONGEST_LINE = 1000  # characters
 
 
 def format_three_graphs(three: ThreeGraphs) -> str:
@@ -22,7 +25,7 @@ def _format(phase: Phase, graph: fx.Graph) -> str:
             call = f"{getattr(node.target, '__name__', node.target)}({', '.join(map(str, node.args))})"
             row = node.meta.get("row") or node.meta.get("fused")
             lines.append(f"  {node.name:<20} {node.meta.get('kind', ''):<6} {call}" + (f"    # {row}" if row else ""))
-    return "\n".join(lines)
+    return "\n".join(printable(line, LONGEST_LINE) for line in lines)
 
 
 def inline_forward(program: Program) -> fx.Graph | None:

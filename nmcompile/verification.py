@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from nmcompile.capture import capture_model
-from nmcompile.config import Phase, check_kind
+from nmcompile.checks import check_kind
+from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.export.read_onnx import planned_patterns
 from nmcompile.finalization import FINALIZED, effective_weight, named_weight
@@ -23,6 +23,7 @@ from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.onnx_files import open_onnx
 from nmcompile.onnx_weights import read_weights
+from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
 from nmcompile.training.binding import count_violations
 from nmcompile.training.masks import WeightMask
@@ -55,10 +56,10 @@ class VerifyReport:
         if not self.checks:
             return "nothing in it is pruned, so that there are no blocks to count"
         rows = [[c.name, c.operand, str(c.pattern), c.axis, c.blocks, c.violations] for c in self.checks]
-        table = tabulate(rows, headers=["tensor", "operand", "pattern", "along", "blocks", "violations"])
+        counts = table(rows, headers=["tensor", "operand", "pattern", "along", "blocks", "violations"])
         broken = sum(check.violations > 0 for check in self.checks)
         verdict = "every block holds" if self.ok else f"{broken} of {len(self.checks)} checks fail"
-        return f"{table}\n\n{verdict}"
+        return f"{counts}\n\n{verdict}"
 
 
 def verify(

@@ -33,10 +33,16 @@ BAD_JSON: dict[str, tuple[str, str]] = {
     "missing key": ('{"layers": {"fc": {"weight": {"operator": "greedy"}}}}', "pattern"),
     "pattern": ('{"layers": {"fc": {"weight": {"operator": "greedy", "pattern": "2of4"}}}}', "N:M"),
     "operator": ('{"layers": {"fc": {"weight": {"operator": "gredy", "pattern": "2:4"}}}}', "'greedy'"),
-    "no JSON": ("{", "no JSON"),
+    "no JSON": ("{", "not JSON"),
     "no object": ("[]", "JSON object"),
     "no layers": ('{"layers": 3}', "layers"),
     "no layer": ('{"layers": {"fc": 3}}', "LayerConfig"),
+    "a key twice": ('{"refresh": 1, "refresh": 2}', "'refresh' stands twice"),
+    "NaN": ('{"sr_ste": NaN}', "not a number"),
+    "depth": ("[" * 10**5, "not JSON"),
+    "digits": (f'{{"refresh": {"9" * 5000}}}', "5000 digits"),
+    "truth": ('{"refresh": true}', "refresh is True"),
+    "large block": ('{"layers": {"fc": {"weight": {"operator": "greedy", "pattern": "1:2000"}}}}', "N < M <= 1024"),
 }
 
 
@@ -137,6 +143,34 @@ def test_bad_values_are_errors_that_name_the_field(values: dict[str, Any]) -> No
     assert next(iter(values)) in str(caught.value)
 
 
+REGEXES = (
+    "(",
+    "(?L)a",
+    "a{1,99999999999}",
+    f"a{{{'9' * 5000}}}",
+    "(" * 5000 + ")" * 5000,
+    "[",
+    "(?P<a>)(?P<a>)",
+    "\\1",
+    "*",
+)
+"""What `re` refuses with an error of its own, ValueError, OverflowError and RecursionError."""
+
+
+@pytest.mark.parametrize("pattern", REGEXES)
+def test_whatever_re_refuses_is_an_error_that_names_the_key(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"'re:.*in CompileConfig\.layers is not a regular expression: .+"):
+        CompileConfig(layers={f"re:{pattern}": None})
+    with pytest.raises(ConfigError, match=r"is not a regular expression"):
+        CompileConfig.from_json(json.dumps({"layers": {f"re:{pattern}": None}}))
+
+
+@pytest.mark.parametrize("name", ["re:x", "re:x.weight", "_default"])
+def test_names_that_read_as_rules_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"named '{name}'.*rename it"):
+        CompileConfig().check_names([("fc", "fc.weight"), (name, "w.weight")])
+
+
 WRONG_KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]] = {
     "ends": (CompileConfig, {"ends": None}, ("ends is None", "one of dense, sparse, int8")),
     "clip": (CompileConfig, {"clip": ["mse"]}, ("clip is of type list", "one of mse, percentile, pact")),
@@ -152,8 +186,8 @@ WRONG_KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]
     "bits text": (LayerConfig, {"weight_bits": "4"}, ("weight_bits is '4'", "one of the numbers 2, 3, 4, 8")),
     "bits fraction": (LayerConfig, {"input_bits": 4.0}, ("input_bits is 4.0", "one of the numbers 2, 3, 4, 8")),
     "bits": (LayerConfig, {"input_bits": 5}, ("LayerConfig.input_bits asks for 5 bits", "no grid", "one of the")),
-    "pattern tuple": (Pruning, {"operator": "greedy", "pattern": (2, 4)}, ("pattern (2, 4)", "'2:4'")),
-    "pattern of texts": (NMPattern, {"n_keep": "2", "block": "4"}, ("pattern 2:4", "1 <= N < M")),
+    "pattern tuple": (Pruning, {"operator": "greedy", "pattern": (2, 4)}, ("pattern of type tuple", "'2:4'")),
+    "pattern of texts": (NMPattern, {"n_keep": "2", "block": "4"}, ("pattern '2':'4'", "1 <= N < M")),
     "operator": (Pruning, {"operator": None, "pattern": "2:4"}, ("Pruning.operator is None", "'greedy'")),
     "group": (Pruning, {"operator": "mvue", "pattern": "2:4", "group": None}, ("group is None", "auto, batch, flat")),
     "mode": (preset, {"mode": None}, ("mode is None", "one of dense, weights, t-weights")),

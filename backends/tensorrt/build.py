@@ -21,6 +21,9 @@ from nmcompile.errors import BackendUnavailable, ConfigError, LoweringError
 from nmcompile.files import sha256, write_atomically
 from nmcompile.onnx_files import OnnxFile, open_onnx
 from nmcompile.onnx_weights import read_weights
+from nmcompile.read_files import read_regular
+
+LARGEST_CACHE = 2**30  # bytes
 
 Batch = tuple[int, int, int]
 Shapes = dict[str, list[list[int]]]  # smallest, typical and largest shape of every input
@@ -101,7 +104,7 @@ class _Build:
         if monitor is not None and monitor.interrupted:
             raise KeyboardInterrupt
         if plan is None:
-            raise LoweringError(f"{self.model.name}: TensorRT built no plan:\n{self.log.last_troubles()}")
+            raise LoweringError(f"{self.model.name}: TensorRT built no plan: {self.log.last_troubles()}")
         if cache is not None:
             write_atomically(cache, bytes(config.get_timing_cache().serialize()))
         return bytes(plan), shapes
@@ -123,8 +126,8 @@ class _Build:
         parsed = parser.parse(self.model.content) if path is None else parser.parse_from_file(str(path))
         if not parsed:
             errors = [_described(parser.get_error(index)) for index in range(parser.num_errors)]
-            reason = "\n".join(errors) or self.log.last_troubles()
-            raise LoweringError(f"{self.model.name}: TensorRT's parser refuses it:\n{reason}")
+            reason = "; ".join(errors) or self.log.last_troubles()
+            raise LoweringError(f"{self.model.name}: TensorRT's parser refuses it: {reason}")
         return parser
 
 
@@ -150,7 +153,7 @@ def _sparse_flag(trt: ModuleType) -> Any:
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+    return read_regular(path, LARGEST_CACHE) if path.exists() else b""
 
 
 def _engine_layers(trt: ModuleType, logger: Any, log: BuildLog, plan: bytes) -> tuple[EngineLayer, ...]:

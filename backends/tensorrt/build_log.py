@@ -36,7 +36,7 @@ class BuildLog:
             self.troubles.append(message)
 
     def last_troubles(self, count: int = 3) -> str:
-        return "\n".join(self.troubles[-count:]) or "TensorRT gave no reason"
+        return "; ".join(self.troubles[-count:]) or "TensorRT gave no reason"
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 elsewhere. Both need detailed profiling verbosity; without it there are names only.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nmcompile.checks import described
 from nmcompile.errors import FileError
+from nmcompile.read_files import parse_json
 
+LARGEST = 2**28  # characters: kilobytes a layer
 SPARSE_WORDS = ("sparse", "sptensor", "spmma", "spgemm")  # in the names of tactics that skip zeros
 PLACEHOLDERS = ("", "__myelin_CASK_STUB")  # the tactic is chosen when the plan is loaded
 ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|$)")  # separated by control characters, or by nothing
@@ -46,11 +48,11 @@ def layers_from_json(document: str) -> tuple[EngineLayer, ...]:
     Raises:
         FileError: not such a document.
     """
-    try:
-        layers = json.loads(document)["Layers"]
-        return tuple(_from_entry(layer) for layer in layers)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"not TensorRT's layer information ({type(error).__name__}: {error})") from error
+    content = parse_json(document, "TensorRT's layer information", largest=LARGEST)
+    layers = content.get("Layers") if isinstance(content, dict) else None
+    if not isinstance(layers, list):
+        raise FileError("not TensorRT's layer information: it has no list 'Layers'")
+    return tuple(_from_entry(layer) for layer in layers)
 
 
 def layers_from_log(lines: Sequence[str]) -> tuple[EngineLayer, ...]:
@@ -65,8 +67,18 @@ def layers_from_log(lines: Sequence[str]) -> tuple[EngineLayer, ...]:
 def _from_entry(layer: Any) -> EngineLayer:
     if isinstance(layer, str):
         return EngineLayer(layer, tuple(layer.split(" + ")))
-    types = (output.get("Datatype") or output.get("Format/Datatype", "") for output in layer.get("Outputs", ()))
-    return _layer(layer["Name"], layer.get("Metadata", ""), layer.get("TacticName", ""), tuple(types))
+    outputs = layer.get("Outputs", []) if isinstance(layer, dict) else None
+    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+        raise FileError("not TensorRT's layer information: a layer is a name, or an object with a list 'Outputs'")
+    types = tuple(_text(output, "Datatype") or _text(output, "Format/Datatype") for output in outputs)
+    return _layer(_text(layer, "Name"), _text(layer, "Metadata"), _text(layer, "TacticName"), types)
+
+
+def _text(entry: dict[str, Any], key: str) -> str:
+    value = entry.get(key, "")
+    if not isinstance(value, str):
+        raise FileError(f"not TensorRT's layer information: {key!r} is {described(value)}, expected text")
+    return value
 
 
 def _from_row(row: str, match: "re.Match[str]") -> EngineLayer:

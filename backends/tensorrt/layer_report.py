@@ -8,12 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tabulate import tabulate
-
 from nmcompile.backends.tensorrt.engine_layers import EngineLayer
 from nmcompile.backends.tensorrt.sidecar import Sidecar
 from nmcompile.backends.tensorrt.sparsity_log import Listed, SparsityLog
 from nmcompile.onnx_weights import OnnxWeight
+from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
 
 ALIGNMENT = {"FLOAT16": (16, 8), "INT8": (32, 32)}  # of in- and out-channels; precisions that have sparse tactics
@@ -69,11 +68,11 @@ class EngineReport:
             [row.name, row.op, row.channels, row.precision, mark[row.eligible], mark[row.sparse], row.reason]
             for row in self.layers
         ]
-        table = tabulate(rows, headers=["layer", "op", "channels", "precision", "eligible", "sparse", "reason"])
+        found = table(rows, headers=["layer", "op", "channels", "precision", "eligible", "sparse", "reason"])
         sparse = sum(layer.sparse is True for layer in self.layers)
         eligible = sum(layer.eligible for layer in self.layers)
         return (
-            f"{table}\n\n{len(self.layers)} layers: {eligible} eligible for sparse tactics, {sparse} known to have one"
+            f"{found}\n\n{len(self.layers)} layers: {eligible} eligible for sparse tactics, {sparse} known to have one"
         )
 
 

@@ -1,7 +1,6 @@
 """A plan as a callable on CUDA tensors."""
 
 import os
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from nmcompile.backends.tensorrt.build_log import recorded
 from nmcompile.backends.tensorrt.installed import find_tensorrt, gpu_name
 from nmcompile.backends.tensorrt.sidecar import Sidecar, read_plan
+from nmcompile.checks import check_path
 from nmcompile.errors import BackendUnavailable, FileError, LoweringError, OperandError
 
 DTYPES = {
@@ -37,7 +37,7 @@ def load_engine(path: str | os.PathLike[str], sha256: str | None = None) -> "Ten
         FileError: plan and sidecar do not belong together, or another TensorRT or GPU is needed.
         LoweringError: TensorRT refuses the plan.
     """
-    plan, sidecar = read_plan(Path(path), sha256)
+    plan, sidecar = read_plan(check_path("path", path), sha256)
     trt = find_tensorrt()
     gpu = gpu_name()
     if gpu is None:
@@ -46,7 +46,7 @@ def load_engine(path: str | os.PathLike[str], sha256: str | None = None) -> "Ten
     with recorded(trt) as (logger, log):
         engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
     if engine is None:
-        raise LoweringError(f"{path}: TensorRT refuses the plan:\n{log.last_troubles()}")
+        raise LoweringError(f"{path}: TensorRT refuses the plan: {log.last_troubles()}")
     return TensorRTModel(engine, trt)
 
 

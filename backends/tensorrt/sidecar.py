@@ -5,14 +5,16 @@ that its sidecar was written for, and with the TensorRT and the GPU that it was 
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from nmcompile.checks import described
 from nmcompile.errors import FileError
 from nmcompile.files import sha256, write_atomically
+from nmcompile.read_files import parse_json, read_record, read_regular
 
 LARGEST = 2**20  # bytes
+LARGEST_PLAN = 2**33
 VERSION = 1
 
 
@@ -63,10 +65,7 @@ def read_plan(path: Path, pinned: str | None = None) -> tuple[bytes, Sidecar]:
         FileError: a file is missing or damaged, or the two do not belong together.
     """
     sidecar = _read_sidecar(sidecar_path(path))
-    try:
-        plan = path.read_bytes()
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+    plan = read_regular(path, sidecar.plan_bytes)
     if len(plan) != sidecar.plan_bytes:
         raise FileError(f"{path}: {len(plan)} bytes, its sidecar says {sidecar.plan_bytes}; truncated? build it again")
     if sha256(plan) != sidecar.plan_sha256:
@@ -77,21 +76,11 @@ def read_plan(path: Path, pinned: str | None = None) -> tuple[bytes, Sidecar]:
 
 
 def _read_sidecar(path: Path) -> Sidecar:
-    try:
-        with open(path, "rb") as file:
-            document = json.loads(file.read(LARGEST))
-    except OSError as error:
-        raise FileError(f"{path}: the plan's sidecar cannot be read ({error.strerror}); build it again") from error
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not JSON of at most {LARGEST} bytes ({error})") from error
-    return _sidecar(path, document)
-
-
-def _sidecar(path: Path, document: Any) -> Sidecar:
-    version = document.get("format") if isinstance(document, dict) else None
+    document = parse_json(read_regular(path, LARGEST), str(path))
+    version = document.pop("format", None) if isinstance(document, dict) else None
     if version != VERSION:
-        raise FileError(f"{path}: sidecar format {version!r}; this nmcompile reads {VERSION}")
-    names = {field.name for field in fields(Sidecar)}
-    if set(document) != names | {"format"}:
-        raise FileError(f"{path}: fields {sorted(set(document) ^ names ^ {'format'})} are missing or unknown")
-    return Sidecar(**{name: document[name] for name in names})
+        raise FileError(f"{path}: sidecar format {described(version)}; this nmcompile reads {VERSION}")
+    sidecar = read_record(Sidecar, document, str(path))
+    if not 0 <= sidecar.plan_bytes <= LARGEST_PLAN:
+        raise FileError(f"{path}: a plan of {sidecar.plan_bytes} bytes; at most {LARGEST_PLAN} are read")
+    return sidecar

@@ -1,16 +1,15 @@
 """What an ONNX file says of its weights: which patterns it was written with, and a table of those that they obey."""
 
-import json
-
-from tabulate import tabulate
-
-from nmcompile.errors import FileError
+from nmcompile.errors import ConfigError, FileError
 from nmcompile.onnx_files import OnnxFile
 from nmcompile.onnx_weights import OnnxWeight
+from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
+from nmcompile.read_files import fits, parse_json
 
 PLANNED = "nmcompile.patterns"
 """The key of a file's metadata that says which node was written with which pattern, as JSON."""
+LARGEST_METADATA = 2**24  # characters
 
 
 def planned_patterns(file: OnnxFile) -> dict[str, NMPattern] | None:
@@ -22,10 +21,14 @@ def planned_patterns(file: OnnxFile) -> dict[str, NMPattern] | None:
     text = next((entry.value for entry in file.proto.metadata_props if entry.key == PLANNED), None)
     if text is None:
         return None
+    where = f"{file.name}: its metadata {PLANNED!r}"
+    written = parse_json(text, where, largest=LARGEST_METADATA)
+    if not fits(written, dict[str, str]):
+        raise FileError(f"{where} is not an object of patterns by node")
     try:
-        return {str(name): NMPattern.parse(pattern) for name, pattern in json.loads(text).items()}
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise FileError(f"{file.name}: its metadata {PLANNED!r} cannot be read ({error})") from error
+        return {name: NMPattern.parse(pattern) for name, pattern in written.items()}
+    except ConfigError as error:
+        raise FileError(f"{where} cannot be read ({error})") from error
 
 
 def weights_table(weights: tuple[OnnxWeight, ...]) -> str:
@@ -41,4 +44,4 @@ def weights_table(weights: tuple[OnnxWeight, ...]) -> str:
         ]
         for w in weights
     ]
-    return tabulate(rows, headers=["node", "operator", "weight", "type", "pattern", "zeros"])
+    return table(rows, headers=["node", "operator", "weight", "type", "pattern", "zeros"])

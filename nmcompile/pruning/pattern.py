@@ -4,7 +4,14 @@ import re
 from dataclasses import dataclass
 from numbers import Integral
 
+from nmcompile.checks import described
 from nmcompile.errors import ConfigError
+
+LARGEST_BLOCK = 1024
+"""Elements of a block. A pattern may come from a file, and operators pad a tensor to whole blocks; no hardware and no
+paper goes beyond 64."""
+DIGITS = 20
+FORM = re.compile(rf"\s*([0-9]{{1,{DIGITS}}})\s*:\s*([0-9]{{1,{DIGITS}}})\s*")
 
 
 @dataclass(frozen=True)
@@ -18,10 +25,12 @@ class NMPattern:
     block: int
 
     def __post_init__(self) -> None:
-        are_whole = isinstance(self.n_keep, Integral) and isinstance(self.block, Integral)
-        if not are_whole or not 1 <= self.n_keep < self.block:
+        numbers = (self.n_keep, self.block)
+        are_whole = all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers)
+        if not are_whole or not 1 <= self.n_keep < self.block <= LARGEST_BLOCK:
+            shown = ":".join(map(described, numbers))
             raise ConfigError(
-                f"pattern {self.n_keep}:{self.block} keeps N of every M elements and needs 1 <= N < M, as in '2:4'"
+                f"pattern {shown} keeps N of every M elements and needs 1 <= N < M <= {LARGEST_BLOCK}, as in '2:4'"
             )
 
     @classmethod
@@ -29,9 +38,9 @@ class NMPattern:
         """Read `"2:4"`; a pattern passes through."""
         if isinstance(text, NMPattern):
             return text
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text) if isinstance(text, str) else None
+        match = FORM.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise ConfigError(f"pattern {text!r} is not of the form 'N:M', N kept of every M, as in '2:4'")
+            raise ConfigError(f"pattern {described(text)} is not of the form 'N:M', N kept of every M, as in '2:4'")
         return cls(int(match[1]), int(match[2]))
 
     @property

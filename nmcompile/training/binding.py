@@ -130,7 +130,9 @@ def _meets(kept: Tensor, mask: WeightMask) -> bool:
 
 
 def count_violations(x: Tensor, pattern: NMPattern, dim: int) -> int:
-    """Blocks along `dim` that hold more than N non-zeros."""
+    """Count the blocks along `dim` that hold more than N non-zeros; a rest that fills no block counts as one."""
     line = (x != 0).movedim(dim, -1)
-    padded = torch.nn.functional.pad(line, (0, -line.shape[-1] % pattern.block))
-    return int((padded.unflatten(-1, (-1, pattern.block)).sum(-1) > pattern.n_keep).sum())
+    count = line.shape[-1] // pattern.block
+    whole, rest = line.split((count * pattern.block, line.shape[-1] % pattern.block), dim=-1)
+    parts = whole.unflatten(-1, (count, pattern.block)).sum(-1), rest.sum(-1)
+    return sum(int((kept > pattern.n_keep).sum()) for kept in parts)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nmcompile import pruning
 from nmcompile.ir.layers import Layer
+from nmcompile.printable import printable
 from nmcompile.pruning import NMPattern
 
 NEVER_SEEN = -1
@@ -102,8 +103,9 @@ class WeightMask:
     def _warn(self, evidence: str) -> None:
         self.backwards = 0
         warnings.warn(
-            f"{self.name}: {evidence} and no optimizer step was seen, so its mask does not follow the refresh period. "
-            "If the optimizer is not a torch.optim.Optimizer, call nmcompile.training.step(model) after each step.",
+            f"{printable(self.name)}: {evidence} and no optimizer step was seen, so its mask does not follow the "
+            "refresh period. If the optimizer is not a torch.optim.Optimizer, call nmcompile.training.step(model) "
+            "after each step.",
             stacklevel=3,
         )
 

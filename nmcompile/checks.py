@@ -1,0 +1,76 @@
+"""Checks of what users give: each raises a ConfigError that names the argument, what it is, and what to give."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from nmcompile.errors import ConfigError, nearest
+from nmcompile.printable import printable
+
+HUGE = 2**64
+
+
+def check_kind(name: str, value: Any, kind: type[Any] | UnionType, expected: str) -> None:
+    """Raise unless `value`, given as `name`, is of its kind; `expected` says what to give."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {described(value)}; give {expected}")
+
+
+def check_number(name: str, value: Any, kind: type[Integral | Real], least: float, most: float, expected: str) -> None:
+    """Raise unless `value`, given as `name`, is a number between two others; True and False are not numbers."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= _plain(value) <= most:
+        raise ConfigError(f"{name} is {described(value)}; give {expected}")
+
+
+def _plain(number: Integral | Real) -> int | float:
+    """The number as Python's own: NumPy's narrow ones do not compare with large ones."""
+    return int(number) if isinstance(number, Integral) else float(number)
+
+
+def check_call(args: Any, kwargs: Any) -> None:
+    """Raise unless a model can be called with these: truth values of tensors mislead."""
+    check_kind("args", args, tuple | None, "a tuple of the model's positional inputs, args=(x,) for a single one")
+    check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
+    for key in kwargs or ():
+        check_kind("a key of kwargs", key, str, "the name of an argument of the model's forward")
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise unless `value`, given as `name`, is one of the known names."""
+    choices = tuple(known)
+    check_kind(name, value, str, f"one of {', '.join(choices)}")
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} is unknown; {nearest(value, choices)}")
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return the path given as `name`; raise for what no file can be called."""
+    expected = "a path as text, or a pathlib.Path"
+    check_kind(name, value, str | os.PathLike, expected)
+    text = os.fspath(value)
+    check_kind(name, text, str, expected)
+    try:
+        is_name = "\0" not in text and os.fsencode(text) != b""
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise ConfigError(f"{name} is {described(text)}, which no file can be called; give {expected}")
+    return Path(text)
+
+
+def check_callable(name: str, value: Any, expected: str) -> Callable[..., Any]:
+    """Return the function given as `name`."""
+    if not callable(value):
+        raise ConfigError(f"{name} is {described(value)}; give {expected}")
+    return value  # type: ignore[no-any-return]
+
+
+def described(value: Any) -> str:
+    """Return a short value itself, and the type of any other."""
+    if isinstance(value, Integral) and abs(int(value)) >= HUGE:
+        return "an integer of more than 64 bits"
+    is_short = value is None or isinstance(value, str | Real)
+    return printable(repr(value)) if is_short else f"of type {type(value).__name__}"

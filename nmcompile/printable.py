@@ -1,0 +1,39 @@
+"""Text from elsewhere (names in models and files, messages of other libraries), made safe to print.
+
+A name can hold anything: terminal escapes, a newline and a forged verdict, a `|` that opens another cell. All text that
+reaches a terminal or a markdown page goes through here; errors do it by themselves (`NMCompileError`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+LONGEST = 200  # characters of a name; the middle of a longer text is left out
+LONGEST_CELL = 1000  # characters of a table's cell, which may hold several reasons
+MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_~$[]|"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def printable(text: object, longest: int = LONGEST) -> str:
+    """Return one line that shows the text; what is not printable (control, format and line characters) is escaped."""
+    shown = str(text)
+    if len(shown) > longest:
+        shown = f"{shown[: longest // 2]}...{shown[-(longest // 2) :]}"
+    return shown if shown.isprintable() else "".join(map(_escaped, shown))
+
+
+def in_markdown(text: object, longest: int = LONGEST) -> str:
+    """Return the same for GitHub-flavoured markdown, where it stays text: no markup, no HTML, no cell border."""
+    return printable(text, longest).translate(MARKDOWN)
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], style: str = "simple", **options: Any) -> str:
+    """Return rows as a table of `tabulate`'s, in which text stays in its cell and numbers are numbers."""
+    shown = in_markdown if style == "github" else printable
+    cells = [[shown(cell, LONGEST_CELL) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    texts = [column for column in range(len(headers)) if any(isinstance(row[column], str) for row in rows)]
+    return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=texts, **options)
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
