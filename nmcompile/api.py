@@ -25,9 +25,9 @@ from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.protocols import Backend
-from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.profitability import find_dense_phases
 from nmcompile.report import Observation, Report, build_report
+from nmcompile.training.earlier import Earlier, earlier_of
 from nmcompile.training.state import triples_of
 
 ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CusparseltBackend(), CpuBackend())
@@ -60,7 +60,8 @@ def compile(
 
     Args:
         model: a module, a `GraphModule`, an `ExportedProgram`, or a model that was compiled before: it is planned
-            anew, and a mask that already meets the new pattern is kept.
+            anew, but a layer that carries a mask stays masked, even if it turns out to be the first or the last, and a
+            mask that already meets the new pattern is kept.
         mode: `"training"`, `"inference"`, a row of Table 1 (`"weights"`, `"t-weights"`, `"activations"`,
             `"gradients"`) or `"dense"`, which rewrites everything and prunes nothing.
         args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
@@ -90,27 +91,29 @@ def compile(
     source, asked, reverted = _module(model), config or CompileConfig(), None
     chosen = asked
     rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
-    kept = list(triples_of(source))
+    earlier = earlier_of(source)
     if calibration is not None or validation is not None:
         # On a copy, so that a failure leaves the model as it is; its masks and clips are taken over.
-        trial = rewrite(source, config=asked, kept=kept)
+        trial = rewrite(source, config=asked, earlier=earlier)
         if calibration is not None:
             calibrate(trial, calibration)
-        kept = list(triples_of(trial))
+        earlier = replace(earlier_of(trial), carried=earlier.carried)
         if validation is not None and max_drop is not None:
 
             def build(layers: tuple[str, ...]) -> nn.Module:
-                return rewrite(source, config=_without(asked, layers), kept=kept)
+                return rewrite(source, config=_without(asked, layers), earlier=earlier)
 
-            names = [triple.layer.name for triple in kept]
+            names = [triple.layer.name for triple in triples_of(trial)]
             reverted = revert_layers(validation(decompile(source)), names, build, validation, max_drop)
             chosen = _without(asked, reverted.layers)
     dense_phases = None
     if asked.where == "pays":
-        trial = rewrite(source, config=chosen, kept=kept)
+        trial = rewrite(source, config=chosen, earlier=earlier)
         dense_phases = find_dense_phases(trial, *_example(args, kwargs))
-        kept = list(triples_of(trial))
-    return rewrite(source, config=chosen, kept=kept, inplace=inplace, reverted=reverted, dense_phases=dense_phases)
+        earlier = replace(earlier_of(trial), carried=earlier.carried)
+    return rewrite(
+        source, config=chosen, earlier=earlier, inplace=inplace, reverted=reverted, dense_phases=dense_phases
+    )
 
 
 def analyze(
@@ -132,7 +135,8 @@ def analyze(
     plain = decompile(source) if is_compiled(source) else source
     preset(mode)
     backends = _backends(backend, source)
-    done = compilation_of(capture_model(plain, args, kwargs), mode, asked, backends, dense_phases=dense_phases)
+    captured = replace(capture_model(plain, args, kwargs), carried=earlier_of(source).carried)
+    done = compilation_of(captured, mode, asked, backends, dense_phases=dense_phases)
     return build_report(done.program, {}, model_name=type(plain).__name__, mode=mode)
 
 
@@ -234,7 +238,7 @@ def _rewrite(
     kwargs: Mapping[str, Any] | None,
     config: CompileConfig,
     backend: str | Backend,
-    kept: Iterable[GemmTriple],
+    earlier: Earlier,
     inplace: bool = False,
     reverted: Reverted | None = None,
     dense_phases: DensePhases | None = None,
@@ -243,10 +247,10 @@ def _rewrite(
     preset(mode)
     backends = _backends(backend, source)
     plain = decompile(source) if is_compiled(source) else source
-    captured = capture_model(plain, args, kwargs)
+    captured = replace(capture_model(plain, args, kwargs), carried=earlier.carried)
     done = compilation_of(captured, mode, config, backends, reverted, dense_phases)
     target = source if inplace else plain if plain is not source else share_copy(source)
-    triples = bind_layers(target, done, torch.initial_seed(), kept)
+    triples = bind_layers(target, done, torch.initial_seed(), earlier)
     install_layers(target, done, triples)
     return target
 

@@ -1,6 +1,6 @@
 """From a captured model to one that runs its three-GEMM graphs, and what it remembers of how it came about."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +9,7 @@ from nmcompile.accuracy import Reverted
 from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import StateError
 from nmcompile.ir.captured import Captured
-from nmcompile.ir.modules import RECORD, restore, turn_off_fast_path
+from nmcompile.ir.modules import FINALIZED, RECORD, restore, turn_off_fast_path
 from nmcompile.ir.plan import DensePhases, Plan
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
@@ -18,6 +18,7 @@ from nmcompile.passes import compile_passes
 from nmcompile.passes.plan_phases import plan_phases
 from nmcompile.passes.replace_modules import replace_modules
 from nmcompile.training.binding import TripleFactory
+from nmcompile.training.earlier import Earlier
 from nmcompile.training.steps import watch_optimizers
 
 
@@ -61,15 +62,17 @@ def lowered(captured: Captured, plan: Plan, backends: Sequence[Backend]) -> Prog
     return program
 
 
-def bind_layers(model: nn.Module, done: Compilation, seed: int, kept: Iterable[GemmTriple]) -> dict[str, GemmTriple]:
+def bind_layers(model: nn.Module, done: Compilation, seed: int, earlier: Earlier) -> dict[str, GemmTriple]:
     """The running form of every layer that is rewritten, by name; changes nothing in `model`."""
-    factory = TripleFactory(model, done.program, done.config, seed, kept)
+    factory = TripleFactory(model, done.program, done.config, seed, earlier)
     return {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
 
 
 def install_layers(model: nn.Module, done: Compilation, triples: dict[str, GemmTriple]) -> None:
     """Change the module tree, whatever it was compiled to before."""
     restore_all(model)
+    for module in model.modules():
+        module.__dict__.pop(FINALIZED, None)
     replace_modules(model, done.program, triples)
     turn_off_fast_path(model)
     model.__dict__[RECORD] = done

@@ -9,13 +9,10 @@ from torch.nn.utils import parametrize
 
 from nmcompile.compilation import restore_all
 from nmcompile.errors import PassError, StateError
-from nmcompile.ir.modules import RECORD
+from nmcompile.ir.modules import FINALIZED, RECORD
 from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training.state import masks_of, triples_of
-
-FINALIZED = "_nmcompile_finalized"
-"""Under this name a finalized model, within what wraps it, remembers which weight obeys which pattern, for `verify`."""
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training.binding import TripleFactory
+from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.state import triples_of
 
 ROUNDS = 12
@@ -127,14 +128,17 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
         parts = plan.parts()
         if not parts:
             continue
+        # A weight that was trained with a mask computes something else without it.
+        carries = triple.site.weight in record.program.captured.carried and plan.find(Phase.FORWARD, "weight")
+        held = parts[0] if carries else ()
         if name not in inputs:
-            dense[name] = {phase: NOT_REACHED for part in parts for phase in part}
+            dense[name] = {phase: NOT_REACHED for part in parts for phase in part if phase not in held}
             continue
         problem = _problem(trial, triple, inputs[name])
         if problem not in measured:
             device = _device(trial, triple)
             measured[problem] = _typical_times(_steps(trial, record, triple, inputs[name]), device)
-        dense[name] = decide(measured[problem])
+        dense[name] = {phase: why for phase, why in decide(measured[problem]).items() if phase not in held}
     return dense
 
 
@@ -210,5 +214,5 @@ def _layer(trial: nn.Module, record: Compilation, triple: GemmTriple, plan: Laye
         graph = lowered(captured, Plan((plan,)), (ReferenceBackend(),)).layers[name][Phase.FORWARD]
         return lambda input, *rest: graph(plan.layer.prepare(input)[0], *(x for x in rest if x is not None))[0]
     program = lowered(captured, Plan((plan,)), record.backends)
-    factory = TripleFactory(trial, program, record.config, 0, [triple])
+    factory = TripleFactory(trial, program, record.config, 0, earlier_layers([triple]))
     return factory.make(triple.site)

@@ -72,7 +72,7 @@ class LayerReport:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why phases are dense, each reason once."""
+        """Why phases are dense, or sparse where the plain rule would leave them dense; each reason once."""
         return tuple(dict.fromkeys(row.reason for row in self.plan.rows if row.reason))
 
 
@@ -286,7 +286,8 @@ def _layer_report(program: Program, plan: LayerPlan, observed: Mapping[str, Obse
 
 def _note(layer: LayerReport) -> str:
     if layer.status not in ("sparse", "dense"):
-        return layer.status
+        # Why a layer is pruned where the plain rule would leave it dense holds whether or not it ran.
+        return "; ".join((layer.status, *(row.reason for row in layer.plan.rows if row.is_sparse and row.reason)))
     absorbed = (f"absorbs {layer.plan.norm!r} in eval()",) if layer.plan.norm else ()
     return "; ".join((*layer.reasons, *absorbed))
 

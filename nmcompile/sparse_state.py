@@ -12,6 +12,7 @@ from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.masks import STALE
 from nmcompile.training.state import masks_among, triples_of
 from nmcompile.verification import mask_checks
@@ -106,7 +107,7 @@ def _replan(model: nn.Module, layers: list[GemmTriple], decided: DensePhases, st
     root, record = record_of(model)
     what = record.program.captured, record.mode, record.config, record.backends, record.reverted
     done = compilation_of(*what, dense_phases=decided)
-    triples = bind_layers(root, done, int(state.get("seed", torch.tensor(0))), layers)
+    triples = bind_layers(root, done, int(state.get("seed", torch.tensor(0))), earlier_layers(layers))
     _check(state, list(triples.values()), decided)
     install_layers(root, done, triples)
 

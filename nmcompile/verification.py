@@ -14,11 +14,11 @@ from nmcompile.checks import check_kind
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.export.read_onnx import planned_patterns
-from nmcompile.finalization import FINALIZED, effective_weight, named_weight
+from nmcompile.finalization import effective_weight, named_weight
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.modules import RECORD
+from nmcompile.ir.modules import FINALIZED, RECORD
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.onnx_files import open_onnx
@@ -26,6 +26,7 @@ from nmcompile.onnx_weights import read_weights
 from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
 from nmcompile.training.binding import count_violations
+from nmcompile.training.earlier import full_name
 from nmcompile.training.masks import WeightMask
 from nmcompile.training.state import masks_of, triples_of
 
@@ -135,7 +136,7 @@ def _roots(model: nn.Module) -> dict[str, nn.Module]:
 
 def _root_checks(path: str, root: nn.Module) -> Iterator[TensorCheck]:
     for weight, mask in _weights(root):
-        yield from (replace(check, name=_join(path, check.name)) for check in mask_checks(weight, mask))
+        yield from (replace(check, name=full_name(path, check.name)) for check in mask_checks(weight, mask))
 
 
 def _weights(root: nn.Module) -> Iterator[tuple[Tensor, WeightMask]]:
@@ -165,7 +166,7 @@ def _check(name: str, operand: str, axis: str, x: Tensor, pattern: NMPattern, di
 def _step_checks(model: nn.Module, roots: dict[str, nn.Module], step: Callable[[], Any]) -> list[TensorCheck]:
     """Run `step` with every graph interpreted node by node, and look at what its prune nodes hand to the GEMM."""
     checks: list[TensorCheck] = []
-    names = {triple: _join(path, triple.layer.name) for path, root in roots.items() for triple in triples_of(root)}
+    names = {triple: full_name(path, triple.layer.name) for path, root in roots.items() for triple in triples_of(root)}
     with interpreted(
         triples_of(model), lambda triple, phase: _Checker(names.get(triple, triple.layer.name), triple, phase, checks)
     ):
@@ -203,7 +204,3 @@ def _along(x: Tensor, operand: str, axis: str, layer: Layer, pattern: NMPattern)
     if axis == "in":
         return x, layer.in_dim
     return x.unflatten(layer.out_dim, (layer.groups, -1)), layer.out_dim + 1
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -5,7 +5,7 @@ machine and every resumed run plans the same.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from nmcompile.config import DEFAULT, CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.errors import PreconditionError
@@ -17,6 +17,9 @@ from nmcompile.quantization import Grid
 NOT_ASKED = "the mode leaves this GEMM dense"
 FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"
 LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') changes that"
+TIED = "its weight is tied to the embedding"
+CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it anew"
+DROPPED = "the mask that an earlier compilation gave it is dropped"
 STORED = Grid(8, signed=True)
 ARRIVES = "its input is pruned and quantized where it arises"
 
@@ -55,23 +58,27 @@ class _LayerPlanner:
         return self.site.layer
 
     def plan(self) -> LayerPlan:
-        key, asked = self._asked(self.site)
-        is_named = key not in (None, DEFAULT)
-        reason = self._dense_reason(asked, is_named)
-        if reason:
+        key, given = self._asked(self.site)
+        asked, reason = self._judge(key, given)
+        # Of the pruned modes only those that quantize have something to store.
+        is_stored = self.config.ends == "int8" and reason in (FIRST, LAST) and given is not None and given.weight_bits
+        stored = PlanRow(self.layer.name, Phase.FORWARD, "weight", "sawb", grid=STORED, reason=reason)
+        if asked is None:
             rows = [self._dense(phase, reason) for phase in Phase]
-            if self.config.ends == "int8" and reason in (FIRST, LAST) and asked is not None and asked.weight_bits:
-                # Of the pruned modes only those that quantize have something to store.
-                rows[0] = PlanRow(self.layer.name, Phase.FORWARD, "weight", "sawb", grid=STORED, reason=reason)
+            if is_stored:
+                rows[0] = stored
         else:
-            assert asked is not None
-            rows = [row for phase in Phase for row in self._phase_rows(phase, asked)] + list(self._grid_rows(asked))
-        rows += self._output_rows(self.site)
-        self._check_exact(key, asked, rows)
+            assert given is not None
+            rows = [row for phase in Phase for row in self._phase_rows(phase, asked, given, reason)]
+            rows += self._grid_rows(asked)
+            if is_stored and asked.weight_bits is None:
+                rows.append(stored)
+        rows = self._mention_mask(given, reason, rows) + list(self._output_rows(self.site))
+        self._check_exact(key, asked or given, rows)
         is_integer = {"weight", "input"} <= {row.operand for row in rows if row.is_quantized}
         if is_integer:
             rows += self._result_rows(rows)
-        rewrites_all = asked is not None and asked == LayerConfig() and not reason
+        rewrites_all = asked == LayerConfig()
         changed = any(row.is_sparse or row.is_quantized for row in rows)
         # Export finds integer kernels for modules; a functional call or attention keeps what it adds.
         is_module = is_integer and not self.site.role
@@ -81,6 +88,33 @@ class _LayerPlanner:
     def _asked(self, site: Site) -> tuple[str | None, LayerConfig | None]:
         """What a layer is to get, and the key of the config that says so."""
         return self.config.lookup(site.layer.name, site.weight) or (None, self.default)
+
+    def _judge(self, key: str | None, given: LayerConfig | None) -> tuple[LayerConfig | None, str]:
+        """Return what the layer really gets, None if it stays as it is, and the reason that speaks for that."""
+        reason = self._dense_reason(given, key not in (None, DEFAULT))
+        if not reason or given is None:
+            return given, reason
+        stays = reason in (FIRST, LAST) or reason.startswith(TIED)
+        if not (stays and self._carries_mask(given)):
+            return None, reason
+        carried = self.captured.carried[self.site.weight]
+        return replace(given, **{one.name: None for one in fields(given) if one.name not in carried}), reason
+
+    def _carries_mask(self, given: LayerConfig | None) -> bool:
+        """Whether the layer has a mask from an earlier compilation that the mode does not mean to drop."""
+        return self.site.weight in self.captured.carried and (given is None or given.weight is not None)
+
+    def _mention_mask(self, given: LayerConfig | None, reason: str, rows: list[PlanRow]) -> list[PlanRow]:
+        """The rows of a layer that carries a mask, with what becomes of the mask where that is not the plain rule."""
+        if not self._carries_mask(given) or self.layer.name in self.captured.bypassed:
+            return rows
+        pruned = [row for row in rows if row.phase is Phase.FORWARD and row.operand == "weight" and row.is_sparse]
+        if pruned:
+            note = f"{reason.partition(', not pruned')[0]}, {CARRIES}" if reason else ""
+            return [replace(row, reason=note) if row in pruned else row for row in rows]
+        dense = next((row for row in rows if row.phase is Phase.FORWARD and row.operand is None), None)
+        lost = [row for row in rows if dense is not None and row.operand is None and row.reason == dense.reason]
+        return [replace(row, reason=f"{row.reason}; {DROPPED}") if row in lost else row for row in rows]
 
     def _dense_reason(self, asked: LayerConfig | None, is_named: bool) -> str:
         """Why the whole layer stays as it is, or nothing."""
@@ -92,7 +126,7 @@ class _LayerPlanner:
         if asked == LayerConfig():
             return ""
         if name in self.captured.tied:
-            return f"its weight is tied to the embedding {self.captured.tied[name]!r}"
+            return f"{TIED} {self.captured.tied[name]!r}"
         if self.layer.is_depthwise:
             return "depthwise convolution: one in-channel per group leaves nothing to prune along"
         if self.config.ends != "sparse" and not is_named:
@@ -102,8 +136,10 @@ class _LayerPlanner:
                 return LAST
         return ""
 
-    def _phase_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
-        yield from list(self._operand_rows(phase, asked)) or [self._dense(phase, NOT_ASKED)]
+    def _phase_rows(self, phase: Phase, asked: LayerConfig, given: LayerConfig, reason: str) -> Iterator[PlanRow]:
+        """At least one row; `reason` is why the layer does not get all that it was given."""
+        why = reason if reason and any(self._operand_rows(phase, given)) else NOT_ASKED
+        yield from list(self._operand_rows(phase, asked)) or [self._dense(phase, why)]
 
     def _operand_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
         """A row for each operand that is asked for, dense ones included."""
@@ -199,8 +235,8 @@ class _LayerPlanner:
         if site is None:
             return False
         reader = replace(self, site=site)
-        key, asked = reader._asked(site)
-        if asked is None or asked.input_bits is None or reader._dense_reason(asked, key not in (None, DEFAULT)):
+        asked, _ = reader._judge(*reader._asked(site))
+        if asked is None or asked.input_bits is None:
             return False
         return not any(row.operand == "input" for row in reader._forward_rows(asked))
 

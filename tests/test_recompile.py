@@ -81,14 +81,19 @@ def test_the_new_plan_replaces_the_old_one(inplace: bool) -> None:
     assert nmcompile.inspect(sparse).mode == ("gradients" if inplace else "training")
 
 
-def test_a_compiled_part_is_planned_anew_with_the_whole(x: Tensor) -> None:
+def test_a_compiled_part_is_planned_anew_with_the_whole_and_keeps_its_mask(x: Tensor) -> None:
     whole = network()
     whole[0] = nmcompile.compile(whole[0], config=ALL)
+    whole[0](x)
+    kept = masks(whole[0])["weight.mask"]
     sparse = nmcompile.compile(whole, "weights")
     assert nmcompile.inspect(sparse).mode == "weights"
-    assert not isinstance(sparse.get_submodule("0"), ThreeGemm)
+    assert torch.equal(masks(sparse)["0.weight.mask"], kept)
+    assert nmcompile.inspect(sparse).layer("0").reasons[0].startswith("first layer, but an earlier compilation")
     assert isinstance(whole[0], ThreeGemm) and nmcompile.inspect(whole).mode == "training"
-    assert torch.equal(sparse(x), nmcompile.compile(network(), "weights")(x))
+    plain = nmcompile.compile(nmcompile.decompile(whole), "weights")
+    assert not isinstance(plain.get_submodule("0"), ThreeGemm)
+    assert torch.equal(plain(x), nmcompile.compile(network(), "weights")(x))
 
 
 @pytest.mark.parametrize("before", presets)

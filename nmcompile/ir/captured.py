@@ -94,6 +94,8 @@ class Captured:
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
         whole: the whole model's graph, or None.
         whole_reason: why there is none.
+        carried: by weight, for layers that carry a mask of an earlier compilation, the fields of `LayerConfig` that it
+            gave them.
     """
 
     sites: tuple[Site, ...]
@@ -105,3 +107,4 @@ class Captured:
     traces: Mapping[str, fx.Graph] = field(default_factory=dict)
     whole: WholeGraph | None = None
     whole_reason: str = ""
+    carried: Mapping[str, frozenset[str]] = field(default_factory=dict)

@@ -18,6 +18,8 @@ from nmcompile.ir.three_gemm import GemmTriple
 
 RECORD = "_nmcompile"
 """Under this name a compiled model remembers how it came about."""
+FINALIZED = "_nmcompile_finalized"
+"""Under this name a finalized model remembers the masks that its weights obey, by weight."""
 
 
 class Rewritten:

@@ -1,6 +1,6 @@
 """Bind the three graphs of each layer to a model: its masks, shared where weights are, and its random stream."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from nmcompile.ir.program import Program
 from nmcompile.ir.stream import DrawStream
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
+from nmcompile.training.earlier import Earlier
 from nmcompile.training.masks import STALE, WeightMask
 
 
@@ -25,20 +26,16 @@ class TripleFactory:
         program: with its graphs lowered.
         config: refresh period and SR-STE.
         seed: of every random stream.
-        kept: layers of an earlier compilation; a mask that meets the new pattern and a clip of the same grid are taken
-            over.
+        earlier: state of an earlier compilation; a mask that meets the new pattern and a clip of the same grid are
+            taken over.
     """
 
-    def __init__(
-        self, model: nn.Module, program: Program, config: CompileConfig, seed: int, kept: Iterable[GemmTriple]
-    ) -> None:
+    def __init__(self, model: nn.Module, program: Program, config: CompileConfig, seed: int, earlier: Earlier) -> None:
         self.model = model
         self.program = program
         self.config = config
         self.seed = seed
-        earlier = list(kept)
-        self.kept_masks = {mask.name: mask for one in earlier if isinstance(mask := one.mask, WeightMask)}
-        self.kept_steps = {(one.layer.name, s.row.operand): s for one in earlier for s in one.steps.activations}
+        self.earlier = earlier
         self.masks: dict[int | str, WeightMask] = {}
 
     def rewritten_sites(self) -> Iterator[Site]:
@@ -72,7 +69,7 @@ class TripleFactory:
             return None
         device = next(self.model.get_submodule(site.module).parameters()).device
         step = ActivationStep(site.layer.name, row, device)
-        earlier = self.kept_steps.get((site.layer.name, row.operand))
+        earlier = self.earlier.steps.get((site.layer.name, row.operand))
         if earlier is not None and earlier.is_calibrated and earlier.grid == step.grid:
             step.calibrate(earlier.clip)
         return step
@@ -106,7 +103,7 @@ class TripleFactory:
         mask = WeightMask(
             site.weight, site.layer, row.operator, row.pattern, config.refresh, config.sr_ste, weight, kernel
         )
-        earlier = self.kept_masks.get(site.weight)
+        earlier = self.earlier.masks.get(site.weight)
         if earlier is not None and not int(earlier.clock[STALE]) and _meets(earlier.tensor, mask):
             mask.tensor.copy_(earlier.tensor)
             mask.steps = earlier.steps

@@ -85,6 +85,13 @@ class WeightMask:
             refresh_mask(weight, self.tensor, self.clock, *how, self.kernel)
         return self.tensor
 
+    def preview(self, weight: Tensor) -> Tensor:
+        """Compute the mask that `current` would return, and leave the state as it is."""
+        if not int(self.clock[STALE]) and not self.was_written():
+            return self.tensor.to(weight.device)
+        layer = self.layer
+        return compute_mask(weight, self.operator, self.pattern, layer.out_dim, layer.in_dim, layer.groups, self.kernel)
+
     def notice_write(self) -> None:
         """Become stale if the weight was written since it was last accepted."""
         if not self.was_written():

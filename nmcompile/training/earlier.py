@@ -1,0 +1,96 @@
+"""What an earlier compilation left in a model: masks, clips, and which layers carry a mask."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nmcompile.config import Phase
+from nmcompile.ir.grid_steps import ActivationStep
+from nmcompile.ir.modules import FINALIZED, RECORD
+from nmcompile.ir.plan import LayerPlan
+from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.training.masks import STALE, WeightMask
+from nmcompile.training.state import masks_among, triples_of
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """State that the next compilation of a model takes over.
+
+    Args:
+        masks: by the full name of the weight.
+        steps: of quantized activations, by the full name of the layer and the operand.
+        carried: by the full name of the weight, the fields of `LayerConfig` that a masked layer was given.
+    """
+
+    masks: Mapping[str, WeightMask] = field(default_factory=dict)
+    steps: Mapping[tuple[str, str | None], ActivationStep] = field(default_factory=dict)
+    carried: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def __or__(self, other: "Earlier") -> "Earlier":
+        return Earlier({**self.masks, **other.masks}, {**self.steps, **other.steps}, {**self.carried, **other.carried})
+
+
+def earlier_of(model: nn.Module) -> Earlier:
+    """Collect the state of every compiled or finalized model that `model` is or holds."""
+    result = Earlier()
+    for path, root in model.named_modules():
+        if RECORD in root.__dict__:
+            result |= earlier_layers(list(triples_of(root)), path)
+        elif FINALIZED in root.__dict__:
+            obeyed = {full_name(path, name): mask for name, mask in _obeyed(root)}
+            result |= Earlier(obeyed, carried=dict.fromkeys(obeyed, frozenset({"weight"})))
+    return result
+
+
+def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
+    """Collect the state of the layers of one compiled model, which stands at `path`."""
+    return Earlier(
+        {full_name(path, name): mask for name, mask in masks_among(layers).items()},
+        {(full_name(path, t.layer.name), s.row.operand): s for t in layers for s in t.steps.activations},
+        {full_name(path, t.site.weight): _fields(t.graphs.plan) for t in _carrying(layers)},
+    )
+
+
+def is_bypassed(triple: GemmTriple, ran: bool) -> bool:
+    """Whether a layer has never run masked although its model ran: neither here, nor where its mask was loaded from."""
+    mask = triple.mask
+    was_computed = isinstance(mask, WeightMask) and not int(mask.clock[STALE])
+    return ran and not triple.called and not was_computed
+
+
+def _carrying(layers: Sequence[GemmTriple]) -> Iterator[GemmTriple]:
+    ran = any(triple.called for triple in layers)
+    return (triple for triple in layers if triple.mask is not None and not is_bypassed(triple, ran))
+
+
+def _fields(plan: LayerPlan) -> frozenset[str]:
+    """The fields of `LayerConfig` that the plan of a layer follows."""
+    found = {
+        "weight": plan.find(Phase.FORWARD, "weight"),
+        "input": plan.find(Phase.FORWARD, "input"),
+        "backward_gradient": plan.find(Phase.BACKWARD, "grad_output"),
+        "update_gradient": plan.find(Phase.UPDATE, "grad_output"),
+        "weight_bits": plan.grid_row("weight"),
+        "input_bits": plan.grid_row("input"),
+    }
+    return frozenset(name for name, row in found.items() if row is not None)
+
+
+def _obeyed(root: nn.Module) -> Iterator[tuple[str, WeightMask]]:
+    """The masks of a finalized model whose weights are still zero where they say so."""
+    for name, mask in root.__dict__[FINALIZED].items():
+        path, _, attribute = name.rpartition(".")
+        weight: Any = getattr(root.get_submodule(path), attribute, None)
+        if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != mask.tensor.shape:
+            continue
+        pruned = weight.detach()[~mask.tensor.to(weight.device)]
+        if not bool(pruned.any()):
+            yield name, mask
+
+
+def full_name(path: str, name: str) -> str:
+    """Join the path of a module and a name in it; either may be empty."""
+    return f"{path}.{name}" if path and name else path or name
