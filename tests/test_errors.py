@@ -142,10 +142,12 @@ def test_gradient_penalty_is_refused_by_name_and_works_on_the_decompiled_model()
 
 
 def test_gradient_penalty_works_on_layers_that_are_left_out_as_the_error_says() -> None:
-    sparse, x = nmcompile.compile(nn.Sequential(nn.Linear(8, 8)), "dense"), torch.randn(4, 8, requires_grad=True)
+    everything = CompileConfig(ends="sparse")
+    sparse = nmcompile.compile(nn.Sequential(nn.Linear(8, 8)), "weights", config=everything)
+    x = torch.randn(4, 8, requires_grad=True)
     with pytest.raises(errors.GradientError, match=r"leave the layer out with CompileConfig\(layers={'0': None}\)"):
         torch.autograd.grad(sparse(x).sum(), x, create_graph=True)
-    left = nmcompile.compile(sparse, "dense", config=CompileConfig(layers={"0": None}))
+    left = nmcompile.compile(sparse, "weights", config=CompileConfig(ends="sparse", layers={"0": None}))
     (gradient,) = torch.autograd.grad(left(x).square().sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert x.grad is not None

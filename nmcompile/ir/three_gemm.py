@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
 
 from nmcompile.config import Phase
-from nmcompile.errors import GradientError
 from nmcompile.ir.at_rest import weights_at_rest
 from nmcompile.ir.captured import Site
 from nmcompile.ir.grid_steps import GridSteps
@@ -16,6 +15,10 @@ from nmcompile.ir.kept import forget
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.ir.stream import DrawStream
+from nmcompile.ir.transforms import are_transforms_active, mask_of, no_second_derivative, run_layer
+
+OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
+"""The operands of a layer, in the order in which its autograd function takes them."""
 
 
 class MaskSource(Protocol):
@@ -49,7 +52,8 @@ class GemmTriple:
         stream: of the keys for random operators.
         steps: of its grids.
 
-    `called` and `positions` (output positions of the last call) are what reports show of a run.
+    `called` and `positions` (output positions of the last call) are what reports show of a run. `is_dense` tells that
+    nothing is pruned or quantized, `is_bilinear` that the output is linear in the input and in the weight.
     """
 
     def __init__(
@@ -64,6 +68,9 @@ class GemmTriple:
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
         self.draws = any("key" in names for names in self.placeholders.values())
+        rows = graphs.plan.rows
+        self.is_dense = not any(row.is_sparse or row.is_quantized for row in rows)
+        self.is_bilinear = not any(row.is_quantized or row.operand in ("input", "output") for row in rows)
 
     @property
     def layer(self) -> Layer:
@@ -78,22 +85,26 @@ class GemmTriple:
             bias: `(out,)`, given exactly if the layer has one.
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
         """
-        mask = None if self.mask is None else self.mask.current(weight)
+        is_compiling, is_trained = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        is_transformed = not is_compiling and are_transforms_active()
+        mask = (
+            None if self.mask is None else mask_of(self.mask, weight) if is_transformed else self.mask.current(weight)
+        )
         if self.draws:
             self.stream.move(input.device)
-        is_compiling, is_trained = torch.compiler.is_compiling(), torch.is_grad_enabled()
         if is_trained and not is_compiling:
             forget([weight])
-        with nullcontext() if is_trained or is_compiling else weights_at_rest():
+        with nullcontext() if is_trained or is_compiling or is_transformed else weights_at_rest():
             weight_step = self.steps.of_weight(weight)
             if rows is not None:
                 weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
             input, weight, bias = _autocast(input, weight, bias)
             input, unbatched = self.layer.prepare(input)
             operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
-            output: Tensor = _ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
+            run = run_layer if is_transformed else _ThreeGemmFunction.apply
+            output: Tensor = run(self, *operands)
         self._observe(output)
-        return output.squeeze(0) if unbatched else output
+        return _own(output, output.shape[1:]) if unbatched else output
 
     def run(self, phase: Phase, values: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """Run one graph on values by name, outside autocast: the operands have the dtype that they shall have."""
@@ -106,8 +117,55 @@ class GemmTriple:
             result: tuple[Tensor | None, ...] = self.graphs[phase](*arguments)
         return result
 
-    def asks(self, phase: Phase, name: str) -> bool:
-        return name in self.placeholders[phase]
+    def draws_for(self, needs: Sequence[bool]) -> bool:
+        """Tell whether gradients are pruned at random; `needs` is that of `gradients`."""
+        phases = {Phase.BACKWARD: _needs_backward(needs), Phase.UPDATE: _needs_update(needs)}
+        return any(is_run and "key" in self.placeholders[phase] for phase, is_run in phases.items())
+
+    def named(self, operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """Return the operands of the layer by name."""
+        return dict(zip(OPERANDS, operands, strict=True))
+
+    def forward_of(self, values: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+        """Return the output, which is a view of nothing, and what the other two graphs read of the forward graph."""
+        output, *saved = cast(tuple[Tensor, ...], self.run(Phase.FORWARD, values))
+        return output if torch.compiler.is_compiling() or not output._is_view() else _own(output, output.shape), *saved
+
+    def save(self, ctx: Any, operands: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
+        """Save what the backward and the update graph read, if autograd will run them."""
+        values = self.named(operands) | dict(zip(self.graphs.saved, saved, strict=True))
+        wanted = set(self.placeholders[Phase.BACKWARD]) if _needs_backward(ctx.needs_input_grad) else set()
+        if _needs_update(ctx.needs_input_grad):
+            wanted |= set(self.placeholders[Phase.UPDATE])
+        ctx.triple = self
+        ctx.names = tuple(name for name in values if name in wanted)
+        ctx.save_for_backward(*(values[name] for name in ctx.names))
+
+    def gradients(
+        self, names: Sequence[str], needs: Sequence[bool], grad_output: Tensor, *saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the operands.
+
+        Args:
+            names: of the saved tensors.
+            needs: whether each argument of the autograd function, this triple first, needs a gradient.
+            grad_output: dY.
+            saved: what `save` saved.
+        """
+        values = dict(zip(names, saved, strict=True)) | {"grad_output": grad_output}
+        if self.mask is not None and not torch.compiler.is_compiling():
+            self.mask.note_backward()
+        backward_key, update_key = _keys(self)
+        grad_input = grad_weight = grad_bias = None
+        grad_steps: list[Tensor | None] = []
+        if _needs_backward(needs):
+            grad_input, *grad_steps = self.run(Phase.BACKWARD, values | {"key": backward_key})
+        if _needs_update(needs):
+            grad_weight, *rest = self.run(Phase.UPDATE, values | {"key": update_key})
+            grad_bias = rest[0] if rest else None
+        asked = (name in self.placeholders[Phase.BACKWARD] for name in ("input_step", "output_step"))
+        input_step, output_step = (grad_steps.pop(0) if ask and grad_steps else None for ask in asked)
+        return grad_input, grad_weight, grad_bias, None, None, input_step, output_step
 
     def _observe(self, output: Tensor) -> None:
         self.called = True
@@ -117,56 +175,36 @@ class GemmTriple:
 
 
 class _ThreeGemmFunction(torch.autograd.Function):
-    """Y = X W by the forward graph; dX and (dW, db) by the backward and the update graph."""
+    """Y = X Wᵀ by the forward graph; dX and (dW, db) by the backward and the update graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        triple: GemmTriple,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_mask: Tensor | None,
-        weight_step: Tensor | None,
-        input_step: Tensor | None,
-        output_step: Tensor | None,
-    ) -> Tensor:
-        values = {"input": input, "weight": weight, "bias": bias, "weight_mask": weight_mask}
-        values |= {"weight_step": weight_step, "input_step": input_step, "output_step": output_step}
-        output, *extra = triple.run(Phase.FORWARD, values)
-        values.update(zip(triple.graphs.saved, extra, strict=True))
-        wanted = set(triple.placeholders[Phase.BACKWARD]) if _needs_backward(ctx) else set()
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            wanted |= set(triple.placeholders[Phase.UPDATE])
-        ctx.triple = triple
-        ctx.names = tuple(name for name in values if name in wanted)
-        ctx.save_for_backward(*(values[name] for name in ctx.names))
-        assert output is not None
+    def forward(ctx: Any, triple: GemmTriple, *operands: Tensor | None) -> Tensor:
+        output, *saved = triple.forward_of(triple.named(operands))
+        triple.save(ctx, operands, saved)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         triple: GemmTriple = ctx.triple
-        _refuse_double_backward(triple)
-        values = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | {"grad_output": grad_output}
-        if triple.mask is not None and not torch.compiler.is_compiling():
-            triple.mask.note_backward()
-        backward_key, update_key = _keys(triple)
-        grad_input = grad_weight = grad_bias = None
-        grad_steps: list[Tensor | None] = []
-        if _needs_backward(ctx):
-            grad_input, *grad_steps = triple.run(Phase.BACKWARD, values | {"key": backward_key})
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            grad_weight, *rest = triple.run(Phase.UPDATE, values | {"key": update_key})
-            grad_bias = rest[0] if rest else None
-        asked = (triple.asks(Phase.BACKWARD, name) for name in ("input_step", "output_step"))
-        input_step, output_step = (grad_steps.pop(0) if ask and grad_steps else None for ask in asked)
-        return None, grad_input, grad_weight, grad_bias, None, None, input_step, output_step
+        # Under torch.compile grad mode says nothing here, and AOTAutograd refuses double backward by itself.
+        if torch.is_grad_enabled() and not triple.is_dense and not torch.compiler.is_compiling():
+            raise no_second_derivative(triple)
+        return None, *triple.gradients(ctx.names, ctx.needs_input_grad, grad_output, *ctx.saved_tensors)
 
 
-def _needs_backward(ctx: Any) -> bool:
-    """Whether anyone asks for dX, or for the gradient of a step that comes with it."""
-    return bool(ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6:]))
+def _needs_backward(needs: Sequence[bool]) -> bool:
+    """Tell whether anyone asks for dX, or for the gradient of a step that comes with it."""
+    return bool(needs[1] or any(needs[6:]))
+
+
+def _needs_update(needs: Sequence[bool]) -> bool:
+    return bool(needs[2] or needs[3])
+
+
+def _own(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return `x` in another shape as a tensor of its own, not a view: operators may then write to it in place."""
+    result: Tensor = torch.ops.aten._unsafe_view(x, shape)
+    return result
 
 
 def _rows(x: Tensor | None, rows: slice) -> Any:
@@ -179,16 +217,6 @@ def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     keys = triple.stream.next_keys()
     return keys[0], keys[1]
-
-
-def _refuse_double_backward(triple: GemmTriple) -> None:
-    # Under torch.compile grad mode says nothing here, and AOTAutograd refuses double backward by itself.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise GradientError(
-            f"layer {triple.layer.name!r}: backward was called with create_graph=True, but a pruned GEMM has no second "
-            "derivative; compute the penalty on nmcompile.decompile(model), or leave the layer out with "
-            f"CompileConfig(layers={{{triple.layer.name!r}: None}})"
-        )
 
 
 def _placeholders(graph: fx.GraphModule) -> tuple[str, ...]:
