@@ -7,18 +7,17 @@ from torch import Tensor, nn
 
 from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of
 from nmcompile.config import Phase
-from nmcompile.errors import StateError, nearest
+from nmcompile.errors import StateError
 from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.state_entries import CLIP, CLOCK, DENSE, DRAW, FORMAT, check_entries, check_entry, check_readable
 from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.masks import STALE
 from nmcompile.training.state import masks_among, triples_of
 from nmcompile.verification import mask_checks
 
-FORMAT = 1
-DENSE = ".dense_phases"
 LOADED = "pruning did not pay where the loaded state was decided (where='pays')"
 
 
@@ -47,10 +46,12 @@ def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     it is wrapped (by DDP, FSDP2 or `torch.compile`).
 
     Raises:
-        StateError: the model is not compiled, or the state is of another format, plan or shape, or holds a mask that
-            breaks the pattern of its layer; nothing is loaded then.
+        StateError: the model is not compiled, or has no storage yet; or the state is of another format, plan, shape or
+            type, or holds a number that is none of its kind, or a mask that breaks the pattern of its layer. Nothing is
+            loaded then.
     """
     layers, planned = _layers(model), _dense_phases(model)
+    check_readable(state)
     decided = _read_dense_phases(state, planned)
     if decided is not None and planned is not None and not _are_same(decided, planned):
         _replan(model, layers, decided, state)
@@ -64,9 +65,9 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
     state = {"format": torch.tensor(FORMAT), "seed": torch.tensor(layers[0].stream.seed if layers else 0)}
     for name, mask in masks_among(layers).items():
         state[f"{name}.mask"] = mask.tensor.detach().clone()
-        state[f"{name}.clock"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
+        state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
     for triple in layers:
-        state[f"{triple.layer.name}.draw"] = triple.stream.draw.cpu().clone()
+        state[f"{triple.layer.name}{DRAW}"] = triple.stream.draw.cpu().clone()
         for step in triple.steps.activations:
             state[_clip_key(step)] = step.clip.detach().clone()
     for name, reasons in (dense or {}).items():
@@ -76,14 +77,14 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
 
 def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
     for name, mask in masks_among(layers).items():
-        steps, stale = (int(value) for value in state[f"{name}.clock"])
+        steps, stale = (int(value) for value in state[f"{name}{CLOCK}"])
         mask.tensor.copy_(state[f"{name}.mask"])
         mask.steps = steps
         mask.accept_version()
         mask.clock[STALE] = stale
     for triple in layers:
         triple.stream.seed = int(state["seed"])
-        triple.stream.draw.copy_(state[f"{triple.layer.name}.draw"])
+        triple.stream.draw.copy_(state[f"{triple.layer.name}{DRAW}"])
         for step in triple.steps.activations:
             if not state[_clip_key(step)].isnan():
                 step.calibrate(state[_clip_key(step)])
@@ -94,8 +95,10 @@ def _read_dense_phases(state: dict[str, Tensor], planned: DensePhases | None) ->
     if planned is None and any(key.endswith(DENSE) for key in state):
         raise StateError("the sparse state was saved with CompileConfig(where='pays'); compile the model with it too")
     keys = {name: f"{name}{DENSE}" for name in planned or {}}
-    if any(key not in state or state[key].shape != (len(Phase),) for key in keys.values()):
+    if any(key not in state for key in keys.values()):
         return None
+    for key in keys.values():
+        check_entry(key, state[key], torch.zeros(len(Phase), dtype=torch.bool))
     return {name: {p: LOADED for p, gone in zip(Phase, state[key], strict=True) if gone} for name, key in keys.items()}
 
 
@@ -107,7 +110,7 @@ def _replan(model: nn.Module, layers: list[GemmTriple], decided: DensePhases, st
     root, record = record_of(model)
     what = record.program.captured, record.mode, record.config, record.backends, record.reverted
     done = compilation_of(*what, dense_phases=decided)
-    triples = bind_layers(root, done, int(state.get("seed", torch.tensor(0))), earlier_layers(layers))
+    triples = bind_layers(root, done, 0, earlier_layers(layers))  # the seed is loaded with the rest
     _check(state, list(triples.values()), decided)
     install_layers(root, done, triples)
 
@@ -118,7 +121,7 @@ def _dense_phases(model: nn.Module) -> DensePhases | None:
 
 
 def _clip_key(step: ActivationStep) -> str:
-    return f"{step.layer}.output_clip" if step.row.operand == "output" else f"{step.layer}.clip"
+    return f"{step.layer}.{'output_' if step.row.operand == 'output' else ''}{CLIP}"
 
 
 def _layers(model: nn.Module) -> list[GemmTriple]:
@@ -134,29 +137,12 @@ def _layers(model: nn.Module) -> list[GemmTriple]:
 
 
 def _check(state: dict[str, Tensor], layers: list[GemmTriple], dense: DensePhases | None) -> None:
-    _check_entries(state, _state(layers, dense))
+    check_entries(state, _state(layers, dense))
     for name, mask in masks_among(layers).items():
-        for check in () if state[f"{name}.mask"].is_meta else mask_checks(state[f"{name}.mask"], mask):
+        for check in mask_checks(state[f"{name}.mask"], mask):
             if check.violations:
                 broken = f"in {check.violations} of {check.blocks} blocks"
                 raise StateError(
                     f"'{name}.mask' of the sparse state is not {check.pattern} along {check.axis} {broken}, as a "
                     f"{mask.operator} mask of the model is; compile with the mode and config it was saved in"
                 )
-
-
-def _check_entries(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if "format" not in state or int(state["format"]) > FORMAT:
-        raise StateError(
-            f"sparse state of format {state.get('format', 'none')} cannot be read; this version reads up to {FORMAT}"
-        )
-    for name in expected.keys() - state.keys():
-        raise StateError(
-            f"the sparse state lacks {name!r}; {nearest(name, state)}; compile with the mode it was saved in"
-        )
-    for name in state.keys() - expected.keys():
-        raise StateError(f"the model has nothing for {name!r} of the sparse state; {nearest(name, expected)}")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            shapes = f"{tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}"
-            raise StateError(f"{name!r} of the sparse state has shape {shapes}")

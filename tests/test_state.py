@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nmcompile
-from nmcompile import CompileConfig
+from nmcompile import CompileConfig, Phase
 from nmcompile.errors import StateError
 
 STEPS = 10
@@ -140,13 +141,48 @@ def test_the_state_is_a_snapshot() -> None:
     assert all(torch.equal(value, kept[name]) for name, value in state.items())
 
 
-Edit = Callable[[dict[str, Tensor]], object]
+Edit = Callable[[dict[Any, Any]], object]
+
+
+def entry(name: str, value: Any) -> Edit:
+    return lambda state: state.update({name: value})
+
+
+def counters(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+MASK, EXACT = torch.ones(8, 4, 3, 3) > 0, torch.tensor([1, 1, 0, 0]).reshape(1, 4, 1, 1).expand(8, 4, 3, 3)
 MISFITS: dict[str, tuple[Edit, str]] = {
     "missing mask": (lambda state: state.pop("0.weight.mask"), "lacks '0.weight.mask'"),
     "stranger": (lambda state: state.update({"5.weight.mask": torch.ones(1)}), "nothing for '5.weight.mask'"),
-    "shape": (lambda state: state.update({"0.weight.mask": torch.ones(2, 2)}), r"\(2, 2\).*\(8, 4, 3, 3\)"),
+    "shape": (entry("0.weight.mask", torch.ones(2, 2) > 0), r"\(2, 2\).*\(8, 4, 3, 3\)"),
     "no format": (lambda state: state.pop("format"), "format none"),
-    "newer format": (lambda state: state.update(format=torch.tensor(99)), "99"),
+    "newer format": (entry("format", torch.tensor(99)), "99"),
+    "format 0": (entry("format", torch.tensor(0)), "format 0"),
+    "format text": (entry("format", "1"), "'format' of the sparse state is of type str"),
+    "format float": (entry("format", torch.tensor(1.0)), "'format'.*float32; the model's is torch.int64"),
+    "two formats": (entry("format", counters(1, 1)), r"'format'.*shape \(2,\)"),
+    "key": (entry(3, torch.tensor(1)), "type int"),  # type: ignore[arg-type]
+    "list for a mask": (entry("0.weight.mask", [True]), "'0.weight.mask'.*type list"),
+    "None for a mask": (entry("0.weight.mask", None), "'0.weight.mask'.*type NoneType"),
+    "float mask": (entry("0.weight.mask", EXACT.float()), "'0.weight.mask'.*float32; the model's is torch.bool"),
+    "meta mask": (entry("0.weight.mask", MASK.to("meta")), "'0.weight.mask'.*meta"),
+    "sparse mask": (entry("0.weight.mask", MASK.to_sparse()), "'0.weight.mask'.*torch.sparse_coo"),
+    "full mask": (entry("0.weight.mask", MASK), "'0.weight.mask'.*not 2:4 along in"),
+    "negative steps": (entry("0.weight.clock", counters(-1, 0)), r"'0.weight.clock'.*\[-1, 0\]"),
+    "endless steps": (entry("0.weight.clock", counters(2**63 - 1, 0)), "'0.weight.clock'.*number of steps"),
+    "stale flag": (entry("0.weight.clock", counters(1, 2)), "'0.weight.clock'.*0 or 1"),
+    "float clock": (entry("0.weight.clock", torch.tensor([torch.nan, 0.0])), "'0.weight.clock'.*float32"),
+    "long clock": (entry("0.weight.clock", counters(1, 0, 0)), r"'0.weight.clock'.*\(3,\)"),
+    "negative draw": (entry("0.draw", torch.tensor(-5)), "'0.draw' of the sparse state is -5"),
+    "endless draw": (entry("0.draw", torch.tensor(2**62)), "'0.draw'.*number of backward calls"),
+    "float draw": (entry("0.draw", torch.tensor(1.5)), "'0.draw'.*float32"),
+    "number for a draw": (entry("0.draw", 1), "'0.draw'.*type int"),
+    "meta draw": (entry("0.draw", torch.tensor(1, device="meta")), "'0.draw'.*meta"),
+    "float seed": (entry("seed", torch.tensor(1.0)), "'seed'.*float32"),
+    "meta seed": (entry("seed", torch.tensor(1, device="meta")), "'seed'.*meta"),
+    "last mask": (entry("4.weight.mask", torch.ones(4, 72)), "'4.weight.mask'.*float32"),
 }
 
 
@@ -159,8 +195,75 @@ def test_a_state_that_does_not_fit_is_refused_whole(case: str) -> None:
     edit(state)
     with pytest.raises(StateError, match=message):
         nmcompile.load_sparse_state_dict(model, state)
+    assert_same_state(model, before)
+
+
+@pytest.mark.parametrize("state", [None, [], 3, "state", torch.zeros(3)])
+def test_what_is_not_a_state_is_refused(state: Any) -> None:
+    model = fresh()
+    before = nmcompile.sparse_state_dict(model)
+    with pytest.raises(StateError, match="give what sparse_state_dict returned"):
+        nmcompile.load_sparse_state_dict(model, state)
+    assert_same_state(model, before)
+
+
+CLIPS: dict[str, tuple[Any, str]] = {
+    "infinite": (torch.tensor(torch.inf), "infinite"),
+    "integer": (torch.tensor(1), "int64"),
+    "double": (torch.tensor(1.0, dtype=torch.float64), "float64"),
+    "several": (torch.ones(2), r"\(2,\)"),
+    "number": (1.0, "type float"),
+}
+
+
+@pytest.mark.parametrize("case", CLIPS)
+def test_clips_that_are_none_are_refused_whole(case: str) -> None:
+    value, message = CLIPS[case]
+    models = [fresh(mode="inference") for _ in range(2)]
+    for number, model in enumerate(models, start=1):
+        nmcompile.calibrate(model, [number * torch.randn(8, 4, 5, 5).abs()])
+    states = [nmcompile.sparse_state_dict(model) for model in models]
+    name = next(name for name in reversed(states[0]) if name.endswith("clip"))
+    with pytest.raises(StateError, match=f"'{name}' of the sparse state .*{message}"):
+        nmcompile.load_sparse_state_dict(models[0], states[1] | {name: value})
+    assert_same_state(models[0], states[0])
+    nmcompile.load_sparse_state_dict(models[0], states[1])
+    assert_same_state(models[0], states[1])
+
+
+def paying(monkeypatch: pytest.MonkeyPatch, dense: str) -> nn.Module:
+    """A model that was found to gain nothing in one of its layers."""
+    found = {name: {Phase.FORWARD: "slow"} if name == dense else {} for name in ("0", "2")}
+    monkeypatch.setattr(nmcompile.api, "find_dense_phases", lambda *_: found)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    config = CompileConfig(ends="sparse", where="pays")
+    return nmcompile.compile(model, "weights", args=(torch.randn(2, 8),), config=config)
+
+
+@pytest.mark.parametrize("case", ["0.weight.mask", "0.draw", "seed", "0.dense_phases"])
+def test_a_state_that_replans_is_refused_whole(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `where="pays"` the layers themselves are made anew, once all is checked."""
+    model, other = (paying(monkeypatch, dense) for dense in ("0", "2"))
+    before, state, graphs = nmcompile.sparse_state_dict(model), nmcompile.sparse_state_dict(other), str(model)
+    with pytest.raises(StateError, match=f"'{case}'"):
+        nmcompile.load_sparse_state_dict(model, state | {case: torch.ones(1, 2)})
+    assert_same_state(model, before)
+    assert str(model) == graphs
+    nmcompile.load_sparse_state_dict(model, state)
+    assert_same_state(model, state)
+
+
+def test_a_model_without_storage_takes_no_state() -> None:
+    state = nmcompile.sparse_state_dict(fresh())
+    plain = nmcompile.decompile(fresh()).to("meta")
+    with pytest.raises(StateError, match="meta device; load the sparse state once it has storage"):
+        nmcompile.load_sparse_state_dict(nmcompile.compile(plain, config=CONFIG), state)
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
     after = nmcompile.sparse_state_dict(model)
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert list(after) == list(before)
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_state_of_another_mode_is_refused() -> None:
