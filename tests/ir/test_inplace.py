@@ -1,9 +1,14 @@
 """A layer's output is a tensor of its own, in every mode: operators may write to it in place, as after eager layers."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -92,3 +97,67 @@ def test_gradients_behind_a_write_are_those_of_eager(name: str, write: Callable[
         torch.autograd.grad(write(model(x)).square().sum(), list(layer.parameters())) for model in (compiled, layer)
     )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def swin_of_torchvision() -> nn.Module:
+    swin = torchvision.models.swin_transformer
+    blocks: dict[str, Any] = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return swin.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=4, **blocks)
+
+
+def swin_of_timm() -> nn.Module:
+    sizes: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    return timm.models.swin_transformer_v2.SwinTransformerV2(num_classes=4, **sizes)
+
+
+def swin_of_transformers() -> nn.Module:
+    config = transformers.Swinv2Config(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    return transformers.Swinv2Model(config)
+
+
+def wav2vec2() -> nn.Module:
+    """With SpecAugment, which writes over the projected features."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    convs: dict[str, Any] = {
+        "conv_dim": (16, 16),
+        "conv_stride": (4, 4),
+        "conv_kernel": (8, 4),
+        "num_conv_pos_embeddings": 16,
+    }
+    masks: dict[str, Any] = {
+        "mask_time_prob": 0.5,
+        "mask_time_length": 2,
+        "mask_time_min_masks": 1,
+        "num_conv_pos_embedding_groups": 2,
+    }
+    return transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes, **convs, **masks))
+
+
+IMAGES, SOUND = torch.randn(2, 3, 32, 32), torch.randn(2, 400)
+
+
+@pytest.mark.parametrize(
+    ("build", "x"),
+    [(swin_of_torchvision, IMAGES), (swin_of_timm, IMAGES), (swin_of_transformers, IMAGES), (wav2vec2, SOUND)],
+)
+def test_models_that_write_in_place_train_as_in_eager(build: Callable[[], nn.Module], x: Tensor) -> None:
+    model = build().train()
+    gradients = []
+    for one in (model, nmcompile.compile(model, "dense")):
+        torch.manual_seed(1)
+        np.random.seed(1)
+        output = one(x)
+        output = output if isinstance(output, Tensor) else output.last_hidden_state
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(output.square().mean(), parameters, allow_unused=True))
+    for found, expected in zip(*gradients, strict=True):
+        assert (found is None and expected is None) or torch.equal(found, expected)
+    sparse = nmcompile.compile(model, "training")
+    output = sparse(x)
+    (output if isinstance(output, Tensor) else output.last_hidden_state).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
