@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nmcompile.checks import check_call
 from nmcompile.compilation import record_of
 from nmcompile.deployment import deployed_layers
 from nmcompile.errors import ConfigError, ExportError, nearest
-from nmcompile.export import Example, OnnxReport, Verification, verify_onnx, write_onnx
+from nmcompile.export import Example, OnnxReport, Verification, staged_model, verify_onnx, write_onnx
 from nmcompile.finalization import finalize
 from nmcompile.ir.deployed import DeployedLayer
 from nmcompile.printable import printable, table
@@ -58,7 +58,8 @@ def export(
 
     Args:
         compiled: what `compile` made, in eval mode, with calibrated inputs.
-        path: `.onnx`; or `.engine` or `.plan`, for which the ONNX file is written beside it first.
+        path: `.onnx`; or `.engine` or `.plan`, for which the ONNX file is written beside it first. A file that is there
+            is replaced once the new one is verified, and stays as it is after an error.
         args, kwargs: an example of the inputs, a tuple and a dict; verification runs on it too, and values as in use
             show more there than zeros.
         target: the runtime of the file, `"onnxruntime"` (default of `.onnx`) or `"tensorrt"`: it decides how inputs
@@ -82,11 +83,13 @@ def export(
     if compiled is not record_of(compiled)[0]:
         raise ExportError(f"{type(compiled).__name__} wraps a compiled model; export that, or compile what wraps it")
     layers = deployed_layers(compiled)
-    report = write_onnx(
-        finalize(compiled), layers, onnx_path, args,
-        kwargs=kwargs, target=target, container=container, precision=precision, dynamic_batch=dynamic_batch,
-    )  # fmt: skip
-    verification = verify_onnx(report, layers, compiled, [example]) if verify else None
+    with staged_model(onnx_path) as staged:
+        report = write_onnx(
+            finalize(compiled), layers, staged, args,
+            kwargs=kwargs, target=target, container=container, precision=precision, dynamic_batch=dynamic_batch,
+        )  # fmt: skip
+        verification = verify_onnx(report, layers, compiled, [example]) if verify else None
+    report = replace(report, path=onnx_path)
     engine = build_engine(onnx_path, path) if path.suffix in ENGINES else None
     return ExportReport(report, layers, verification, engine)
 

@@ -15,12 +15,14 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile import CompileConfig, LayerConfig
+from nmcompile import CompileConfig, LayerConfig, exporting
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.backends.tensorrt import tensorrt_support
 from nmcompile.deployment import deployed_layers
 from nmcompile.errors import BackendUnavailable, CalibrationError, ConfigError, ExportError, FileError
+from nmcompile.export import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
+from nmcompile.onnx_files import open_onnx
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -47,6 +49,29 @@ def test_the_file_computes_what_the_model_does_at_any_batch(quantized: nn.Module
         torch.testing.assert_close(run(batch), quantized(batch), rtol=1e-4, atol=1e-4)
     assert report.verification is not None and all(check.ok for check in report.verification.runtimes)
     assert "2:4 s4" in str(report) and "4:8 u4" in str(report) and "same top-1 100.0%" in str(report)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_good_file_is_replaced_after_the_new_one_is_verified(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: bool
+) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"old")
+
+    def refuse(report: OnnxReport, *_: object) -> None:
+        assert open_onnx(report.path).proto.graph.node and path.read_bytes() == b"old"
+        raise ExportError("computes something else")
+
+    monkeypatch.setattr(exporting, "verify_onnx", refuse)
+    compiled = nmcompile.compile(net, "weights", args=(X,)).eval()
+    if verify:
+        with pytest.raises(ExportError, match="computes something else"):
+            nmcompile.export(compiled, path, (X,))
+        assert path.read_bytes() == b"old"
+    else:
+        assert nmcompile.export(compiled, path, (X,), verify=False).onnx.path == path
+        assert open_onnx(path).proto.graph.node
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
 
 @pytest.mark.parametrize("mode", ["weights", "t-weights", "training", "activations", "dense"])

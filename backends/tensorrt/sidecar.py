@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nmcompile.checks import described
 from nmcompile.errors import FileError
-from nmcompile.files import sha256, write_atomically
+from nmcompile.files import sha256, write_together
 from nmcompile.read_files import parse_json, read_record, read_regular
 
 LARGEST = 2**20  # bytes
@@ -48,10 +48,9 @@ def sidecar_path(plan: Path) -> Path:
 
 
 def write_plan(path: Path, plan: bytes, sidecar: Sidecar) -> None:
-    """Both files. Between the two the pair does not match and is refused."""
-    write_atomically(path, plan)
+    """Write both files. Between the two renames the pair does not match and is refused."""
     document = json.dumps({"format": VERSION, **asdict(sidecar)}, indent=1)
-    write_atomically(sidecar_path(path), document.encode())
+    write_together({path: plan, sidecar_path(path): document.encode()})
 
 
 def read_plan(path: Path, pinned: str | None = None) -> tuple[bytes, Sidecar]:

@@ -2,6 +2,7 @@
 
 from nmcompile.export.examples import Example as Example
 from nmcompile.export.read_onnx import weights_table as weights_table
+from nmcompile.export.save_model import staged_model as staged_model
 from nmcompile.export.verify_onnx import Verification as Verification
 from nmcompile.export.verify_onnx import verify_onnx as verify_onnx
 from nmcompile.export.write_onnx import ExportedNode as ExportedNode

@@ -67,7 +67,7 @@ def _check_zeros(file: OnnxFile, report: OnnxReport, layers: Mapping[str, Deploy
             continue
         weight = found.get(node.name)
         if weight is None or weight.hidden_by:
-            raise ExportError(f"layer {node.name!r}: no constant weight is seen in {report.path}")
+            raise ExportError(f"layer {node.name!r}: no constant weight is seen in {report.path.name}")
         broken = weight.violations(pattern)
         if broken:
             raise ExportError(f"layer {node.name!r}: {broken} blocks of {weight.initializer!r} break {pattern}")
