@@ -72,7 +72,7 @@ def compile(
             found for the same grid is kept without it.
         validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers
             that hurt most are left dense until it does not fall further. Each layer costs one validation.
-        inplace: edit the given module tree.
+        inplace: edit the given module tree; always so after FSDP2's `fully_shard`, whose modules cannot be copied.
 
     Returns:
         A module of the model's class.
@@ -183,7 +183,7 @@ def share_copy(model: nn.Module) -> nn.Module:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    except (TypeError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, RuntimeError, NotImplementedError, AssertionError) as error:  # the last of FSDP2
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to compile the model itself"
         ) from error

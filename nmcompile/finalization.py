@@ -1,6 +1,5 @@
 """The plain model with its pruning and quantization made real in the weights."""
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +10,9 @@ from nmcompile.compilation import restore_all
 from nmcompile.errors import PassError, StateError
 from nmcompile.ir.modules import FINALIZED, RECORD
 from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
+from nmcompile.ir.shards import gathered
 from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.ir.unsharded import unsharded_copy
 from nmcompile.training.state import masks_of, triples_of
 
 
@@ -22,14 +23,15 @@ def finalize(compiled: nn.Module) -> nn.Module:
     Biases of layers with integer weights and inputs are whole steps of their accumulator, as those layers add them.
 
     Args:
-        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay.
+        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay. Of one
+            that is split by FSDP2 or tensor parallelism every process has to call, and gets the whole plain model.
 
     Raises:
         PassError: a pruned weight is computed in forward (a standardized weight, say), so that no parameter can hold
             its zeros.
         StateError: a part of a compiled model.
     """
-    plain = copy.deepcopy(compiled)
+    plain = unsharded_copy(compiled)
     for root in [module for module in plain.modules() if RECORD in module.__dict__]:
         _finalize(root)
     if any(triples_of(plain)):
@@ -70,13 +72,13 @@ def stored_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
 
 
 def named_weight(model: nn.Module, name: str) -> Tensor | None:
-    """The tensor behind a full name, parametrized weights computed; None if there is none."""
+    """Return the tensor of a full name, computed where it is parametrized, gathered where it is split; or None."""
     path, _, attribute = name.rpartition(".")
     try:
         weight = getattr(model.get_submodule(path), attribute, None)
     except AttributeError:
         return None
-    return weight if isinstance(weight, Tensor) else None
+    return gathered(weight) if isinstance(weight, Tensor) else None
 
 
 def _changes(triple: GemmTriple) -> bool:

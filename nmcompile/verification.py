@@ -75,7 +75,8 @@ def verify(
         target: a compiled model, judged by its effective weights and its own plan, or a finalized model, judged by
             what it was finalized from, both also inside others (DDP, an average, a parent module); or any other
             module, whose conv and linear weights are checked against `pattern` along in-channels; or the path of an
-            ONNX file, judged by what `export` wrote into it, or by `pattern`.
+            ONNX file, judged by what `export` wrote into it, or by `pattern`. Every process has to call for a
+            model that is split by FSDP2 or tensor parallelism.
         pattern: for a module that is neither compiled nor finalized, or a file that `export` did not write.
         step: runs one forward and backward of a compiled model; every pruned operand of every GEMM that it runs is
             then checked too.

@@ -14,6 +14,7 @@ from nmcompile.capture.stitch import stitch
 from nmcompile.capture.tracer import storage_key
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import Captured, WholeGraph
+from nmcompile.ir.shards import FSDP1, is_flat, is_sharded
 
 
 def capture_model(
@@ -30,6 +31,8 @@ def capture_model(
     Raises:
         CaptureError: the model has no conv or linear layer, or refuses `args`.
     """
+    if any(map(is_flat, model.parameters())):
+        raise CaptureError(f"{type(model).__name__} has parts in a {FSDP1}")
     with unchanged(model) as memory:
         layers = find_module_layers(model)
         protected = frozenset(map(storage_key, [*model.parameters(), *memory.tensors.values()]))
@@ -62,7 +65,9 @@ def _whole(
     kwargs: Mapping[str, Any] | None,
 ) -> tuple[WholeGraph | None, str, Mapping[str, int]]:
     failure = ""
-    if args is not None or kwargs:
+    if any(map(is_sharded, model.parameters())):
+        failure = "torch.export does not take weights that are split among processes"
+    elif args is not None or kwargs:
         exported = export_whole(model, found, args or (), dict(kwargs or {}))
         if exported.whole is not None:
             return exported.whole, "", exported.positions

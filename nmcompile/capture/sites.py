@@ -20,6 +20,8 @@ NOT_GEMMS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNNBase, RECURRENT),
     (nn.RNNCellBase, RECURRENT),
 )
+DERIVED = "torch.nn.utils.parametrize", "torch.distributed.fsdp._fully_shard"
+"""Whose classes are derived from the modules' own."""
 UNINITIALISED = "run the model once to initialise lazy layers"
 
 
@@ -60,8 +62,8 @@ def find_module_layers(model: nn.Module) -> ModuleLayers:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class as its author wrote it, without what parametrizations or a GraphModule derive from it."""
-    return next(cls for cls in type(module).__mro__ if cls.__module__ != "torch.nn.utils.parametrize")
+    """The module's class as its author wrote it, without what parametrizations or FSDP2 derive from it."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(DERIVED))
 
 
 def norm_names(model: nn.Module) -> frozenset[str]:

@@ -17,6 +17,7 @@ from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.capture.weights import parameters_behind, read_attribute
 from nmcompile.ir.captured import WholeGraph
+from nmcompile.ir.unsharded import without_hooks
 
 SCOPE = "module"
 """Key of `node.meta`: the name of the module whose code made the node."""
@@ -92,14 +93,14 @@ def _scoped(graph: fx.Graph, scopes: Mapping[str, tuple[str, Any]]) -> fx.Graph:
 
 
 def shadow_tree(module: nn.Module, made: dict[int, nn.Module] | None = None) -> nn.Module:
-    """The module tree in eval mode, of other module objects that share every tensor."""
+    """Copy a module tree in eval mode, sharing every tensor, without the hooks that split tensors among processes."""
     if isinstance(module, torch.jit.ScriptModule):
         return module
     made = {} if made is None else made
     if id(module) not in made:
         clone = object.__new__(type(module))
         made[id(module)] = clone
-        clone.__dict__.update(module.__dict__)
+        clone.__dict__.update(without_hooks(module.__dict__))
         clone.__dict__["training"] = False
         for table in ("_parameters", "_buffers"):
             clone.__dict__[table] = dict(module.__dict__[table])

@@ -30,7 +30,7 @@ class Rewritten:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so what is pickled (and copied) is what it is made from.
         mixin, base = type(self).__bases__
-        return _rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
+        return rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
 
 
 class ThreeGemm(Rewritten):
@@ -207,7 +207,8 @@ def _region_class(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph
     return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
 
 
-def _rebuild(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
+def rebuild(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
+    """Make an empty module of the class that `install` or `install_graph` gives a module of class `base`."""
     plain = base.__new__(base)
     if graph is not None:
         plain.__class__ = _region_class(mixin, base, graph)

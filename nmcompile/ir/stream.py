@@ -2,6 +2,9 @@
 
 A key is drawn from (seed, layer name, rank, draw), so that layers, ranks and micro-batches draw independently, while a
 resumed run and a run with other layers frozen draw the same. Global generators are never advanced.
+
+Under tensor parallelism processes share a batch. What they compute alike they have to draw alike, as nothing averages
+the gradients of their copies of a weight: `Replicas` says which rank's keys such processes draw with.
 """
 
 import hashlib
@@ -15,13 +18,28 @@ from torch import Tensor
 LAYERS = 4096  # whose first keys are remembered
 
 
-class DrawStream:
-    """Yields Philox keys. `draw` (0-d int64, on the device where the layer last ran) is the only state."""
+OWN_RANK = -1
 
-    def __init__(self, seed: int, layer: str) -> None:
+
+class Replicas:
+    """Shared by the layers of a model: the first of the processes that this process shares its batch with."""
+
+    def __init__(self) -> None:
+        self.rank = OWN_RANK
+
+
+class DrawStream:
+    """Yields Philox keys. `draw` (0-d int64, on the device where the layer last ran) is the only state.
+
+    `rank` is set where the layer's weight is a DTensor; any other layer asks `replicas`.
+    """
+
+    def __init__(self, seed: int, layer: str, replicas: Replicas | None = None) -> None:
         # torch.initial_seed() is unsigned (any 64 bits in a process that was not seeded); operators take int64.
         self.seed = (seed + 2**63) % 2**64 - 2**63
         self.layer = layer
+        self.replicas = replicas or Replicas()
+        self.rank: int | None = None
         self.draw = torch.zeros((), dtype=torch.int64)
 
     def move(self, device: torch.device) -> None:
@@ -33,25 +51,27 @@ class DrawStream:
 
     def next_keys(self) -> Tensor:
         """The keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
+        rank = self.replicas.rank if self.rank is None else self.rank
         if not torch.compiler.is_compiling():
-            return _next_keys(self.draw, self.seed, self.layer)
-        keys: Tensor = next_keys(self.draw, self.seed, self.layer)
+            return _next_keys(self.draw, self.seed, self.layer, rank)
+        keys: Tensor = next_keys(self.draw, self.seed, self.layer, rank)
         return keys
 
 
 @torch.library.custom_op("nmcompile::next_keys", mutates_args=("draw",))
-def next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
+def next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
     """Keys for the current draw; advances it. A custom operator, so that a compiled step draws anew each time."""
-    return _next_keys(draw, seed, layer)
+    return _next_keys(draw, seed, layer, rank)
 
 
 @next_keys.register_fake
-def _(draw: Tensor, seed: int, layer: str) -> Tensor:
+def _(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
     return draw.new_empty(2)
 
 
-def _next_keys(draw: Tensor, seed: int, layer: str) -> Tensor:
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def _next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
+    if rank == OWN_RANK:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     keys = _bases(seed, layer, rank, draw.device) + draw
     draw.add_(1)
     return keys

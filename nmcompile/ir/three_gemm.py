@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from nmcompile.config import Phase
+from nmcompile.errors import ConfigError
 from nmcompile.ir.at_rest import weights_at_rest
 from nmcompile.ir.captured import Site
 from nmcompile.ir.grid_steps import GridSteps
 from nmcompile.ir.kept import forget
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
+from nmcompile.ir.shards import PLAIN, Shards, is_sharded
 from nmcompile.ir.stream import DrawStream
 from nmcompile.ir.transforms import are_transforms_active, mask_of, no_second_derivative, run_layer
 
@@ -90,6 +92,10 @@ class GemmTriple:
         mask = (
             None if self.mask is None else mask_of(self.mask, weight) if is_transformed else self.mask.current(weight)
         )
+        shards = None
+        if type(weight) not in PLAIN and is_sharded(weight):
+            shards = self._shards(input, weight, rows)
+            input, weight, bias, mask = shards.take(input, weight, bias, mask)
         if self.draws:
             self.stream.move(input.device)
         if is_trained and not is_compiling:
@@ -104,7 +110,19 @@ class GemmTriple:
             run = run_layer if is_transformed else _ThreeGemmFunction.apply
             output: Tensor = run(self, *operands)
         self._observe(output)
-        return _own(output, output.shape[1:]) if unbatched else output
+        output = _own(output, output.shape[1:]) if unbatched else output
+        return output if shards is None else shards.give(output)
+
+    def _shards(self, input: Tensor, weight: Tensor, rows: slice | None) -> Shards:
+        if rows is not None:
+            raise ConfigError(
+                f"layer {self.layer.name!r}: its weight packs three projections, and is split among processes; leave "
+                f"it dense with CompileConfig(layers={{{self.layer.name!r}: None}}), or do not parallelize it"
+            )
+        shards = Shards(self.graphs.plan, input, weight)
+        self.stream.rank = shards.draw_rank
+        self.stream.replicas.rank = shards.batch_rank
+        return shards
 
     def run(self, phase: Phase, values: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """Run one graph on values by name, outside autocast: the operands have the dtype that they shall have."""

@@ -11,7 +11,7 @@ from nmcompile.ir.captured import Site
 from nmcompile.ir.grid_steps import ActivationStep, GridSteps
 from nmcompile.ir.plan import LayerPlan, PlanRow
 from nmcompile.ir.program import Program
-from nmcompile.ir.stream import DrawStream
+from nmcompile.ir.stream import DrawStream, Replicas
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
 from nmcompile.training.earlier import Earlier
@@ -37,6 +37,7 @@ class TripleFactory:
         self.seed = seed
         self.earlier = earlier
         self.masks: dict[int | str, WeightMask] = {}
+        self.replicas = Replicas()
 
     def rewritten_sites(self) -> Iterator[Site]:
         """The sites that the plan rewrites."""
@@ -52,7 +53,7 @@ class TripleFactory:
         graphs = self.program.layers[site.layer.name]
         row = graphs.plan.find(Phase.FORWARD, "weight")
         mask = self._mask(site, row) if row else None
-        stream = DrawStream(self.seed, site.layer.name)
+        stream = DrawStream(self.seed, site.layer.name, self.replicas)
         return GemmTriple(graphs, site, mask, stream, self._steps(site, graphs.plan))
 
     def _steps(self, site: Site, plan: LayerPlan) -> GridSteps:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nmcompile import pruning
 from nmcompile.ir.layers import Layer
+from nmcompile.ir.shards import gathered, refuse_flat
 from nmcompile.printable import printable
 from nmcompile.pruning import NMPattern
 
@@ -67,7 +68,7 @@ class WeightMask:
         self.backwards = 0
         self.is_decayed = False  # by SR-STE, for the step that is being made
         self.accepted: int | None = None  # The id of the parameter whose version and address the clock has.
-        self.tensor = torch.zeros_like(weight, dtype=torch.bool, requires_grad=False)
+        self.tensor = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)  # whole, also where that is not
         # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
         self.clock = torch.tensor([1, NEVER_SEEN, 0])
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -78,11 +79,13 @@ class WeightMask:
         if self.tensor.device != weight.device:
             self.tensor = self.tensor.to(weight.device)
         if not torch.compiler.is_compiling():
+            if type(weight) is not nn.Parameter:
+                refuse_flat(self.name, weight)
             self.notice_write()
         # Not for nothing: a call counts as a write to a mask that an earlier forward may have saved for its backward.
         if torch.compiler.is_compiling() or int(self.clock[STALE]):
             how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups
-            refresh_mask(weight, self.tensor, self.clock, *how, self.kernel)
+            refresh_mask(gathered(weight), self.tensor, self.clock, *how, self.kernel)
         return self.tensor
 
     def preview(self, weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from nmcompile.ir.kept import forget
+from nmcompile.ir.shards import is_sharded, like_shard
 from nmcompile.training.masks import WeightMask, live_masks
 
 _steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
@@ -109,21 +110,8 @@ def _add_sr_ste(mask: WeightMask, scale: Tensor | None) -> None:
     """
     weight = mask.weight()
     if weight is not None and weight.grad is not None:
-        kept = _sharded_like(mask.tensor, weight)
+        kept = like_shard(mask.tensor, weight) if is_sharded(weight) else mask.tensor
         pruned = torch.where(kept, torch.zeros_like(weight), weight)
         # λ times the scale first: the scale alone is infinite in float16.
         factor = mask.sr_ste if scale is None else (mask.sr_ste * scale).to(weight.device)
         weight.grad.add_(pruned * factor)
-
-
-def _sharded_like(mask: Tensor, weight: nn.Parameter) -> Tensor:
-    """The mask as the weight is sharded (FSDP2); masks are equal on all ranks, so nothing is sent."""
-    if not hasattr(weight, "device_mesh"):
-        return mask
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh: Any = weight.device_mesh
-    sharding: Any = weight.placements  # type: ignore[attr-defined]
-    whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    sharded: Tensor = whole.redistribute(placements=sharding)
-    return sharded

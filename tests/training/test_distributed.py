@@ -1,8 +1,11 @@
-"""Two processes on gloo: masks equal on all ranks, draws not, DDP and FSDP2."""
+"""Two processes on gloo: masks equal on all ranks, draws not, under DDP, FSDP2 and tensor parallelism; not FSDP1."""
 
+import copy
 import os
+import re
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import nmcompile
@@ -27,13 +32,17 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 
 
 def block() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
 
 
-def compiled(mode: str, refresh: int | None = 2) -> nn.Module:
+def plain() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(block(), nn.ReLU(), block())
-    return nmcompile.compile(model, mode, config=CompileConfig(refresh=refresh, ends="sparse", sr_ste=0.01))
+    return nn.Sequential(block(), nn.ReLU(), block())
+
+
+def compiled(mode: str, refresh: int | None = 2, model: nn.Module | None = None) -> nn.Module:
+    config = CompileConfig(refresh=refresh, ends="sparse", sr_ste=0.01)
+    return nmcompile.compile(model or plain(), mode, config=config, inplace=True)
 
 
 def copied_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -53,8 +62,21 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": DistributedDataParallel, "fsdp2": sharded}
-CASES = list(product(WRAPPERS, ["training", "t-weights"]))
+def parallel(model: nn.Module) -> nn.Module:
+    """The first block by columns and rows; the second is computed alike by all."""
+    return parallelize_module(
+        model, init_device_mesh("cpu", (WORLD,)), {"0.0": ColwiseParallel(), "0.2": RowwiseParallel()}
+    )
+
+
+BUILDERS: dict[str, Callable[[str], nn.Module]] = {
+    "ddp": lambda mode: DistributedDataParallel(compiled(mode)),
+    "fsdp2": lambda mode: sharded(compiled(mode)),
+    "fsdp2 first": lambda mode: compiled(mode, model=sharded(plain())),
+    "parallel": lambda mode: parallel(compiled(mode)),
+    "parallel first": lambda mode: compiled(mode, model=parallel(plain())),
+}
+CASES = list(product(BUILDERS, ["training", "t-weights"]))
 
 
 def train(model: nn.Module, batches: Callable[[int], list[Tensor]]) -> None:
@@ -71,16 +93,68 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
 
 
-def results(rank: int, wrapper: str, mode: str) -> dict[str, Tensor]:
-    """Parameters and masks after training, and a weight gradient drawn before it from one batch for all ranks."""
-    model = compiled(mode)
-    last = dict(model.named_parameters())["2.2.weight"]
-    drawn = torch.autograd.grad(model(data(0, 0)).square().sum(), [last])[0]
-    wrapped = WRAPPERS[wrapper](model)
-    train(wrapped, lambda step: [data(rank, step)])
-    inner = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+def batches(builder: str, rank: int, step: int) -> list[Tensor]:
+    """What a process of such a model trains on: its part, or all of it where processes split the weights alone."""
+    return [data(r, step) for r in range(WORLD)] if "parallel" in builder else [data(rank, step)]
+
+
+def results(rank: int, builder: str, mode: str) -> dict[str, Tensor]:
+    """Parameters and masks after training, and what the finalized and the trained model compute."""
+    model = BUILDERS[builder](mode)
+    train(model, lambda step: batches(builder, rank, step))
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
     weights = {name: whole(parameter) for name, parameter in inner.named_parameters()}
-    return copied_masks(inner) | weights | {"drawn": drawn}
+    final = nmcompile.finalize(inner)
+    assert [type(module) for module in final.modules()] == [type(module) for module in plain().modules()]
+    assert nmcompile.verify(final).ok and nmcompile.verify(model).ok
+    return copied_masks(inner) | weights | {"final": final(data(0, 9)).detach(), "output": model(data(0, 9)).detach()}
+
+
+def drawn(rank: int) -> Tensor:
+    """A weight gradient of one batch for all ranks."""
+    model = compiled("training")
+    last = dict(model.named_parameters())["2.2.weight"]
+    return torch.autograd.grad(model(data(0, 0)).square().sum(), [last])[0]
+
+
+def refused(run: Callable[[], Any]) -> str:
+    """The error of ours that this ends in."""
+    try:
+        run()
+    except nmcompile.NMCompileError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def flat(model: nn.Module, orig: bool) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=orig, device_id=torch.device("cpu"))
+
+
+def of_fsdp1() -> list[str]:
+    """What is said where a compiled model is wrapped, also one that has run, and where a wrapped one is compiled."""
+    ran = compiled("weights", refresh=None)
+    ran(data(0, 0))
+    models = [flat(model, orig) for model in (compiled("t-weights"), ran) for orig in (True, False)]
+    later = [refused(partial(model, data(0, 0))) for model in models]
+    return later + [refused(partial(compiled, "weights", model=flat(plain(), orig))) for orig in (True, False)]
+
+
+def misfits() -> dict[str, str]:
+    """What is said of layers that cannot be split."""
+    narrow = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    mesh, config = init_device_mesh("cpu", (WORLD,)), CompileConfig(ends="sparse")
+
+    def run(mode: str, style: Any, layer: str = "0", **kwargs: Any) -> str:
+        model = nmcompile.compile(copy.deepcopy(narrow), mode, config=config, **kwargs)
+        return refused(lambda: parallelize_module(model, mesh, {layer: style})(data(0, 0)))
+
+    return {
+        "out": run("t-weights", ColwiseParallel()),
+        "rows are masked one by one": run("weights", ColwiseParallel(output_layouts=Replicate())),
+        "in": run("weights", RowwiseParallel(input_layouts=Replicate()), "2"),
+        "quantized": run("inference", ColwiseParallel(), calibration=[data(0, 0)]),
+        "copied": refused(lambda: nmcompile.compile(sharded(plain()))),
+    }
 
 
 def frozen_masks(rank: int) -> tuple[dict[str, Tensor], ...]:
@@ -120,6 +194,7 @@ def worker(rank: int, folder: str) -> None:
     try:
         found: dict[Any, Any] = {case: results(rank, *case) for case in CASES}
         found |= {"frozen": frozen_masks(rank), "decided": decided(rank), "failed": failed(rank)}
+        found |= {"drawn": drawn(rank), "fsdp1": of_fsdp1(), "misfits": misfits()}
         torch.save(found, f"{folder}/{rank}.pt")
         dist.barrier()
     finally:
@@ -134,24 +209,51 @@ def ranks() -> list[dict[Any, Any]]:
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_ranks_agree_on_masks_and_weights_but_draw_on_their_own(wrapper: str, ranks: list[dict[Any, Any]]) -> None:
-    first, second = (rank[wrapper, "training"] for rank in ranks)
-    names = set(first) - {"drawn"}
-    assert sum(name.endswith(".mask") for name in names) == 4
-    assert all(torch.equal(first[name], second[name]) for name in names)
-    assert not torch.equal(first["drawn"], second["drawn"])
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_ranks_agree_on_masks_and_weights(builder: str, ranks: list[dict[Any, Any]]) -> None:
+    """Also where nothing averages the gradients that they draw: of what tensor parallelism leaves whole."""
+    first, second = (rank[builder, "training"] for rank in ranks)
+    assert sum(name.endswith(".mask") for name in first) == 4
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_masked_training_is_that_of_one_process(wrapper: str, ranks: list[dict[Any, Any]]) -> None:
+def test_ranks_draw_on_their_own(ranks: list[dict[Any, Any]]) -> None:
+    assert not torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_masked_training_is_that_of_one_process(builder: str, ranks: list[dict[Any, Any]]) -> None:
     """Without draws two ranks compute what one computes on both halves of the batch, masks and SR-STE included."""
-    found, alone = ranks[0][wrapper, "t-weights"], compiled("t-weights")
+    found, alone = ranks[0][builder, "t-weights"], compiled("t-weights")
     alone(data(0, 0))
     train(alone, lambda step: [data(rank, step) for rank in range(WORLD)])
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(found[name], parameter.detach())
     assert all(torch.equal(found[f"{name}.mask"], mask.tensor) for name, mask in masks_of(alone).items())
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_a_split_model_is_finalized_as_a_whole_one(builder: str, ranks: list[dict[Any, Any]]) -> None:
+    for rank in ranks:
+        torch.testing.assert_close(rank[builder, "training"]["final"], rank[builder, "training"]["output"])
+
+
+def test_fsdp1_is_refused_by_name(ranks: list[dict[Any, Any]]) -> None:
+    for message in ranks[0]["fsdp1"]:
+        assert re.match(r"(Config|Capture)Error: .*FSDP1.*fully_shard", message)
+
+
+def test_layers_that_cannot_be_split_are_named(ranks: list[dict[Any, Any]]) -> None:
+    assert ranks[0]["misfits"] == ranks[1]["misfits"]
+    wanted = {
+        "out": "ConfigError: layer '0': 12 out-features on 2 processes.* blocks of 4 ",
+        "rows are masked one by one": "$",
+        "in": "ConfigError: layer '2': 12 in-features on 2 processes.* blocks of 4 ",
+        "quantized": "ConfigError: layer '0': it is quantized.*finalize",
+        "copied": "CaptureError: .*inplace=True",
+    }
+    for name, message in ranks[0]["misfits"].items():
+        assert re.match(wanted[name], message), name
 
 
 def test_sharding_is_no_write_to_a_weight(ranks: list[dict[Any, Any]]) -> None:

@@ -1,0 +1,196 @@
+"""Weights that are split among processes: a layer with a DTensor as weight runs on this process's shard.
+
+A mesh dim may split the weight along its out-features (column-wise), along its in-features (row-wise), or not at all:
+the output is then split along features, a partial sum, or split as the input is. FSDP2 gathers a weight before the
+layer sees it, so this is what tensor parallelism needs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.errors import ConfigError, OperandError
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.plan import LayerPlan
+
+PLAIN = Tensor, nn.Parameter
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor."""
+    return type(x) not in PLAIN and hasattr(x, "device_mesh")
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a DTensor, detached, for which every process has to call; any other tensor as it is."""
+    return cast(Any, x).detach().full_tensor() if is_sharded(x) else x
+
+
+def like_shard(x: Tensor, weight: Any) -> Any:
+    """Return `x`, equal on all processes, as a DTensor placed like `weight`; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    replicated = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=weight.placements)
+
+
+FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) module, which trains flat parameters in place of weights: their masks would miss "
+    "its optimizer steps; use FSDP2, torch.distributed.fsdp.fully_shard (fsdp_version: 2 in Accelerate's configuration)"
+)
+
+
+def is_flat(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made this parameter a part of a flat one, or has made it of others."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def refuse_flat(name: str, weight: Tensor) -> None:
+    """Refuse what FSDP1 lets a layer see of a flat parameter.
+
+    Raises:
+        ConfigError: such a view.
+    """
+    if getattr(weight._base, "_is_flat_param", False):
+        raise ConfigError(f"{name}: its layer is in a {FSDP1}")
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What one mesh dim does: the placements of the input, its gradient, the bias, and the output."""
+
+    input: Any
+    input_gradient: Any
+    bias: Any
+    output: Any
+
+
+class Shards:
+    """One call of a layer whose weight is a DTensor.
+
+    Args:
+        plan: of the layer.
+        input: a DTensor on the weight's mesh.
+        weight: the weight.
+
+    Raises:
+        OperandError: the input is not such a DTensor.
+        ConfigError: a layer that cannot run on shards: quantized, or with blocks that straddle them.
+    """
+
+    def __init__(self, plan: LayerPlan, input: Any, weight: Any) -> None:
+        self.layer = plan.layer
+        if not is_sharded(input):
+            raise OperandError(
+                f"layer {self.layer.name!r}: its weight is a DTensor and its input a plain tensor; use "
+                "parallelize_module, or give a DTensor"
+            )
+        self.mesh, self.placements, self.shape = weight.device_mesh, weight.placements, input.shape
+        _check(plan, weight)
+        self.splits = [
+            _split(self.layer, w, x, input.ndim) for w, x in zip(weight.placements, input.placements, strict=True)
+        ]
+
+    def take(self, input: Any, weight: Any, bias: Any, mask: Tensor | None) -> tuple[Any, Any, Any, Tensor | None]:
+        """The local operands; gradients go back to where they belong."""
+        from torch.distributed.tensor import Partial
+
+        by_batch = self._by_batch()
+        gradients = [Partial() if sums else w for sums, w in zip(by_batch, self.placements, strict=True)]
+        x = input.redistribute(placements=[split.input for split in self.splits])
+        x = x.to_local(grad_placements=[split.input_gradient for split in self.splits])
+        if bias is not None:
+            bias = bias.redistribute(placements=[split.bias for split in self.splits])
+            sums = zip(by_batch, bias.placements, strict=True)
+            bias = bias.to_local(grad_placements=[Partial() if by else place for by, place in sums])
+            if not self._adds_bias():
+                bias = bias - bias.detach()  # zero, with the gradient of the bias
+        mask = None if mask is None else like_shard(mask, weight).to_local()
+        return x, weight.to_local(grad_placements=gradients), bias, mask
+
+    @property
+    def draw_rank(self) -> int:
+        """The rank whose keys this layer draws with: processes with equal operands have to draw alike."""
+        return self._first(w.is_replicate() and s.input.is_replicate() for w, s in self._dims())
+
+    @property
+    def batch_rank(self) -> int:
+        """The first of the processes that share this process's batch."""
+        return self._first(not by_batch for by_batch in self._by_batch())
+
+    def _dims(self) -> list[tuple[Any, _Split]]:
+        return list(zip(self.placements, self.splits, strict=True))
+
+    def _by_batch(self) -> list[bool]:
+        """For each mesh dim, whether it splits the batch, so that gradients of the whole weight have to be added up."""
+        return [w.is_replicate() and split.input.is_shard() for w, split in self._dims()]
+
+    def _adds_bias(self) -> bool:
+        """Whether this process adds the bias: of those whose outputs are added up, one does."""
+        here = zip(self.splits, self.mesh.get_coordinate(), strict=True)
+        return all(at == 0 for split, at in here if split.output.is_partial())
+
+    def _first(self, alike: Iterable[bool]) -> int:
+        """The rank of the first process on this one's mesh dims that are `alike`."""
+        here = self.mesh.get_coordinate()
+        return int(self.mesh.mesh[tuple(0 if same else at for same, at in zip(alike, here, strict=True))])
+
+    def give(self, output: Tensor) -> Any:
+        """The output of all processes."""
+        from torch.distributed.tensor import DTensor
+
+        places = [split.output for split in self.splits]
+        if self.layer.kind != "linear":
+            return DTensor.from_local(output, self.mesh, places, run_check=False)
+        # The sizes are named, since an input may be split unevenly.
+        shape = torch.Size((*self.shape[:-1], self.layer.out_features))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(output, self.mesh, places, run_check=False, shape=shape, stride=stride)
+
+
+def _split(layer: Layer, weight: Any, input: Any, dims: int) -> _Split:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    channels = layer.channel_dim % dims
+    if weight.is_shard(layer.out_dim):
+        return _Split(Replicate(), Partial(), Shard(0), Shard(channels))
+    if weight.is_shard(layer.in_dim):
+        return _Split(Shard(channels), Shard(channels), Replicate(), Partial())
+    kept = Replicate() if input.is_partial() or input.is_shard(channels) else input
+    return _Split(kept, kept, Replicate(), kept)
+
+
+def _check(plan: LayerPlan, weight: Any) -> None:
+    layer = plan.layer
+    if any(row.is_quantized for row in plan.rows):
+        raise ConfigError(
+            f"layer {layer.name!r}: it is quantized, and its weight is split among processes; quantize the model of "
+            "nmcompile.finalize, which is whole"
+        )
+    for dim, count in _parts(weight).items():
+        axis = {layer.out_dim: "out", layer.in_dim: "in"}.get(dim)
+        if axis is None or layer.kind != "linear":
+            raise ConfigError(
+                f"layer {layer.name!r}: its weight is split along dim {dim}; tensor parallelism is for linear layers"
+            )
+        blocks = [1, *(row.pattern.block for row in plan.rows if row.pattern is not None and row.axis == axis)]
+        size = layer.weight_shape[dim]
+        if size % (count * max(blocks)):
+            raise ConfigError(
+                f"layer {layer.name!r}: {size} {axis}-features on {count} processes are not a whole number of blocks "
+                f"of {max(blocks)} each; leave it dense with CompileConfig(layers={{{layer.name!r}: None}}), or "
+                "do not parallelize it"
+            )
+
+
+def _parts(weight: Any) -> dict[int, int]:
+    """Into how many parts each dim of a DTensor is split."""
+    parts: dict[int, int] = {}
+    for size, placement in zip(weight.device_mesh.shape, weight.placements, strict=True):
+        if not placement.is_replicate():
+            parts[placement.dim] = parts.get(placement.dim, 1) * size
+    return parts
