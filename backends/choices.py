@@ -1,7 +1,10 @@
 """Sparse or dense kernel: a small GEMM runs dense; a larger one is measured with both when it first runs.
 
-Both kernels compute the same product of the same pruned operands, so that a choice never changes the mathematics, only
-how sums round. The dense kernel rounds as PyTorch does. What was measured can be kept in a file.
+Both kernels compute the same product of the same pruned operands, so a choice never changes the mathematics, only how
+sums round. The dense kernel rounds as PyTorch does. On CPUs it also runs wherever an operand holds a NaN or an
+infinity, so a choice never hides one. On GPUs that check would have to wait for the device. There cuSPARSELt skips
+pruned elements: a NaN reaches the results of the kept elements that meet it, with the dense kernel all results.
+Measured choices can be kept in a file.
 """
 
 import json
@@ -26,7 +29,7 @@ SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there
 ROUNDS = 4
 HEAD_START = 2_000_000  # of a call over the GPU, in its cycles: about a millisecond
 MARGIN = 0.95  # of the dense time, that the sparse kernel must stay below: a run differs from the next by some percent
-UNFIT = Choice("dense", "no sparse kernel computes it: a NaN in the operand, no right algorithm, or no room to try one")
+UNFIT = Choice("dense", "no sparse kernel computes it: a NaN or an infinity, no right algorithm, or no room to try one")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
 
 KERNELS = ("dense", "sparse", "integers")

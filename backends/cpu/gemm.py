@@ -1,8 +1,8 @@
 """The three GEMMs of a layer by the native sparse kernel.
 
 Each writes its result into a tensor, or returns False where the pruned operand keeps more than two of some four (a
-block with a NaN is kept whole): the caller then runs the dense kernel. Zeros are skipped, so an infinity or NaN of the
-other operand that meets nothing but zeros adds nothing, where a dense product gives NaN.
+block with a NaN is kept whole): the caller then runs the dense kernel. Zeros are skipped, so the other operand has to
+be finite: a dense product gives NaN where infinity or NaN meets a zero. `GemmCall` sees to that.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,5 +1,6 @@
 """One call of a GEMM: what its kernels read and how large the product is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +46,8 @@ class GemmCall:
 
         Args:
             empty: a tensor for the result.
-            fill: write the result with the sparse kernel; False where the operand is not 2:4.
+            fill: write the result with the sparse kernel; False where the operand is not 2:4. It only runs where the
+                dense operand is finite, so that both kernels give the same NaN.
             dense: the result by the dense kernel.
         """
         refusal = self._refusal()
@@ -54,6 +56,8 @@ class GemmCall:
             return dense()
 
         def sparse() -> Tensor | None:
+            if not self._is_finite():
+                return None
             output = empty()
             return output if fill(output) else None
 
@@ -76,6 +80,19 @@ class GemmCall:
             return f"no sparse kernel for {found}, only for operands of one type, float32 or bfloat16, on cpu"
         support = kernel_support()
         return "" if support.ok else support.reason
+
+    def _is_finite(self) -> bool:
+        """Tell whether the operands hold no NaN or infinity that the sparse kernel would not multiply by a zero.
+
+        It skips zeros of the sparse operand, and reads zeros around images, where the dense kernel reads nothing. A sum
+        reads an operand once, at the speed of memory. One that overflows only costs the sparse kernel. Integers are
+        checked where they are packed.
+        """
+        if self.phase == ON_GRID:
+            return True
+        dense = self.operands[1 if self.phase.startswith("update") else 0]
+        read = (dense,) if self.geometry.is_linear else self.operands[:2]
+        return all(x is None or math.isfinite(float(x.detach().sum())) for x in read)
 
     def _multiplications(self) -> int:
         """What the dense product takes, or what as many take as reading the weight if that is more."""
