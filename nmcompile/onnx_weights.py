@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
-from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, NodeProto, TensorProto
 
-from nmcompile.errors import FileError
-from nmcompile.onnx_files import OnnxFile
+from nmcompile.onnx_files import OnnxFile, read_tensor
 from nmcompile.pruning import NMPattern
 
 Array = npt.NDArray[np.generic]
@@ -18,6 +18,37 @@ WEIGHT_OPERANDS = {"Conv": (1,), "Gemm": (1, 0), "MatMul": (1, 0)}
 TRANSPARENT = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Identity"})  # sparsity is seen through these
 SHAPE_ONLY = frozenset({"Transpose", "Reshape", "Flatten", "Identity"})
 PATTERNS = tuple(NMPattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8"))
+
+_Layout = tuple[int, tuple[int, ...], int]
+"""How a tensor is read: its identity, its axes in their order, and the one that is summed over."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A weight as (out-channels, *kernel, in-channels of one group), which all nodes that read it so share.
+
+    Attributes:
+        values: its elements.
+        counts: results of counting, by pattern and for non-zeros; these are remembered after the values are gone.
+    """
+
+    values: Array
+    counts: dict[NMPattern | None, int] = field(default_factory=dict)
+
+    def nonzeros(self) -> int:
+        """Count the elements that are not zero."""
+        if None not in self.counts:
+            self.counts[None] = int(np.count_nonzero(self.values))
+        return self.counts[None]
+
+    def violations(self, pattern: NMPattern) -> int:
+        """Count the blocks along in-channels with more than N non-zeros; a rest that fills no block counts as one."""
+        if pattern not in self.counts:
+            whole = self.values.shape[-1] // pattern.block * pattern.block
+            blocks, rest = np.split(self.values != 0, [whole], axis=-1)
+            parts = blocks.reshape(-1, pattern.block).sum(axis=-1), rest.sum(axis=-1)
+            self.counts[pattern] = sum(int((kept > pattern.n_keep).sum()) for kept in parts)
+        return self.counts[pattern]
 
 
 @dataclass(frozen=True)
@@ -30,7 +61,7 @@ class OnnxWeight:
         initializer: the name of the stored weight.
         shape: as stored.
         dtype: as stored, "INT8" for example.
-        rows: the weight as (out-channels, *kernel, in-channels of one group); empty where it is hidden.
+        content: the weight itself; empty where it is hidden.
         groups: of a convolution.
         precision: what the product is computed in, "INT8" or "FLOAT16" for example.
         hidden_by: the operator that keeps runtimes from seeing the zeros, "Mul" for example; "" if none does.
@@ -41,10 +72,15 @@ class OnnxWeight:
     initializer: str
     shape: tuple[int, ...]
     dtype: str
-    rows: Array
+    content: Rows
     groups: int
     precision: str
     hidden_by: str
+
+    @property
+    def rows(self) -> Array:
+        """The weight as (out-channels, *kernel, in-channels of one group)."""
+        return self.content.values
 
     @property
     def out_channels(self) -> int:
@@ -62,7 +98,7 @@ class OnnxWeight:
     @property
     def zeros(self) -> float:
         """The fraction of zeros."""
-        return 1 - np.count_nonzero(self.rows) / self.rows.size if self.rows.size else 0.0
+        return 1 - self.content.nonzeros() / self.rows.size if self.rows.size else 0.0
 
     @property
     def patterns(self) -> tuple[NMPattern, ...]:
@@ -71,19 +107,19 @@ class OnnxWeight:
         return tuple(pattern for pattern in fitting if not self.violations(pattern))
 
     def violations(self, pattern: NMPattern) -> int:
-        """Blocks along in-channels with more than N non-zeros; a rest that fills no block counts as one."""
-        whole, rest = np.split(self.rows != 0, [self.in_channels // pattern.block * pattern.block], axis=-1)
-        parts = whole.reshape(-1, pattern.block).sum(axis=-1), rest.sum(axis=-1)
-        return sum(int((kept > pattern.n_keep).sum()) for kept in parts)
+        """Count the blocks along in-channels with more than N non-zeros."""
+        return self.content.violations(pattern)
 
 
-def read_weights(file: OnnxFile) -> tuple[OnnxWeight, ...]:
-    """Every Conv, Gemm and MatMul of the main graph that multiplies by a constant, in its order.
+def read_weights(file: OnnxFile) -> Iterator[OnnxWeight]:
+    """Yield every Conv, Gemm and MatMul of the main graph that multiplies by a constant, in its order.
+
+    One weight is in memory at a time if the caller keeps none, and one array for all nodes that read the same.
 
     Raises:
         FileError: a weight that holds another number of elements than it declares.
     """
-    return tuple(_Reader(file).weights())
+    yield from _Reader(file).weights()
 
 
 @dataclass(frozen=True)
@@ -116,6 +152,9 @@ class _Reader:
         self.file = file
         self.constants = {tensor.name: _stored(tensor) for tensor in file.proto.graph.initializer}
         self.dequantize: dict[str, NodeProto] = {}  # the DequantizeLinear that a value comes from
+        self.arrays: WeakValueDictionary[int, Array] = WeakValueDictionary()  # by the identity of a tensor
+        self.rows: WeakValueDictionary[_Layout, Rows] = WeakValueDictionary()
+        self.counts: dict[_Layout, dict[NMPattern | None, int]] = {}
 
     def weights(self) -> Iterator[OnnxWeight]:
         for node in self.file.proto.graph.node:
@@ -134,19 +173,28 @@ class _Reader:
             initializer=constant.tensor.name,
             shape=shape,
             dtype=constant.dtype,
-            rows=NOTHING if constant.hidden_by or len(shape) < 2 else _rows(node, self._content(constant), operand),
+            content=Rows(NOTHING) if constant.hidden_by or len(shape) < 2 else self._content(node, constant, operand),
             groups=_attribute(node, "group", 1).i,
             precision=self._precision(node, operand),
             hidden_by=constant.hidden_by,
         )
 
-    def _content(self, constant: _Constant) -> Array:
-        """The tensor as the node sees it."""
-        try:
-            stored = numpy_helper.to_array(constant.tensor, str(self.file.path.parent) if self.file.path else "")
-        except ValueError as error:
-            raise FileError(f"{self.file.name}: tensor {constant.tensor.name!r} cannot be read ({error})") from error
-        return np.transpose(stored, constant.axes)
+    def _content(self, node: NodeProto, constant: _Constant, operand: int) -> Rows:
+        """The constant as the node reads it."""
+        contraction = 1 if node.op_type == "Conv" else _contraction(node, operand)
+        layout = id(constant.tensor), constant.axes, contraction
+        found = self.rows.get(layout)
+        if found is None:
+            values = _rows(np.transpose(self._array(constant.tensor), constant.axes), contraction)
+            found = self.rows[layout] = Rows(values, self.counts.setdefault(layout, {}))
+        return found
+
+    def _array(self, tensor: TensorProto) -> Array:
+        found = self.arrays.get(id(tensor))
+        if found is None:
+            # A copy owns its memory, so every view of it keeps it in the dictionary.
+            found = self.arrays[id(tensor)] = read_tensor(self.file, tensor).copy()
+        return found
 
     def _precision(self, node: NodeProto, operand: int) -> str:
         """The integers' type where both operands are quantized; else the type that the weight is dequantized to."""
@@ -183,10 +231,12 @@ def _attribute(node: NodeProto, name: str, default: int = 0) -> AttributeProto:
     return next((entry for entry in node.attribute if entry.name == name), AttributeProto(i=default))
 
 
-def _rows(node: NodeProto, weight: Array, operand: int) -> Array:
+def _contraction(node: NodeProto, operand: int) -> int:
+    """The axis of a matrix, from its end, that is summed over."""
+    return -1 if _attribute(node, "transB" if operand else "transA").i == operand else -2
+
+
+def _rows(weight: Array, contraction: int) -> Array:
     """The weight as (out-channels, *kernel, in-channels)."""
-    if node.op_type == "Conv":
-        return np.moveaxis(weight, 1, -1)
-    contraction_is_last = _attribute(node, "transB" if operand else "transA").i == operand
-    rows = weight if contraction_is_last else np.swapaxes(weight, -1, -2)
-    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+    rows = np.moveaxis(weight, contraction, -1)
+    return rows if contraction == 1 else rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])

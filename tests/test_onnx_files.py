@@ -9,8 +9,9 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from nmcompile import onnx_files
 from nmcompile.errors import FileError
-from nmcompile.onnx_files import open_onnx
+from nmcompile.onnx_files import open_onnx, read_tensor
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -169,3 +170,30 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
 def test_bytes_cannot_refer_to_other_files() -> None:
     with pytest.raises(FileError, match="give the model's path"):
         open_onnx(external("weights").SerializeToString())
+
+
+@pytest.mark.parametrize(("limit", "is_read"), [(2 * WEIGHT.nbytes, True), (2 * WEIGHT.nbytes - 1, False)])
+def test_all_that_is_declared_outside_the_model_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, is_read: bool
+) -> None:
+    """Two tensors in the same bytes count twice: a runtime allocates both."""
+    (tmp_path / "weights").write_bytes(WEIGHT.tobytes())
+    proto = external("weights")
+    proto.graph.initializer.add().CopyFrom(proto.graph.initializer[0])
+    proto.graph.initializer[1].name = "second"
+    path = saved(tmp_path, proto)
+    monkeypatch.setattr(onnx_files, "LARGEST_EXTERNAL", limit)
+    if is_read:
+        opened = open_onnx(path)
+        assert all(np.array_equal(read_tensor(opened, tensor), WEIGHT) for tensor in opened.proto.graph.initializer)
+    else:
+        with pytest.raises(FileError, match=f"tensors of 96 bytes in other files; at most {limit} are read"):
+            open_onnx(path)
+
+
+def test_a_file_that_shrinks_after_the_check_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(WEIGHT.tobytes())
+    opened = open_onnx(saved(tmp_path, external("weights")))
+    (tmp_path / "weights").write_bytes(WEIGHT.tobytes()[:-1])
+    with pytest.raises(FileError, match="tensor 'weight' cannot be read"):
+        read_tensor(opened, opened.proto.graph.initializer[0])

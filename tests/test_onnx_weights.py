@@ -1,5 +1,7 @@
 """What is read of the constant weights of ONNX files, of other writers' too."""
 
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def model(nodes: Nodes, tensors: list[TensorProto]) -> onnx.ModelProto:
 
 def read(nodes: Nodes, constants: dict[str, Array]) -> tuple[OnnxWeight, ...]:
     tensors = [numpy_helper.from_array(np.ascontiguousarray(content), name) for name, content in constants.items()]
-    return read_weights(open_onnx(model(nodes, tensors).SerializeToString()))
+    return tuple(read_weights(open_onnx(model(nodes, tensors).SerializeToString())))
 
 
 def facts(weight: OnnxWeight) -> tuple[Any, ...]:
@@ -215,7 +217,7 @@ def test_a_weight_of_more_elements_than_declared_is_refused() -> None:
     tensor.float_data.append(1)
     opened = open_onnx(model([helper.make_node("MatMul", ["x", "w"], ["y"], "n")], [tensor]).SerializeToString())
     with pytest.raises(FileError, match="tensor 'w' cannot be read"):
-        read_weights(opened)
+        tuple(read_weights(opened))
 
 
 @pytest.mark.parametrize("content", [np.zeros((0, 4), np.float32), np.zeros(4, np.float32), np.float32(1)])
@@ -241,3 +243,65 @@ def test_deep_graphs_are_read() -> None:
     (weight,) = read([*before, product, *behind, layer], {"w": SPARSE.T})
     assert (weight.node, weight.hidden_by, weight.violations(TWO_OF_FOUR)) == ("n", "", 0)
     assert TWO_OF_FOUR in weight.patterns
+
+
+MEGABYTE = 2**20
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes that were in use at one time, for what was allocated since the start."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def large(seed: int = 0) -> Array:
+    """A megabyte that is 2:4 along both axes."""
+    content = np.random.default_rng(seed).random((512, 512), np.float32) + 1
+    content[(np.add.outer(np.arange(512), np.arange(512)) % 4) > 1] = 0
+    return content
+
+
+def test_an_initializer_is_one_array_however_many_nodes_read_it() -> None:
+    nodes = [helper.make_node("Gemm", ["x", "w"], [f"y{i}" if i else "y"], f"n{i}", transB=i % 2) for i in range(600)]
+    opened = open_onnx(model(nodes, [numpy_helper.from_array(large(), "w")]).SerializeToString())
+    weights: list[OnnxWeight] = []
+    assert peak(lambda: weights.extend(read_weights(opened))) < 6 * MEGABYTE
+    assert len(weights) == 600
+    assert all(np.shares_memory(weights[0].rows, weight.rows) for weight in weights)
+    assert np.array_equal(weights[0].rows, large().T) and np.array_equal(weights[1].rows, large())
+    assert {weight.violations(TWO_OF_FOUR) for weight in weights} == {0}
+    assert {weight.violations(NMPattern(1, 4)) for weight in weights} == {512 * 128}
+
+
+def test_blocks_are_counted_once_for_all_nodes_that_read_a_weight_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[tuple[int, ...]] = []
+    split = np.split
+
+    def seen(x: Array, *args: Any, **kwargs: Any) -> list[Array]:
+        counted.append(x.shape)
+        return split(x, *args, **kwargs)
+
+    monkeypatch.setattr(np, "split", seen)
+    nodes = [helper.make_node("MatMul", ["x", f"w{i % 2}"], [f"y{i}" if i else "y"], f"n{i}") for i in range(40)]
+    tensors = [numpy_helper.from_array(content, f"w{i}") for i, content in enumerate((large()[:8], large()[:16]))]
+    opened = open_onnx(model(nodes, tensors).SerializeToString())
+    assert [weight.violations(TWO_OF_FOUR) for weight in read_weights(opened)] == [0] * 40
+    assert counted == [(512, 8), (512, 16)]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_one_weight_is_in_memory_at_a_time(tmp_path: Path, beside: bool) -> None:
+    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}" if i else "y"], f"n{i}") for i in range(12)]
+    proto = model(nodes, [numpy_helper.from_array(large(i), f"w{i}") for i in range(12)])
+    path = tmp_path / "m.onnx"
+    onnx.save_model(proto, path, save_as_external_data=beside, location="m.data", size_threshold=0)
+    opened = open_onnx(path)
+    found: list[int] = []
+    used = peak(lambda: found.extend(weight.violations(TWO_OF_FOUR) for weight in read_weights(opened)))
+    assert found == [0] * 12
+    assert used < 6 * MEGABYTE
+    assert opened.proto.ByteSize() < MEGABYTE if beside else opened.proto.ByteSize() > 12 * MEGABYTE

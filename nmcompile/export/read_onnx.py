@@ -1,5 +1,7 @@
 """What an ONNX file says of its weights: which patterns it was written with, and a table of those that they obey."""
 
+from collections.abc import Iterable
+
 from nmcompile.errors import ConfigError, FileError
 from nmcompile.onnx_files import OnnxFile
 from nmcompile.onnx_weights import OnnxWeight
@@ -31,8 +33,8 @@ def planned_patterns(file: OnnxFile) -> dict[str, NMPattern] | None:
         raise FileError(f"{where} cannot be read ({error})") from error
 
 
-def weights_table(weights: tuple[OnnxWeight, ...]) -> str:
-    """The weights as text, a row each."""
+def weights_table(weights: Iterable[OnnxWeight]) -> str:
+    """Return the weights as text, a row each."""
     rows = [
         [
             w.node,

@@ -60,14 +60,15 @@ def verify_onnx(
 
 
 def _check_zeros(file: OnnxFile, report: OnnxReport, layers: Mapping[str, DeployedLayer]) -> None:
-    found = {weight.node: weight for weight in read_weights(file)}
-    for node in report.nodes:
-        pattern = layers[node.layer].weight.pattern
-        if pattern is None:
+    patterns = {node.name: layers[node.layer].weight.pattern for node in report.nodes}
+    unseen = {name for name, pattern in patterns.items() if pattern is not None}
+    for weight in read_weights(file):
+        pattern = patterns.get(weight.node)
+        if pattern is None or weight.hidden_by:
             continue
-        weight = found.get(node.name)
-        if weight is None or weight.hidden_by:
-            raise ExportError(f"layer {node.name!r}: no constant weight is seen in {report.path.name}")
+        unseen.discard(weight.node)
         broken = weight.violations(pattern)
         if broken:
-            raise ExportError(f"layer {node.name!r}: {broken} blocks of {weight.initializer!r} break {pattern}")
+            raise ExportError(f"layer {weight.node!r}: {broken} blocks of {weight.initializer!r} break {pattern}")
+    if unseen:
+        raise ExportError(f"layer {min(unseen)!r}: no constant weight is seen in {report.path.name}")

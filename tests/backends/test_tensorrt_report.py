@@ -13,7 +13,7 @@ from nmcompile.backends.tensorrt.layer_report import EngineReport, explain
 from nmcompile.backends.tensorrt.sidecar import Sidecar
 from nmcompile.backends.tensorrt.sparsity_log import Listed, SparsityLog, parse_sparsity
 from nmcompile.errors import FileError
-from nmcompile.onnx_weights import OnnxWeight
+from nmcompile.onnx_weights import OnnxWeight, Rows
 
 
 def weight(
@@ -23,7 +23,7 @@ def weight(
     rows = np.zeros((out_channels, kernel, in_channels), np.int8)
     rows[:violations, 0, :3] = 1
     shape = (out_channels, in_channels, kernel)
-    return replace(OnnxWeight("conv", "Conv", "w", shape, "INT8", rows, 1, "INT8", hidden_by=""), **fields)
+    return replace(OnnxWeight("conv", "Conv", "w", shape, "INT8", Rows(rows), 1, "INT8", hidden_by=""), **fields)
 
 
 SILENT = SparsityLog(None, None)

@@ -8,13 +8,13 @@ from nmcompile.errors import FileError
 from nmcompile.export import weights_table
 from nmcompile.export.read_onnx import PLANNED, planned_patterns
 from nmcompile.onnx_files import OnnxFile
-from nmcompile.onnx_weights import OnnxWeight
+from nmcompile.onnx_weights import OnnxWeight, Rows
 from nmcompile.pruning import NMPattern
 
 
 def test_table_names_type_pattern_and_zeros() -> None:
     rows = np.tile(np.array([1, 2, 0, 0], np.int8), (8, 4))
-    weight = OnnxWeight("n", "MatMul", "w", (8, 16), "INT8", rows, groups=1, precision="FLOAT", hidden_by="")
+    weight = OnnxWeight("n", "MatMul", "w", (8, 16), "INT8", Rows(rows), groups=1, precision="FLOAT", hidden_by="")
     table = weights_table((weight,))
     assert table.splitlines()[2].split() == ["n", "MatMul", "8x16", "INT8", "2:4,", "4:8", "50%"]
 
