@@ -8,26 +8,61 @@ import onnx
 import onnxruntime
 from onnx.reference import ReferenceEvaluator
 
+from nmcompile.errors import ExportError, LibraryError
+
 Arrays = list[np.ndarray[Any, Any]]
 Runner = Callable[[Mapping[str, np.ndarray[Any, Any]]], Arrays]
 """From inputs by name to all outputs."""
 
 
 def onnxruntime_runner(proto: onnx.ModelProto | str, target: str) -> Runner:
-    """Runs a model in ONNX Runtime: as users run it if it was written for ONNX Runtime, else as it says.
+    """Run a model in ONNX Runtime: as users run it if it was written for ONNX Runtime, else without its optimizations.
 
-    What ONNX Runtime makes of files for others is not always what they say: it rounds biases, for one.
+    ONNX Runtime's optimizations may change the results of files for other runtimes: it rounds biases, for one.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file, here or when it runs.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if target != "onnxruntime":
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = proto if isinstance(proto, str) else proto.SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return lambda feeds: list(session.run(None, dict(feeds)))
+
+    def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+        try:
+            return list(session.run(None, dict(feeds)))
+        except Exception as error:  # its exceptions have no common class
+            raise ExportError(f"ONNX Runtime cannot run the file: {first_line(error)}") from error
+
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load the file: {first_line(error)}") from error
+    return run
 
 
 def reference_runner(proto: onnx.ModelProto) -> Runner:
-    """Runs a model in ONNX's own evaluator."""
-    evaluator = ReferenceEvaluator(proto)
-    return lambda feeds: list(evaluator.run(None, dict(feeds)))
+    """Run a model in ONNX's own evaluator.
+
+    Raises:
+        LibraryError: the evaluator fails, here or when it runs. It implements some operators in part only.
+    """
+
+    def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+        try:
+            with np.errstate(all="ignore"):
+                return list(evaluator.run(None, dict(feeds)))
+        except Exception as error:  # whatever NumPy and its own code raise
+            raise LibraryError(f"{type(error).__name__}: {first_line(error)}") from error
+
+    try:
+        evaluator = ReferenceEvaluator(proto)
+    except Exception as error:
+        raise LibraryError(f"{type(error).__name__}: {first_line(error)}") from error
+    return run
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not empty, or else its class."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

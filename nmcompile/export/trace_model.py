@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError
+from nmcompile.export.runners import first_line
 
 OPSET = 21  # the first with 4-bit integers
 BATCH = "batch"
@@ -80,7 +81,7 @@ def _exported(
             return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes)
     except Exception as error:  # whatever the model's own code raises comes out here
         hint = "; if it needs one batch size, give dynamic_batch=False" if shapes is not None else ""
-        raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {_first_line(error)}{hint}") from error
+        raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {first_line(error)}{hint}") from error
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -117,8 +118,4 @@ def _open_batch(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)

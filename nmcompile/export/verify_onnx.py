@@ -21,15 +21,16 @@ from nmcompile.onnx_weights import read_weights
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and how close it is."""
+    """How close a file is to its model, layer by layer and in each runtime; notes say what was not compared and why."""
 
     layers: tuple[LayerCheck, ...]
     runtimes: tuple[RuntimeCheck, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         steps = max((check.most_steps for check in self.layers if check.is_quantized), default=0.0)
         lines = [f"{len(self.layers)} layers fed the same input: at most {steps:.4f} quantization steps apart"]
-        return "\n".join([*lines, *map(str, self.runtimes)])
+        return "\n".join([*lines, *map(str, self.runtimes), *self.notes])
 
 
 def verify_onnx(
@@ -56,7 +57,7 @@ def verify_onnx(
     projected = {layer for layer, place in places_of(model).items() if place.role}
     nodes = [node for node in report.nodes if calls[node.layer] == 1 and node.layer in called | projected]
     lockstep = partial(Lockstep, proto, nodes, layers, model, report.target)
-    return Verification(checks, check_runtimes(file, report.target, model, batches, lockstep))
+    return Verification(checks, *check_runtimes(file, report.target, model, batches, lockstep))
 
 
 def _check_zeros(file: OnnxFile, report: OnnxReport, layers: Mapping[str, DeployedLayer]) -> None:
