@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError
 from nmcompile.export.distances import difference, finite
 from nmcompile.export.layer_part import LayerPart
+from nmcompile.export.record_calls import record_calls
 from nmcompile.export.runners import onnxruntime_runner
 from nmcompile.export.write_onnx import ExportedNode
 from nmcompile.ir.deployed import DeployedLayer
@@ -83,7 +83,7 @@ def check_layers(
     calls_of = Counter(node.layer for node in nodes)
     once = [node for node in nodes if calls_of[node.layer] == 1]
     chosen = [node for node in once if hasattr(modules.get(node.layer), "weight") and node.norm in ("", *modules)]
-    calls = _record(modules, chosen, run)
+    calls = record_calls(model, chosen, run)
     checks = []
     for node in chosen:
         if node.layer in calls:
@@ -100,36 +100,6 @@ def _explained(check: LayerCheck) -> str:
         f"layer {check.node!r} computes something else than torch from the same input: up to {check.most_steps:.3g} "
         f"quantization steps apart (at most {MOST_STEPS:g}), {check.equal:.2%} equal (at least {EQUAL:.1%})"
     )
-
-
-def _record(
-    modules: Mapping[str, nn.Module], nodes: Sequence[ExportedNode], run: Callable[[], Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The input of each layer and the output of what the file computes in its place, the norm included."""
-    inputs: dict[str, list[Tensor]] = {node.layer: [] for node in nodes}
-    outputs: dict[str, list[Tensor]] = {node.layer: [] for node in nodes}
-    hooks = []
-    for node in nodes:
-
-        def before(module: nn.Module, args: tuple[Any, ...], seen: list[Tensor] = inputs[node.layer]) -> None:
-            seen.append(args[0].detach().clone())
-
-        def after(
-            module: nn.Module, args: tuple[Any, ...], out: Tensor, seen: list[Tensor] = outputs[node.layer]
-        ) -> None:
-            seen.append(out.detach().clone())
-
-        # The first of all hooks: others may prune and quantize what the module is given.
-        hooks.append(modules[node.layer].register_forward_pre_hook(before, prepend=True))
-        hooks.append(modules[node.norm or node.layer].register_forward_hook(after))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    once = [n.layer for n in nodes if len(inputs[n.layer]) == len(outputs[n.layer]) == 1]
-    return {layer: (inputs[layer][0], outputs[layer][0]) for layer in once}
 
 
 def _check(

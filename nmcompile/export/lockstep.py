@@ -6,8 +6,7 @@ bits two correct runs differ as much as quantization itself does. In lockstep di
 and go no further.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import HALF, LayerCheck
 from nmcompile.export.examples import Example
 from nmcompile.export.layer_part import LayerPart
+from nmcompile.export.places import Place, places_of
 from nmcompile.export.runners import Arrays, onnxruntime_runner
 from nmcompile.export.write_onnx import ExportedNode
 from nmcompile.ir.deployed import DeployedLayer
@@ -94,49 +94,6 @@ class Lockstep:
                 f"quantization steps apart, {check.equal:.2%} equal"
             )
         return input.unprepared(theirs, x)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where torch runs a layer: in a module of its own, or under a role of a module that runs several."""
-
-    module: nn.Module
-    role: str = ""
-
-    def follow(self, take_over: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Let the layer's input pass through `take_over`; what is returned undoes it."""
-        triples = getattr(self.module, "three_gemms", None)
-        if triples is None:
-            hook = self.module.register_forward_pre_hook(lambda _, args: (take_over(args[0]), *args[1:]), prepend=True)
-            return hook.remove
-        triple = triples[self.role]
-        triples[self.role] = _Followed(triple, take_over)
-        return partial(triples.__setitem__, self.role, triple)
-
-
-def places_of(model: nn.Module) -> dict[str, Place]:
-    """Where a model runs its layers, by their names."""
-    places = {}
-    for name, module in model.named_modules():
-        triples = getattr(module, "three_gemms", None)
-        if triples is not None:
-            places.update({triple.layer.name: Place(module, role) for role, triple in triples.items()})
-        elif hasattr(module, "weight"):
-            places.setdefault(name, Place(module))
-    return places
-
-
-class _Followed:
-    """A triple whose input passes through a function first."""
-
-    def __init__(self, triple: Any, take_over: Callable[[Tensor], Tensor]) -> None:
-        self._triple, self._take_over = triple, take_over
-
-    def __call__(self, input: Tensor, *rest: Any) -> Any:
-        return self._triple(self._take_over(input), *rest)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._triple, name)
 
 
 class _Input:

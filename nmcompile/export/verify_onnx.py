@@ -12,7 +12,8 @@ from nmcompile.errors import ExportError
 from nmcompile.export.compare_layers import LayerCheck, check_layers
 from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
 from nmcompile.export.examples import Example
-from nmcompile.export.lockstep import Lockstep, places_of
+from nmcompile.export.lockstep import Lockstep
+from nmcompile.export.places import places_of
 from nmcompile.export.write_onnx import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
 from nmcompile.onnx_files import OnnxFile, open_onnx
