@@ -10,6 +10,7 @@ from torch import fx
 
 from nmcompile.accuracy import Reverted
 from nmcompile.config import Phase
+from nmcompile.coverage import all_parameters, covered_parameters, uncaptured_parameters
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
@@ -120,12 +121,14 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """Totals: layers, parameters, and per phase the share of MACs in sparse GEMMs, expected MACs and BOPs.
 
-        The MACs of `uncounted_layers`, whose shapes nobody has seen, are in none of them.
+        `parameters` counts those that a GEMM reads, each once; `uncaptured_parameters` are read by code that is not a
+        layer. The MACs of `uncounted_layers`, whose shapes nobody has seen, are in none of them.
         """
         sparse = [layer for layer in self.layers if layer.status == "sparse"]
         known = [layer for layer in self.layers if layer.macs is not None]
         total = sum(layer.macs or 0 for layer in known)
-        parameters = sum(layer.layer.parameters for layer in self.layers)
+        captured = self.program.captured
+        uncaptured = uncaptured_parameters(captured)
         phases = {}
         for phase in Phase:
             expected = sum((layer.macs or 0) * layer.density(phase) for layer in known)
@@ -141,8 +144,10 @@ class Report:
             "layers": len(self.layers),
             "sparse_layers": len(sparse),
             "uncounted_layers": len(self.layers) - len(known),
-            "parameters": parameters,
-            "sparse_parameters": sum(layer.layer.parameters for layer in sparse),
+            "model_parameters": all_parameters(captured),
+            "parameters": covered_parameters(captured, (layer.name for layer in self.layers)) + uncaptured,
+            "uncaptured_parameters": uncaptured,
+            "sparse_parameters": covered_parameters(captured, (layer.name for layer in sparse)),
             "phases": phases,
         }
 
@@ -168,6 +173,10 @@ class Report:
                 "layers": [_layer_json(layer) for layer in self.layers],
                 "python": dict(captured.python),
                 "skipped": dict(captured.skipped),
+                "uncaptured": {
+                    module: {name: list(captured.parameters[name]) for name in names}
+                    for module, names in captured.uncaptured.items()
+                },
                 "whole_graph": captured.whole.source if captured.whole else None,
                 "summary": self.summary,
                 "reverted": None if self.reverted is None else asdict(self.reverted),
@@ -210,7 +219,7 @@ class Report:
         captured = self.program.captured
         sections = {"stays Python": captured.python, "skipped": captured.skipped}
         lines = [
-            f"{title}: {printable(name or '(model)')}: {printable(why, LONGEST_REASON)}"
+            f"{title}: {printable(name or '(model)')}: {printable(why, LONGEST_REASON)}{self._shapes(name)}"
             for title, found in sections.items()
             for name, why in found.items()
         ]
@@ -220,10 +229,20 @@ class Report:
             lines.append(str(self.reverted))
         return "\n".join(lines)
 
+    def _shapes(self, module: str) -> str:
+        """The parameters that a module's code multiplies by outside layers."""
+        captured = self.program.captured
+        shapes = {name: "×".join(map(str, captured.parameters[name])) for name in captured.uncaptured.get(module, ())}
+        return printable(f" [{', '.join(f'{name} {shape}' for name, shape in shapes.items())}]") if shapes else ""
+
     def _totals(self) -> str:
         totals = self.summary
-        share = totals["sparse_parameters"] / max(1, totals["parameters"])
-        lines = [f"parameters in sparse layers: {share:.1%} of {totals['parameters'] / 1e6:.3f} M"]
+        share = totals["sparse_parameters"] / max(1, totals["model_parameters"])
+        lines = [f"parameters in sparse layers: {share:.1%} of the model's {totals['model_parameters'] / 1e6:.3f} M"]
+        if totals["uncaptured_parameters"]:
+            lines.append(
+                f"parameters that code outside layers multiplies by: {totals['uncaptured_parameters'] / 1e6:.3f} M"
+            )
         for phase, values in totals["phases"].items():
             if values["macs"]:
                 rest = values["expected_macs"] / values["macs"]

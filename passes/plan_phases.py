@@ -125,6 +125,11 @@ class _LayerPlanner:
             return f"bypassed: {self.captured.bypassed[name]}"
         if asked == LayerConfig():
             return ""
+        if asked.weight is not None and (other := self._other_axis()) and not self._fits_both_axes(asked.weight):
+            return (
+                f"its weight is multiplied along its other axis by the layer {other!r}: only a transposable mask whose "
+                "tiles fit is N:M along both"
+            )
         if name in self.captured.tied:
             return f"{TIED} {self.captured.tied[name]!r}"
         if self.layer.is_depthwise:
@@ -135,6 +140,20 @@ class _LayerPlanner:
             if facts.last:
                 return LAST
         return ""
+
+    def _other_axis(self) -> str:
+        """The layer that contracts the other dim of the same weight, or nothing."""
+        behind = self.captured.behind
+        for site in self.captured.sites:
+            is_same = not (site.is_expression or self.site.is_expression) and site.layer.in_dim != self.layer.in_dim
+            if is_same and behind.get(site.layer.name) == behind.get(self.layer.name, ()):
+                return site.layer.name
+        return ""
+
+    def _fits_both_axes(self, pruning: Pruning) -> bool:
+        pattern = pruning.pattern
+        is_transposable = pruning.operator.startswith("transposable")
+        return is_transposable and self.layer.fits_forward(pattern) and self.layer.fits_backward(pattern)
 
     def _phase_rows(self, phase: Phase, asked: LayerConfig, given: LayerConfig, reason: str) -> Iterator[PlanRow]:
         """At least one row; `reason` is why the layer does not get all that it was given."""

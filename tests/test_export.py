@@ -317,3 +317,24 @@ def test_float_weights_between_quantizers_are_not_rounded(kind: str, bias: bool,
     report = nmcompile.export(compiled, tmp_path / "m.onnx", (x,))
     assert report.verification is not None and report.verification.runtimes[0].relative_l2 < 1e-5
     torch.testing.assert_close(OnnxRuntimeModel(tmp_path / "m.onnx")(x), compiled(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["weights", "inference"])
+@pytest.mark.parametrize("equation", ["bi,oi->bo", "bi,io->bo"])
+def test_an_einsum_that_is_a_layer_is_written_with_its_zeros(equation: str, mode: str, tmp_path: Path) -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn((12, 8) if "oi" in equation else (8, 12)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x, self.weight)
+
+    x = torch.randn(3, 4)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Einsum(), nn.Linear(12, 2)).eval()
+    compiled = nmcompile.compile(net, mode, args=(x,), calibration=[(x,)] if mode == "inference" else None)
+    report = nmcompile.export(compiled, tmp_path / "model.onnx", (x,))
+    assert report.verification is not None and [check.name for check in report.verification.layers]
+    (node,) = [node for node in report.onnx.nodes if node.layer == "2.weight"]
+    assert node.op in ("MatMul", "Gemm")
+    assert str(report.layers["2.weight"].weight.pattern) == "2:4"

@@ -5,20 +5,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
 
 aten = torch.ops.aten
 LINEAR = ("input", "weight", "bias")
 ADDMM = ("bias", "input", "weight")
+PRODUCT = ("input", "weight")
 CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
 ADDMM_NAMES = {"self": "bias", "input": "bias", "mat1": "input", "mat2": "weight"}
+LABEL = "label"
+"""Key of `node.meta`: how the author wrote a call that capture has rewritten."""
+
+
+def linear_in_out(input: Tensor, weight: Tensor) -> Tensor:
+    """Y = X W, the weight stored (in, out)."""
+    return input @ weight
 
 
 def _signatures() -> dict[Any, tuple[str, ...]]:
-    found: dict[Any, tuple[str, ...]] = {F.linear: LINEAR, torch.addmm: ADDMM}
+    found: dict[Any, tuple[str, ...]] = {F.linear: LINEAR, linear_in_out: PRODUCT, torch.addmm: ADDMM}
     found |= dict.fromkeys((aten.linear, aten.linear.default), LINEAR)
     found |= dict.fromkeys((aten.addmm, aten.addmm.default), ADDMM)
     found |= dict.fromkeys((aten.convolution, aten.convolution.default, torch.convolution), CONVOLUTION)
@@ -48,9 +56,14 @@ class Call:
 
     @property
     def label(self) -> str:
-        """The call as its author would know it, `F.linear` or `torch.addmm`."""
-        name = str(getattr(self.node.target, "__name__", self.node.target)).split(".")[0]
-        return f"torch.{name}" if self.transposed else f"F.{name}"
+        """The call as its author would know it, `F.linear`, `torch.addmm` or `matmul`."""
+        written = self.node.meta.get(LABEL)
+        return str(written or (f"torch.{self.function}" if self.transposed else f"F.{self.function}"))
+
+    @property
+    def function(self) -> str:
+        """The name of the function that is called."""
+        return str(getattr(self.node.target, "__name__", self.node.target)).split(".")[0]
 
     def refusal(self) -> str:
         """Why the call is no Y = X Wᵀ + b, or nothing."""
@@ -64,8 +77,8 @@ class Call:
     @property
     def ranks(self) -> tuple[int, ...]:
         """How many dims the weight may have."""
-        name = self.label.rpartition(".")[2]
-        return {"convolution": (3, 4, 5), "conv1d": (3,), "conv2d": (4,), "conv3d": (5,)}.get(name, (2,))
+        ranks = {"convolution": (3, 4, 5), "conv1d": (3,), "conv2d": (4,), "conv3d": (5,)}
+        return ranks.get(self.function, (2,))
 
     def layer(self, name: str, weight_shape: tuple[int, ...]) -> Layer:
         """The layer that the call is, for a weight of this shape."""
@@ -85,7 +98,7 @@ def match_call(node: fx.Node) -> Call | None:
     arguments = dict(zip(names, node.args, strict=False)) | given
     if arguments.get("transposed"):
         return None
-    return Call(node, arguments, names is ADDMM)
+    return Call(node, arguments, names in (ADDMM, PRODUCT))
 
 
 def has_node(value: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
+from nmcompile.capture.products import rewrite_products
 from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.state import Memory
 from nmcompile.capture.stitch import SiteIndex
@@ -139,14 +140,17 @@ class _Reader:
         held = signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants
         self.constants = frozenset(self.parameters).union(*held)
         self.norms = norm_names(model)
+        self.originals = {node.name: node for node in program.graph.nodes}
 
     def read(self) -> Exported:
         graph = own_copy(self.program.graph)
+        refused = rewrite_products(graph, self._is_input, self._weight_dims)
         layers: dict[fx.Node, tuple[str, ...]] = {}
         norms: dict[fx.Node, str] = {}
         positions: dict[str, int] = {}
-        for node, original in zip(graph.nodes, self.program.graph.nodes, strict=True):
-            names = self._layers_of(original)
+        for node in graph.nodes:
+            original = self.originals[node.name]
+            names = self._layers_of(node, _innermost(original))
             if names:
                 layers[node] = names
             if len(names) == 1 and (count := self._positions(original, names[0])) is not None:
@@ -154,13 +158,14 @@ class _Reader:
             is_norm = node.op == "call_function" and operator_name(node) == "batch_norm"
             if is_norm and (module := _innermost(original)) in self.norms:
                 norms[node] = module
-        return Exported(WholeGraph(graph, layers, "export", self.constants, norms), positions)
+        products = frozenset(one.node for one in refused)
+        return Exported(WholeGraph(graph, layers, "export", self.constants, norms, products), positions)
 
-    def _layers_of(self, node: fx.Node) -> tuple[str, ...]:
+    def _layers_of(self, node: fx.Node, module: str) -> tuple[str, ...]:
         call = match_call(node)
         if call is None:
             return self._held_by(node)
-        return self.index.of_call(_innermost(node), self._parameters_behind(call.weight))
+        return self.index.of_call(module, self._parameters_behind(call.weight))
 
     def _held_by(self, node: fx.Node) -> tuple[str, ...]:
         """The layers of a fused operator that takes their weights, such as attention's fast path."""
@@ -169,7 +174,14 @@ class _Reader:
         return self.index.given(self.ids.get(self.parameters.get(i.name, ""), 0) for i in node.all_input_nodes)
 
     def _depends_on_input(self, node: fx.Node) -> bool:
-        return any(n.op == "placeholder" and n.name not in self.constants for n in expression_of(node))
+        return any(self._is_input(one) for one in expression_of(node))
+
+    def _is_input(self, node: fx.Node) -> bool:
+        return node.op == "placeholder" and node.name not in self.constants
+
+    def _weight_dims(self, node: fx.Node) -> int | None:
+        value = self.originals[node.name].meta.get("val")
+        return value.dim() if isinstance(value, Tensor) and self._parameters_behind(node) else None
 
     def _parameters_behind(self, weight: Any) -> frozenset[int]:
         if not isinstance(weight, fx.Node) or self._depends_on_input(weight):

@@ -100,7 +100,7 @@ class _Flow:
 
     def _is_barrier(self, node: fx.Node) -> bool:
         """A layer, or what stands for one: a functional call that is no site, an embedding."""
-        if node in self.whole.layers or match_call(node) is not None:
+        if node in self.whole.layers or node in self.whole.products or match_call(node) is not None:
             return True
         if node.op == "call_module":
             return any(isinstance(m, nn.Embedding) for m in self.model.get_submodule(str(node.target)).modules())

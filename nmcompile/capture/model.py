@@ -8,7 +8,7 @@ from torch import nn
 from nmcompile.capture.exported import export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
 from nmcompile.capture.regions import find_regions
-from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers
+from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, own_matrices
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
 from nmcompile.capture.tracer import storage_key
@@ -38,7 +38,7 @@ def capture_model(
         protected = frozenset(map(storage_key, [*model.parameters(), *memory.tensors.values()]))
         regions = find_regions(model, layers.found, protected)
         found = _in_module_order(model, [*layers.found, *regions.found])
-        python = layers.python | regions.python
+        python = _still_python(model, layers, found) | regions.python
         if not found:
             raise CaptureError(_nothing_found(model, layers, python))
         sites = [one.site for one in found]
@@ -49,6 +49,9 @@ def capture_model(
         facts=facts,
         skipped=layers.skipped,
         python=python,
+        uncaptured=_uncaptured(model, [*layers.skipped, *python], regions.uncaptured),
+        parameters={name: tuple(parameter.shape) for name, parameter in _known_parameters(model).items()},
+        behind=_named(model, {one.site.layer.name: one.parameters for one in found}),
         bypassed=regions.bypassed,
         tied=_tied(model, found),
         traces=regions.traces,
@@ -88,6 +91,32 @@ def _tied(model: nn.Module, found: Sequence[FoundSite]) -> dict[str, str]:
     return {
         one.site.layer.name: owners[parameter] for one in found for parameter in one.parameters if parameter in owners
     }
+
+
+def _still_python(model: nn.Module, layers: ModuleLayers, found: Sequence[FoundSite]) -> dict[str, str]:
+    """The modules with a forward of their own in which no layer was found after all."""
+    captured = frozenset[int]().union(*(one.parameters for one in found))
+    own = {name: own_matrices(model.get_submodule(name)) for name in layers.python}
+    return {name: why for name, why in layers.python.items() if not own[name] or own[name] - captured}
+
+
+def _known_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, without lazy ones that have no shape yet."""
+    return {name: p for name, p in model.named_parameters() if not isinstance(p, nn.UninitializedParameter)}
+
+
+def _uncaptured(
+    model: nn.Module, modules: Sequence[str], read: Mapping[str, frozenset[int]]
+) -> dict[str, tuple[str, ...]]:
+    """By module name, the parameters that its code multiplies by: those seen in its trace, else its own matrices."""
+    ids = {one: read[one] if one in read else own_matrices(model.get_submodule(one)) for one in modules}
+    return _named(model, {one: found for one, found in ids.items() if found})
+
+
+def _named(model: nn.Module, ids: Mapping[str, frozenset[int]]) -> dict[str, tuple[str, ...]]:
+    """The names of the parameters with these ids, in order."""
+    names = {id(parameter): name for name, parameter in _known_parameters(model).items()}
+    return {key: tuple(sorted(names[one] for one in found if one in names)) for key, found in ids.items()}
 
 
 def _nothing_found(model: nn.Module, layers: ModuleLayers, python: Mapping[str, str]) -> str:

@@ -3,14 +3,24 @@
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx, nn
 
 from nmcompile.capture.calls import Call, match_call
 from nmcompile.capture.faithful import own_copy, trace_module, unfaithful
-from nmcompile.capture.sites import FoundSite, is_attention, is_layer, is_torch_nn, join, layer_base
-from nmcompile.capture.weights import Weight, find_weight
+from nmcompile.capture.products import Refused, rewrite_products
+from nmcompile.capture.sites import (
+    FoundSite,
+    is_attention,
+    is_layer,
+    is_torch_nn,
+    join,
+    layer_base,
+    own_matrices,
+)
+from nmcompile.capture.weights import Weight, adds_bias, find_weight, matrix_dims, weight_at
 from nmcompile.ir.captured import Site
 
 GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution"}
@@ -24,6 +34,7 @@ class Regions:
     found: list[FoundSite] = field(default_factory=list)
     traces: dict[str, fx.Graph] = field(default_factory=dict)
     python: dict[str, str] = field(default_factory=dict)
+    uncaptured: dict[str, frozenset[int]] = field(default_factory=dict)
     bypassed: dict[str, str] = field(default_factory=dict)
 
 
@@ -63,21 +74,31 @@ class _Finder:
     def visit(self, name: str, module: nn.Module) -> None:
         trace = trace_module(module, self.protected)
         graph = own_copy(trace.graph)
+        refused = rewrite_products(graph, lambda node: node.op == "placeholder", partial(matrix_dims, module))
         self._note_uses(module, graph)
         matched = [call for call in map(match_call, graph.nodes) if call]
         calls = [(call, weight) for call in matched for weight in find_weight(module, call)]
         reason = unfaithful(module, trace, self.protected) if calls else trace.failure
-        if reason:
-            if calls or might_call(module):
-                self._note_python(name, module, reason + _listed(calls))
-            return
-        self._add_sites(name, module, graph, calls)
+        for one in refused:
+            self._note_product(name, module, one)
+        if not reason:
+            self._add_sites(name, module, graph, calls)
+        elif calls or might_call(module):
+            kept = frozenset[int]().union(*(weight.parameters for _, weight in calls))
+            owned = own_matrices(module) if trace.failure else frozenset[int]()
+            self._note_python(name, reason + _listed(calls), kept | owned)
+
+    def _note_product(self, name: str, module: nn.Module, refused: Refused) -> None:
+        weight = weight_at(module, refused.operand, measure=False)
+        assert weight is not None
+        operand = f"{refused.label} on {' and '.join(weight.names)}"
+        self._note_python(name, f"{operand} ({refused.node.name}): {refused.reason}", weight.parameters)
 
     def _add_sites(self, name: str, module: nn.Module, graph: fx.Graph, calls: list[tuple[Call, Weight]]) -> None:
         for call, weight in calls:
-            refusal = weight.refusal or call.refusal()
+            refusal = weight.refusal or call.refusal() or _bias_refusal(module, call, weight)
             if refusal:
-                self._note_python(name, module, f"{call.label} ({call.node.name}): {refusal}")
+                self._note_python(name, f"{call.label} ({call.node.name}): {refusal}", weight.parameters)
                 continue
             is_only = len(calls) == 1 and layer_base(module) is not None
             layer_name = self._unique(self._layer_name(name, call, weight, is_only))
@@ -103,9 +124,10 @@ class _Finder:
         self.used.add(unique)
         return unique
 
-    def _note_python(self, name: str, module: nn.Module, reason: str) -> None:
+    def _note_python(self, name: str, reason: str, parameters: frozenset[int]) -> None:
         earlier = self.regions.python.get(name)
         self.regions.python[name] = f"{earlier}; {reason}" if earlier else reason
+        self.regions.uncaptured[name] = self.regions.uncaptured.get(name, frozenset()) | parameters
 
     def _note_uses(self, module: nn.Module, graph: fx.Graph) -> None:
         """Remember which layers the module calls, and whose weight it reads."""
@@ -141,6 +163,11 @@ def _is_metadata(user: fx.Node) -> bool:
     return user.op == "call_method" and user.target in METADATA
 
 
+def _bias_refusal(module: nn.Module, call: Call, weight: Weight) -> str:
+    width = weight.shape[1 if call.transposed else 0]
+    return "" if adds_bias(module, call, width) else "what it adds is not a bias, one number for each output"
+
+
 def _listed(calls: list[tuple[Call, Weight]]) -> str:
     if not calls:
         return ""
@@ -150,7 +177,7 @@ def _listed(calls: list[tuple[Call, Weight]]) -> str:
 
 def might_call(module: nn.Module) -> bool:
     """Whether code that cannot be traced might hold functional layers: it names one, or owns a matrix."""
-    if any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values()):
+    if own_matrices(module):
         return True
     written = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
     functions = (function for cls in written for function in vars(cls).values())

@@ -138,6 +138,13 @@ def weight_parameters(module: nn.Module, attribute: str) -> tuple[frozenset[int]
     return frozenset(id(p) for name, p in module._parameters.items() if name.startswith(prefix) and p is not None), True
 
 
+def own_matrices(module: nn.Module) -> frozenset[int]:
+    """Ids of a module's own parameters that are more than a vector, those behind parametrizations included."""
+    owned = [*module.parameters(recurse=False), *getattr(module, "parametrizations", nn.Module()).parameters()]
+    known = (parameter for parameter in owned if not isinstance(parameter, nn.UninitializedParameter))
+    return frozenset(id(parameter) for parameter in known if sum(size != 1 for size in parameter.shape) > 1)
+
+
 def _module_site(name: str, module: nn.Module) -> FoundSite:
     parameters, is_expression = weight_parameters(module, "weight")
     site = Site(_layer(name, module), name, "", join(name, "weight"), is_expression)

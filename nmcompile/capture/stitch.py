@@ -5,6 +5,7 @@ A module that cannot be traced is rolled back and stays one call; so do torch.nn
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import fx, nn
 
 from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
+from nmcompile.capture.products import rewrite_products
 from nmcompile.capture.regions import is_traceable
 from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.tracer import ModuleTracer
-from nmcompile.capture.weights import parameters_behind, read_attribute
+from nmcompile.capture.weights import matrix_dims, parameters_behind, read_attribute
 from nmcompile.ir.captured import WholeGraph
 from nmcompile.ir.unsharded import without_hooks
 
@@ -29,9 +31,12 @@ def stitch(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) 
         graph = _graph_of(model, protected)
     except Exception as error:
         return None, f"{type(model).__name__}.forward cannot be traced ({summary(error)})"
+    refused = rewrite_products(graph, lambda node: node.op == "placeholder", partial(matrix_dims, model))
     names = norm_names(model)
     norms = {node: str(node.target) for node in graph.nodes if node.op == "call_module" and node.target in names}
-    return WholeGraph(graph, _layers_of(model, graph, SiteIndex(sites)), "fx", norms=norms), ""
+    products = frozenset(one.node for one in refused)
+    layers = _layers_of(model, graph, SiteIndex(sites))
+    return WholeGraph(graph, layers, "fx", norms=norms, products=products), ""
 
 
 class SiteIndex:

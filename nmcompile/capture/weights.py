@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from nmcompile.capture.calls import Call
+from nmcompile.capture.sites import is_layer
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,12 @@ def find_weight(module: nn.Module, call: Call, measure: bool = True) -> Iterator
 
     `measure=False` leaves the shape out.
     """
-    if not isinstance(call.weight, fx.Node):
+    weight = weight_at(module, call.weight, measure) if isinstance(call.weight, fx.Node) else None
+    if weight is None:
         return
-    expression = expression_of(call.weight)
-    named = dict(item for node in expression for item in _parameters_of(module, node))
-    if not all(_is_constant(module, node) for node in expression):
-        return
-    is_expression = call.weight.op != "get_attr"
-    if measure:
-        yield _weight(module, call, expression, named, is_expression)
-    else:
-        yield Weight(tuple(named), frozenset(map(id, named.values())), (), is_expression)
+    if measure and not weight.refusal and len(weight.shape) not in call.ranks:
+        weight = replace(weight, refusal=f"its weight has {len(weight.shape)} dims")
+    yield weight
 
 
 def parameters_behind(module: nn.Module, call: Call) -> frozenset[int]:
@@ -53,10 +49,41 @@ def parameters_behind(module: nn.Module, call: Call) -> frozenset[int]:
     return next((weight.parameters for weight in find_weight(module, call, measure=False)), frozenset())
 
 
-def _weight(
-    module: nn.Module, call: Call, expression: list[fx.Node], named: dict[str, Tensor], is_expression: bool
-) -> Weight:
+def weight_at(module: nn.Module, node: fx.Node, measure: bool = True) -> Weight | None:
+    """What a node of a module's graph holds, or None where it depends on activations.
+
+    `measure=False` leaves the shape out.
+    """
+    expression = expression_of(node)
+    named = dict(item for one in expression for item in _parameters_of(module, one))
+    if not all(_is_constant(module, one) for one in expression):
+        return None
+    if measure:
+        return _weight(module, expression, named)
+    return Weight(tuple(named), frozenset(map(id, named.values())), (), node.op != "get_attr")
+
+
+def matrix_dims(module: nn.Module, node: fx.Node) -> int | None:
+    """The number of dims of a weight; None for activations, what other layers compute, and what has no parameter."""
+    called = [one for one in expression_of(node) if one.op == "call_module"]
+    if any(is_layer(m) for one in called for m in module.get_submodule(str(one.target)).modules()):
+        return None
+    weight = weight_at(module, node)
+    return len(weight.shape) if weight is not None and weight.names else None
+
+
+def adds_bias(module: nn.Module, call: Call, width: int) -> bool:
+    """Whether the call adds a vector with one element for each output, and not a matrix as `addmm` may."""
+    bias = call.arguments.get("bias")
+    if call.function != "addmm" or not isinstance(bias, fx.Node):
+        return True
+    found = read_attribute(module, str(bias.target)) if bias.op == "get_attr" else weight_at(module, bias)
+    return found is not None and tuple(found.shape) == (width,)
+
+
+def _weight(module: nn.Module, expression: list[fx.Node], named: dict[str, Tensor]) -> Weight:
     names, ids = tuple(named), frozenset(id(tensor) for tensor in named.values())
+    is_expression = expression[-1].op != "get_attr"
     if not named:
         return Weight((), ids, (), is_expression, "its weight is no parameter, nor computed from one")
     try:
@@ -65,8 +92,6 @@ def _weight(
         reason = f"the shape of its computed weight is unknown ({type(error).__name__})"
         return Weight(names, ids, (), is_expression, reason)
     refusal = "" if tensor.is_floating_point() else f"its weight is {str(tensor.dtype).removeprefix('torch.')}"
-    if not refusal and tensor.dim() not in call.ranks:
-        refusal = f"its weight has {tensor.dim()} dims"
     return Weight(names, ids, tuple(tensor.shape), is_expression, refusal)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from nmcompile.capture.calls import linear_in_out
 from nmcompile.capture.sites import is_attention, is_layer, is_torch_nn
 from nmcompile.capture.tracer import AUGMENTED, written_arguments
 
@@ -16,6 +17,8 @@ ORIGINS = {"torch", "_operator", "builtins", "math"}
 
 def is_torch_function(target: Any) -> bool:
     """Whether a function does what its name says: torch's or Python's own, and none that runs a graph of its own."""
+    if target is linear_in_out:
+        return True
     if isinstance(target, OpOverload):
         return target.namespace in ("aten", "prims")
     if isinstance(target, OpOverloadPacket):
@@ -69,7 +72,8 @@ def _nodes(value: Any) -> list[fx.Node]:
 
 # Names as in `ranges`. What is not here, views above all, may return the memory of any input.
 FRESH = {
-    "linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution", "embedding",
+    "linear", "linearinout", "addmm", "mm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution",
+    "embedding",
     "convtranspose1d", "convtranspose2d", "convtranspose3d", "scaleddotproductattention", "batchnorm", "syncbatchnorm",
     "layernorm", "groupnorm", "rmsnorm", "localresponsenorm", "add", "iadd", "sub", "isub", "rsub", "mul", "imul",
     "div", "truediv", "itruediv", "neg", "pow", "ipow", "abs", "absolute", "square", "exp", "log", "sqrt", "rsqrt",

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError
 from nmcompile.export.runners import first_line
+from nmcompile.ir.einsum import linear_einsum
 
 OPSET = 21  # the first with 4-bit integers
 BATCH = "batch"
@@ -46,6 +47,7 @@ def trace_model(
         shapes = _open_batch(plain, args, kwargs)
     program = _exported(plain, args, kwargs, shapes)
     _check_outputs(program, type(plain).__name__)
+    _open_einsums(program)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the decomposition warns of torch's own code
@@ -82,6 +84,20 @@ def _exported(
     except Exception as error:  # whatever the model's own code raises comes out here
         hint = "; if it needs one batch size, give dynamic_batch=False" if shapes is not None else ""
         raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {first_line(error)}{hint}") from error
+
+
+def _open_einsums(program: torch.export.ExportedProgram) -> None:
+    """Write each einsum that is a linear layer as linear or matmul, in place: runtimes have no sparse Einsum."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.einsum.default or len(node.args[1]) != 2:
+            continue
+        equation, operands = node.args[:2]
+        weight = next((i for i in (1, 0) if operands[i].name in program.graph_signature.inputs_to_parameters), None)
+        is_out_in = None if weight is None else linear_einsum(equation, weight)
+        if weight is not None and is_out_in is not None:
+            node.target = torch.ops.aten.linear.default if is_out_in else torch.ops.aten.matmul.default
+            node.args = operands[1 - weight], operands[weight]
+    program.graph_module.recompile()
 
 
 def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

@@ -66,6 +66,7 @@ class WholeGraph:
         source: `"fx"` or `"export"`.
         constants: the placeholders that stand for parameters and buffers, by name.
         norms: the nodes that are a batch norm, with the module's name.
+        products: the nodes that multiply by a parameter and are not a layer.
     """
 
     graph: fx.Graph
@@ -73,6 +74,7 @@ class WholeGraph:
     source: str
     constants: frozenset[str] = frozenset()
     norms: Mapping[fx.Node, str] = field(default_factory=dict)
+    products: frozenset[fx.Node] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WholeGraph":
         # Read-only, and its keys are nodes: copies of a model share it.
@@ -89,6 +91,9 @@ class Captured:
         skipped: by module name, conv/linear-like modules that are no GEMM node, with the reason.
         python: by module name, modules whose forward stays Python although it holds functional layers, or whose code
             could not be traced, with the reason.
+        uncaptured: by module name, the parameters that the code in `skipped` and `python` multiplies by.
+        parameters: the shape of every parameter of the model, by name.
+        behind: by layer name, the parameters that its weight is, or is computed from.
         bypassed: by layer name, the code that reads the layer's weight without calling the layer.
         tied: by layer name, the embedding that owns the same weight.
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
@@ -102,6 +107,9 @@ class Captured:
     facts: Mapping[str, Facts]
     skipped: Mapping[str, str] = field(default_factory=dict)
     python: Mapping[str, str] = field(default_factory=dict)
+    uncaptured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bypassed: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     traces: Mapping[str, fx.Graph] = field(default_factory=dict)

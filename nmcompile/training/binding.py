@@ -81,7 +81,8 @@ class TripleFactory:
         if key not in self.masks:
             self.masks[key] = self._new_mask(site, row, weight)
         mask = self.masks[key]
-        if (mask.operator, mask.pattern, mask.layer.in_dim) != (row.operator, row.pattern, site.layer.in_dim):
+        fits = mask.layer.in_dim == site.layer.in_dim or mask.operator.startswith("transposable")
+        if (mask.operator, mask.pattern) != (row.operator, row.pattern) or not fits:
             raise ConfigError(
                 f"layers {mask.layer.name!r} and {site.layer.name!r} share one weight, but are to be pruned as "
                 f"{mask.pattern} {mask.operator} and {row.pattern} {row.operator}; give both the same in "

@@ -197,7 +197,10 @@ def test_linear_on_a_childs_weight_is_a_site_and_the_child_is_bypassed() -> None
 
 def test_reading_a_childs_weight_bypasses_it_and_reading_its_dtype_does_not() -> None:
     assert list(capture_model(nn.Sequential(MultipliesChild())).bypassed) == ["0.fc"]
-    assert capture_model(MultipliesChild()).bypassed == {"fc": "its weight is read by MultipliesChild.forward"}
+    instead = "where it is the layer 'fc.weight'"
+    assert capture_model(MultipliesChild()).bypassed == {
+        "fc": f"its weight is read by MultipliesChild.forward, {instead}"
+    }
     assert not capture_model(ReadsDtype()).bypassed
 
 

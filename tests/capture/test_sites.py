@@ -110,9 +110,20 @@ def test_attention_with_its_own_forward() -> None:
 
     model = nn.Sequential(Mine(8, 2), nn.Linear(8, 4))
     captured = capture_model(model)
-    assert [site.layer.name for site in captured.sites] == ["0.out_proj", "1"]
-    assert "its in_proj is not captured" in captured.python["0"]
-    assert captured.bypassed == {"0.out_proj": "its weight is read by Mine.forward"}
+    assert {site.layer.name for site in captured.sites} == {"0.in_proj_weight", "0.out_proj.weight", "0.out_proj", "1"}
+    assert not captured.python
+    instead = "where it is the layer '0.out_proj.weight'"
+    assert captured.bypassed == {"0.out_proj": f"its weight is read by Mine.forward, {instead}"}
+
+
+def test_attention_whose_own_forward_cannot_be_traced_is_named() -> None:
+    class Mine(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x @ self.in_proj_weight.t() if bool(x.sum() > 0) else x
+
+    captured = capture_model(nn.Sequential(Mine(8, 2), nn.Linear(8, 4)))
+    assert captured.python["0"].startswith("TraceError")
+    assert captured.uncaptured == {"0": ("0.in_proj_weight",)}
 
 
 def test_subclass_that_inherits_forward_is_a_layer_and_one_with_conv_forward_is_not() -> None:
