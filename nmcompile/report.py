@@ -233,7 +233,8 @@ class Report:
         """The parameters that a module's code multiplies by outside layers."""
         captured = self.program.captured
         shapes = {name: "×".join(map(str, captured.parameters[name])) for name in captured.uncaptured.get(module, ())}
-        return printable(f" [{', '.join(f'{name} {shape}' for name, shape in shapes.items())}]") if shapes else ""
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        return f" [{printable(listed, LONGEST_REASON)}]" if shapes else ""
 
     def _totals(self) -> str:
         totals = self.summary
