@@ -1,7 +1,7 @@
 """The front door: compile, analyze, inspect, decompile, in the order of the data flow."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,15 +16,17 @@ from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cusparselt import CusparseltBackend
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.triton import TritonBackend
-from nmcompile.calibration import calibrate
+from nmcompile.calibration import calibrate_reached
 from nmcompile.capture import capture_model
 from nmcompile.checks import check_call, check_choice, check_kind
 from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of, restore_all
 from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
+from nmcompile.ir.captured import Captured
 from nmcompile.ir.modules import RECORD
 from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.protocols import Backend
+from nmcompile.passes.plan_phases import UNREACHED
 from nmcompile.profitability import find_dense_phases
 from nmcompile.report import Observation, Report, build_report
 from nmcompile.training.earlier import Earlier, earlier_of
@@ -96,7 +98,7 @@ def compile(
         # On a copy, so that a failure leaves the model as it is; its masks and clips are taken over.
         trial = rewrite(source, config=asked, earlier=earlier)
         if calibration is not None:
-            calibrate(trial, calibration)
+            rewrite = partial(rewrite, unreached=calibrate_reached(trial, calibration))
         earlier = replace(earlier_of(trial), carried=earlier.carried)
         if validation is not None and max_drop is not None:
 
@@ -135,7 +137,7 @@ def analyze(
     plain = decompile(source) if is_compiled(source) else source
     preset(mode)
     backends = _backends(backend, source)
-    captured = replace(capture_model(plain, args, kwargs), carried=earlier_of(source).carried)
+    captured = _with_earlier(capture_model(plain, args, kwargs), earlier_of(source))
     done = compilation_of(captured, mode, asked, backends, dense_phases=dense_phases)
     return build_report(done.program, {}, model_name=type(plain).__name__, mode=mode)
 
@@ -239,6 +241,7 @@ def _rewrite(
     config: CompileConfig,
     backend: str | Backend,
     earlier: Earlier,
+    unreached: Sequence[str] = (),
     inplace: bool = False,
     reverted: Reverted | None = None,
     dense_phases: DensePhases | None = None,
@@ -247,12 +250,19 @@ def _rewrite(
     preset(mode)
     backends = _backends(backend, source)
     plain = decompile(source) if is_compiled(source) else source
-    captured = replace(capture_model(plain, args, kwargs), carried=earlier.carried)
+    captured = _with_earlier(capture_model(plain, args, kwargs), earlier, unreached)
     done = compilation_of(captured, mode, config, backends, reverted, dense_phases)
     target = source if inplace else plain if plain is not source else share_copy(source)
     triples = bind_layers(target, done, torch.initial_seed(), earlier)
     install_layers(target, done, triples)
     return target
+
+
+def _with_earlier(captured: Captured, earlier: Earlier, unreached: Sequence[str] = ()) -> Captured:
+    """What was captured, with what an earlier compilation and calibration have shown of it."""
+    uncalled = {name: why for name, why in captured.suspected.items() if name in earlier.uncalled}
+    bypassed = {**dict.fromkeys(unreached, UNREACHED), **uncalled, **captured.bypassed}
+    return replace(captured, carried=earlier.carried, bypassed=bypassed)
 
 
 def _without(config: CompileConfig, layers: tuple[str, ...]) -> CompileConfig:

@@ -51,8 +51,24 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
 
     Raises:
         CalibrationError: no data; a batch that forward does not run on, or that gives NaN or infinity, by its number;
-            or an input that is always zero, by its layer.
+            an input that is always zero, by its layer; or layers that the data does not reach.
         StateError: the model is not compiled.
+    """
+    unreached = calibrate_reached(compiled, data)
+    if unreached:
+        names = ", ".join(map(repr, unreached))
+        raise CalibrationError(
+            f"the calibration data runs the model without calling {names}; give data that reaches "
+            f"{'it' if len(unreached) == 1 else 'them'}, or leave {names} dense with "
+            f"CompileConfig(layers={dict.fromkeys(unreached)})"
+        )
+
+
+@torch.no_grad()
+def calibrate_reached(compiled: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
+    """Do what `calibrate` does, and return the names of the layers that the data does not reach.
+
+    They keep the clips that they have.
     """
     if not any(triples_of(compiled)):
         record_of(compiled)
@@ -60,11 +76,14 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
     steps = {id(step): step for triple in triples_of(compiled) for step in triple.steps.activations}
     with evaluating(compiled):
         observed, examples = _observe(compiled, data, steps)
-        clips = {key: _clip(step, observed[key]) for key, step in steps.items()}
-        for key, step in steps.items():
+        reached = {key: step for key, step in steps.items() if key in observed} or steps
+        clips = {key: _clip(step, observed[key]) for key, step in reached.items()}
+        for key, step in reached.items():
             step.calibrate(clips[key])
-        coarse = [step for step in steps.values() if step.grid.bits <= COARSE]
+        coarse = [step for step in reached.values() if step.grid.bits <= COARSE]
         _scale_clips(compiled, [step for step in coarse if step.row.operator != "percentile"], examples)
+    missed = (step for key, step in steps.items() if key not in reached and not step.is_calibrated)
+    return tuple(dict.fromkeys(step.layer for step in missed))
 
 
 def _check_data(data: Any) -> None:

@@ -18,7 +18,8 @@ from nmcompile.passes import compile_passes
 from nmcompile.passes.plan_phases import plan_phases
 from nmcompile.passes.replace_modules import replace_modules
 from nmcompile.training.binding import TripleFactory
-from nmcompile.training.earlier import Earlier
+from nmcompile.training.earlier import Earlier, never_masked
+from nmcompile.training.state import triples_of
 from nmcompile.training.steps import watch_optimizers
 
 
@@ -84,6 +85,12 @@ def restore_all(model: nn.Module) -> None:
     for module in model.modules():
         restore(module)
         module.__dict__.pop(RECORD, None)
+
+
+def bypassed_layers(root: nn.Module) -> dict[str, str]:
+    """The layers of a compiled model that ran whose weight other code seems to read: the run did not call them."""
+    suspected = root.__dict__[RECORD].program.captured.suspected
+    return {name: suspected[name] for name in never_masked(list(triples_of(root))) if name in suspected}
 
 
 def record_of(compiled: nn.Module) -> tuple[nn.Module, Compilation]:

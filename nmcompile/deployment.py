@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from nmcompile.compilation import record_of
+from nmcompile.compilation import bypassed_layers, record_of
 from nmcompile.config import Phase
 from nmcompile.errors import ExportError, PassError
 from nmcompile.finalization import effective_weight, named_weight, stored_weight
@@ -26,10 +26,12 @@ def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
     """
     root, record = record_of(compiled)
     captured = record.program.captured
-    for triple in triples_of(root):
+    bypassed = {**captured.bypassed, **bypassed_layers(root)}
+    layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
+    for triple in layers:
         _check_input(triple, captured.facts[triple.layer.name].nonnegative)
-    rewritten = {triple.layer.name: _deployed(root, triple) for triple in triples_of(root)}
-    left = [site for site in captured.sites if site.layer.name not in captured.bypassed and not site.is_expression]
+    rewritten = {triple.layer.name: _deployed(root, triple) for triple in layers}
+    left = [site for site in captured.sites if site.layer.name not in bypassed and not site.is_expression]
     return {site.layer.name: _plain(root, site) for site in left} | rewritten
 
 

@@ -1,19 +1,20 @@
 """The plain model with its pruning and quantization made real in the weights."""
 
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nmcompile.compilation import restore_all
+from nmcompile.compilation import bypassed_layers, restore_all
 from nmcompile.errors import PassError, StateError
 from nmcompile.ir.modules import FINALIZED, RECORD
 from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
 from nmcompile.ir.shards import gathered
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.ir.unsharded import unsharded_copy
-from nmcompile.training.state import masks_of, triples_of
+from nmcompile.training.state import masks_among, triples_of
 
 
 @torch.no_grad()
@@ -30,6 +31,10 @@ def finalize(compiled: nn.Module) -> nn.Module:
         PassError: a pruned weight is computed in forward (a standardized weight, say), so that no parameter can hold
             its zeros.
         StateError: a part of a compiled model.
+
+    Warns:
+        UserWarning: a layer that the model ran without calling, and whose weight other code seems to read: it runs
+            dense there, and stays so.
     """
     plain = unsharded_copy(compiled)
     for root in [module for module in plain.modules() if RECORD in module.__dict__]:
@@ -43,8 +48,13 @@ def finalize(compiled: nn.Module) -> nn.Module:
 
 
 def _finalize(root: nn.Module) -> None:
-    masks = masks_of(root)
-    effective = {triple.site.weight: _effective(root, triple) for triple in triples_of(root) if _changes(triple)}
+    bypassed = bypassed_layers(root)
+    if bypassed:
+        listed = "; ".join(f"{name!r}: {why}" for name, why in bypassed.items())
+        warnings.warn(f"left as they are, since the model ran without calling them: {listed}", stacklevel=4)
+    layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
+    masks = masks_among(layers)
+    effective = {triple.site.weight: _effective(root, triple) for triple in layers if _changes(triple)}
     effective |= dict(_rounded_biases(root))
     restore_all(root)
     for name, values in effective.items():
@@ -58,7 +68,10 @@ def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
     weight = stored_weight(model, triple)
     if weight is None:
         return None
-    pruned = weight if triple.mask is None else apply_mask(weight, triple.mask.current(weight))
+    # A mask that is computed tells that its layer ran.
+    mask = triple.mask
+    found = None if mask is None else mask.current(weight) if triple.called else mask.preview(weight)
+    pruned = weight if found is None else apply_mask(weight, found)
     step, grid = triple.steps.of_weight(weight), triple.steps.weight_grid
     return pruned if step is None or grid is None else to_grid(pruned, step, grid.bits, grid.signed)
 
@@ -86,7 +99,9 @@ def _changes(triple: GemmTriple) -> bool:
 
 
 def _effective(model: nn.Module, triple: GemmTriple) -> Tensor:
-    weight = effective_weight(model, triple)
+    weight, stored = effective_weight(model, triple), stored_weight(model, triple)
+    if triple.mask is not None and stored is not None:
+        triple.mask.current(stored)
     if weight is None:
         raise PassError(
             f"layer {triple.layer.name!r}: its weight is computed in forward, so finalize cannot write zeros into a "

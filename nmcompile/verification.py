@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from nmcompile.capture import capture_model
 from nmcompile.checks import check_kind
+from nmcompile.compilation import bypassed_layers
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.export.read_onnx import planned_patterns
@@ -28,7 +29,7 @@ from nmcompile.pruning import NMPattern
 from nmcompile.training.binding import count_violations
 from nmcompile.training.earlier import full_name
 from nmcompile.training.masks import WeightMask
-from nmcompile.training.state import masks_of, triples_of
+from nmcompile.training.state import masks_among, triples_of
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ def _root_checks(path: str, root: nn.Module) -> Iterator[TensorCheck]:
 def _weights(root: nn.Module) -> Iterator[tuple[Tensor, WeightMask]]:
     """The weights as the forward GEMM reads them, but those computed inside a forward, with their masks."""
     if RECORD in root.__dict__:
-        read = {triple.site.weight: partial(effective_weight, root, triple) for triple in triples_of(root)}
-        pairs = ((read[name](), mask) for name, mask in masks_of(root).items())
+        bypassed = bypassed_layers(root)
+        layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
+        read = {triple.site.weight: partial(effective_weight, root, triple) for triple in layers}
+        pairs = ((read[name](), mask) for name, mask in masks_among(layers).items())
     else:
         pairs = ((named_weight(root, name), mask) for name, mask in root.__dict__[FINALIZED].items())
     yield from ((weight, mask) for weight, mask in pairs if weight is not None)

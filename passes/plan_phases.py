@@ -18,6 +18,7 @@ NOT_ASKED = "the mode leaves this GEMM dense"
 FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"
 LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') changes that"
 TIED = "its weight is tied to the embedding"
+UNREACHED = "calibration ran the model without calling it"
 CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it anew"
 DROPPED = "the mask that an earlier compilation gave it is dropped"
 STORED = Grid(8, signed=True)
@@ -73,7 +74,7 @@ class _LayerPlanner:
             rows += self._grid_rows(asked)
             if is_stored and asked.weight_bits is None:
                 rows.append(stored)
-        rows = self._mention_mask(given, reason, rows) + list(self._output_rows(self.site))
+        rows = self._mention_mask(given, asked, reason, rows) + list(self._output_rows(self.site))
         self._check_exact(key, asked or given, rows)
         is_integer = {"weight", "input"} <= {row.operand for row in rows if row.is_quantized}
         if is_integer:
@@ -94,19 +95,23 @@ class _LayerPlanner:
         reason = self._dense_reason(given, key not in (None, DEFAULT))
         if not reason or given is None:
             return given, reason
-        stays = reason in (FIRST, LAST) or reason.startswith(TIED)
+        is_unreached = reason == f"bypassed: {UNREACHED}"
+        stays = reason in (FIRST, LAST) or reason.startswith(TIED) or is_unreached
         if not (stays and self._carries_mask(given)):
             return None, reason
-        carried = self.captured.carried[self.site.weight]
+        # Without data there are no clips to quantize activations with.
+        carried = self.captured.carried[self.site.weight] - ({"input", "input_bits"} if is_unreached else set())
         return replace(given, **{one.name: None for one in fields(given) if one.name not in carried}), reason
 
     def _carries_mask(self, given: LayerConfig | None) -> bool:
         """Whether the layer has a mask from an earlier compilation that the mode does not mean to drop."""
         return self.site.weight in self.captured.carried and (given is None or given.weight is not None)
 
-    def _mention_mask(self, given: LayerConfig | None, reason: str, rows: list[PlanRow]) -> list[PlanRow]:
+    def _mention_mask(
+        self, given: LayerConfig | None, asked: LayerConfig | None, reason: str, rows: list[PlanRow]
+    ) -> list[PlanRow]:
         """The rows of a layer that carries a mask, with what becomes of the mask where that is not the plain rule."""
-        if not self._carries_mask(given) or self.layer.name in self.captured.bypassed:
+        if not self._carries_mask(given) or (self.layer.name in self.captured.bypassed and not asked):
             return rows
         pruned = [row for row in rows if row.phase is Phase.FORWARD and row.operand == "weight" and row.is_sparse]
         if pruned:

@@ -3,7 +3,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -16,23 +16,32 @@ from torch.utils import _pytree as pytree
 from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
 from nmcompile.capture.products import rewrite_products
+from nmcompile.capture.regions import reads_value
 from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.state import Memory
 from nmcompile.capture.stitch import SiteIndex
 from nmcompile.capture.weights import expression_of
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import WholeGraph
+from nmcompile.ir.modules import FAST_PATHS
 
 Arguments = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The whole graph and the positions at each layer, or why there is none."""
+    """The whole graph and the positions at each layer, or why there is none.
+
+    Args:
+        called: the modules that the example called; None where it did not run.
+        reads: by layer name, the class of the module that reads its weight in the example without calling it.
+    """
 
     whole: WholeGraph | None
     positions: Mapping[str, int] = field(default_factory=dict)
     failure: str = ""
+    called: frozenset[str] | None = None
+    reads: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_whole(model: nn.Module, found: list[FoundSite], args: Arguments, kwargs: dict[str, Any]) -> Exported:
@@ -45,8 +54,9 @@ def export_whole(model: nn.Module, found: list[FoundSite], args: Arguments, kwar
         with _quiet():
             program = torch.export.export(_TensorOutputs(model), args, kwargs, strict=False)
     except Exception as error:
-        _check_runs(model, args, kwargs)
-        return Exported(None, failure=summary(error))
+        return Exported(
+            None, failure=f"torch.export failed ({summary(error)})", called=_called_in_run(model, args, kwargs)
+        )
     return _Reader(model, program, found).read()
 
 
@@ -90,22 +100,31 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from _tensors_in([getattr(value, one.name) for one in fields(value)])
 
 
-def _check_runs(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> None:
-    """Run the model once as it is; what it writes to its buffers is undone."""
+def _called_in_run(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> frozenset[str]:
+    """Run the model once as it is and return the modules that it calls; undo what it writes to its buffers."""
     kept = [(tensor, tensor.detach().clone()) for tensor in Memory(model).tensors.values() if _is_state(tensor)]
+    called: set[str] = set()
+    hooks = [module.register_forward_pre_hook(_noting(called, name)) for name, module in model.named_modules()]
     try:
         with torch.no_grad():
             model(*args, **kwargs)
+        return frozenset(called)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} does not accept args={describe(args)}, kwargs={describe(kwargs)}: "
             f"{summary(error)}; pass args= (and kwargs=) that the model runs on"
         ) from error
     finally:
+        for hook in hooks:
+            hook.remove()
         with torch.no_grad():
             for tensor, copy in kept:
                 if not torch.equal(tensor, copy):
                     tensor.copy_(copy)
+
+
+def _noting(called: set[str], name: str) -> Callable[[nn.Module, Any], None]:
+    return lambda module, inputs: called.add(name)
 
 
 def _is_state(tensor: Tensor) -> bool:
@@ -129,8 +148,10 @@ class _Reader:
     """Maps the nodes of an exported program to layers."""
 
     def __init__(self, model: nn.Module, program: ExportedProgram, found: list[FoundSite]) -> None:
+        self.model = model
         self.program = program
         self.found = found
+        self.modules = {one.site.module for one in found if not one.site.role}
         self.index = SiteIndex(found)
         self.sites = {one.site.layer.name: one.site for one in found}
         self.ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -159,7 +180,32 @@ class _Reader:
             if is_norm and (module := _innermost(original)) in self.norms:
                 norms[node] = module
         products = frozenset(one.node for one in refused)
-        return Exported(WholeGraph(graph, layers, "export", self.constants, norms, products), positions)
+        whole = WholeGraph(graph, layers, "export", self.constants, norms, products)
+        return Exported(whole, positions, called=self._called(), reads=dict(self._reads()))
+
+    def _called(self) -> frozenset[str]:
+        stacks = (node.meta.get("nn_module_stack") or {} for node in self.program.graph.nodes)
+        return frozenset(_path(entry) for stack in stacks for entry in stack.values())
+
+    def _reads(self) -> Iterator[tuple[str, str]]:
+        """Layers whose weight an operator outside of them reads, with the class of the module that it stands in."""
+        owners = {next(iter(one.parameters)): one.site for one in self.found if self._is_plain_module(one)}
+        elsewhere = {
+            (one.site.module, parameter) for one in self.found if one.site.role for parameter in one.parameters
+        }
+        for node in self.program.graph.nodes:
+            parameter = self.ids.get(self.parameters.get(node.name, ""), 0)
+            for user in node.users if parameter in owners else ():
+                reader = _innermost(user)
+                is_layer = reader in self.modules or (reader, parameter) in elsewhere
+                if is_layer or user.op == "output" or not reads_value(node, user):
+                    continue
+                module = self.model.get_submodule(reader)
+                if not isinstance(module, tuple(FAST_PATHS)):
+                    yield owners[parameter].layer.name, type(module).__name__
+
+    def _is_plain_module(self, one: FoundSite) -> bool:
+        return not one.site.role and not one.site.is_expression and len(one.parameters) == 1
 
     def _layers_of(self, node: fx.Node, module: str) -> tuple[str, ...]:
         call = match_call(node)
@@ -200,5 +246,9 @@ class _Reader:
 
 def _innermost(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return f"{paths[-1]}.".removeprefix(PREFIX).rstrip(".") if paths else ""
+    return _path(list(stack.values())[-1]) if stack else ""
+
+
+def _path(entry: tuple[str, Any]) -> str:
+    """A module's name from its entry in a node's stack; a later call of the same module has a number behind it."""
+    return f"{entry[0].partition('@')[0]}.".removeprefix(PREFIX).rstrip(".")

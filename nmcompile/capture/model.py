@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from nmcompile.capture.exported import export_whole
+from nmcompile.capture.exported import Exported, export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
-from nmcompile.capture.regions import find_regions
+from nmcompile.capture.regions import Regions, find_regions
 from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, own_matrices
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
 from nmcompile.capture.tracer import storage_key
+from nmcompile.capture.weight_reads import WeightReads, find_weight_reads
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import Captured, WholeGraph
 from nmcompile.ir.shards import FSDP1, is_flat, is_sharded
@@ -42,8 +43,12 @@ def capture_model(
         if not found:
             raise CaptureError(_nothing_found(model, layers, python))
         sites = [one.site for one in found]
-        whole, reason, positions = _whole(model, found, protected, args, kwargs)
+        reads = find_weight_reads(model, layers.found, regions.called)
+        example = _example(model, found, args, kwargs)
+        whole, reason = _whole(model, found, protected, example)
+        positions = example.positions if example else {}
         facts = facts_from_graph(model, sites, whole, positions) if whole else facts_without_graph(sites)
+        bypassed, suspected = _judge_reads(layers.found, regions, reads, example)
     return Captured(
         sites=tuple(sites),
         facts=facts,
@@ -52,7 +57,8 @@ def capture_model(
         uncaptured=_uncaptured(model, [*layers.skipped, *python], regions.uncaptured),
         parameters={name: tuple(parameter.shape) for name, parameter in _known_parameters(model).items()},
         behind=_named(model, {one.site.layer.name: one.parameters for one in found}),
-        bypassed=regions.bypassed,
+        bypassed=bypassed,
+        suspected=suspected,
         tied=_tied(model, found),
         traces=regions.traces,
         whole=whole,
@@ -60,25 +66,43 @@ def capture_model(
     )
 
 
+def _example(
+    model: nn.Module, found: list[FoundSite], args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+) -> Exported | None:
+    """The example run as torch.export sees it, if one is given."""
+    if any(map(is_sharded, model.parameters())):
+        return Exported(None, failure="torch.export does not take weights that are split among processes")
+    if args is None and not kwargs:
+        return None
+    return export_whole(model, found, args or (), dict(kwargs or {}))
+
+
 def _whole(
     model: nn.Module,
     found: list[FoundSite],
     protected: frozenset[int],
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
-) -> tuple[WholeGraph | None, str, Mapping[str, int]]:
-    failure = ""
-    if any(map(is_sharded, model.parameters())):
-        failure = "torch.export does not take weights that are split among processes"
-    elif args is not None or kwargs:
-        exported = export_whole(model, found, args or (), dict(kwargs or {}))
-        if exported.whole is not None:
-            return exported.whole, "", exported.positions
-        failure = f"torch.export failed ({exported.failure})"
+    example: Exported | None,
+) -> tuple[WholeGraph | None, str]:
+    if example is not None and example.whole is not None:
+        return example.whole, ""
+    failure = example.failure if example else ""
     whole, reason = stitch(model, found, protected)
     if reason and not failure:
         reason += "; passing args= helps"
-    return whole, "; ".join(filter(None, (failure, reason))), {}
+    return whole, "; ".join(filter(None, (failure, reason)))
+
+
+def _judge_reads(
+    layers: list[FoundSite], regions: Regions, reads: WeightReads, example: Exported | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The layers that other code reads in place of a call, and those of which only a run can tell."""
+    bypassed, suspected = {**reads.certain, **regions.bypassed}, dict(reads.possible)
+    if example is not None and example.called is not None:
+        modules = {one.site.layer.name: one.site.module for one in layers}
+        uncalled = {name: why for name, why in reads.possible.items() if modules[name] not in example.called}
+        read = {name: f"its weight is read by {reader}.forward" for name, reader in example.reads.items()}
+        bypassed = {**uncalled, **read, **bypassed}
+    return bypassed, {name: why for name, why in suspected.items() if name not in bypassed}
 
 
 def _in_module_order(model: nn.Module, found: list[FoundSite]) -> list[FoundSite]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from nmcompile.capture.calls import Call, match_call
-from nmcompile.capture.faithful import own_copy, trace_module, unfaithful
+from nmcompile.capture.faithful import operator_name, own_copy, trace_module, unfaithful
 from nmcompile.capture.products import Refused, rewrite_products
 from nmcompile.capture.sites import (
     FoundSite,
@@ -20,10 +20,14 @@ from nmcompile.capture.sites import (
     layer_base,
     own_matrices,
 )
-from nmcompile.capture.weights import Weight, adds_bias, find_weight, matrix_dims, weight_at
+from nmcompile.capture.weights import Weight, adds_bias, expression_of, find_weight, matrix_dims, weight_at
 from nmcompile.ir.captured import Site
 
 GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution"}
+# What takes no element of a weight: an embedding owns it, the others take its type or its shape.
+ELSEWHERE = {"embedding"}
+LIKE_SECOND = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+HANDED_ON = {"data", "detach", "alias"}
 METADATA = {"dtype", "device", "shape", "ndim", "requires_grad", "size", "dim", "numel", "is_cuda", "layout", "type"}
 
 
@@ -36,6 +40,7 @@ class Regions:
     python: dict[str, str] = field(default_factory=dict)
     uncaptured: dict[str, frozenset[int]] = field(default_factory=dict)
     bypassed: dict[str, str] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
 
 
 def find_regions(model: nn.Module, layers: list[FoundSite], protected: frozenset[int]) -> Regions:
@@ -68,14 +73,13 @@ class _Finder:
         self.used = {found.site.layer.name for found in layers}
         self.owners = {found.site.weight: found.site for found in layers}
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.called: set[str] = set()
         self.readers: dict[str, str] = {}
+        self.computing: set[str] = set()
 
     def visit(self, name: str, module: nn.Module) -> None:
         trace = trace_module(module, self.protected)
         graph = own_copy(trace.graph)
         refused = rewrite_products(graph, lambda node: node.op == "placeholder", partial(matrix_dims, module))
-        self._note_uses(module, graph)
         matched = [call for call in map(match_call, graph.nodes) if call]
         calls = [(call, weight) for call in matched for weight in find_weight(module, call)]
         reason = unfaithful(module, trace, self.protected) if calls else trace.failure
@@ -87,6 +91,10 @@ class _Finder:
             kept = frozenset[int]().union(*(weight.parameters for _, weight in calls))
             owned = own_matrices(module) if trace.failure else frozenset[int]()
             self._note_python(name, reason + _listed(calls), kept | owned)
+        roles = {found.site.role for found in self.regions.found if found.site.module == name}
+        taken = [call for call in matched if call.node.name in roles]
+        inside = {node for call in taken for node in (call.node, *expression_of(call.weight))}
+        self._note_uses(module, graph, inside)
 
     def _note_product(self, name: str, module: nn.Module, refused: Refused) -> None:
         weight = weight_at(module, refused.operand, measure=False)
@@ -129,38 +137,45 @@ class _Finder:
         self.regions.python[name] = f"{earlier}; {reason}" if earlier else reason
         self.regions.uncaptured[name] = self.regions.uncaptured.get(name, frozenset()) | parameters
 
-    def _note_uses(self, module: nn.Module, graph: fx.Graph) -> None:
-        """Remember which layers the module calls, and whose weight it reads."""
+    def _note_uses(self, module: nn.Module, graph: fx.Graph, inside: set[fx.Node]) -> None:
+        """Remember which layers the module calls, and whose weight it reads outside of nodes of its own layers."""
         for node in graph.nodes:
             if node.op not in ("get_attr", "call_module"):
                 continue
             target = str(node.target).replace(".parametrizations.", ".")
             owner, _, attribute = target.rpartition(".")
             if target == node.target and node.op == "call_module":
-                self.called.add(self._full_name(module, target))
-            elif owner and not all(_is_metadata(user) for user in node.users):
+                self.regions.called.add(self._full_name(module, target))
+            elif owner and (readers := [user for user in node.users if reads_value(node, user)]):
                 weight = join(self._full_name(module, owner), attribute)
                 if weight in self.owners:
                     self.readers.setdefault(weight, type(module).__name__)
+                    if not inside.issuperset(readers):
+                        self.computing.add(weight)
 
     def _full_name(self, module: nn.Module, path: str) -> str:
         return str(self.names.get(id(module.get_submodule(path)), path))
 
     def judge_readers(self) -> None:
-        """A layer whose weight is read and that nobody calls is bypassed."""
+        """A layer whose weight is read is bypassed, unless it is called and all that reads it is masked too."""
         sites = {found.site.weight: found.site.layer.name for found in self.regions.found}
         for weight, reader in self.readers.items():
             owner = self.owners[weight]
-            if owner.module in self.called:
+            if owner.module in self.regions.called and weight not in self.computing:
                 continue
             instead = f", where it is the layer {sites[weight]!r}" if weight in sites else ""
             self.regions.bypassed[owner.layer.name] = f"its weight is read by {reader}.forward{instead}"
 
 
-def _is_metadata(user: fx.Node) -> bool:
-    if user.op == "call_function" and user.target is getattr:
-        return user.args[1] in METADATA
-    return user.op == "call_method" and user.target in METADATA
+def reads_value(weight: fx.Node, user: fx.Node) -> bool:
+    """Whether a node computes with the elements of a weight, and not only with its shape or type."""
+    is_attribute = user.op == "call_function" and user.target is getattr
+    name = str(user.args[1]) if is_attribute else operator_name(user)
+    if name in HANDED_ON:
+        return any(reads_value(user, later) for later in user.users)
+    if name in METADATA | ELSEWHERE or name.startswith("new_") or name.endswith("_like"):
+        return False
+    return not (name in LIKE_SECOND and user.args[:1] != (weight,))
 
 
 def _bias_refusal(module: nn.Module, call: Call, weight: Weight) -> str:
@@ -181,11 +196,11 @@ def might_call(module: nn.Module) -> bool:
         return True
     written = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]
     functions = (function for cls in written for function in vars(cls).values())
-    return any(GEMM_NAMES & set(_names_in(f.__code__)) for f in functions if isinstance(f, types.FunctionType))
+    return any(GEMM_NAMES & set(names_in(f.__code__)) for f in functions if isinstance(f, types.FunctionType))
 
 
-def _names_in(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)

@@ -95,6 +95,7 @@ class Captured:
         parameters: the shape of every parameter of the model, by name.
         behind: by layer name, the parameters that its weight is, or is computed from.
         bypassed: by layer name, the code that reads the layer's weight without calling the layer.
+        suspected: by layer name, code that may read the layer's weight without calling it; a run shows whether it does.
         tied: by layer name, the embedding that owns the same weight.
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
         whole: the whole model's graph, or None.
@@ -111,6 +112,7 @@ class Captured:
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bypassed: Mapping[str, str] = field(default_factory=dict)
+    suspected: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     traces: Mapping[str, fx.Graph] = field(default_factory=dict)
     whole: WholeGraph | None = None

@@ -31,6 +31,9 @@ class MaskSource(Protocol):
     def current(self, weight: Tensor) -> Tensor:
         """The mask, bool of the weight's shape; rebuilt from `weight` if it is stale."""
 
+    def preview(self, weight: Tensor) -> Tensor:
+        """The mask that `current` would return, without a change of state."""
+
     def mark_stale(self) -> None:
         """Have the next `current` rebuild the mask."""
 

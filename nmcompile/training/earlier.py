@@ -23,14 +23,21 @@ class Earlier:
         masks: by the full name of the weight.
         steps: of quantized activations, by the full name of the layer and the operand.
         carried: by the full name of the weight, the fields of `LayerConfig` that a masked layer was given.
+        uncalled: full names of the layers that were bypassed, or have never run masked although their model ran.
     """
 
     masks: Mapping[str, WeightMask] = field(default_factory=dict)
     steps: Mapping[tuple[str, str | None], ActivationStep] = field(default_factory=dict)
     carried: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    uncalled: frozenset[str] = frozenset()
 
     def __or__(self, other: "Earlier") -> "Earlier":
-        return Earlier({**self.masks, **other.masks}, {**self.steps, **other.steps}, {**self.carried, **other.carried})
+        return Earlier(
+            {**self.masks, **other.masks},
+            {**self.steps, **other.steps},
+            {**self.carried, **other.carried},
+            self.uncalled | other.uncalled,
+        )
 
 
 def earlier_of(model: nn.Module) -> Earlier:
@@ -38,7 +45,9 @@ def earlier_of(model: nn.Module) -> Earlier:
     result = Earlier()
     for path, root in model.named_modules():
         if RECORD in root.__dict__:
+            known = root.__dict__[RECORD].program.captured.bypassed
             result |= earlier_layers(list(triples_of(root)), path)
+            result |= Earlier(uncalled=frozenset(full_name(path, name) for name in known))
         elif FINALIZED in root.__dict__:
             obeyed = {full_name(path, name): mask for name, mask in _obeyed(root)}
             result |= Earlier(obeyed, carried=dict.fromkeys(obeyed, frozenset({"weight"})))
@@ -47,23 +56,24 @@ def earlier_of(model: nn.Module) -> Earlier:
 
 def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
     """Collect the state of the layers of one compiled model, which stands at `path`."""
+    uncalled = frozenset(never_masked(layers))
+    masked = [triple for triple in layers if triple.mask is not None and triple.layer.name not in uncalled]
     return Earlier(
         {full_name(path, name): mask for name, mask in masks_among(layers).items()},
         {(full_name(path, t.layer.name), s.row.operand): s for t in layers for s in t.steps.activations},
-        {full_name(path, t.site.weight): _fields(t.graphs.plan) for t in _carrying(layers)},
+        {full_name(path, triple.site.weight): _fields(triple.graphs.plan) for triple in masked},
+        frozenset(full_name(path, name) for name in uncalled),
     )
 
 
-def is_bypassed(triple: GemmTriple, ran: bool) -> bool:
-    """Whether a layer has never run masked although its model ran: neither here, nor where its mask was loaded from."""
-    mask = triple.mask
-    was_computed = isinstance(mask, WeightMask) and not int(mask.clock[STALE])
-    return ran and not triple.called and not was_computed
-
-
-def _carrying(layers: Sequence[GemmTriple]) -> Iterator[GemmTriple]:
+def never_masked(layers: Sequence[GemmTriple]) -> Iterator[str]:
+    """The layers of a model that ran that have never run masked: neither here, nor where their mask was loaded from."""
     ran = any(triple.called for triple in layers)
-    return (triple for triple in layers if triple.mask is not None and not is_bypassed(triple, ran))
+    for triple in layers:
+        mask = triple.mask
+        was_computed = isinstance(mask, WeightMask) and not int(mask.clock[STALE])
+        if ran and not triple.called and not was_computed:
+            yield triple.layer.name
 
 
 def _fields(plan: LayerPlan) -> frozenset[str]:

@@ -1,0 +1,151 @@
+"""Layers whose weight is read by other code than their own, found in the bytecode of the modules around them.
+
+A trace shows one way through a forward, or none; bytecode names all of them, and says less of each.
+"""
+
+import dis
+import inspect
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nmcompile.capture.regions import METADATA, is_traceable, names_in
+from nmcompile.capture.sites import FoundSite
+from nmcompile.ir.modules import FAST_PATHS
+
+
+@dataclass
+class WeightReads:
+    """What the code around layers does with them.
+
+    Args:
+        certain: by layer name, the code that reads its weight, where no code can call the layer.
+        possible: by layer name, the code that may read its weight; other code may call the layer.
+    """
+
+    certain: dict[str, str] = field(default_factory=dict)
+    possible: dict[str, str] = field(default_factory=dict)
+
+
+def find_weight_reads(model: nn.Module, layers: list[FoundSite], called: set[str]) -> WeightReads:
+    """Look through the code of every module that is not torch's own.
+
+    Args:
+        model: the model.
+        layers: the layers that are modules.
+        called: names of modules that traces show to be called.
+    """
+    result = WeightReads()
+    names = {id(model.get_submodule(one.site.module)): one.site.layer.name for one in layers if not one.site.role}
+    possibly_called = {one.site.layer.name for one in layers if one.site.module in called}
+    for module in filter(is_traceable, model.modules()):
+        for function in reachable_functions(module):
+            why = f"its weight is read by {type(module).__name__}.{function.__name__}"
+            for chain in attribute_chains(function.__code__):
+                layer, rest = _resolve(module, chain, names)
+                if layer is not None and not rest:
+                    possibly_called.add(layer)
+                elif layer is not None and _reads_weight(rest):
+                    result.certain.setdefault(layer, why)
+                elif _reads_weight(rest):
+                    inside = (names[id(m)] for m in module.modules() if id(m) in names)
+                    result.possible.update((name, why) for name in inside if name not in result.possible)
+    for name in possibly_called & result.certain.keys():
+        result.possible[name] = result.certain.pop(name)
+    return result
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Names as in `a.b.c`: what follows `self`, or another value."""
+
+    of_self: bool
+    names: tuple[str, ...]
+
+
+def attribute_chains(code: types.CodeType) -> Iterator[Chain]:
+    """Every chain of attributes that a function reads, those of its inner functions too."""
+    yield from _chains(code, "self" if code.co_varnames[:1] == ("self",) else "")
+
+
+def _chains(code: types.CodeType, owner: str) -> Iterator[Chain]:
+    names: list[str] = []
+    of_self = loads_self = False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "EXTENDED_ARG":
+            continue
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            of_self = of_self if names else loads_self
+            names.append(str(instruction.argval))
+            continue
+        if names:
+            yield Chain(of_self, tuple(names))
+            names = []
+        loaded = instruction.argval[-1:] if isinstance(instruction.argval, tuple) else (instruction.argval,)
+        loads_self = instruction.opname.startswith("LOAD_") and bool(owner) and loaded == (owner,)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _chains(constant, owner)
+
+
+def reachable_functions(module: nn.Module) -> list[types.FunctionType]:
+    """The functions that a call of the module may run, as far as names tell: its methods, and plain functions."""
+    found: dict[types.CodeType, types.FunctionType] = {}
+    waiting = [module.__dict__.get("forward", type(module).forward)]
+    while waiting:
+        function = _plain_function(waiting.pop())
+        if function is None or function.__code__ in found:
+            continue
+        found[function.__code__] = function
+        waiting += [cell.cell_contents for cell in function.__closure__ or () if _has_contents(cell)]
+        for name in names_in(function.__code__):
+            waiting += [vars(cls)[name] for cls in type(module).__mro__ if name in vars(cls) and _is_model_code(cls)]
+            waiting.append(function.__globals__.get(name))
+    return list(found.values())
+
+
+def _plain_function(value: Any) -> types.FunctionType | None:
+    """The Python function behind a method, a property or a decorator, if it is not torch's own machinery."""
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    value = inspect.unwrap(value) if callable(value) else value
+    if not isinstance(value, types.FunctionType):
+        return None
+    origin = str(value.__module__)
+    return None if origin.startswith("torch.") and not origin.startswith("torch.nn.modules.") else value
+
+
+def _is_model_code(cls: type) -> bool:
+    # The forward of torch's encoders reads weights on a path that is closed in compiled models.
+    return cls not in (object, nn.Module, *FAST_PATHS)
+
+
+def _has_contents(cell: types.CellType) -> bool:
+    try:
+        return isinstance(cell.cell_contents, types.FunctionType)
+    except ValueError:  # not filled yet
+        return False
+
+
+def _resolve(module: nn.Module, chain: Chain, names: dict[int, str]) -> tuple[str | None, tuple[str, ...]]:
+    """The layer that a chain leads to, and the names behind it; nothing where it leads to another module."""
+    current: Any = module
+    for index, name in enumerate(chain.names if chain.of_self else ()):
+        if name == "weight":
+            return None, ()
+        current = current._modules.get(name)
+        if current is None:
+            break
+        if id(current) in names:
+            return names[id(current)], chain.names[index + 1 :]
+    return None, chain.names
+
+
+def _reads_weight(names: tuple[str, ...]) -> bool:
+    """Whether `.weight` is among the names, and more is asked of it than its shape or type."""
+    if "weight" not in names:
+        return False
+    behind = [name for name in names[names.index("weight") + 1 :] if name != "data"]
+    return not behind or behind[0] not in METADATA
