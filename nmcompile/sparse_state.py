@@ -64,7 +64,7 @@ def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
 def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Tensor]:
     state = {"format": torch.tensor(FORMAT), "seed": torch.tensor(layers[0].stream.seed if layers else 0)}
     for name, mask in masks_among(layers).items():
-        state[f"{name}.mask"] = mask.tensor.detach().clone()
+        state[f"{name}.mask"] = mask.tensor.detach().clone(memory_format=torch.contiguous_format)
         state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
     for triple in layers:
         state[f"{triple.layer.name}{DRAW}"] = triple.stream.draw.cpu().clone()
@@ -79,7 +79,7 @@ def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
     for name, mask in masks_among(layers).items():
         steps, stale = (int(value) for value in state[f"{name}{CLOCK}"])
         mask.tensor.copy_(state[f"{name}.mask"])
-        mask.steps = steps
+        mask.steps, mask.is_resumed = steps, False
         mask.accept_version()
         mask.clock[STALE] = stale
     for triple in layers:

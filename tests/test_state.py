@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -99,7 +99,10 @@ def test_resumed_equals_uninterrupted_where_weights_are_clamped_after_each_step(
     assert_equal_states(whole, second)
 
 
-def test_without_the_sparse_state_training_goes_another_way() -> None:
+RESUMED = "'s state, but no sparse state"
+
+
+def test_without_the_sparse_state_training_goes_another_way_and_says_so() -> None:
     """So the test above would notice a state that is lost."""
     whole, first, second = fresh(), fresh(), fresh(seed=1)
     train(whole, OPTIMIZERS["momentum"](whole), 0, STEPS)
@@ -108,8 +111,59 @@ def test_without_the_sparse_state_training_goes_another_way() -> None:
     second.load_state_dict(first.state_dict())
     resumed = OPTIMIZERS["momentum"](second)
     resumed.load_state_dict(optimizer.state_dict())
-    train(second, resumed, 6, STEPS)
+    with pytest.warns(UserWarning, match=RESUMED) as warned:
+        train(second, resumed, 6, STEPS)
+    assert len(warned) == 1
     assert not torch.equal(whole.state_dict()["0.weight"], second.state_dict()["0.weight"])
+
+
+class Checkpoint(NamedTuple):
+    """The state dicts of a model and its optimizer, and what a file leaves of the first."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def checkpoint(steps: int, mode: str, store: str, folder: Path) -> Checkpoint:
+    model = fresh(mode=mode)
+    optimizer = OPTIMIZERS["adam"](model)
+    train(model, optimizer, 0, steps)
+    save, load = STORES[store]
+    save(model.state_dict(), folder / "model")
+    return Checkpoint(load(folder / "model"), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_lost_sparse_state_is_noticed_in_a_new_process(store: str, tmp_path: Path) -> None:
+    saved, model = checkpoint(5, "training", store, tmp_path), fresh(seed=1)
+    model.load_state_dict(saved.model)
+    optimizer = OPTIMIZERS["adam"](model)
+    optimizer.load_state_dict(saved.optimizer)
+    with pytest.warns(UserWarning, match=RESUMED):
+        train(model, optimizer, 5, 6)
+
+
+QUIET: dict[str, tuple[int, str, bool, bool]] = {
+    "weights alone, to be trained anew": (5, "training", False, False),
+    "with the sparse state": (5, "training", True, True),
+    "of dense training": (5, "dense", True, False),
+    "before the first step": (0, "training", True, False),
+}
+
+
+@pytest.mark.parametrize("case", QUIET)
+def test_nothing_is_said_where_no_state_is_lost(case: str, tmp_path: Path) -> None:
+    steps, mode, resumes, is_whole = QUIET[case]
+    saved, model = checkpoint(steps, mode, "torch", tmp_path), fresh(seed=1)
+    model.load_state_dict(saved.model)
+    optimizer = OPTIMIZERS["adam"](model)
+    if resumes:
+        optimizer.load_state_dict(saved.optimizer)
+    if is_whole:
+        nmcompile.load_sparse_state_dict(model, nmcompile.sparse_state_dict(model))
+    train(model, optimizer, steps, steps + 2)
+    model.load_state_dict(model.state_dict())  # in the middle of a run: its masks are those of before, or newer
+    train(model, optimizer, steps + 2, steps + 4)
 
 
 @pytest.mark.parametrize(("refresh", "frozen"), [(None, True), (STEPS + 1, True), (1, False)])
@@ -318,3 +372,14 @@ def test_two_compiled_models_in_one_have_no_common_state() -> None:
     with pytest.raises(StateError, match="several compiled models"):
         nmcompile.sparse_state_dict(nn.ModuleList([fresh(), fresh(seed=1)]))
     assert len(nmcompile.sparse_state_dict(nn.ModuleList([fresh()]))) > 2
+
+
+def test_the_state_of_a_channels_last_model_can_be_written(tmp_path: Path) -> None:
+    model = fresh().to(memory_format=torch.channels_last)
+    train(model, OPTIMIZERS["adam"](model), 0, 1)
+    save_file(nmcompile.sparse_state_dict(model), tmp_path / "sparse")
+    assert all(
+        torch.equal(value, masks(model)[name])
+        for name, value in load_file(tmp_path / "sparse").items()
+        if "mask" in name
+    )

@@ -16,6 +16,8 @@ from nmcompile.errors import ConfigError, PassError
 from nmcompile.ir.kept import forget
 from nmcompile.ir.three_gemm import GemmTriple
 
+STEPS = "nmcompile_steps"
+"""Key of the metadata of a state dict: how many optimizer steps a module has made with its masks."""
 RECORD = "_nmcompile"
 """Under this name a compiled model remembers how it came about."""
 FINALIZED = "_nmcompile_finalized"
@@ -74,12 +76,24 @@ class ThreeGemm(Rewritten):
             "use DistributedDataParallel, or one device"
         )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[STEPS] = max(
+                (one.mask.steps for one in self.three_gemms.values() if one.mask is not None), default=0
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         self._forget()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)  # type: ignore[misc]
+        # Weights from a file of tensors alone come without metadata, and may be of any training.
+        steps = local_metadata.get(STEPS, 0 if "version" in local_metadata else 1)
         for triple in self.three_gemms.values():
             if triple.mask is not None:
-                triple.mask.mark_stale()
+                triple.mask.note_load(steps)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         masks = [triple.mask for triple in self.three_gemms.values() if triple.mask is not None]

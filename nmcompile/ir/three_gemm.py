@@ -27,6 +27,7 @@ class MaskSource(Protocol):
     """Where the current mask of a weight comes from."""
 
     tensor: Tensor
+    steps: int
 
     def current(self, weight: Tensor) -> Tensor:
         """The mask, bool of the weight's shape; rebuilt from `weight` if it is stale."""
@@ -36,6 +37,9 @@ class MaskSource(Protocol):
 
     def mark_stale(self) -> None:
         """Have the next `current` rebuild the mask."""
+
+    def note_load(self, steps: int) -> None:
+        """Hear that `load_state_dict` has written the weight, after `steps` steps of sparse training."""
 
     def notice_write(self) -> None:
         """Look whether the weight was written, before something else changes it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nmcompile import pruning
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.shards import gathered, refuse_flat
+from nmcompile.ir.shards import gathered, is_sharded, refuse_flat
 from nmcompile.printable import printable
 from nmcompile.pruning import NMPattern
 
@@ -67,8 +67,11 @@ class WeightMask:
         self.steps = 0
         self.backwards = 0
         self.is_decayed = False  # by SR-STE, for the step that is being made
+        self.is_resumed = False  # with weights that sparse training may have made, and without its state
         self.accepted: int | None = None  # The id of the parameter whose version and address the clock has.
-        self.tensor = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)  # whole, also where that is not
+        # Whole also where the weight is a shard; else with its strides.
+        like = torch.empty(weight.shape, device=weight.device) if is_sharded(weight) else weight
+        self.tensor = torch.zeros_like(like, dtype=torch.bool, requires_grad=False)
         # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
         self.clock = torch.tensor([1, NEVER_SEEN, 0])
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
@@ -109,6 +112,11 @@ class WeightMask:
         self.is_decayed = False
         if self.backwards == SILENT_BACKWARDS and self.refresh is not None:
             self._warn(f"{SILENT_BACKWARDS} backward calls")
+
+    def note_load(self, steps: int) -> None:
+        """Become stale, since `load_state_dict` has written the weight, which `steps` steps of sparse training made."""
+        self.is_resumed = self.steps == 0 and steps > 0
+        self.mark_stale()
 
     def _warn(self, evidence: str) -> None:
         self.backwards = 0

@@ -3,6 +3,7 @@
 What is kept of weights at rest is forgotten there too.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -19,6 +20,7 @@ from torch.optim.optimizer import (
 
 from nmcompile.ir.kept import forget
 from nmcompile.ir.shards import is_sharded, like_shard
+from nmcompile.printable import printable
 from nmcompile.training.masks import WeightMask, live_masks
 
 _steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
@@ -47,6 +49,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     for mask in masks:
         if mask.was_written():
             mask.mark_stale()
+    _warn_of_resumption(optimizer, [mask for mask in masks if mask.is_resumed])
     closure = kwargs.get("closure") or next(iter(args[1:]), None)
     if not callable(closure):
         _decay([mask for mask in masks if not mask.is_decayed], optimizer)
@@ -56,6 +59,20 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     # The gradients are only computed in there.
     evaluate = partial(_evaluate, closure, masks, optimizer)
     return (args, kwargs | {"closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
+
+
+def _warn_of_resumption(optimizer: Optimizer, resumed: Sequence[WeightMask]) -> None:
+    """Warn where weights were loaded, and the optimizer's state too, but no sparse state: once for a model."""
+    for mask in resumed:
+        mask.is_resumed = False
+    states = (optimizer.state.get(weight) for mask in resumed for weight in mask.parameters())
+    if any(state and float(state.get("step", 1)) for state in states):
+        warnings.warn(
+            f"{printable(resumed[0].name)}: its weights were loaded, and its optimizer's state, but no sparse state, "
+            "so its mask was computed anew. If they are of sparse training, it does not go on exactly: load what "
+            "nmcompile.sparse_state_dict returned, after load_state_dict (in trainers SparseTraining does so).",
+            stacklevel=4,
+        )
 
 
 def _evaluate(closure: Callable[[], Any], masks: Sequence[WeightMask], optimizer: Optimizer) -> Any:
