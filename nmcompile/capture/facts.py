@@ -9,7 +9,7 @@ from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
 from nmcompile.capture.readers import norm_behind, readers_behind
-from nmcompile.capture.sites import own_class
+from nmcompile.capture.sites import is_torch_nn, own_class
 from nmcompile.ir.captured import Facts, Site, WholeGraph
 from nmcompile.ir.layers import ConvLayer
 
@@ -134,7 +134,8 @@ class _Flow:
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return own_class(self.model.get_submodule(str(node.target))) is nn.ReLU
+            module = self.model.get_submodule(str(node.target))
+            return own_class(module) is nn.ReLU and is_torch_nn(module)
         return node.op in ("call_function", "call_method") and operator_name(node).strip("_") == "relu"
 
     def is_first(self, site: Site, node: fx.Node, by_name: Mapping[str, Site]) -> bool:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from nmcompile.capture.state import Memory, python_states
 from nmcompile.capture.tracer import SAME, ModuleTracer
+from nmcompile.ir.instance_forward import foreign_forward
 
 DRAWING = {
     "alpha_dropout", "bernoulli", "cauchy", "dropout", "dropout1d", "dropout2d", "dropout3d", "exponential",
@@ -74,10 +75,10 @@ def shallow_clone(module: nn.Module) -> nn.Module:
 
 def unfaithful(module: nn.Module, trace: Trace, protected: frozenset[int]) -> str:
     """Why a trace made in eval mode may not replace a module's forward, or nothing."""
+    if foreign := foreign_forward(module):
+        return foreign
     if isinstance(module, fx.GraphModule):
         return ""
-    if "forward" in module.__dict__:
-        return "its forward is set on the instance"
     return (
         trace.failure
         or next(iter(trace.complaints), "")

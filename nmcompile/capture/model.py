@@ -146,4 +146,6 @@ def _named(model: nn.Module, ids: Mapping[str, frozenset[int]]) -> dict[str, tup
 def _nothing_found(model: nn.Module, layers: ModuleLayers, python: Mapping[str, str]) -> str:
     seen = {**layers.skipped, **python}
     listed = "; ".join(f"{name or 'the model itself'}: {reason}" for name, reason in list(seen.items())[:5])
-    return f"{type(model).__name__} has no conv or linear layer to compile" + (f" ({listed})" if listed else "")
+    if not listed:
+        return f"{type(model).__name__} has no conv or linear layer to compile"
+    return f"{type(model).__name__} has no conv or linear layer that can be compiled ({listed})"

@@ -22,6 +22,7 @@ from nmcompile.capture.sites import (
 )
 from nmcompile.capture.weights import Weight, adds_bias, expression_of, find_weight, matrix_dims, weight_at
 from nmcompile.ir.captured import Site
+from nmcompile.ir.instance_forward import foreign_forward
 
 GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution"}
 # What takes no element of a weight: an embedding owns it, the others take its type or its shape.
@@ -82,14 +83,14 @@ class _Finder:
         refused = rewrite_products(graph, lambda node: node.op == "placeholder", partial(matrix_dims, module))
         matched = [call for call in map(match_call, graph.nodes) if call]
         calls = [(call, weight) for call in matched for weight in find_weight(module, call)]
-        reason = unfaithful(module, trace, self.protected) if calls else trace.failure
+        reason = unfaithful(module, trace, self.protected) if calls else foreign_forward(module) or trace.failure
         for one in refused:
             self._note_product(name, module, one)
         if not reason:
             self._add_sites(name, module, graph, calls)
         elif calls or might_call(module):
             kept = frozenset[int]().union(*(weight.parameters for _, weight in calls))
-            owned = own_matrices(module) if trace.failure else frozenset[int]()
+            owned = frozenset[int]() if calls and not trace.failure else own_matrices(module)
             self._note_python(name, reason + _listed(calls), kept | owned)
         roles = {found.site.role for found in self.regions.found if found.site.module == name}
         taken = [call for call in matched if call.node.name in roles]

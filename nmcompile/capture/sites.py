@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.ir.captured import Site
+from nmcompile.ir.instance_forward import foreign_forward
 from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -51,7 +52,8 @@ def find_module_layers(model: nn.Module) -> ModuleLayers:
             inside.add(id(module.out_proj))
             result.found.extend(_attention_sites(name, module))
         elif isinstance(module, nn.MultiheadAttention):
-            result.python[name] = f"{type(module).__name__} has its own forward: its in_proj is not captured"
+            own = f"{type(module).__name__} has its own forward: its in_proj is not captured"
+            result.python[name] = foreign_forward(module) or own
         elif id(module) in inside:
             continue
         elif reason := _skip_reason(module):
@@ -68,13 +70,13 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def norm_names(model: nn.Module) -> frozenset[str]:
     """The modules that are one of torch's batch norms with running statistics."""
-    norms = ((name, m) for name, m in model.named_modules() if own_class(m) in NORMS)
+    norms = ((name, m) for name, m in model.named_modules() if own_class(m) in NORMS and not foreign_forward(m))
     return frozenset(name for name, m in norms if m.running_mean is not None)
 
 
 def is_torch_nn(module: nn.Module) -> bool:
-    """Whether the module's class, and so its forward, belongs to torch.nn."""
-    return own_class(module).__module__.startswith("torch.nn.")
+    """Whether the module's forward is that of a class of torch.nn."""
+    return own_class(module).__module__.startswith("torch.nn.") and not foreign_forward(module)
 
 
 def layer_base(module: nn.Module) -> type[nn.Module] | None:
@@ -98,7 +100,8 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def _inherits(module: nn.Module, base: type[nn.Module], method: str) -> bool:
-    return getattr(type(module), method) is getattr(base, method) and method not in module.__dict__
+    is_own = not foreign_forward(module) if method == "forward" else method not in module.__dict__
+    return is_own and getattr(type(module), method) is getattr(base, method)
 
 
 def _skip_reason(module: nn.Module) -> str:

@@ -19,6 +19,7 @@ from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.capture.weights import matrix_dims, parameters_behind, read_attribute
 from nmcompile.ir.captured import WholeGraph
+from nmcompile.ir.instance_forward import forward_slot
 from nmcompile.ir.unsharded import without_hooks
 
 SCOPE = "module"
@@ -107,6 +108,8 @@ def shadow_tree(module: nn.Module, made: dict[int, nn.Module] | None = None) -> 
         made[id(module)] = clone
         clone.__dict__.update(without_hooks(module.__dict__))
         clone.__dict__["training"] = False
+        if forward_slot(module):  # bound to the module itself; the class has the same
+            del clone.__dict__["forward"]
         for table in ("_parameters", "_buffers"):
             clone.__dict__[table] = dict(module.__dict__[table])
         children = module._modules.items()

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
+from nmcompile.ir.instance_forward import GENERATED, change_class
 from nmcompile.ir.kept import forget
 from nmcompile.ir.three_gemm import GemmTriple
 
@@ -144,14 +145,14 @@ def install(module: nn.Module, mixin: type[ThreeGemm], triples: dict[str, GemmTr
 
 def put_class(module: nn.Module, mixin: type[Rewritten]) -> None:
     """Give `module` a subclass of its own class and the mixin."""
-    module.__class__ = _layer_class(mixin, type(module))
+    change_class(module, _layer_class(mixin, type(module)))
 
 
 def install_graph(module: nn.Module, graph: fx.Graph, triples: dict[str, GemmTriple]) -> None:
     """Let `module` run `triples` through a forward generated from a graph of its own."""
     module.__dict__.update(three_gemms=triples, three_gemm_graph=graph)
     mixin = ThreeGemmGraph if isinstance(module, fx.GraphModule) else ThreeGemmRegion
-    module.__class__ = _region_class(mixin, type(module), graph)
+    change_class(module, _region_class(mixin, type(module), graph))
 
 
 def restore(module: nn.Module) -> None:
@@ -172,7 +173,7 @@ def restore(module: nn.Module) -> None:
         )
     for name in ("three_gemms", "three_gemm_graph", "absorbing_layer"):
         module.__dict__.pop(name, None)
-    module.__class__ = type(module).__bases__[1]
+    change_class(module, type(module).__bases__[1])
 
 
 # The layer's inference kernel reads the dense weights of its children, and the encoder packs a padded batch into a
@@ -217,6 +218,7 @@ def _region_class(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph
     # owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
     generated = type(fx.GraphModule(attributes, copy.deepcopy(graph)))
+    setattr(generated.forward, GENERATED, True)
     members = {"__module__": base.__module__, "forward": generated.forward}
     return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
 

@@ -1,0 +1,64 @@
+"""A forward that is set on a module itself: a copy of its class's own, Accelerate's hook around that, or other code.
+
+torch calls `module.forward`, so what the instance holds hides what its class has.
+"""
+
+import functools
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+GENERATED = "three_gemm_generated"
+"""Set on the forwards that are generated for rewritten modules: a copy of a module holds that of another class."""
+HOOK, HOOKED = "_hf_hook", "_old_forward"
+"""Where Accelerate's `add_hook_to_module` keeps the hook and the forward that it wraps."""
+
+
+def foreign_forward(module: nn.Module) -> str:
+    """Why the class's forward does not tell what the module computes, or nothing."""
+    if forward_slot(module) is None:
+        code = module.__dict__["forward"]
+        name = getattr(code, "__qualname__", type(code).__name__)
+        return f"its forward is set on the instance ({name}); set it after compile, or `del module.forward` before"
+    if _is_offloaded(module.__dict__.get(HOOK)):
+        return "its weights are offloaded by accelerate; compile before dispatch_model or cpu_offload"
+    if HOOK in module.__dict__ and "forward" not in module.__dict__:
+        return "its class's forward is hooked by accelerate; remove the hook before compile"
+    return ""
+
+
+def forward_slot(module: nn.Module) -> str | None:
+    """The attribute of the instance that holds its class's forward.
+
+    Returns:
+        `""` where the instance holds none; `"forward"`, or `"_old_forward"` under a hook of Accelerate; None where
+        other code stands in the place of forward.
+    """
+    held = module.__dict__.get("forward")
+    if "forward" not in module.__dict__:
+        return ""
+    if _is_own(module, held):
+        return "forward"
+    is_hook = isinstance(held, functools.partial) and str(held.func.__module__).startswith("accelerate.")
+    return HOOKED if is_hook and _is_own(module, module.__dict__.get(HOOKED)) else None
+
+
+def change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Give a module another class; a forward of its own class that it holds becomes that of the new one."""
+    slot = forward_slot(module)
+    module.__class__ = new
+    if slot:
+        module.__dict__[slot] = MethodType(new.forward, module)
+
+
+def _is_own(module: nn.Module, held: Any) -> bool:
+    """Whether something bound to the module is its class's forward."""
+    if not isinstance(held, MethodType) or held.__self__ is not module:
+        return False
+    return held.__func__ is type(module).forward or hasattr(held.__func__, GENERATED)
+
+
+def _is_offloaded(hook: Any) -> bool:
+    """Whether a hook of Accelerate brings the weights in for each call; several may be chained."""
+    return bool(getattr(hook, "offload", False)) or any(map(_is_offloaded, getattr(hook, "hooks", ())))
