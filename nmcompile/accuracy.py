@@ -4,9 +4,13 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
+from nmcompile.checks import described
 from nmcompile.errors import ConfigError
 from nmcompile.printable import printable
 
@@ -40,22 +44,20 @@ def revert_layers(
     score that is NaN is below every other, so that the layers which make it so are reverted.
 
     Args:
-        dense_score: of the dense model; higher is better.
+        dense_score: of the dense model.
         candidates: the layers that may be reverted.
         build: the compiled model with these layers dense.
-        validation: the score of a model.
+        validation: the score of a model; higher is better.
         max_drop: how far the score may be below `dense_score`.
 
     Raises:
-        ConfigError: a `max_drop` below 0, or a score that is NaN for the dense model or with every candidate reverted.
+        ConfigError: a score that is not a number, or NaN for the dense model or with every candidate reverted.
     """
-    if not max_drop >= 0:
-        raise ConfigError(f"max_drop is {max_drop}; give how much the score may fall, a number >= 0")
     if math.isnan(dense_score):
         raise ConfigError("validation gives NaN for the dense model; let it return a number, higher for a better model")
 
     def scored(reverted: tuple[str, ...]) -> float:
-        score = float(validation(build(reverted)))
+        score = score_of(build(reverted), validation)
         return -math.inf if math.isnan(score) else score
 
     score = scored(())
@@ -70,3 +72,18 @@ def revert_layers(
     if score == -math.inf:
         raise ConfigError("validation gives NaN or -inf even with every layer dense; let it return a finite number")
     return Reverted(reverted, dense_score, score)
+
+
+def score_of(model: nn.Module, validation: Callable[[nn.Module], Any]) -> float:
+    """Return the score of a model as a float; a tensor or array counts if it holds a single real number.
+
+    Raises:
+        ConfigError: `validation` returns something else.
+    """
+    score = validation(model)
+    if isinstance(score, Tensor | np.ndarray) and math.prod(score.shape) == 1:
+        score = score.item()
+    if not isinstance(score, Real):
+        given = f"of shape {tuple(score.shape)}" if isinstance(score, Tensor | np.ndarray) else described(score)
+        raise ConfigError(f"the score that validation returns is {given}; let it return a number, higher is better")
+    return float(score)

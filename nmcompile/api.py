@@ -1,9 +1,11 @@
 """The front door: compile, analyze, inspect, decompile, in the order of the data flow."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,19 +13,27 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from nmcompile.accuracy import Reverted, revert_layers
+from nmcompile.accuracy import Reverted, revert_layers, score_of
 from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cusparselt import CusparseltBackend
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.triton import TritonBackend
-from nmcompile.calibration import calibrate_reached
+from nmcompile.calibration import calibrate_reached, check_data
 from nmcompile.capture import capture_model
-from nmcompile.checks import check_call, check_choice, check_kind
+from nmcompile.checks import (
+    check_call,
+    check_callable,
+    check_choice,
+    check_compiled,
+    check_kind,
+    check_number,
+    described,
+)
 from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of, restore_all
-from nmcompile.config import CompileConfig, preset
+from nmcompile.config import CompileConfig, given_config, preset
 from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
 from nmcompile.ir.captured import Captured
-from nmcompile.ir.modules import RECORD
+from nmcompile.ir.modules import RECORD, check_names
 from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.protocols import Backend
 from nmcompile.passes.plan_phases import UNREACHED
@@ -87,10 +97,12 @@ def compile(
         BackendUnavailable: the backend asked for cannot run here.
         CalibrationError: calibration data that no clip can be found from.
     """
-    if (validation is None) != (max_drop is None):
-        raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
-    _check(args, kwargs, config)
-    source, asked, reverted = _module(model), config or CompileConfig(), None
+    check_call(args, kwargs)
+    _check_control(validation, max_drop)
+    if calibration is not None:
+        check_data(calibration)
+    check_kind("inplace", inplace, bool, "True or False")
+    source, asked, reverted = _module(model), given_config(config), None
     chosen = asked
     rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
     earlier = earlier_of(source)
@@ -106,7 +118,7 @@ def compile(
                 return rewrite(source, config=_without(asked, layers), earlier=earlier)
 
             names = [triple.layer.name for triple in triples_of(trial)]
-            reverted = revert_layers(validation(decompile(source)), names, build, validation, max_drop)
+            reverted = revert_layers(score_of(decompile(source), validation), names, build, validation, max_drop)
             chosen = _without(asked, reverted.layers)
     dense_phases = None
     if asked.where == "pays":
@@ -128,13 +140,14 @@ def analyze(
     backend: str | Backend = "auto",
 ) -> Report:
     """What `compile` would do, without changing anything, the random state included. Takes and raises the same."""
-    _check(args, kwargs, config)
-    source, asked = _module(model), config or CompileConfig()
+    check_call(args, kwargs)
+    source, asked = _module(model), given_config(config)
     dense_phases = None
     if asked.where == "pays":
         trial = compile(source, mode, args=args, kwargs=kwargs, config=replace(asked, where="all"), backend=backend)
         dense_phases = find_dense_phases(trial, *_example(args, kwargs))
     plain = decompile(source) if is_compiled(source) else source
+    check_names(plain)
     preset(mode)
     backends = _backends(backend, source)
     captured = _with_earlier(capture_model(plain, args, kwargs), earlier_of(source))
@@ -151,6 +164,7 @@ def inspect(compiled: nn.Module) -> Report:
     Raises:
         StateError: the model is not compiled.
     """
+    check_compiled("compiled", compiled)
     root, record = record_of(compiled)
     observed = {
         triple.layer.name: Observation(
@@ -164,6 +178,7 @@ def inspect(compiled: nn.Module) -> Report:
 
 def decompile(compiled: nn.Module) -> nn.Module:
     """The plain model: the classes and forwards that it had, the same parameters and buffers, nothing masked."""
+    check_compiled("compiled", compiled)
     plain = share_copy(compiled)
     restore_all(plain)
     return plain
@@ -171,6 +186,7 @@ def decompile(compiled: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `compile` made this module, or one that it wraps."""
+    check_kind("model", model, nn.Module, "a module")
     return any(RECORD in module.__dict__ for module in model.modules())
 
 
@@ -195,13 +211,17 @@ def _module(model: Model) -> nn.Module:
     if isinstance(model, ExportedProgram):
         return model.module()
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"cannot compile a {type(model).__name__}; give an nn.Module or an ExportedProgram")
+        raise CaptureError(f"model is {described(model)}; give an nn.Module or an ExportedProgram")
     return model
 
 
-def _check(args: Any, kwargs: Any, config: Any) -> None:
-    check_call(args, kwargs)
-    check_kind("config", config, CompileConfig | None, "a CompileConfig, or None")
+def _check_control(validation: Any, max_drop: Any) -> None:
+    """Check what accuracy control is asked for."""
+    if (validation is None) != (max_drop is None):
+        raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
+    if validation is not None:
+        check_callable("validation", validation, "a function that takes a model and returns its score, a number")
+        check_number("max_drop", max_drop, Real, 0, math.inf, "how much the score may fall, a number >= 0")
 
 
 def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:
@@ -213,23 +233,22 @@ def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> 
 def _backends(backend: str | Backend, model: nn.Module) -> tuple[Backend, ...]:
     """The backends to ask, in this order; the reference backend takes what is left."""
     reference = ReferenceBackend()
-    if backend == "auto":
-        is_on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-        asked = ACCELERATED if is_on_gpu else ACCELERATED[::-1]
-        return *(one for one in asked if one.available().ok), reference
-    if backend == reference.name:
-        return (reference,)
-    chosen = _named(backend) if isinstance(backend, str) or not hasattr(backend, "available") else backend
+    known = {one.name: one for one in ACCELERATED}
+    if isinstance(backend, Backend) and not isinstance(backend, type):
+        chosen = backend
+    else:
+        check_choice("backend", backend, ("auto", reference.name, *known))
+        if backend == "auto":
+            is_on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+            asked = ACCELERATED if is_on_gpu else ACCELERATED[::-1]
+            return *(one for one in asked if one.available().ok), reference
+        if backend == reference.name:
+            return (reference,)
+        chosen = known[str(backend)]
     support = chosen.available()
     if not support.ok:
         raise BackendUnavailable(f"backend {chosen.name!r} cannot run here: {support.reason}; or use backend='auto'")
     return chosen, reference
-
-
-def _named(name: Any) -> Backend:
-    known = {one.name: one for one in ACCELERATED}
-    check_choice("backend", name, ("auto", "reference", *known))
-    return known[name]
 
 
 def _rewrite(
@@ -250,6 +269,7 @@ def _rewrite(
     preset(mode)
     backends = _backends(backend, source)
     plain = decompile(source) if is_compiled(source) else source
+    check_names(plain)
     captured = _with_earlier(capture_model(plain, args, kwargs), earlier, unreached)
     done = compilation_of(captured, mode, config, backends, reverted, dense_phases)
     target = source if inplace else plain if plain is not source else share_copy(source)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from nmcompile.batches import run_batch, shown
+from nmcompile.checks import check_compiled
 from nmcompile.compilation import record_of
 from nmcompile.config import Phase
 from nmcompile.errors import CalibrationError
@@ -70,9 +71,10 @@ def calibrate_reached(compiled: nn.Module, data: Iterable[Any]) -> tuple[str, ..
 
     They keep the clips that they have.
     """
+    check_compiled("compiled", compiled)
     if not any(triples_of(compiled)):
         record_of(compiled)
-    _check_data(data)
+    check_data(data)
     steps = {id(step): step for triple in triples_of(compiled) for step in triple.steps.activations}
     with evaluating(compiled):
         observed, examples = _observe(compiled, data, steps)
@@ -86,7 +88,7 @@ def calibrate_reached(compiled: nn.Module, data: Iterable[Any]) -> tuple[str, ..
     return tuple(dict.fromkeys(step.layer for step in missed))
 
 
-def _check_data(data: Any) -> None:
+def check_data(data: Any) -> None:
     """Raise for a single batch: the rows of a tensor and the keys of a mapping are no batches."""
     if isinstance(data, Tensor | np.ndarray | Mapping | str | bytes) or not isinstance(data, Iterable):
         raise CalibrationError(f"the calibration data is {shown(data)}; give an iterable of batches, such as [batch]")

@@ -1,4 +1,4 @@
-"""Checks of what users give: each raises a ConfigError that names the argument, what it is, and what to give."""
+"""Checks of what users give: each raises an error that names the argument, what it is, and what to give."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -7,7 +7,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from nmcompile.errors import ConfigError, nearest
+from torch import Tensor, nn
+
+from nmcompile.errors import ConfigError, OperandError, nearest
 from nmcompile.printable import printable
 
 HUGE = 2**64
@@ -19,6 +21,11 @@ def check_kind(name: str, value: Any, kind: type[Any] | UnionType, expected: str
         raise ConfigError(f"{name} is {described(value)}; give {expected}")
 
 
+def check_compiled(name: str, value: Any) -> None:
+    """Raise unless `value`, given as `name`, is a module; whether it is compiled is seen where that matters."""
+    check_kind(name, value, nn.Module, "a model that nmcompile.compile made")
+
+
 def check_number(name: str, value: Any, kind: type[Integral | Real], least: float, most: float, expected: str) -> None:
     """Raise unless `value`, given as `name`, is a number between two others; True and False are not numbers."""
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= _plain(value) <= most:
@@ -28,6 +35,19 @@ def check_number(name: str, value: Any, kind: type[Integral | Real], least: floa
 def _plain(number: Integral | Real) -> int | float:
     """The number as Python's own: NumPy's narrow ones do not compare with large ones."""
     return int(number) if isinstance(number, Integral) else float(number)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise OperandError unless `value`, given as `name`, is a tensor."""
+    if not isinstance(value, Tensor):
+        raise OperandError(f"{name} is {described(value)}; give a tensor")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """Raise OperandError unless `value`, given as `name`, is a floating-point tensor."""
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise OperandError(f"{name} is {value.dtype}; give a floating-point tensor")
 
 
 def check_call(args: Any, kwargs: Any) -> None:

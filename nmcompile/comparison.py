@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from nmcompile.api import compile as compile_model
 from nmcompile.batches import run_batch
+from nmcompile.checks import check_compiled, check_kind
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.interpretation import interpreted
@@ -50,6 +51,8 @@ def compare(dense: nn.Module, compiled: nn.Module, batch: Any) -> CompareReport:
         ConfigError: the models share no layer.
         CalibrationError: a quantized input has no clip yet, or a model does not run on the batch.
     """
+    check_kind("dense", dense, nn.Module, "the plain model, or a compiled one that serves as the reference")
+    check_compiled("compiled", compiled)
     reference = dense if any(triples_of(dense)) else compile_model(dense, "dense")
     expected, actual = _outputs(reference, batch), _outputs(compiled, batch)
     shared = [name for name in actual if name in expected]

@@ -56,8 +56,8 @@ class Pruning:
     group: str = "auto"
 
     def __post_init__(self) -> None:
-        check_kind("Pruning.operator", self.operator, str, "the name of an operator, such as 'greedy'")
         object.__setattr__(self, "pattern", NMPattern.parse(self.pattern))
+        check_choice("Pruning.operator", self.operator, WEIGHT_OPERATORS | GRADIENT_OPERATORS | INPUT_OPERATORS)
         check_choice("group", self.group, GROUPS)
 
 
@@ -230,6 +230,12 @@ class CompileConfig:
         data = _object(parse_json(text, "the config", error=ConfigError), "CompileConfig")
         layers = _object(data.get("layers", {}), "CompileConfig.layers")
         return _read(cls, data | {"layers": {name: _read_layer(layer) for name, layer in layers.items()}})
+
+
+def given_config(config: Any) -> CompileConfig:
+    """Return the config that a function was given, or the default for None."""
+    check_kind("config", config, CompileConfig | None, "a CompileConfig, or None")
+    return CompileConfig() if config is None else config
 
 
 T = TypeVar("T")

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from nmcompile.backends.tensorrt import EngineReport, build_engine
-from nmcompile.checks import check_call
+from nmcompile.checks import check_call, check_compiled, check_kind, check_path
 from nmcompile.compilation import record_of
 from nmcompile.deployment import deployed_layers
 from nmcompile.errors import ConfigError, ExportError, nearest
-from nmcompile.export import Example, OnnxReport, Verification, staged_model, verify_onnx, write_onnx
+from nmcompile.export import Example, OnnxReport, Verification, check_options, staged_model, verify_onnx, write_onnx
 from nmcompile.finalization import finalize
 from nmcompile.ir.deployed import DeployedLayer
 from nmcompile.printable import printable, table
@@ -76,11 +76,16 @@ def export(
         ExportError: a model that cannot be written as asked, or a file that does not compute the same.
         BackendUnavailable: a plan without TensorRT; the ONNX file is there all the same.
     """
+    check_compiled("compiled", compiled)
     example = _example(args, kwargs)
-    path, onnx_path, target = _chosen(Path(path), target)
+    path, onnx_path, target = _chosen(check_path("path", path), target)
+    check_options(target, container, precision)
+    for name, value in {"dynamic_batch": dynamic_batch, "verify": verify}.items():
+        check_kind(name, value, bool, "True or False")
+    root, _ = record_of(compiled)
     if compiled.training:
         raise ExportError(f"{type(compiled).__name__} is in train mode; call .eval() before export")
-    if compiled is not record_of(compiled)[0]:
+    if compiled is not root:
         raise ExportError(f"{type(compiled).__name__} wraps a compiled model; export that, or compile what wraps it")
     layers = deployed_layers(compiled)
     with staged_model(onnx_path) as staged:
@@ -105,11 +110,10 @@ def _example(args: Any, kwargs: Any) -> Example:
 def _chosen(path: Path, target: str | None) -> tuple[Path, Path, str]:
     """The file asked for, its ONNX file, and the target."""
     if path.suffix == ".onnx":
-        return path, path, target or "onnxruntime"
+        return path, path, "onnxruntime" if target is None else target
     if path.suffix not in ENGINES:
-        raise ConfigError(
-            f"{path.name}: nothing is known of {path.suffix!r}; {nearest(path.suffix, ('.onnx', *ENGINES))}"
-        )
+        known = nearest(path.suffix, (".onnx", *ENGINES))
+        raise ConfigError(f"path {path.name!r} has the suffix {path.suffix!r}, of which nothing is known; {known}")
     if target not in (None, "tensorrt"):
         raise ConfigError(f"{path.name} is a TensorRT plan, so its target cannot be {target!r}; leave target out")
     return path, path.with_suffix(".onnx"), "tensorrt"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nmcompile.checks import check_compiled
 from nmcompile.compilation import bypassed_layers, restore_all
 from nmcompile.errors import PassError, StateError
 from nmcompile.ir.modules import FINALIZED, RECORD
@@ -36,6 +37,7 @@ def finalize(compiled: nn.Module) -> nn.Module:
         UserWarning: a layer that the model ran without calling, and whose weight other code seems to read: it runs
             dense there, and stays so.
     """
+    check_compiled("compiled", compiled)
     plain = unsharded_copy(compiled)
     for root in [module for module in plain.modules() if RECORD in module.__dict__]:
         _finalize(root)

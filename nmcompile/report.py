@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from nmcompile.accuracy import Reverted
+from nmcompile.checks import check_kind
 from nmcompile.config import Phase
 from nmcompile.coverage import all_parameters, covered_parameters, uncaptured_parameters
 from nmcompile.errors import ConfigError, nearest
@@ -102,6 +103,7 @@ class Report:
 
     def layer(self, name: str) -> LayerReport:
         """One layer by name; an unknown one is an error with the nearest name."""
+        check_kind("name", name, str, "the name of a layer")
         for layer in self.layers:
             if layer.name == name:
                 return layer

@@ -5,6 +5,7 @@ which phases were found not to pay.
 import torch
 from torch import Tensor, nn
 
+from nmcompile.checks import check_compiled
 from nmcompile.compilation import bind_layers, compilation_of, install_layers, record_of
 from nmcompile.config import Phase
 from nmcompile.errors import StateError
@@ -125,6 +126,7 @@ def _clip_key(step: ActivationStep) -> str:
 
 
 def _layers(model: nn.Module) -> list[GemmTriple]:
+    check_compiled("model", model)
     layers = list(triples_of(model))
     if not layers and not any(RECORD in module.__dict__ for module in model.modules()):
         raise StateError(f"{type(model).__name__} is not compiled; give a model that nmcompile.compile made")

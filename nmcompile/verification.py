@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmcompile.capture import capture_model
-from nmcompile.checks import check_kind
+from nmcompile.checks import check_callable, check_kind, check_path
 from nmcompile.compilation import bypassed_layers
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
@@ -87,11 +87,16 @@ def verify(
         FileError: a damaged or hostile file.
     """
     check_kind("target", target, nn.Module | str | os.PathLike, "a model, or the path of an ONNX file")
+    if step is not None:
+        check_callable("step", step, "a function without arguments that runs a forward and a backward of the model")
+    wanted = None if pattern is None else NMPattern.parse(pattern)
     if not isinstance(target, nn.Module):
-        return VerifyReport(tuple(_file_checks(target, None if pattern is None else NMPattern.parse(pattern))))
+        if step is not None:
+            raise ConfigError("step runs a compiled model, and target is a file; leave step out")
+        return VerifyReport(tuple(_file_checks(check_path("target", target), wanted)))
     roots = _roots(target)
-    if pattern is not None:
-        checks = list(_plain_checks(target, NMPattern.parse(pattern)))
+    if wanted is not None:
+        checks = list(_plain_checks(target, wanted))
     elif roots:
         checks = [check for path, root in roots.items() for check in _root_checks(path, root)]
     else:

@@ -188,7 +188,7 @@ WRONG_KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]
     "bits": (LayerConfig, {"input_bits": 5}, ("LayerConfig.input_bits asks for 5 bits", "no grid", "one of the")),
     "pattern tuple": (Pruning, {"operator": "greedy", "pattern": (2, 4)}, ("pattern of type tuple", "'2:4'")),
     "pattern of texts": (NMPattern, {"n_keep": "2", "block": "4"}, ("pattern '2':'4'", "1 <= N < M")),
-    "operator": (Pruning, {"operator": None, "pattern": "2:4"}, ("Pruning.operator is None", "'greedy'")),
+    "operator": (Pruning, {"operator": None, "pattern": "2:4"}, ("Pruning.operator is None", "greedy")),
     "group": (Pruning, {"operator": "mvue", "pattern": "2:4", "group": None}, ("group is None", "auto, batch, flat")),
     "mode": (preset, {"mode": None}, ("mode is None", "one of dense, weights, t-weights")),
     "JSON": (CompileConfig.from_json, {"text": '{"refresh": "a"}'}, ("refresh is 'a'", "optimizer steps")),

@@ -7,4 +7,5 @@ from nmcompile.export.verify_onnx import Verification as Verification
 from nmcompile.export.verify_onnx import verify_onnx as verify_onnx
 from nmcompile.export.write_onnx import ExportedNode as ExportedNode
 from nmcompile.export.write_onnx import OnnxReport as OnnxReport
+from nmcompile.export.write_onnx import check_options as check_options
 from nmcompile.export.write_onnx import write_onnx as write_onnx

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmcompile.errors import ConfigError, ExportError, nearest
+from nmcompile.checks import check_choice
+from nmcompile.errors import ExportError
 from nmcompile.export.absorb_norms import Affine, absorb_norm
 from nmcompile.export.bake_weights import bake_weights
 from nmcompile.export.clean_graph import clean_graph, drop_unused, strip_origin
@@ -88,9 +89,7 @@ def write_onnx(
         ConfigError: an unknown target, container or precision.
         ExportError: a model that cannot be written as asked; the message names the layer or the node.
     """
-    _check_choice("target", target, TARGETS)
-    _check_choice("container", container, CONTAINERS)
-    _check_choice("precision", precision, PRECISIONS)
+    check_options(target, container, precision)
     _check_types(layers, target, container, precision)
     model = trace_model(plain, args, kwargs or {}, dtype=PRECISIONS[precision], dynamic_batch=dynamic_batch)
     aliases = _aliases(plain)
@@ -124,9 +123,11 @@ def _aliases(plain: nn.Module) -> dict[str, list[str]]:
     return {name: names[id(parameter)] for name, parameter in parameters}
 
 
-def _check_choice(option: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
-    if value not in known:
-        raise ConfigError(f"{option} {value!r} is unknown; {nearest(value, known)}")
+def check_options(target: str, container: str, precision: str) -> None:
+    """Raise for an unknown target, container or precision."""
+    check_choice("target", target, TARGETS)
+    check_choice("container", container, CONTAINERS)
+    check_choice("precision", precision, PRECISIONS)
 
 
 def _check_types(layers: Mapping[str, DeployedLayer], target: str, container: str, precision: str) -> None:

@@ -25,6 +25,9 @@ FINALIZED = "_nmcompile_finalized"
 """Under this name a finalized model remembers the masks that its weights obey, by weight."""
 
 
+RESERVED = ("three_gemms", "three_gemm_graph", "absorbing_layer")
+
+
 class Rewritten:
     """Mixin of every module whose class was changed; what it needs beyond its own state lies in its `__dict__`."""
 
@@ -135,6 +138,22 @@ class ThreeGemmGraph(ThreeGemmRegion):
         memo[id(self)] = replica
         replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return replica
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise where a plain module has something of its own under a name that a rewritten one uses.
+
+    Raises:
+        ConfigError: names the module.
+    """
+    for path, module in model.named_modules():
+        own = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+        for name in RESERVED:
+            if not isinstance(module, Rewritten) and (name in own or hasattr(type(module), name)):
+                raise ConfigError(
+                    f"module {path!r} ({type(module).__name__}) has an attribute {name!r}, under which a compiled "
+                    "module keeps its graphs; rename it"
+                )
 
 
 def install(module: nn.Module, mixin: type[ThreeGemm], triples: dict[str, GemmTriple]) -> None:

@@ -1,7 +1,7 @@
 """The two contracts that others implement: a pass and a backend."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import fx
 
@@ -37,6 +37,7 @@ class Pass(Protocol):
         """
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Replaces nodes of the three graphs by its own, one node at a time."""
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nmcompile.checks import check_kind, check_tensor, described
 from nmcompile.errors import ConfigError, OperandError
 from nmcompile.pruning.blocks import join, split
 from nmcompile.pruning.pattern import NMPattern
@@ -111,6 +112,7 @@ class BlockOperator:
             ConfigError: the pattern does not fit the operator.
         """
         fitting, axis = self._fit(pattern), check(x, dim)
+        check_kind("generator", generator, torch.Generator | None, "a torch.Generator, or None for torch's own")
         _check_out(x, out)
         key = draw_key(generator, x.device) if self.needs_key else None
         return self._write(x, fitting, axis, key, out)
@@ -122,8 +124,8 @@ class BlockOperator:
             OperandError: `x` is no tensor that the operator takes, or the key is missing or of another shape or dtype.
             ConfigError: the pattern does not fit the operator.
         """
-        if self.needs_key and (key is None or key.dtype != torch.int64 or key.dim() != 0):
-            got = "None" if key is None else f"{key.dtype} of shape {tuple(key.shape)}"
+        if self.needs_key and (not isinstance(key, Tensor) or key.dtype != torch.int64 or key.dim() != 0):
+            got = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else described(key)
             raise OperandError(f"operator {self.name!r} takes a 0-d int64 key, not {got}; draw one with draw_key()")
         return self._write(x, self._fit(pattern), check(x, dim), key, None)
 
@@ -175,18 +177,23 @@ def check(x: Tensor, dim: int) -> int:
     Raises:
         OperandError: `x` is no dense float tensor, or has no such dim.
     """
+    check_tensor("the tensor to prune", x)
     shape = tuple(x.shape)
     if x.dtype not in DTYPES or x.layout != torch.strided:
         raise OperandError(
             f"pruning takes a dense float64, float32, bfloat16 or float16 tensor, not {x.dtype} ({x.layout}) of shape "
             f"{shape}; convert it with .to(torch.float32) or .to_dense()"
         )
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise OperandError(f"dim is {described(dim)}; give the number of a dim")
     if not -x.dim() <= dim < x.dim():
         raise OperandError(f"dim {dim} does not exist in a tensor of shape {shape}; blocks need a dim to run along")
     return dim % x.dim()
 
 
 def _check_out(x: Tensor, out: Tensor | None) -> None:
+    if out is not None:
+        check_tensor("out", out)
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
         raise OperandError(
             f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, expected {x.dtype} of shape "

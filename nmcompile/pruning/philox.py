@@ -14,6 +14,9 @@ so that a kernel computes the number of any block without the others. 32-bit wor
 import torch
 from torch import Tensor
 
+from nmcompile.checks import check_kind
+from nmcompile.errors import ConfigError
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
@@ -29,9 +32,20 @@ def draw_key(generator: torch.Generator | None = None, device: torch.device | st
         generator: where the key comes from, on any device; `None` is torch's default CPU generator.
         device: where the key is wanted; `None` leaves it on the generator's device.
     """
+    check_kind("generator", generator, torch.Generator | None, "a torch.Generator, or None for torch's own")
+    check_kind("device", device, torch.device | str | None, "a torch.device, its name, or None")
+    if isinstance(device, str):
+        device = _device(device)
     source = torch.device("cpu") if generator is None else generator.device
     key = torch.empty((), dtype=torch.int64, device=source).random_(-(2**63), None, generator=generator)
     return key if device is None else key.to(device)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"device {name!r} is none that torch knows; give 'cpu' or 'cuda:0', for example") from error
 
 
 def uniforms(key: Tensor, count: int, per_block: int = 1) -> Tensor:

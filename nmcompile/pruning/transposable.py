@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nmcompile.errors import ConfigError, OperandError, nearest
+from nmcompile.checks import check_choice, described
+from nmcompile.errors import OperandError
 from nmcompile.pruning.operator import check
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.tile_enumeration import ENUMERABLE, select_by_enumeration
@@ -45,8 +46,9 @@ def transposable_mask(
         ConfigError: the method is unknown.
     """
     fitting = NMPattern.parse(pattern)
-    if method not in METHODS:
-        raise ConfigError(f"method {method!r} of transposable_mask is unknown; {nearest(method, METHODS)}")
+    check_choice("method", method, METHODS)
+    if not isinstance(dims, tuple | list) or len(dims) != 2:
+        raise OperandError(f"dims is {described(dims)}; give two dims, as in dims=(0, 1)")
     axes = check(w, dims[0]), check(w, dims[1])
     if axes[0] == axes[1]:
         raise OperandError(f"dims {dims} of shape {tuple(w.shape)} are the same dim; tiles cover two")

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmcompile.checks import check_floating, check_kind
 from nmcompile.quantization.grid import Grid, integers
 
 
@@ -24,6 +25,8 @@ def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
     Raises:
         OperandError: `scale` does not broadcast to the shape of `x`.
     """
+    check_floating("x", x)
+    check_kind("grid", grid, Grid, "a Grid, as in Grid(4, signed=True)")
     result: Tensor = _StraightThrough.apply(x, scale, grid)  # type: ignore[no-untyped-call]
     return result
 

@@ -1,11 +1,14 @@
 """The integers that a quantized tensor can hold."""
 
+import sys
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from nmcompile.errors import ConfigError, OperandError
+from nmcompile.checks import check_floating, check_kind, check_number
+from nmcompile.errors import OperandError
 
 TINIEST = float(torch.finfo(torch.float32).tiny)
 
@@ -25,8 +28,8 @@ class Grid:
     signed: bool
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ConfigError(f"a grid of {self.bits} bits is not supported; give 2 to 8 bits")
+        check_number("bits of a grid", self.bits, Integral, 2, 8, "2 to 8 bits")
+        check_kind("signed", self.signed, bool, "True or False")
 
     @property
     def high(self) -> int:
@@ -54,7 +57,13 @@ def integers(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
     Raises:
         OperandError: `scale` does not broadcast to the shape of `x`.
     """
-    if isinstance(scale, Tensor) and not _broadcasts(scale, x):
+    check_floating("x", x)
+    check_kind("grid", grid, Grid, "a Grid, as in Grid(4, signed=True)")
+    if not isinstance(scale, Tensor):
+        check_number(
+            "scale", scale, Real, TINIEST, sys.float_info.max, "a positive number, or a tensor that broadcasts to x"
+        )
+    elif not _broadcasts(scale, x):
         raise OperandError(
             f"the scale has shape {tuple(scale.shape)}, x {tuple(x.shape)}; give one scale, or one that broadcasts to x"
         )
@@ -70,7 +79,14 @@ def absorbed_step(step: Tensor, gain: Tensor) -> Tensor:
     Args:
         step: 0-d or `(channels,)`, floating point.
         gain: `(channels,)`, of any sign.
+
+    Raises:
+        OperandError: the two do not fit each other.
     """
+    check_floating("step", step)
+    check_floating("gain", gain)
+    if not _broadcasts(step, gain):
+        raise OperandError(f"step has shape {tuple(step.shape)}, gain {tuple(gain.shape)}; give one step, or one each")
     absorbed = step * gain.abs()
     return torch.where(absorbed >= TINIEST, absorbed, step)
 

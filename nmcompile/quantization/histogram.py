@@ -1,9 +1,13 @@
 """Choose the clip of an activation grid from what was observed, in bounded memory."""
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
-from nmcompile.errors import CalibrationError, ConfigError
+from nmcompile.checks import check_floating, check_kind, check_number
+from nmcompile.errors import CalibrationError
 from nmcompile.quantization.grid import Grid, integers
 
 BINS = 4096
@@ -23,6 +27,7 @@ class Histogram:
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Add the elements of a tensor, any shape; what is not finite is only noted."""
+        check_floating("x", x)
         magnitudes = x.detach().abs().flatten().to(torch.promote_types(x.dtype, torch.float32))
         finite = magnitudes.isfinite()
         self.is_finite = self.is_finite and bool(finite.all())
@@ -42,8 +47,7 @@ class Histogram:
             ConfigError: not 0 < percent <= 100.
             CalibrationError: nothing but zeros was observed, or a NaN or an infinity.
         """
-        if not 0 < percent <= 100:
-            raise ConfigError(f"there is no {percent}th percentile to clip at; give a percentage above 0, at most 100")
+        check_number("percent", percent, Real, math.nextafter(0, 1), 100, "a percentage above 0, at most 100")
         self._check()
         reached = self.zeros + self.counts.cumsum(0)
         index = int(torch.searchsorted(reached, percent / 100 * reached[-1]))
@@ -55,6 +59,7 @@ class Histogram:
         Raises:
             CalibrationError: nothing but zeros was observed, or a NaN or an infinity.
         """
+        check_kind("grid", grid, Grid, "a Grid, as in Grid(4, signed=True)")
         self._check()
         centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.top / BINS)
         clips = torch.linspace(1 / CANDIDATES, 1, CANDIDATES, dtype=torch.float64) * self.largest

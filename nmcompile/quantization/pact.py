@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmcompile.checks import check_floating
 from nmcompile.errors import OperandError
 from nmcompile.quantization.grid import Grid, integers
 
@@ -16,6 +17,7 @@ def positive_clip(clip: Tensor) -> Tensor:
 
     dy/dclip is −1 below zero, else 1: even at zero, from where an optimizer can lift the clip.
     """
+    check_floating("clip", clip)
     wide = clip.to(torch.promote_types(clip.dtype, torch.float32))
     return torch.where(wide < 0, -wide, wide) + SMALLEST  # which rounds to |clip| from about 1e-28 on
 
@@ -38,6 +40,8 @@ def pact_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
         OperandError: the clip is not 0-d.
         ConfigError: bits outside 2 to 8.
     """
+    check_floating("x", x)
+    check_floating("clip", clip)
     if clip.dim():
         raise OperandError(f"the clip has shape {tuple(clip.shape)}; PACT has one clip for a tensor, give it 0-d")
     result: Tensor = _Pact.apply(x, positive_clip(clip), Grid(bits, signed=False))  # type: ignore[no-untyped-call]

@@ -1,8 +1,12 @@
 """SAWB, statistics-aware weight binning (Choi et al. 2018): the clip from two moments of the weights."""
 
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from nmcompile.checks import check_floating, check_tensor, described
 from nmcompile.errors import ConfigError, OperandError
 from nmcompile.quantization.fake_quantize import fake_quantize
 from nmcompile.quantization.grid import Grid
@@ -33,8 +37,12 @@ def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
         ConfigError: bits without coefficients.
         OperandError: the weight is empty.
     """
-    if bits not in COEFFICIENTS:
-        raise ConfigError(f"SAWB has no coefficients for {bits} bits; give one of {', '.join(map(str, COEFFICIENTS))}")
+    check_floating("w", w)
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or bits not in COEFFICIENTS:
+        known = ", ".join(map(str, COEFFICIENTS))
+        raise ConfigError(f"SAWB has no coefficients for {described(bits)} bits; give one of {known}")
+    if dim is not None:
+        _check_dim(w, dim)
     if not w.numel():
         raise OperandError(f"a weight of shape {tuple(w.shape)} has no elements, and so no step")
     wide = w.to(torch.promote_types(w.dtype, torch.float32)).abs()
@@ -48,6 +56,11 @@ def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
     return torch.where(step == 0, 1.0, step)
 
 
+def _check_dim(w: Tensor, dim: Any) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -w.dim() <= dim < w.dim():
+        raise OperandError(f"dim is {described(dim)}; give a dim of a weight of shape {tuple(w.shape)}, or None")
+
+
 def sawb_quantize(w: Tensor, bits: int, *, mask: Tensor | None = None, dim: int | None = None) -> Tensor:
     """`w` where `mask` holds, on SAWB's grid; the step is that of the dense `w`.
 
@@ -58,6 +71,9 @@ def sawb_quantize(w: Tensor, bits: int, *, mask: Tensor | None = None, dim: int 
         bits, dim: as in `sawb_scale`.
         mask: bool, the shape of `w`, or None to keep everything.
     """
+    check_floating("w", w)
+    if mask is not None:
+        check_tensor("mask", mask)
     if mask is not None and mask.shape != w.shape:
         raise OperandError(f"the mask has shape {tuple(mask.shape)}, the weight {tuple(w.shape)}; they must be equal")
     kept = w if mask is None else torch.where(mask, w, 0.0)

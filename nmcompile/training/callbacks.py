@@ -1,11 +1,14 @@
 """Run a recipe inside Lightning's or Hugging Face's trainer: a phase begins with an epoch."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from numbers import Integral
 from typing import Any
 
 from torch import nn
 
+from nmcompile.checks import check_kind, check_number
 from nmcompile.errors import BackendUnavailable, ConfigError
 
 
@@ -13,8 +16,12 @@ class _Phases:
     """Advances a recipe at the epochs where its phases begin."""
 
     def __init__(self, recipe: Iterator[nn.Module], begins: Sequence[int]) -> None:
+        check_kind("recipe", recipe, Iterator, "a recipe of nmcompile.training.recipes, called with inplace=True")
+        check_kind("begins", begins, list | tuple, "a list of epochs, the first of them 0")
+        for epoch in begins:
+            check_number("an epoch in begins", epoch, Integral, 0, sys.maxsize, "the number of an epoch")
         if not begins or begins[0] != 0 or list(begins) != sorted(set(begins)):
-            raise ConfigError(f"phases begin at epochs {list(begins)}; give rising numbers, the first of them 0")
+            raise ConfigError(f"begins is {list(begins)}; give rising numbers, the first of them 0")
         self.recipe = recipe
         self.begins = set(begins)
 

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from nmcompile.checks import check_compiled
 from nmcompile.training.state import triples_of
 
 
@@ -12,5 +13,6 @@ def clips(compiled: nn.Module) -> list[nn.Parameter]:
     A group of their own with weight decay is PACT's regularization:
     `SGD([{"params": model.parameters()}, {"params": clips(model), "weight_decay": 1e-3}], ...)`.
     """
+    check_compiled("compiled", compiled)
     steps = (step for triple in triples_of(compiled) for step in triple.steps.activations)
     return [step.clip for step in steps if step.clip.requires_grad]

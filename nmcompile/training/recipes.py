@@ -15,7 +15,9 @@ from torch import nn
 
 from nmcompile.api import compile as compile_model
 from nmcompile.api import decompile, is_compiled
-from nmcompile.config import CompileConfig
+from nmcompile.calibration import check_data
+from nmcompile.checks import check_kind
+from nmcompile.config import CompileConfig, given_config
 
 SR_STE = 2e-4  # λ of Zhou et al. 2021
 
@@ -31,7 +33,7 @@ def scheme_a(
         config: layers and ends; refresh, SR-STE and clip are the scheme's (masks of every step).
         inplace: edit the given module tree.
     """
-    chosen = replace(config or CompileConfig(), refresh=1, sr_ste=SR_STE, clip="pact")
+    chosen = replace(given_config(config), refresh=1, sr_ste=SR_STE, clip="pact")
     yield compile_model(model, "inference", config=chosen, calibration=calibration, inplace=inplace)
 
 
@@ -42,7 +44,9 @@ def scheme_b(
 
     Args and yields as `scheme_a`; the masks of the second phase come from the weights that the first has trained.
     """
-    chosen = config or CompileConfig()
+    chosen = given_config(config)
+    if calibration is not None:
+        check_data(calibration)  # now, not after the first phase
     sparse = compile_model(model, "activations", config=chosen, inplace=inplace)
     yield sparse
     fixed = replace(chosen, refresh=None, clip="pact")
@@ -51,5 +55,6 @@ def scheme_b(
 
 def asp(model: nn.Module, *, config: CompileConfig | None = None, inplace: bool = False) -> Iterator[nn.Module]:
     """NVIDIA's recipe (arXiv 2104.08378): train dense; compute the masks once; train again with the same schedule."""
+    check_kind("model", model, nn.Module, "a module")
     yield decompile(model) if is_compiled(model) else model
-    yield compile_model(model, "weights", config=replace(config or CompileConfig(), refresh=None), inplace=inplace)
+    yield compile_model(model, "weights", config=replace(given_config(config), refresh=None), inplace=inplace)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from nmcompile.checks import check_compiled
 from nmcompile.ir.kept import forget
 from nmcompile.ir.shards import is_sharded, like_shard
 from nmcompile.printable import printable
@@ -40,6 +41,7 @@ def step(model: nn.Module) -> None:
 
     Call it once after each step; the hooks do the same for optimizers of torch.optim.
     """
+    check_compiled("model", model)
     _note_step(list(model.parameters()))
 
 

@@ -35,7 +35,7 @@ def test_ranges() -> None:
     assert (Grid(4, True).low, Grid(4, True).high) == (-7, 7)
     assert (Grid(4, False).low, Grid(4, False).high) == (0, 15)
     assert str(Grid(4, True)) == "s4" and str(Grid(8, False)) == "u8"
-    with pytest.raises(ConfigError, match="1 bits"):
+    with pytest.raises(ConfigError, match="bits of a grid is 1"):
         Grid(1, True)
 
 

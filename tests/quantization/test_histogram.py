@@ -84,5 +84,5 @@ def test_bad_data_is_an_error(batches: list[Tensor], message: str) -> None:
 
 @pytest.mark.parametrize("percent", [-1.0, 0.0, 100.1, float("nan")])
 def test_percentages_outside_the_data_are_refused(percent: float) -> None:
-    with pytest.raises(ConfigError, match="percentile"):
+    with pytest.raises(ConfigError, match="percent is"):
         observed(data()).percentile(percent)
