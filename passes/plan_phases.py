@@ -18,6 +18,7 @@ NOT_ASKED = "the mode leaves this GEMM dense"
 FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"
 LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') changes that"
 TIED = "its weight is tied to the embedding"
+ADAPTER = "adapter, not pruned; CompileConfig(layers=...) with its name changes that"
 UNREACHED = "calibration ran the model without calling it"
 CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it anew"
 DROPPED = "the mask that an earlier compilation gave it is dropped"
@@ -96,7 +97,7 @@ class _LayerPlanner:
         if not reason or given is None:
             return given, reason
         is_unreached = reason == f"bypassed: {UNREACHED}"
-        stays = reason in (FIRST, LAST) or reason.startswith(TIED) or is_unreached
+        stays = reason in (FIRST, LAST, ADAPTER) or reason.startswith(TIED) or is_unreached
         if not (stays and self._carries_mask(given)):
             return None, reason
         # Without data there are no clips to quantize activations with.
@@ -137,6 +138,8 @@ class _LayerPlanner:
             )
         if name in self.captured.tied:
             return f"{TIED} {self.captured.tied[name]!r}"
+        if name in self.captured.adapters and not is_named:
+            return ADAPTER
         if self.layer.is_depthwise:
             return "depthwise convolution: one in-channel per group leaves nothing to prune along"
         if self.config.ends != "sparse" and not is_named:

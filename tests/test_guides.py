@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-GUIDES = [*sorted(DOCS.glob("writing_*.md")), DOCS / "inference.md", DOCS / "trainers.md"]
+GUIDES = [*sorted(DOCS.glob("writing_*.md")), DOCS / "adapters.md", DOCS / "inference.md", DOCS / "trainers.md"]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)

@@ -18,9 +18,12 @@ MERGES = {"add", "iadd", "sub", "isub", "mul", "imul"}
 IN_ROLES = ("in_proj", "q_proj", "k_proj", "v_proj")
 
 
-def facts_without_graph(sites: Sequence[Site]) -> dict[str, Facts]:
-    """Facts by layer name where nothing is known of the data flow: by the order of the modules."""
-    first, last = guessed_ends(sites)
+def facts_without_graph(sites: Sequence[Site], adapters: frozenset[str] = frozenset()) -> dict[str, Facts]:
+    """Facts by layer name where nothing is known of the data flow: by the order of the modules.
+
+    The layers named in `adapters` stand beside the model's own, and are not its ends.
+    """
+    first, last = guessed_ends([site for site in sites if site.layer.name not in adapters])
     return {s.layer.name: Facts(first=s.layer.name == first, last=s.layer.name == last) for s in sites}
 
 
@@ -34,10 +37,14 @@ def guessed_ends(sites: Sequence[Site]) -> tuple[str | None, str | None]:
 
 
 def facts_from_graph(
-    model: nn.Module, sites: Sequence[Site], whole: WholeGraph, positions: Mapping[str, int]
+    model: nn.Module,
+    sites: Sequence[Site],
+    whole: WholeGraph,
+    positions: Mapping[str, int],
+    adapters: frozenset[str] = frozenset(),
 ) -> dict[str, Facts]:
-    """Facts by layer name from the whole graph."""
-    flow = _Flow(model, whole)
+    """Facts by layer name from the whole graph; a layer stays the last one where `adapters` add to its result."""
+    flow = _Flow(model, whole, adapters)
     by_name = {site.layer.name: site for site in sites}
     nodes: dict[str, list[fx.Node]] = {name: [] for name in by_name}
     for node, names in whole.layers.items():
@@ -85,9 +92,10 @@ def _queries(node: fx.Node) -> list[Any]:
 class _Flow:
     """Which layers stand before and after each node, as bit sets."""
 
-    def __init__(self, model: nn.Module, whole: WholeGraph) -> None:
+    def __init__(self, model: nn.Module, whole: WholeGraph, adapters: frozenset[str]) -> None:
         self.model = model
         self.whole = whole
+        self.adapters = adapters
         self.nodes = list(whole.graph.nodes)
         self.bits = {node: 1 << index for index, node in enumerate(n for n in self.nodes if self._is_barrier(n))}
         self.before: dict[fx.Node, int] = {}
@@ -164,9 +172,13 @@ class _Flow:
             if not any(i in mine for i in inputs):
                 continue
             mine.add(later)
-            if _is_merge(later) and any(self.before[i] | self.bits.get(i, 0) for i in inputs if i not in mine):
+            if _is_merge(later) and any(self._is_others(i) for i in inputs if i not in mine):
                 return True
         return False
+
+    def _is_others(self, node: fx.Node) -> bool:
+        """Whether a value is computed by layers other than adapters."""
+        return bool(self.before[node] | self.bits.get(node, 0)) and not self._source(node) <= self.adapters
 
     def _is_call_of(self, node: fx.Node, module: str) -> bool:
         return node.op == "call_module" and node.target == module

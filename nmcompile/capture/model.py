@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from nmcompile.capture.adapters import find_adapters, read_by_adapters
 from nmcompile.capture.exported import Exported, export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
 from nmcompile.capture.regions import Regions, find_regions
@@ -47,7 +48,11 @@ def capture_model(
         example = _example(model, found, args, kwargs)
         whole, reason = _whole(model, found, protected, example)
         positions = example.positions if example else {}
-        facts = facts_from_graph(model, sites, whole, positions) if whole else facts_without_graph(sites)
+        adapters = find_adapters(model, found)
+        if whole is not None:
+            facts = facts_from_graph(model, sites, whole, positions, adapters)
+        else:
+            facts = facts_without_graph(sites, adapters)
         bypassed, suspected = _judge_reads(layers.found, regions, reads, example)
     return Captured(
         sites=tuple(sites),
@@ -57,9 +62,10 @@ def capture_model(
         uncaptured=_uncaptured(model, [*layers.skipped, *python], regions.uncaptured),
         parameters={name: tuple(parameter.shape) for name, parameter in _known_parameters(model).items()},
         behind=_named(model, {one.site.layer.name: one.parameters for one in found}),
-        bypassed=bypassed,
+        bypassed=read_by_adapters(model) | dict(bypassed),
         suspected=suspected,
         tied=_tied(model, found),
+        adapters=adapters,
         traces=regions.traces,
         whole=whole,
         whole_reason=reason,

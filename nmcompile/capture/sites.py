@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nmcompile.ir.captured import Site
 from nmcompile.ir.instance_forward import foreign_forward
@@ -142,8 +143,10 @@ def weight_parameters(module: nn.Module, attribute: str) -> tuple[frozenset[int]
 
 
 def own_matrices(module: nn.Module) -> frozenset[int]:
-    """Ids of a module's own parameters that are more than a vector, those behind parametrizations included."""
-    owned = [*module.parameters(recurse=False), *getattr(module, "parametrizations", nn.Module()).parameters()]
+    """Ids of a module's own parameters that are more than a vector, in parametrizations and lists too."""
+    held: list[nn.Module] = [m for m in module.children() if isinstance(m, nn.ParameterList | nn.ParameterDict)]
+    held += [module.get_submodule("parametrizations")] if parametrize.is_parametrized(module) else []
+    owned = [*module.parameters(recurse=False), *(parameter for child in held for parameter in child.parameters())]
     known = (parameter for parameter in owned if not isinstance(parameter, nn.UninitializedParameter))
     return frozenset(id(parameter) for parameter in known if sum(size != 1 for size in parameter.shape) > 1)
 

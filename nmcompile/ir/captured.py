@@ -97,6 +97,7 @@ class Captured:
         bypassed: by layer name, the code that reads the layer's weight without calling the layer.
         suspected: by layer name, code that may read the layer's weight without calling it; a run shows whether it does.
         tied: by layer name, the embedding that owns the same weight.
+        adapters: the layers that PEFT or its like put beside the model's own.
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
         whole: the whole model's graph, or None.
         whole_reason: why there is none.
@@ -114,6 +115,7 @@ class Captured:
     bypassed: Mapping[str, str] = field(default_factory=dict)
     suspected: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
     traces: Mapping[str, fx.Graph] = field(default_factory=dict)
     whole: WholeGraph | None = None
     whole_reason: str = ""

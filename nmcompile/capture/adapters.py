@@ -1,0 +1,45 @@
+"""Adapters: small layers that PEFT and its like put beside the layers of a trained model, to be trained in their place.
+
+They are found by structure, so no library needs to be there:
+
+- under a tuner layer of PEFT (a module with `adapter_layer_names` and a child `base_layer`), all but the base layer;
+- the `prompt_encoder` of a model with a `peft_config`;
+- what is named `lora_...`, as loralib, torchtune and LitGPT name theirs.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from nmcompile.capture.sites import FoundSite, join
+
+BASE = "base_layer"
+
+
+def find_adapters(model: nn.Module, found: Sequence[FoundSite]) -> frozenset[str]:
+    """The layers whose weights are computed from parameters of adapters alone."""
+    adapters = {id(parameter) for parameter in _adapter_parameters(model)}
+    return frozenset(one.site.layer.name for one in found if one.parameters and one.parameters <= adapters)
+
+
+def read_by_adapters(model: nn.Module) -> dict[str, str]:
+    """The base layers whose weight an adapter reads beside calling them, unmasked, with the reason."""
+    names = ((name, module) for name, module in model.named_modules() if _is_tuner(module))
+    reason = "its weight is read by DoRA, which scales by its norm"
+    return {join(name, BASE): reason for name, module in names if len(getattr(module, "lora_magnitude_vector", ()))}
+
+
+def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(part.lower().startswith("lora_") for part in name.split(".")):
+            yield parameter
+    for module in model.modules():
+        for name, child in module.named_children():
+            if (_is_tuner(module) and name != BASE) or (name == "prompt_encoder" and hasattr(module, "peft_config")):
+                yield from child.parameters()
+        if _is_tuner(module):
+            yield from module.parameters(recurse=False)
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    return bool(getattr(module, "adapter_layer_names", ())) and isinstance(getattr(module, BASE, None), nn.Module)
