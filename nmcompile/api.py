@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -210,6 +211,9 @@ def share_copy(model: nn.Module) -> nn.Module:
 def _module(model: Model) -> nn.Module:
     if isinstance(model, ExportedProgram):
         return model.module()
+    dynamo = sys.modules.get("torch._dynamo")
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod  # what torch.compile wraps: the result is to be compiled by torch anew
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model is {described(model)}; give an nn.Module or an ExportedProgram")
     return model

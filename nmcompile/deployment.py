@@ -6,12 +6,13 @@ from torch import nn
 from nmcompile.compilation import bypassed_layers, record_of
 from nmcompile.config import Phase
 from nmcompile.errors import ExportError, PassError
-from nmcompile.finalization import effective_weight, named_weight, stored_weight
+from nmcompile.finalization import effective_weight
 from nmcompile.ir.captured import Site
 from nmcompile.ir.deployed import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
+from nmcompile.stored_weights import is_computed_in_forward, named_weight, stored_weight
 from nmcompile.training.state import triples_of
 
 
@@ -46,9 +47,12 @@ def _check_input(triple: GemmTriple, nonnegative: bool) -> None:
 
 def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
     pattern, grid = _pattern(triple, "weight"), triple.steps.weight_grid
-    values, dense = effective_weight(model, triple), stored_weight(model, triple)
-    if values is None or dense is None:
-        raise PassError(f"layer {triple.layer.name!r}: its weight is computed in forward, so that no file can hold it")
+    values, dense = effective_weight(model, triple), stored_weight(model, triple.site)
+    if values is None or dense is None or is_computed_in_forward(model, triple.site):
+        raise PassError(
+            f"layer {triple.layer.name!r}: its weight is computed in forward, so that no file can hold it; leave it "
+            f"dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
+        )
     weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))
     steps = triple.steps
     input, output = _activation(triple, "input", steps.input), _activation(triple, "output", steps.output)

@@ -5,16 +5,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from nmcompile.checks import check_compiled
 from nmcompile.compilation import bypassed_layers, restore_all
 from nmcompile.errors import PassError, StateError
 from nmcompile.ir.modules import FINALIZED, RECORD
 from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
-from nmcompile.ir.shards import gathered
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.ir.unsharded import unsharded_copy
+from nmcompile.stored_weights import Place, find_place, is_computed_in_forward, make_plain, named_weight, stored_weight
 from nmcompile.training.state import masks_among, triples_of
 
 
@@ -22,15 +21,17 @@ from nmcompile.training.state import masks_among, triples_of
 def finalize(compiled: nn.Module) -> nn.Module:
     """The plain model, a copy, whose weights are zero where the current masks say so, and on their grid if quantized.
 
-    Biases of layers with integer weights and inputs are whole steps of their accumulator, as those layers add them.
+    A weight that a parametrization or a hook of `torch.nn.utils` computes (`weight_norm`, `spectral_norm`, `prune`)
+    becomes a parameter. Biases of layers with integer weights and inputs are whole steps of their accumulator, as those
+    layers add them.
 
     Args:
         compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay. Of one
             that is split by FSDP2 or tensor parallelism every process has to call, and gets the whole plain model.
 
     Raises:
-        PassError: a pruned weight is computed in forward (a standardized weight, say), so that no parameter can hold
-            its zeros.
+        PassError: a pruned weight is computed in forward and is not a slice of a parameter (a standardized weight,
+            say), so that no parameter can hold its zeros.
         StateError: a part of a compiled model.
 
     Warns:
@@ -57,17 +58,21 @@ def _finalize(root: nn.Module) -> None:
     layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
     masks = masks_among(layers)
     effective = {triple.site.weight: _effective(root, triple) for triple in layers if _changes(triple)}
-    effective |= dict(_rounded_biases(root))
+    biases = dict(_rounded_biases(root))
     restore_all(root)
-    for name, values in effective.items():
+    for name, (place, values) in effective.items():
+        _write(root, name, values) if place is None else place.look(root).copy_(values)
+    for name, values in biases.items():
         _write(root, name, values)
-    root.__dict__[FINALIZED] = masks
+    if any(place for place, _ in effective.values()):
+        _check_shared(root, effective)
+    root.__dict__[FINALIZED] = {name: (mask, effective[name][0]) for name, mask in masks.items() if name in effective}
 
 
 @torch.no_grad()
 def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
     """The weight as the forward GEMM reads it; None where it is computed inside a forward."""
-    weight = stored_weight(model, triple)
+    weight = stored_weight(model, triple.site)
     if weight is None:
         return None
     # A mask that is computed tells that its layer ran.
@@ -78,38 +83,24 @@ def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
     return pruned if step is None or grid is None else to_grid(pruned, step, grid.bits, grid.signed)
 
 
-def stored_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
-    """The dense weight of a layer, parametrizations computed; None where it is computed inside a forward."""
-    path, _, attribute = triple.site.weight.rpartition(".")
-    if triple.site.is_expression and not parametrize.is_parametrized(model.get_submodule(path), attribute):
-        return None
-    return named_weight(model, triple.site.weight)
-
-
-def named_weight(model: nn.Module, name: str) -> Tensor | None:
-    """Return the tensor of a full name, computed where it is parametrized, gathered where it is split; or None."""
-    path, _, attribute = name.rpartition(".")
-    try:
-        weight = getattr(model.get_submodule(path), attribute, None)
-    except AttributeError:
-        return None
-    return gathered(weight) if isinstance(weight, Tensor) else None
-
-
 def _changes(triple: GemmTriple) -> bool:
     return triple.mask is not None or triple.steps.weight_grid is not None
 
 
-def _effective(model: nn.Module, triple: GemmTriple) -> Tensor:
-    weight, stored = effective_weight(model, triple), stored_weight(model, triple)
+def _effective(model: nn.Module, triple: GemmTriple) -> tuple[Place | None, Tensor]:
+    """The place of the weight in a parameter, None where it has a name of its own, and its values."""
+    site, weight, stored = triple.site, effective_weight(model, triple), stored_weight(model, triple.site)
     if triple.mask is not None and stored is not None:
         triple.mask.current(stored)
-    if weight is None:
+    is_computed = is_computed_in_forward(model, site)
+    place = find_place(model, site, stored) if is_computed and stored is not None else None
+    if weight is None or (is_computed and place is None):
+        how = "is computed in forward" if is_computed else "is set by a hook that is not one of torch.nn.utils"
         raise PassError(
-            f"layer {triple.layer.name!r}: its weight is computed in forward, so finalize cannot write zeros into a "
-            f"parameter; leave it dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
+            f"layer {triple.layer.name!r}: its weight {how}, so that no parameter can hold its zeros; deploy the "
+            f"compiled model itself, or leave it dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
-    return weight
+    return place, weight
 
 
 def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -119,7 +110,7 @@ def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not triple.graphs.plan.rounds_bias or input is None or not input.is_calibrated:
             continue
         name = ".".join(filter(None, (triple.site.module, "bias")))
-        weight, bias = stored_weight(model, triple), named_weight(model, name)
+        weight, bias = stored_weight(model, triple.site), named_weight(model, name)
         step = None if weight is None else triple.steps.of_weight(weight)
         if step is not None and bias is not None:
             yield name, to_accumulator(bias, input.current(), step)
@@ -128,18 +119,17 @@ def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _write(model: nn.Module, name: str, weight: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    if parametrize.is_parametrized(module, attribute):
-        module.__class__ = _own_class(module)
-        # Without gradients torch would leave a plain tensor instead of a parameter.
-        with torch.enable_grad():
-            parametrize.remove_parametrizations(module, attribute)
+    make_plain(module, attribute)
     getattr(module, attribute).copy_(weight)
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
-    """A class like the module's, which it does not share with what it was copied from.
-
-    A parametrized weight is a property of the class, and is taken from there when the parametrization is removed.
-    """
-    shared = type(module)
-    return type(shared.__name__, shared.__bases__, dict(vars(shared)))
+def _check_shared(root: nn.Module, written: dict[str, tuple[Place | None, Tensor]]) -> None:
+    """Raise where layers that are pruned differently share elements of one parameter."""
+    for name, (place, values) in written.items():
+        found = named_weight(root, name) if place is None else place.look(root)
+        if found is not None and not torch.allclose(found, values, rtol=0, atol=0, equal_nan=True):
+            raise PassError(
+                f"layer {name.removesuffix('.weight')!r}: another layer uses a part of its weight, and is pruned "
+                "otherwise, so that one parameter cannot hold the zeros of both; leave one of them dense with "
+                "CompileConfig.layers"
+            )

@@ -18,10 +18,10 @@ from nmcompile.calibration import evaluating
 from nmcompile.compilation import Compilation, lowered, record_of
 from nmcompile.config import Phase
 from nmcompile.errors import PassError
-from nmcompile.finalization import stored_weight
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
 from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.stored_weights import stored_weight
 from nmcompile.training.binding import TripleFactory
 from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.state import triples_of
@@ -167,7 +167,7 @@ def _typical_times(steps: Steps, device: torch.device) -> Times:
 
 def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Tensor) -> Steps:
     """A step of one layer by the parts that it prunes."""
-    weight, device = stored_weight(trial, triple), _device(trial, triple)
+    weight, device = stored_weight(trial, triple.site), _device(trial, triple)
     dtype = layout.dtype if weight is None else weight.dtype
     values = torch.randn(triple.layer.weight_shape, device=device, dtype=dtype) if weight is None else weight.detach()
     bias = torch.zeros(triple.layer.out_features, device=device, dtype=dtype) if triple.layer.has_bias else None
@@ -181,7 +181,7 @@ def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Te
 
 
 def _device(trial: nn.Module, triple: GemmTriple) -> torch.device:
-    weight = stored_weight(trial, triple)
+    weight = stored_weight(trial, triple.site)
     return next(trial.parameters()).device if weight is None else weight.device
 
 

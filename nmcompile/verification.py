@@ -15,7 +15,7 @@ from nmcompile.compilation import bypassed_layers
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.export.read_onnx import planned_patterns
-from nmcompile.finalization import effective_weight, named_weight
+from nmcompile.finalization import effective_weight
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.interpretation import interpreted
 from nmcompile.ir.layers import Layer
@@ -26,6 +26,7 @@ from nmcompile.onnx_files import open_onnx
 from nmcompile.onnx_weights import read_weights
 from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
+from nmcompile.stored_weights import named_weight
 from nmcompile.training.binding import count_violations
 from nmcompile.training.earlier import full_name
 from nmcompile.training.masks import WeightMask
@@ -154,7 +155,8 @@ def _weights(root: nn.Module) -> Iterator[tuple[Tensor, WeightMask]]:
         read = {triple.site.weight: partial(effective_weight, root, triple) for triple in layers}
         pairs = ((read[name](), mask) for name, mask in masks_among(layers).items())
     else:
-        pairs = ((named_weight(root, name), mask) for name, mask in root.__dict__[FINALIZED].items())
+        final = root.__dict__[FINALIZED].items()
+        pairs = ((place.look(root) if place else named_weight(root, name), mask) for name, (mask, place) in final)
     yield from ((weight, mask) for weight, mask in pairs if weight is not None)
 
 

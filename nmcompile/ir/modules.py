@@ -22,7 +22,7 @@ STEPS = "nmcompile_steps"
 RECORD = "_nmcompile"
 """Under this name a compiled model remembers how it came about."""
 FINALIZED = "_nmcompile_finalized"
-"""Under this name a finalized model remembers the masks that its weights obey, by weight."""
+"""Under this name a finalized model remembers the masks that its weights obey, and the places of those in slices."""
 
 
 RESERVED = ("three_gemms", "three_gemm_graph", "absorbing_layer")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nmcompile.ir.modules import Rewritten, rebuild
 from nmcompile.ir.shards import gathered, is_sharded
@@ -27,9 +27,12 @@ def unsharded_copy(model: nn.Module) -> nn.Module:
     for module in fully_sharded:
         module.reshard()  # what was gathered for a call may have another dtype
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_sharded(tensor)]
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone() for module in model.modules() for tensor in _computed(module)
+    }
     if not tensors and not fully_sharded:
-        return copy.deepcopy(model)
-    memo: dict[int, Any] = {id(tensor): _whole(tensor) for tensor in tensors}
+        return copy.deepcopy(model, memo)
+    memo |= {id(tensor): _whole(tensor) for tensor in tensors}
     shells = {module: _shell(module, type(module)) for module in fully_sharded}  # FSDP2 refuses copies
     memo.update((id(module), shell) for module, shell in shells.items())
     for module, shell in shells.items():
@@ -40,6 +43,11 @@ def unsharded_copy(model: nn.Module) -> nn.Module:
         module.__dict__.clear()
         module.__dict__.update(attributes)
     return plain
+
+
+def _computed(module: nn.Module) -> list[Tensor]:
+    """Attributes with a history, which torch refuses to copy: weights that hooks have computed for the last call."""
+    return [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
 
 
 def _fully_sharded(model: nn.Module) -> list[Any]:

@@ -91,9 +91,9 @@ def _fields(plan: LayerPlan) -> frozenset[str]:
 
 def _obeyed(root: nn.Module) -> Iterator[tuple[str, WeightMask]]:
     """The masks of a finalized model whose weights are still zero where they say so."""
-    for name, mask in root.__dict__[FINALIZED].items():
+    for name, (mask, place) in root.__dict__[FINALIZED].items():
         path, _, attribute = name.rpartition(".")
-        weight: Any = getattr(root.get_submodule(path), attribute, None)
+        weight: Any = None if place else getattr(root.get_submodule(path), attribute, None)
         if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != mask.tensor.shape:
             continue
         pruned = weight.detach()[~mask.tensor.to(weight.device)]
