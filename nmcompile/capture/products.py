@@ -34,6 +34,8 @@ OTHERS = {
     "scaled_dot_product_attention", "grouped_mm", "_grouped_mm",
 }  # fmt: skip
 """Products that are none."""
+ADDING = ("addmm", "baddbmm", "addbmm", "addmv")
+"""Products whose first argument is added to them."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class _Finder:
                 within = self._within(call.weight, LAYOUT | ELEMENTWISE)
                 yield from (Refused(node, one, call.label, "its weight depends on the input") for one in within)
         elif name in CANDIDATES | OTHERS:
-            weights = [weight for operand in node.all_input_nodes for weight in self._within(operand, LAYOUT)]
+            weights = [weight for operand in _factors(name, node) for weight in self._within(operand, LAYOUT)]
             label = _label(name, node)
             reason = self._rewrite(name, node, weights) if weights else ""
             yield from (Refused(node, weight, label, reason) for weight in weights if reason)
@@ -128,6 +130,17 @@ class _Finder:
         call = match_call(addmm)
         is_vector = isinstance(bias, fx.Node) and bias not in self.varying and self.weight_dims(bias) == 1
         return call is not None and not call.refusal() and is_vector
+
+
+def _factors(name: str, node: fx.Node) -> list[fx.Node]:
+    """The nodes that a product multiplies, without what it adds."""
+    added = {"scaled_dot_product_attention": ("attn_mask", 3)} | dict.fromkeys(ADDING, ("input", 0))
+    key, position = added.get(name, ("", len(node.args)))
+    operands = [*node.args[:position], *node.args[position + 1 :]]
+    operands += [value for given, value in node.kwargs.items() if given not in (key, "self")]
+    factors: list[fx.Node] = []
+    fx.node.map_arg(operands, factors.append)
+    return list(dict.fromkeys(factors))
 
 
 @dataclass(frozen=True)

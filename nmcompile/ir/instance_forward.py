@@ -4,6 +4,7 @@ torch calls `module.forward`, so what the instance holds hides what its class ha
 """
 
 import functools
+import inspect
 from types import MethodType
 from typing import Any
 
@@ -52,11 +53,25 @@ def change_class(module: nn.Module, new: type[nn.Module]) -> None:
         module.__dict__[slot] = MethodType(new.forward, module)
 
 
+def wrapper_of_own(module: nn.Module) -> str:
+    """The name of code on the instance around its class's forward, as of Accelerate's mixed precision, or nothing.
+
+    It would go on calling the forward of a class that the module no longer has.
+    """
+    if forward_slot(module) is not None:
+        return ""
+    held = module.__dict__["forward"]
+    inner = inspect.unwrap(getattr(held, "__func__", held))
+    return str(getattr(held, "__qualname__", held)) if _is_of_class(module, inner) else ""
+
+
 def _is_own(module: nn.Module, held: Any) -> bool:
     """Whether something bound to the module is its class's forward."""
-    if not isinstance(held, MethodType) or held.__self__ is not module:
-        return False
-    return held.__func__ is type(module).forward or hasattr(held.__func__, GENERATED)
+    return isinstance(held, MethodType) and held.__self__ is module and _is_of_class(module, held.__func__)
+
+
+def _is_of_class(module: nn.Module, function: Any) -> bool:
+    return function is type(module).forward or hasattr(function, GENERATED)
 
 
 def _is_offloaded(hook: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
-from nmcompile.ir.instance_forward import GENERATED, change_class
+from nmcompile.ir.instance_forward import GENERATED, change_class, wrapper_of_own
 from nmcompile.ir.kept import forget
 from nmcompile.ir.three_gemm import GemmTriple
 
@@ -189,6 +189,11 @@ def restore(module: nn.Module) -> None:
         raise PassError(
             f"{type(module).__name__} was changed again after nmcompile.compile (by a parametrization or FSDP?); undo "
             "that before decompiling or compiling again"
+        )
+    if wrapper := wrapper_of_own(module):
+        raise PassError(
+            f"{type(module).__name__}.forward was wrapped after nmcompile.compile ({wrapper}, by mixed precision of "
+            "Accelerate?); unwrap it first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
         )
     for name in ("three_gemms", "three_gemm_graph", "absorbing_layer"):
         module.__dict__.pop(name, None)

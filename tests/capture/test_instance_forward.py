@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.capture import capture_model
-from nmcompile.errors import CaptureError
+from nmcompile.errors import CaptureError, PassError
 
 SPARSE = CompileConfig(ends="sparse")
 
@@ -119,6 +120,21 @@ def test_integers_and_absorbed_norms_run_under_hooks(x: Tensor) -> None:
     hooked = nmcompile.compile(model, "inference", args=(x,), config=SPARSE, calibration=[(x,)])
     assert nmcompile.inspect(hooked).layer("0").plan.norm == "1"
     torch.testing.assert_close(hooked(x), plain(x))
+
+
+def test_a_forward_that_is_wrapped_after_compile_has_to_be_unwrapped_first(x: Tensor) -> None:
+    compiled = nmcompile.compile(Functional(), "weights", config=SPARSE)
+    y = compiled(x)
+    # As Accelerator.prepare does; an Accelerator itself would set the precision of the whole process.
+    compiled._original_forward = compiled.forward  # type: ignore[assignment]
+    in_bfloat16 = torch.autocast("cpu", torch.bfloat16)(compiled.forward.__func__)  # type: ignore[attr-defined]
+    compiled.forward = types.MethodType(convert_outputs_to_fp32(in_bfloat16), compiled)
+    assert compiled(x).dtype == torch.float32
+    for undo in (nmcompile.finalize, nmcompile.decompile):
+        with pytest.raises(PassError, match="keep_fp32_wrapper=False"):
+            undo(compiled)
+    plain = nmcompile.finalize(extract_model_from_parallel(compiled, keep_fp32_wrapper=False))
+    torch.testing.assert_close(plain(x), y, rtol=0, atol=0)
 
 
 def foreign(self: nn.Linear, x: Tensor) -> Tensor:

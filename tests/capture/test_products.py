@@ -1,11 +1,12 @@
 """Products with a parameter: those that are linear layers become layers, the others are listed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import nmcompile
 from nmcompile import CompileConfig, NMPattern
@@ -154,6 +155,31 @@ def test_products_of_activations_and_of_constants_are_no_layers() -> None:
     captured = capture_model(Attention())
     assert [(site.layer.name, site.is_expression) for site in captured.sites] == [("linear", True), ("fc", False)]
     assert not captured.python
+
+
+def test_what_a_product_adds_is_not_multiplied() -> None:
+    def code(m: Product, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(x, x, x, m.in_out[:5, :5])
+        return torch.baddbmm(m.in_out[:5, :5], x, y.mT) @ torch.ones(5, 12)
+
+    captured = capture_model(network(code))
+    assert len(captured.sites) == 2
+    assert not captured.uncaptured
+
+
+@pytest.mark.parametrize("kind", [fx.symbolic_trace, lambda model: torch.export.export(model, (torch.ones(3, 5, 4),))])
+@pytest.mark.parametrize("form", ["x @ W.T + b", "addmm(b, x, W.t())", "einsum in, out"])
+def test_graphs_with_products_are_rewritten_node_by_node(kind: Callable[..., Any], form: str, x: Tensor) -> None:
+    code, is_in_out = LAYERS[form]
+    model = network(code)
+    before = str(graph.code) if isinstance(graph := kind(model), fx.GraphModule) else ""
+    compiled = nmcompile.compile(graph, "weights", config=CompileConfig(ends="sparse"))
+    name = "1.in_out" if is_in_out else "1.out_in"
+    report = nmcompile.inspect(compiled)
+    assert report.layer(name).layer.parameters == 96
+    expected = nmcompile.compile(model, "weights", config=CompileConfig(ends="sparse"))
+    torch.testing.assert_close(compiled(x), expected(x))
+    assert not before or graph.code == before
 
 
 class Autoencoder(nn.Module):
