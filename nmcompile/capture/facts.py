@@ -9,6 +9,7 @@ from nmcompile.capture.calls import match_call
 from nmcompile.capture.faithful import operator_name
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
 from nmcompile.capture.readers import norm_behind, readers_behind
+from nmcompile.capture.regions import METADATA
 from nmcompile.capture.sites import is_torch_nn, own_class
 from nmcompile.ir.captured import Facts, Site, WholeGraph
 from nmcompile.ir.layers import ConvLayer
@@ -18,11 +19,16 @@ MERGES = {"add", "iadd", "sub", "isub", "mul", "imul"}
 IN_ROLES = ("in_proj", "q_proj", "k_proj", "v_proj")
 
 
-def facts_without_graph(sites: Sequence[Site], adapters: frozenset[str] = frozenset()) -> dict[str, Facts]:
-    """Facts by layer name where nothing is known of the data flow: by the order of the modules.
+def facts_without_graph(
+    model: nn.Module, sites: Sequence[Site], outline: WholeGraph | None, adapters: frozenset[str] = frozenset()
+) -> dict[str, Facts]:
+    """Facts by layer name where nothing is proven of the data flow: the ends, by an outline or the order of modules.
 
     The layers named in `adapters` stand beside the model's own, and are not its ends.
     """
+    if outline is not None:
+        seen = facts_from_graph(model, sites, outline, {}, adapters)
+        return {name: Facts(first=facts.first, last=facts.last) for name, facts in seen.items()}
     first, last = guessed_ends([site for site in sites if site.layer.name not in adapters])
     return {s.layer.name: Facts(first=s.layer.name == first, last=s.layer.name == last) for s in sites}
 
@@ -117,9 +123,12 @@ class _Flow:
     def _forward(self) -> None:
         for node in self.nodes:
             inputs = node.all_input_nodes
-            self.before[node] = _union(self.before[i] | self.bits.get(i, 0) for i in inputs)
             self.sources[node] = frozenset().union(*(self._source(i) for i in inputs))
-            if node.op == "placeholder" or any(i in self.fed for i in inputs):
+            if _asks_metadata(node):
+                inputs = []  # A shape or a device carries nothing of what a layer computes.
+            self.before[node] = _union(self.before[i] | self.bits.get(i, 0) for i in inputs)
+            is_input = node.op == "placeholder" and node.name not in self.whole.constants
+            if is_input or any(i in self.fed for i in inputs):
                 self.fed.add(node)
 
     def _source(self, node: fx.Node) -> frozenset[str]:
@@ -192,6 +201,12 @@ class _Flow:
         if node.op != "call_module":
             return True
         return any(isinstance(m, nn.Embedding) for m in self.model.get_submodule(str(node.target)).modules())
+
+
+def _asks_metadata(node: fx.Node) -> bool:
+    is_attribute = node.op == "call_function" and node.target is getattr
+    name = str(node.args[1]) if is_attribute else operator_name(node)
+    return node.op in ("call_function", "call_method") and name in METADATA - {"type"} | {"sym_size"}
 
 
 def _is_merge(node: fx.Node) -> bool:

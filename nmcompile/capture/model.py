@@ -8,6 +8,7 @@ from torch import nn
 from nmcompile.capture.adapters import find_adapters, read_by_adapters
 from nmcompile.capture.exported import Exported, export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
+from nmcompile.capture.outline import outline
 from nmcompile.capture.regions import Regions, find_regions
 from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, own_matrices
 from nmcompile.capture.state import unchanged
@@ -52,7 +53,7 @@ def capture_model(
         if whole is not None:
             facts = facts_from_graph(model, sites, whole, positions, adapters)
         else:
-            facts = facts_without_graph(sites, adapters)
+            facts = facts_without_graph(model, sites, outline(model, found, protected), adapters)
         bypassed, suspected = _judge_reads(layers.found, regions, reads, example)
     return Captured(
         sites=tuple(sites),

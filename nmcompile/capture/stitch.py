@@ -36,7 +36,7 @@ def stitch(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) 
     names = norm_names(model)
     norms = {node: str(node.target) for node in graph.nodes if node.op == "call_module" and node.target in names}
     products = frozenset(one.node for one in refused)
-    layers = _layers_of(model, graph, SiteIndex(sites))
+    layers = layers_of(model, graph, SiteIndex(sites))
     return WholeGraph(graph, layers, "fx", norms=norms, products=products), ""
 
 
@@ -165,7 +165,8 @@ def _weights_given(node: fx.Node) -> list[fx.Node]:
     return given if takes_both and "embedding" not in operator_name(node) else []
 
 
-def _layers_of(model: nn.Module, graph: fx.Graph, index: SiteIndex) -> dict[fx.Node, tuple[str, ...]]:
+def layers_of(model: nn.Module, graph: fx.Graph, index: SiteIndex) -> dict[fx.Node, tuple[str, ...]]:
+    """The nodes that are, or hold, layers, with their names."""
     layers: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         call = match_call(node)

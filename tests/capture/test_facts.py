@@ -2,11 +2,13 @@
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from transformers import CLIPConfig, CLIPModel, DebertaV2Config, DebertaV2ForSequenceClassification
 
 import nmcompile
 from nmcompile import CompileConfig
@@ -91,17 +93,88 @@ def test_attention_at_both_ends(args: tuple[Tensor] | None) -> None:
     assert captured.facts["attention.in_proj"].positions == (10 if args else None)
 
 
-def test_without_a_whole_graph_names_decide() -> None:
-    class Net(Opaque):
+def test_without_any_graph_names_decide() -> None:
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.head = nn.Conv1d(3, 8, 3), nn.Linear(8, 5)
+            self.stem, self.fc, self.head = nn.Conv1d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(x.dim()):
+                x = self.stem(x)
+            return x
 
     captured = capture_model(Net())
     assert captured.whole is None
     assert captured.whole_reason.endswith("passing args= helps")
     assert ends(captured) == ({"stem"}, {"head"})
-    assert ends(capture_model(Opaque())) == (set(), set())
+
+
+class ChecksShape(nn.Module):
+    """A check, then a branch that depends on a value, then one in a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), Opaque(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        if x.shape[-1] != 8:
+            raise ValueError("wrong width")
+        if not x.is_floating_point():
+            raise TypeError("no floats")
+        if x.ndim == 1:
+            x = x[None]
+        return self.c(self.b(self.a(x)).relu()) * scale
+
+
+def test_an_outline_finds_the_ends_behind_checks_and_proves_nothing() -> None:
+    captured = capture_model(ChecksShape())
+    assert captured.whole is None and captured.whole_reason.endswith("passing args= helps")
+    assert ends(captured) == ({"a"}, {"c"})
+    assert not any(facts.nonnegative or facts.rectified or facts.readers for facts in captured.facts.values())
+    assert ends(capture_model(ChecksShape(), (X,))) == ({"a"}, {"c"})
+    assert ends(capture_model(Opaque())) == ({"fc"}, {"fc"})
+
+
+def test_shapes_and_parameters_are_no_model_inputs() -> None:
+    class Biased(nn.Module):
+        """Like DeBERTa: a layer reads a parameter, whose rows are chosen by the length of the input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(16, 8))
+            self.bias, self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x) + self.bias(self.table[: x.shape[0]] * 1.0)
+            return self.head(y) * y.shape[0]
+
+    for args in (None, (X,)):
+        assert ends(capture_model(Biased(), args)) == ({"fc"}, {"head"})
+
+
+def small_models() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+    """Models that fx cannot trace as a whole, each with an example."""
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = tower | {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    tokens, image = torch.randint(3, 30, (2, 5)), torch.randn(2, 3, 8, 8)
+    clip = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 8, "patch_size": 4}, projection_dim=16)
+    deberta: dict[str, Any] = tower | {"vocab_size": 32, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    encoder = nn.Transformer(16, 2, 1, 1, 32, batch_first=True).eval()
+    return {
+        "clip": (CLIPModel(clip).eval(), {"input_ids": tokens, "pixel_values": image}),
+        "deberta": (DebertaV2ForSequenceClassification(DebertaV2Config(**deberta)).eval(), {"input_ids": tokens}),
+        "transformer": (encoder, {"src": torch.randn(2, 5, 16), "tgt": torch.randn(2, 5, 16)}),
+    }
+
+
+@pytest.mark.parametrize("name", ["clip", "deberta", "transformer"])
+def test_the_ends_of_real_models_are_found_without_args(name: str) -> None:
+    model, example = small_models()[name]
+    guessed, known = capture_model(model), capture_model(model, None, example)
+    assert guessed.whole is None and known.whole is not None
+    assert ends(guessed) == ends(known)
+    assert ends(known) != (set(), set())
 
 
 def test_a_child_that_cannot_be_traced_is_one_node_of_the_whole_graph() -> None:

@@ -197,8 +197,9 @@ def test_attention_whose_forward_is_set(method: str, x: Tensor) -> None:
         assert "self_attn" in captured.python and captured.uncaptured["self_attn"] == ("self_attn.in_proj_weight",)
         assert not any(site.role == "in_proj" for site in captured.sites)
     else:
-        y = nmcompile.compile(block, "weights")(x[None])
+        config = nmcompile.CompileConfig(ends="sparse")
+        y = nmcompile.compile(block, "weights", config=config)(x[None])
         bind(block)
-        compiled = nmcompile.compile(block, "weights")
+        compiled = nmcompile.compile(block, "weights", config=config)
         torch.testing.assert_close(compiled(x[None]), y)
         assert nmcompile.inspect(compiled).layer("self_attn.in_proj").status == "sparse"

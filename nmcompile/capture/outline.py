@@ -1,0 +1,122 @@
+"""A guess at the whole graph of a model that fx cannot trace: which layers come first and last, and nothing else.
+
+Tests of values go one way: false, unless the code then raises, as it does in checks of shapes. Modules that stay
+untraceable are one call. Such a graph proves nothing, so it serves where the alternative is a guess by names.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from nmcompile.capture.faithful import own_copy
+from nmcompile.capture.sites import FoundSite, is_attention, is_layer
+from nmcompile.capture.stitch import SCOPE, SiteIndex, StitchTracer, layers_of, shadow_tree
+from nmcompile.capture.tracer import ModuleTracer
+from nmcompile.ir.captured import WholeGraph
+
+MAIN_INPUTS = ("input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+"""What Hugging Face models cannot do without, although all of their arguments are optional."""
+MOST_INPUTS, MOST_TRIES = 8, 200
+ENTRY = "model"
+
+
+def outline(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) -> WholeGraph | None:
+    """Trace a model along the likely branches; None where even that fails."""
+    names = _input_names(model)
+    if not 0 < len(names) <= MOST_INPUTS:
+        return None
+    tracer = OutlineTracer(model, {}, protected)
+    try:
+        graph = tracer.trace(_Entry(shadow_tree(model), names))
+    except Exception:
+        return None
+    result = own_copy(graph)
+    for node, original in zip(result.nodes, graph.nodes, strict=True):
+        node.meta[SCOPE] = _inner(tracer.node_name_to_scope.get(original.name, ("", None))[0])
+        if node.op in ("call_module", "get_attr"):
+            node.target = _inner(str(node.target))
+    return WholeGraph(result, layers_of(model, result, SiteIndex(sites)), "outline")
+
+
+def _input_names(model: nn.Module) -> tuple[str, ...]:
+    """The arguments that a plain call passes."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p.name for p in named if p.default is p.empty]
+    return tuple(required or [p.name for p in named if p.name in MAIN_INPUTS] or [p.name for p in named[:1]])
+
+
+def _inner(path: str) -> str:
+    return path.removeprefix(ENTRY).removeprefix(".")
+
+
+class _Entry(nn.Module):
+    """Calls the model by names: fx can then trace it behind decorators, which change the signature."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(
+        self,
+        a: Any,
+        b: Any = None,
+        c: Any = None,
+        d: Any = None,
+        e: Any = None,
+        f: Any = None,
+        g: Any = None,
+        h: Any = None,
+    ) -> Any:
+        return self.model(**dict(zip(self.names, (a, b, c, d, e, f, g, h), strict=False)))
+
+
+class OutlineTracer(StitchTracer):
+    """Decides tests of values, and decides otherwise where a module then fails."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.decisions: list[bool] = []
+        self.position = 0
+        self.tries = 0
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_layer(m) or is_attention(m) or not m._modules
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.position == len(self.decisions):
+            self.decisions.append(False)
+        self.position += 1
+        return self.decisions[self.position - 1]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name, start = self.path_of_module(m), self.position
+        if self.is_leaf_module(m, name):
+            return ModuleTracer.call_module(self, m, forward, args, kwargs)
+        length, stack = len(self.graph.nodes), dict(self.module_stack)
+        while self.tries < MOST_TRIES:
+            try:
+                return ModuleTracer.call_module(self, m, forward, args, kwargs)
+            except Exception:
+                self._roll_back(length)
+                self.module_stack.clear()
+                self.module_stack.update(stack)
+            if not self._decide_otherwise(start):
+                break
+        del self.decisions[start:]
+        if name == ENTRY:
+            raise RuntimeError("no way through the model's own forward was found")
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def _decide_otherwise(self, start: int) -> bool:
+        """Turn the last decision since `start` that can be turned, for another try; whether there is one."""
+        self.tries += 1
+        self.position = start
+        while len(self.decisions) > start and self.decisions[-1]:
+            self.decisions.pop()
+        if len(self.decisions) > start:
+            self.decisions[-1] = True
+        return len(self.decisions) > start
