@@ -19,8 +19,12 @@ Hook = WeightNorm | SpectralNorm | prune.BasePruningMethod
 
 
 def is_computed_in_forward(model: nn.Module, site: Site) -> bool:
-    """Whether a generated forward computes the weight of a compiled model's layer."""
-    return site.is_expression and "three_gemm_graph" in model.get_submodule(site.module).__dict__
+    """Whether a generated forward computes the weight of a compiled model's layer, and no parametrization or hook."""
+    if not site.is_expression or "three_gemm_graph" not in model.get_submodule(site.module).__dict__:
+        return False
+    path, _, attribute = site.weight.rpartition(".")
+    owner = model.get_submodule(path)
+    return not parametrize.is_parametrized(owner, attribute) and weight_hook(owner, attribute) is None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from nmcompile.capture.calls import Call, match_call
-from nmcompile.capture.faithful import operator_name, own_copy, trace_module, unfaithful
+from nmcompile.capture.faithful import Trace, operator_name, own_copy, trace_module, unfaithful
 from nmcompile.capture.products import Refused, rewrite_products
 from nmcompile.capture.sites import (
     FoundSite,
@@ -83,7 +83,7 @@ class _Finder:
         refused = rewrite_products(graph, lambda node: node.op == "placeholder", partial(matrix_dims, module))
         matched = [call for call in map(match_call, graph.nodes) if call]
         calls = [(call, weight) for call in matched for weight in find_weight(module, call)]
-        reason = unfaithful(module, trace, self.protected) if calls else foreign_forward(module) or trace.failure
+        reason = unfaithful(module, trace, self.protected) if calls else _silence(module, trace, graph)
         for one in refused:
             self._note_product(name, module, one)
         if not reason:
@@ -111,20 +111,19 @@ class _Finder:
                 continue
             is_only = len(calls) == 1 and layer_base(module) is not None
             layer_name = self._unique(self._layer_name(name, call, weight, is_only))
-            full = [join(name, target) for target in weight.names]
             site = Site(
                 call.layer(layer_name, weight.shape),
                 name,
                 call.node.name,
-                full[0] if len(full) == 1 and (is_only or not weight.is_expression) else join(name, call.node.name),
+                join(name, _weight_name(call, weight, is_only)),
                 weight.is_expression,
             )
             self.regions.found.append(FoundSite(site, weight.parameters))
             self.regions.traces[name] = graph
 
     def _layer_name(self, name: str, call: Call, weight: Weight, is_only: bool) -> str:
-        if not weight.is_expression and not (is_only and weight.names[0] == "weight"):
-            return join(name, weight.names[0])
+        if weight.attribute and not (is_only and weight.attribute == "weight"):
+            return join(name, weight.attribute)
         return name if is_only else join(name, call.node.name)
 
     def _unique(self, name: str) -> str:
@@ -177,6 +176,20 @@ def reads_value(weight: fx.Node, user: fx.Node) -> bool:
     if name in METADATA | ELSEWHERE or name.startswith("new_") or name.endswith("_like"):
         return False
     return not (name in LIKE_SECOND and user.args[:1] != (weight,))
+
+
+def _weight_name(call: Call, weight: Weight, is_only: bool) -> str:
+    """The attribute that is the weight, or the only one that the only call computes it from, else the call."""
+    single = weight.names[0] if is_only and len(weight.names) == 1 else ""
+    return weight.attribute or single or call.node.name
+
+
+def _silence(module: nn.Module, trace: Trace, graph: fx.Graph) -> str:
+    """Why a trace without layers does not tell that there are none, or nothing."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    seen = {id(parameter) for name, parameter in module.named_parameters() if name in read}
+    complaint = next(iter(trace.complaints), "") if own_matrices(module) - seen else ""
+    return foreign_forward(module) or trace.failure or complaint
 
 
 def _bias_refusal(module: nn.Module, call: Call, weight: Weight) -> str:

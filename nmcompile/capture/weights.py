@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import parametrize
 
 from nmcompile.capture.calls import Call
-from nmcompile.capture.sites import is_layer
+from nmcompile.capture.sites import is_layer, join
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Weight:
         shape: of the weight as it is given to the call.
         is_expression: it is not the parameter itself.
         refusal: why the call can be no layer, or nothing.
+        attribute: that holds the weight, a parameter or what a parametrization or a hook computes; `""` if none does.
     """
 
     names: tuple[str, ...]
@@ -29,6 +31,7 @@ class Weight:
     shape: tuple[int, ...]
     is_expression: bool
     refusal: str = ""
+    attribute: str = ""
 
 
 def find_weight(module: nn.Module, call: Call, measure: bool = True) -> Iterator[Weight]:
@@ -60,7 +63,7 @@ def weight_at(module: nn.Module, node: fx.Node, measure: bool = True) -> Weight 
         return None
     if measure:
         return _weight(module, expression, named)
-    return Weight(tuple(named), frozenset(map(id, named.values())), (), node.op != "get_attr")
+    return Weight(tuple(named), frozenset(map(id, named.values())), (), _is_expression(module, node))
 
 
 def matrix_dims(module: nn.Module, node: fx.Node) -> int | None:
@@ -83,7 +86,7 @@ def adds_bias(module: nn.Module, call: Call, width: int) -> bool:
 
 def _weight(module: nn.Module, expression: list[fx.Node], named: dict[str, Tensor]) -> Weight:
     names, ids = tuple(named), frozenset(id(tensor) for tensor in named.values())
-    is_expression = expression[-1].op != "get_attr"
+    is_expression = _is_expression(module, expression[-1])
     if not named:
         return Weight((), ids, (), is_expression, "its weight is no parameter, nor computed from one")
     try:
@@ -92,7 +95,30 @@ def _weight(module: nn.Module, expression: list[fx.Node], named: dict[str, Tenso
         reason = f"the shape of its computed weight is unknown ({type(error).__name__})"
         return Weight(names, ids, (), is_expression, reason)
     refusal = "" if tensor.is_floating_point() else f"its weight is {str(tensor.dtype).removeprefix('torch.')}"
-    return Weight(names, ids, tuple(tensor.shape), is_expression, refusal)
+    return Weight(names, ids, tuple(tensor.shape), is_expression, refusal, _attribute(module, expression[-1]))
+
+
+def _is_expression(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is anything but a stored tensor; what a hook computes for each call is stored in between only."""
+    return node.op != "get_attr" or bool(_hooked_parameters(module, str(node.target)))
+
+
+def _attribute(module: nn.Module, node: fx.Node) -> str:
+    target = str(node.target)
+    if node.op == "call_module" and isinstance(module.get_submodule(target), parametrize.ParametrizationList):
+        owner, _, name = target.rpartition(".")
+        return join(owner.removesuffix("parametrizations").removesuffix("."), name)
+    return target if node.op == "get_attr" else ""
+
+
+def _hooked_parameters(module: nn.Module, target: str) -> list[tuple[str, Tensor]]:
+    """The parameters from which a hook computes an attribute: `weight_g` and `weight_v`, `weight_orig`."""
+    path, _, name = target.rpartition(".")
+    owner = module.get_submodule(path)
+    if name not in owner.__dict__ or not owner._forward_pre_hooks:
+        return []
+    named = owner.named_parameters(recurse=False)
+    return [(join(path, one), tensor) for one, tensor in named if one.startswith(f"{name}_")]
 
 
 def expression_of(weight: fx.Node) -> list[fx.Node]:
@@ -121,7 +147,7 @@ def _parameters_of(module: nn.Module, node: fx.Node) -> list[tuple[str, Tensor]]
     target = str(node.target)
     if node.op == "get_attr":
         value = read_attribute(module, target)
-        return [(target, value)] if isinstance(value, nn.Parameter) else []
+        return [(target, value)] if isinstance(value, nn.Parameter) else _hooked_parameters(module, target)
     if node.op == "call_module":
         return [(f"{target}.{name}", value) for name, value in module.get_submodule(target).named_parameters()]
     return []
@@ -136,18 +162,20 @@ def _is_constant(module: nn.Module, node: fx.Node) -> bool:
 def _fake_value(module: nn.Module, expression: list[fx.Node]) -> Tensor:
     """The expression's value without data: no arithmetic, no random numbers, no change to a buffer."""
     values: dict[fx.Node, Any] = {}
+    reads = [node for node in expression if node.op == "get_attr"]
+    # What a hook has computed is no leaf, of which torch warns.
+    stored = {node: read_attribute(module, str(node.target)).detach() for node in reads}
     with FakeTensorMode() as mode:
         for node in expression:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = _run(module, node, args, kwargs, mode)
+            read = stored.get(node)
+            values[node] = _run(module, node, args, kwargs, mode) if read is None else mode.from_tensor(read)
     result = values[expression[-1]]
     assert isinstance(result, Tensor)
     return result
 
 
 def _run(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
-    if node.op == "get_attr":
-        return mode.from_tensor(read_attribute(module, str(node.target)))
     if node.op == "call_module":
         return _fake_clone(module.get_submodule(str(node.target)), mode)(*args, **kwargs)
     if node.op == "call_method":

@@ -160,7 +160,7 @@ def test_products_of_activations_and_of_constants_are_no_layers() -> None:
 def test_what_a_product_adds_is_not_multiplied() -> None:
     def code(m: Product, x: Tensor) -> Tensor:
         y = F.scaled_dot_product_attention(x, x, x, m.in_out[:5, :5])
-        return torch.baddbmm(m.in_out[:5, :5], x, y.mT) @ torch.ones(5, 12)
+        return F.pad(torch.baddbmm(m.in_out[:5, :5], x, y.mT), (0, 7))
 
     captured = capture_model(network(code))
     assert len(captured.sites) == 2
@@ -180,6 +180,43 @@ def test_graphs_with_products_are_rewritten_node_by_node(kind: Callable[..., Any
     expected = nmcompile.compile(model, "weights", config=CompileConfig(ends="sparse"))
     torch.testing.assert_close(compiled(x), expected(x))
     assert not before or graph.code == before
+
+
+class Falcon(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_a_product_with_a_parametrized_weight_is_finalized(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.utils.parametrizations.weight_norm(Falcon(8, 8)), nn.Linear(8, 2)).eval()
+    compiled = nmcompile.compile(model, "weights")
+    assert nmcompile.inspect(compiled).program.site("1").weight == "1.weight"
+    y, plain = compiled(x), nmcompile.finalize(compiled)
+    torch.testing.assert_close(plain(x), y, rtol=0, atol=0)
+    assert nmcompile.verify(plain).ok
+
+
+def test_a_weight_that_the_trace_does_not_show_is_listed() -> None:
+    """`self.weight.T` of a weight that a hook has set is computed while tracing."""
+    with pytest.warns(FutureWarning):
+        hooked = nn.utils.weight_norm(Falcon(8, 8))
+    captured = capture_model(nn.Sequential(nn.Linear(4, 8), hooked, nn.Linear(8, 2)))
+    assert captured.python == {"1": "it computes a tensor constant while tracing"}
+    assert captured.uncaptured == {"1": ("1.weight_v",)}
+
+
+def test_a_functional_call_with_a_hooked_weight_is_a_computed_layer(x: Tensor) -> None:
+    class Functional(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    with pytest.warns(FutureWarning):
+        hooked = nn.utils.weight_norm(Functional(8, 8))
+    compiled = nmcompile.compile(nn.Sequential(nn.Linear(4, 8), hooked, nn.Linear(8, 2)), "weights")
+    site = nmcompile.inspect(compiled).program.site("1")
+    assert (site.weight, site.is_expression) == ("1.weight", True)
+    y = compiled(x)
+    torch.testing.assert_close(nmcompile.finalize(compiled)(x), y)
 
 
 class Autoencoder(nn.Module):
