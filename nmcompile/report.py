@@ -244,7 +244,7 @@ class Report:
         lines = [f"parameters in sparse layers: {share:.1%} of the model's {totals['model_parameters'] / 1e6:.3f} M"]
         if totals["uncaptured_parameters"]:
             lines.append(
-                f"parameters that code outside layers multiplies by: {totals['uncaptured_parameters'] / 1e6:.3f} M"
+                f"parameters in products that are not layers, at most: {totals['uncaptured_parameters'] / 1e6:.3f} M"
             )
         for phase, values in totals["phases"].items():
             if values["macs"]:

@@ -26,7 +26,7 @@ LAYOUT = {
 TRANSPOSITIONS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "numpy_T"}
 MATMUL_NAMES = {"input": "input", "self": "input", "other": "weight", "mat2": "weight", "tensor2": "weight"}
 ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "where"}
-CANDIDATES = {"matmul", "imatmul", "mm", "inner", "einsum", "addmm"}
+CANDIDATES = {"matmul", "imatmul", "linalg_matmul", "mm", "inner", "einsum", "addmm"}
 """Products that may be a linear layer."""
 OTHERS = {
     "bmm", "baddbmm", "addbmm", "bilinear", "tensordot", "mv", "addmv", "chain_matmul", "multi_dot",

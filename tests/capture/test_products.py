@@ -47,6 +47,7 @@ LAYERS: dict[str, tuple[Code, bool]] = {
     "inner(x, W)": (lambda m, x: torch.inner(x, m.out_in), False),
     "einsum out, in": (lambda m, x: torch.einsum("...i,oi->...o", x, m.out_in), False),
     "x @ W": (lambda m, x: x @ m.in_out, True),
+    "linalg.matmul": (lambda m, x: torch.linalg.matmul(x, m.in_out), True),
     "x.mm(W)": (lambda m, x: flat(x).mm(m.in_out), True),
     "b.addmm(x, W)": (lambda m, x: m.bias.addmm(flat(x), m.in_out), True),
     "einsum in, out": (lambda m, x: torch.einsum("io,bti->bto", m.in_out, x), True),
@@ -282,6 +283,29 @@ def test_parameters_count_once_however_many_layers_read_them() -> None:
     assert len(report.layers) == 4
     assert report.summary["sparse_parameters"] == report.summary["parameters"] == 2 * 64 + 64
     assert report.summary["model_parameters"] == 3 * 64 + 64
+
+
+def test_recurrent_and_transposed_layers_are_in_the_totals() -> None:
+    model = nn.Sequential(nn.ConvTranspose1d(4, 8, 3), nn.Conv1d(8, 8, 1), nn.GRU(8, 4), nn.Bilinear(2, 3, 4))
+    report = nmcompile.analyze(model, config=CompileConfig(ends="sparse"))
+    outside = 4 * 8 * 3 + 12 * (8 + 4) + 4 * 2 * 3
+    assert (report.summary["uncaptured_parameters"], report.summary["sparse_parameters"]) == (outside, 64)
+    assert "skipped: 2: recurrent layer" in str(report)
+    assert "[2.weight_hh_l0 12×4, 2.weight_ih_l0 12×8]" in str(report)
+
+
+def test_weights_of_experts_are_in_the_totals() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4,
+    )  # fmt: skip
+    report = nmcompile.analyze(MixtralForCausalLM(config))
+    experts = 4 * 3 * 16 * 24
+    assert report.summary["uncaptured_parameters"] == experts
+    assert "model.layers.0.mlp.experts" in report.program.captured.python
+    assert report.summary["parameters"] == experts + 4 * 16 * 16 + 4 * 16 + 32 * 16
 
 
 def test_falcons_linear_is_a_layer() -> None:
