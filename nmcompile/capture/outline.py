@@ -18,7 +18,8 @@ from nmcompile.ir.captured import WholeGraph
 
 MAIN_INPUTS = ("input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
 """What Hugging Face models cannot do without, although all of their arguments are optional."""
-MOST_INPUTS, MOST_TRIES = 8, 200
+MOST_INPUTS = 8
+MOST_TRIES = 40  # for the whole model: another try may trace all of it again
 ENTRY = "model"
 
 
@@ -97,13 +98,14 @@ class OutlineTracer(StitchTracer):
         if self.is_leaf_module(m, name):
             return ModuleTracer.call_module(self, m, forward, args, kwargs)
         length, stack = len(self.graph.nodes), dict(self.module_stack)
-        while self.tries < MOST_TRIES:
+        while True:
             try:
                 return ModuleTracer.call_module(self, m, forward, args, kwargs)
             except Exception:
                 self._roll_back(length)
                 self.module_stack.clear()
                 self.module_stack.update(stack)
+            self.position = start
             if not self._decide_otherwise(start):
                 break
         del self.decisions[start:]
@@ -112,11 +114,10 @@ class OutlineTracer(StitchTracer):
         return self.create_proxy("call_module", name, args, kwargs)
 
     def _decide_otherwise(self, start: int) -> bool:
-        """Turn the last decision since `start` that can be turned, for another try; whether there is one."""
+        """Turn the last decision since `start` that can be turned, and say whether that is worth another try."""
         self.tries += 1
-        self.position = start
         while len(self.decisions) > start and self.decisions[-1]:
             self.decisions.pop()
         if len(self.decisions) > start:
             self.decisions[-1] = True
-        return len(self.decisions) > start
+        return len(self.decisions) > start and self.tries <= MOST_TRIES
