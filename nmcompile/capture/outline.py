@@ -20,6 +20,7 @@ MAIN_INPUTS = ("input_ids", "decoder_input_ids", "pixel_values", "input_features
 """What Hugging Face models cannot do without, although all of their arguments are optional."""
 MOST_INPUTS = 8
 MOST_TRIES = 40  # for the whole model: another try may trace all of it again
+MOST_DECISIONS = 50  # in one call of a module: a loop that waits for a value would never end
 ENTRY = "model"
 
 
@@ -83,11 +84,15 @@ class OutlineTracer(StitchTracer):
         self.decisions: list[bool] = []
         self.position = 0
         self.tries = 0
+        self.own = 0  # decisions of the module that is being traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_layer(m) or is_attention(m) or not m._modules
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        self.own += 1
+        if self.own > MOST_DECISIONS:
+            raise RuntimeError("it tests values again and again")
         if self.position == len(self.decisions):
             self.decisions.append(False)
         self.position += 1
@@ -97,14 +102,17 @@ class OutlineTracer(StitchTracer):
         name, start = self.path_of_module(m), self.position
         if self.is_leaf_module(m, name):
             return ModuleTracer.call_module(self, m, forward, args, kwargs)
-        length, stack = len(self.graph.nodes), dict(self.module_stack)
+        length, stack, outer = len(self.graph.nodes), dict(self.module_stack), self.own
         while True:
+            self.own = 0
             try:
                 return ModuleTracer.call_module(self, m, forward, args, kwargs)
             except Exception:
                 self._roll_back(length)
                 self.module_stack.clear()
                 self.module_stack.update(stack)
+            finally:
+                self.own = outer
             self.position = start
             if not self._decide_otherwise(start):
                 break

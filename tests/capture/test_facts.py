@@ -136,6 +136,24 @@ def test_an_outline_finds_the_ends_behind_checks_and_proves_nothing() -> None:
     assert ends(capture_model(Opaque())) == ({"fc"}, {"fc"})
 
 
+@pytest.mark.parametrize("wait", ["while not", "if break", "never"])
+def test_an_outline_ends_where_a_loop_waits_for_a_value(wait: str) -> None:
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            while not x.sum() > 0 if wait != "if break" else True:
+                x = x + 1
+                if (wait == "never" and x.sum() > 1e9) or (wait == "if break" and x.sum() > 0):
+                    break
+            return self.b(x)
+
+    assert ends(capture_model(Waits())) == ({"a"}, {"b"})
+
+
 def test_shapes_and_parameters_are_no_model_inputs() -> None:
     class Biased(nn.Module):
         """Like DeBERTa: a layer reads a parameter, whose rows are chosen by the length of the input."""
