@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from nmcompile.errors import CalibrationError, NMCompileError
+from nmcompile.errors import CalibrationError, NMCompileError, OperandError
 
 TAKEN = (
     "give a tensor, a mapping of forward's arguments by name, or (inputs, labels), where inputs is a tensor, such a "
@@ -31,9 +31,9 @@ def run_batch(model: nn.Module, batch: Any, name: str = "the batch") -> Any:
     try:
         signature.bind(*args, **kwargs)
         return model(*args, **kwargs)
-    except NMCompileError:
-        raise
-    except Exception as error:  # from the model's own code
+    except Exception as error:  # from the model's own code, or what a layer says of what the batch brings it
+        if isinstance(error, NMCompileError) and not isinstance(error, OperandError):
+            raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         forward = f"{type(model).__name__}.forward({', '.join(signature.parameters)})"
         raise CalibrationError(f"{name} is {shown(batch)}, on which {forward} fails: {reason}; {TAKEN}") from error

@@ -175,6 +175,7 @@ def test_saved_choices_cannot_print_a_verdict(tmp_path: Path, nothing_loaded: No
 def test_what_accuracy_control_logs_is_text(caplog: pytest.LogCaptureFixture) -> None:
     scores = iter((1.0, 0.0, *[1.0] * 9))
     with caplog.at_level(logging.INFO, "nmcompile"):
-        nmcompile.compile(Net(), "weights", validation=lambda _: next(scores), max_drop=0.1)
+        sparse = nmcompile.CompileConfig(ends="sparse")
+        nmcompile.compile(Net(), "weights", config=sparse, validation=lambda _: next(scores), max_drop=0.1)
     assert_is_text(caplog.text)
     assert "reverted" in caplog.text
