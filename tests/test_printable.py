@@ -156,6 +156,7 @@ def test_a_file_cannot_print_a_verdict(case: str, command: tuple[str, ...], tmp_
 
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
+    forget()  # what earlier tests have measured
     yield
     forget()
 
