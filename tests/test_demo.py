@@ -14,8 +14,11 @@ from nmcompile.cli import cli
 from nmcompile.demo import images as demo_images
 from nmcompile.demo.images import FILES, Images, load_images
 from nmcompile.demo.resnet import ResNet
+from nmcompile.demo.run import summary
 from nmcompile.demo.training import batches, evaluate
 from nmcompile.errors import ConfigError
+from nmcompile.pruning import NMPattern
+from nmcompile.verification import TensorCheck, VerifyReport
 
 Array = npt.NDArray[np.uint8]
 
@@ -148,6 +151,21 @@ def test_short_run_trains_compares_and_verifies(folder: Path) -> None:
     assert "32 for training, 8 for test, 1 epochs" in result.output
     assert result.output.count("every block holds") == 2
     assert all(f"\n{name} " in result.output for name in ("dense", "sparse", "difference"))
+    assert all(name in result.output for name in ("layers.0.conv1", "W 2:4", "dY 2:4", "ONNX Runtime: relative L2"))
+    lines = result.output.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120  # one screen
+
+
+def check(name: str, violations: int) -> TensorCheck:
+    return TensorCheck(name, "weight", "in", NMPattern(2, 4), 500, violations)
+
+
+def test_blocks_that_hold_are_summed_up_and_broken_ones_listed() -> None:
+    held = [check(f"layer{i}", 0) for i in range(40)]
+    assert summary("weights", VerifyReport(tuple(held))) == "weights: 20,000 blocks in 40 checks, every block holds"
+    shown = summary("weights", VerifyReport((*held, check("odd", 3)))).splitlines()
+    assert shown[0] == "weights: 20,500 blocks in 41 checks" and shown[-1] == "1 of 1 checks fail"
+    assert [line.split()[::5] for line in shown if "odd" in line] == [["odd", "3"]] and len(shown) == 6
 
 
 def test_the_run_follows_from_its_seed(folder: Path) -> None:
@@ -157,5 +175,7 @@ def test_the_run_follows_from_its_seed(folder: Path) -> None:
 
 
 def without_times(text: str) -> list[str]:
-    """What a run computes. Steps take another time in each run, and which kernels are faster may differ."""
-    return [line for line in text.splitlines() if not re.search(r"a step with a batch of|kernel|\d ms", line)]
+    """What a run computes. Steps and kernels take another time in each run."""
+    return [
+        line for line in text.splitlines() if not re.search(r"a step with a batch of|times as fast|\d\.\d\dx", line)
+    ]

@@ -4,19 +4,19 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 import nmcompile
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.demo.images import Images
 from nmcompile.demo.training import evaluate
+from nmcompile.printable import table
 
 CALIBRATION = 512
 
 
-def deploy(dense: nn.Module, sparse: nn.Module, images: Images) -> None:
-    """Print accuracy and file size of the dense model and of the sparse 4-bit one, from their files."""
+def deploy(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
+    """Return accuracy and file size of the dense model and of the sparse 4-bit one, from their files, as text."""
     args = (images.test_images[:2],)
     calibration = images.train_images[:CALIBRATION].split(128)
     config = nmcompile.CompileConfig(outputs="int8")  # integers on both sides of every kernel
@@ -29,9 +29,9 @@ def deploy(dense: nn.Module, sparse: nn.Module, images: Images) -> None:
         for name, report in reports.items():
             accuracy, loss = evaluate(_Session(report.onnx.path), images)
             rows.append([name, accuracy, loss, report.onnx.bytes / 1e3])
-    print("exported and run in ONNX Runtime, without retraining:")
-    print(tabulate(rows, headers=["", "test accuracy, %", "test loss", "file, kB"], floatfmt=("", ".2f", ".4f", ".0f")))
-    print(f"\n{nmcompile.inspect(quantized)}\n\n{reports['sparse, 4-bit']}\n")
+    headers = ["run in ONNX Runtime, not retrained", "test accuracy, %", "test loss", "file, kB"]
+    shown = table(rows, headers, floatfmt=("", ".2f", ".4f", ".0f"))
+    return f"{shown}\n\n{reports['sparse, 4-bit'].verification}"
 
 
 class _Session(nn.Module):

@@ -6,15 +6,18 @@ import time
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.nn import functional as F
 
 import nmcompile
+from nmcompile.config import Phase
 from nmcompile.demo.deployment import deploy
 from nmcompile.demo.images import Images, load_images
 from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.training import BATCH, evaluate, train
+from nmcompile.printable import table
+from nmcompile.report import OPERANDS, LayerReport, Report
+from nmcompile.verification import VerifyReport
 
 TURNS = 20
 
@@ -34,12 +37,36 @@ def run_demo(data: Path | None, epochs: int | None, seed: int, train_images: int
         results.append(evaluate(model, images))
     difference = [after - before for before, after in zip(*results, strict=True)]
     rows = [["dense", *results[0]], ["sparse", *results[1]], ["difference", *difference]]
-    print(tabulate(rows, headers=["", "test accuracy, %", "test loss"], floatfmt=("", ".2f", ".4f")), "\n")
+    print(table(rows, ["trained", "test accuracy, %", "test loss"], floatfmt=("", ".2f", ".4f")), "\n")
     print(step_times(dense, sparse, images), "\n")
-    print(nmcompile.inspect(sparse), "\n")
-    holds = verify_all(sparse, images)
-    deploy(dense, sparse, images)
-    return holds
+    print(layers_table(nmcompile.inspect(sparse)), "\n")
+    checks = verify_all(sparse, images)
+    print(*(summary(name, report) for name, report in checks.items()), "", sep="\n")
+    print(deploy(dense, sparse, images))
+    return all(report.ok for report in checks.values())
+
+
+def layers_table(report: Report) -> str:
+    """Show what is pruned in each layer and phase, and how fast its sparse kernel was; `inspect` has the reasons."""
+    rows = [[layer.name, *(_pruned(layer, phase) for phase in Phase)] for layer in report.layers]
+    shown = table(rows, ["pruned (sparse kernel against dense)", *(phase.value for phase in Phase)])
+    return f"{shown}\nThe faster kernel runs. More of each layer, with the reasons: print(nmcompile.inspect(model))."
+
+
+def _pruned(layer: LayerReport, phase: Phase) -> str:
+    rows = layer.plan.rows_of(phase)
+    patterns = [f"{OPERANDS[row.operand]} {row.pattern}" for row in rows if row.operand and row.pattern]
+    choice = layer.choices.get(phase)
+    speed = f" ({choice.speedup:.2f}x)" if choice is not None and choice.speedup is not None else ""
+    return ", ".join(patterns) + speed if patterns else "dense"
+
+
+def summary(name: str, report: VerifyReport) -> str:
+    """Sum up the blocks that hold, and list the checks that fail."""
+    broken = VerifyReport(tuple(check for check in report.checks if check.violations))
+    blocks = sum(check.blocks for check in report.checks)
+    counted = f"{name}: {blocks:,} blocks in {len(report.checks)} checks"
+    return f"{counted}, every block holds" if report.ok else f"{counted}\n{broken}"
 
 
 def step_times(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
@@ -58,19 +85,17 @@ def step_times(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
     shown = ", ".join(f"{name} {time:.1f} ms" for name, time in medians.items())
     gains = " and ".join(f"{medians['dense'] / medians[name]:.2f}" for name in ("sparse", "pays"))
     return (
-        f"a step with a batch of {BATCH}: {shown} (pruned only where that pays): {gains} times as fast as dense "
-        "(layers this small gain little or nothing)"
+        f"a step with a batch of {BATCH}: {shown} (pruned only where that pays):\n"
+        f"{gains} times as fast as dense; layers this small gain little or nothing"
     )
 
 
-def verify_all(sparse: nn.Module, images: Images) -> bool:
+def verify_all(sparse: nn.Module, images: Images) -> dict[str, VerifyReport]:
     """Check every pruned operand of one training step, then the finalized weights."""
     x, y = images.train_images[:BATCH], images.train_labels[:BATCH]
     sparse.train()
     # A copy: the step must not move the batch statistics that were just evaluated.
     probe = copy.deepcopy(sparse)
     step = nmcompile.verify(probe, step=lambda: F.cross_entropy(probe(x), y).backward())
-    print("operands of the GEMMs of one training step:\n", step, "\n", sep="")
     weights = nmcompile.verify(nmcompile.finalize(sparse))
-    print("weights after finalize:\n", weights, sep="")
-    return step.ok and weights.ok
+    return {"operands of the GEMMs of a training step": step, "weights after finalize": weights}

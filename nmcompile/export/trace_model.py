@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -49,13 +51,29 @@ def trace_model(
     _check_outputs(program, type(plain).__name__)
     _open_einsums(program)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the decomposition warns of torch's own code
+        with _without_advice():
             traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
     assert traced is not None
     return traced.model
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence what the exporter says of torch's own code, and of a torchvision that is not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger.addFilter(_is_about_the_model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_is_about_the_model)
+
+
+def _is_about_the_model(record: logging.LogRecord) -> bool:
+    return "torchvision is not installed" not in record.getMessage()
 
 
 def _check_eval(plain: nn.Module) -> None:

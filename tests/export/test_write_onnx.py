@@ -1,4 +1,5 @@
 import getpass
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,26 @@ def test_batch_size_is_open(net: nn.Module, images: Tensor, deploy: Deploy, tmp_
     for size in (1, 3):
         x = torch.randn(size, 8, 6, 6)
         torch.testing.assert_close(run(path, x), model.reference(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_torchvision_is_not_mentioned(
+    net: nn.Module,
+    images: Tensor,
+    deploy: Deploy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = importlib.util.find_spec
+    asked = []
+
+    def find(name: str, *rest: Any) -> Any:
+        asked.append(name)
+        return None if name == "torchvision" else found(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    write(deploy(net), tmp_path / "m.onnx", images[:1])
+    assert "torchvision" in asked and "torchvision" not in caplog.text
 
 
 def test_nested_and_keyword_inputs_share_one_batch(tmp_path: Path) -> None:
