@@ -1,24 +1,28 @@
 """An exported ONNX file as a callable on torch tensors.
 
-ONNX Runtime runs whole files. It is no `Backend` of the three graphs: it lowers no node, and `compile` never picks it.
+ONNX Runtime runs whole files. It is not a `Backend` of the three graphs: it lowers no node, and `compile` never picks
+it.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from types import TracebackType
 
-import onnxruntime
-import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-from nmcompile.backends.onnxruntime.session import open_session
-from nmcompile.backends.onnxruntime.values import Value, checked_inputs
-from nmcompile.errors import LoweringError
+from nmcompile.backends.onnxruntime.isolation import IsolatedSession, Limits
+from nmcompile.backends.onnxruntime.session import Session
+from nmcompile.backends.onnxruntime.values import checked_inputs
+from nmcompile.checks import check_kind
+from nmcompile.errors import ConfigError
 from nmcompile.onnx_files import open_onnx
+from nmcompile.onnx_rules import check_runnable
+
+CPU = ("CPUExecutionProvider",)
 
 
 class OnnxRuntimeModel:
-    """Runs an ONNX model. Tensors are bound, not copied: inputs where they are, outputs where ONNX Runtime puts them.
+    """Runs an ONNX model. `close()`, or the end of a `with` block, gives back its memory and its process.
 
     Attributes:
         inputs: name, dtype and shape of each; a dimension given by a name may have any size, the same everywhere.
@@ -29,8 +33,10 @@ class OnnxRuntimeModel:
     def __init__(
         self,
         model: str | os.PathLike[str] | bytes,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] = CPU,
         threads: int | None = None,
+        *,
+        isolated: bool | Limits = False,
     ) -> None:
         """Check the model as untrusted, and open a session on it.
 
@@ -38,16 +44,25 @@ class OnnxRuntimeModel:
             model: a file or its bytes.
             providers: of ONNX Runtime, first choice first. With TensorRT its sparse tactics are on.
             threads: for one operator; None for one per core.
+            isolated: run in a process of its own on the CPU, so that a file which kills ONNX Runtime, never ends or
+                takes too much memory is an error; `Limits` say how much is too much. Tensors are copied to it and back.
 
         Raises:
-            FileError: a damaged or hostile file, or one that ONNX Runtime refuses.
+            FileError: a damaged or hostile file, or one that ONNX Runtime refuses or dies of.
             BackendUnavailable: a provider that this machine does not have; there is no silent fallback.
+            ConfigError: other providers with `isolated`.
         """
-        self.session = open_session(open_onnx(model), providers, threads)
-        self.inputs = tuple(Value.of(argument) for argument in self.session.get_inputs())
-        self.outputs = tuple(Value.of(argument) for argument in self.session.get_outputs())
-        on_gpu = self.session.get_providers()[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        check_kind("isolated", isolated, bool | Limits, "True, False or Limits(seconds=..., memory=...)")
+        if isolated and tuple(providers) != CPU:
+            raise ConfigError(f"isolated=True runs on the CPU, not with {', '.join(providers)}; leave one of them out")
+        file = open_onnx(model)
+        check_runnable(file)
+        if isolated:
+            limits = isolated if isinstance(isolated, Limits) else Limits()
+            self._session: Session | IsolatedSession = IsolatedSession(file, threads, limits)
+        else:
+            self._session = Session(file, providers, threads)
+        self.inputs, self.outputs, self.device = self._session.inputs, self._session.outputs, self._session.device
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Run the model.
@@ -61,30 +76,19 @@ class OnnxRuntimeModel:
 
         Raises:
             OperandError: a missing or unknown input, or one of another dtype, shape or device.
-            LoweringError: an operator failed.
+            LoweringError: an operator failed, the model is closed, or its process died or took too long.
         """
-        tensors = checked_inputs(self.inputs, args, kwargs, self.device)
-        results = self._run(tensors)
+        results = self._session.run(checked_inputs(self.inputs, args, kwargs, self.device))
         return results[0] if len(results) == 1 else results
 
-    def _run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        binding = self.session.io_binding()
-        device, index = self.device.type, self.device.index or 0
-        for value in self.inputs:
-            x = tensors[value.name]
-            binding.bind_input(value.name, device, index, value.onnx_dtype, tuple(x.shape), x.data_ptr())
-        for value in self.outputs:
-            binding.bind_output(value.name, device, index)
-        if device == "cuda":
-            torch.cuda.current_stream().synchronize()  # ONNX Runtime computes in a stream of its own
-        try:
-            self.session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime's errors share no other base
-            raise LoweringError(f"ONNX Runtime could not run the model: {error}") from error
-        binding.synchronize_outputs()
-        return tuple(_shared(value, self.outputs[i]) for i, value in enumerate(binding.get_outputs()))
+    def close(self) -> None:
+        """Let go of the session, or end its process; the model cannot be called after that."""
+        self._session.close()
 
+    def __enter__(self) -> "OnnxRuntimeModel":
+        return self
 
-def _shared(value: onnxruntime.OrtValue, declared: Value) -> Tensor:
-    """The result without a copy; torch keeps the memory alive."""
-    return from_dlpack(value).view(declared.dtype)  # DLPack calls bool uint8
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

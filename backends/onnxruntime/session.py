@@ -1,11 +1,14 @@
 """Sessions that run where they were asked to run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnxruntime
 import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
-from nmcompile.errors import BackendUnavailable, FileError, nearest
+from nmcompile.backends.onnxruntime.values import Value
+from nmcompile.errors import BackendUnavailable, FileError, LoweringError, nearest
 from nmcompile.onnx_files import OnnxFile
 
 INSTALL = {
@@ -14,8 +17,57 @@ INSTALL = {
 }
 
 
-def open_session(model: OnnxFile, providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
-    """A session of a checked model.
+class Session:
+    """A session in this process. Tensors are bound, not copied: inputs where they are, outputs where it puts them.
+
+    Attributes:
+        inputs, outputs: as ONNX Runtime describes them.
+        device: where inputs have to be and outputs are.
+    """
+
+    def __init__(self, model: OnnxFile, providers: Sequence[str], threads: int | None) -> None:
+        self._session = _open(model, providers, threads)
+        self.inputs = tuple(Value.of(argument) for argument in self._session.get_inputs())
+        self.outputs = tuple(Value.of(argument) for argument in self._session.get_outputs())
+        on_gpu = self._session.get_providers()[0] in INSTALL
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run the model on contiguous tensors.
+
+        Raises:
+            LoweringError: an operator failed.
+        """
+        if self._session is None:
+            raise LoweringError("the model is closed; open it anew")
+        binding = self._session.io_binding()
+        device, index = self.device.type, self.device.index or 0
+        for value in self.inputs:
+            x = tensors[value.name]
+            binding.bind_input(value.name, device, index, value.onnx_dtype, tuple(x.shape), x.data_ptr())
+        for value in self.outputs:
+            binding.bind_output(value.name, device, index)
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime computes in a stream of its own
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's errors share no other base
+            raise LoweringError(f"ONNX Runtime could not run the model: {error}") from error
+        binding.synchronize_outputs()
+        return tuple(_shared(value, self.outputs[i]) for i, value in enumerate(binding.get_outputs()))
+
+    def close(self) -> None:
+        """Let go of the session and its memory."""
+        self._session = None
+
+
+def _shared(value: onnxruntime.OrtValue, declared: Value) -> Tensor:
+    """The result without a copy; torch keeps the memory alive."""
+    return from_dlpack(value).view(declared.dtype)  # DLPack calls bool uint8
+
+
+def _open(model: OnnxFile, providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
+    """Open a session of a checked model.
 
     Raises:
         BackendUnavailable: a provider that is not in this ONNX Runtime, or that did not start.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, TensorShapeProto, ValueInfoProto
 from torch import Tensor
 
 from nmcompile.errors import FileError, OperandError, nearest
@@ -21,6 +21,7 @@ DTYPES = {
     "tensor(int64)": (torch.int64, TensorProto.INT64),
     "tensor(bool)": (torch.bool, TensorProto.BOOL),
 }
+BY_NUMBER: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,23 @@ class Value:
             raise FileError(f"input or output {argument.name!r} is a {argument.type}; expected a tensor of numbers")
         dtype, onnx_dtype = DTYPES[argument.type]
         return cls(argument.name, dtype, onnx_dtype, tuple(argument.shape))
+
+    @classmethod
+    def declared(cls, value: ValueInfoProto) -> "Value":
+        """From the model's own description of it."""
+        tensor = value.type.tensor_type
+        dtype = BY_NUMBER.get(tensor.elem_type)
+        if dtype is None or value.type.WhichOneof("value") != "tensor_type":
+            raise FileError(
+                f"input or output {value.name!r} is of a type that torch has not; expected a tensor of numbers"
+            )
+        return cls(value.name, dtype, tensor.elem_type, tuple(map(_size, tensor.shape.dim)))
+
+
+def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value) if dim.dim_value >= 0 else None
+    return str(dim.dim_param) or None
 
 
 def checked_inputs(

@@ -20,6 +20,7 @@ from nmcompile.backends.tensorrt.sparsity_log import parse_sparsity
 from nmcompile.errors import BackendUnavailable, ConfigError, LoweringError
 from nmcompile.files import sha256, write_atomically
 from nmcompile.onnx_files import OnnxFile, open_onnx
+from nmcompile.onnx_rules import check_runnable
 from nmcompile.onnx_weights import read_weights
 from nmcompile.read_files import read_regular
 
@@ -60,6 +61,7 @@ def build_engine(
         raise ConfigError(f"batch {batch}: expected 1 <= smallest <= typical <= largest")
     trt = find_tensorrt()
     model = open_onnx(onnx_path)
+    check_runnable(model)
     cache = Path(timing_cache) if timing_cache is not None else None
     with recorded(trt) as (logger, log):
         plan, shapes = _Build(trt, logger, log, model).plan(batch, sparse, cache, progress)
