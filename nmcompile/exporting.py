@@ -38,7 +38,12 @@ class ExportReport:
             rows, headers=["layer", "node", "weight", "input", "output", "note"], maxcolwidths=[None] * 5 + [60]
         )
         size = f"{printable(self.onnx.path.name)}: {self.onnx.bytes / 1e6:.2f} MB for {self.onnx.target}"
-        parts = [nodes, size, *(str(part) for part in (self.verification, self.engine) if part is not None)]
+        parts = [
+            nodes,
+            size,
+            *self.onnx.notes,
+            *(str(part) for part in (self.verification, self.engine) if part is not None),
+        ]
         return "\n\n".join(parts)
 
 
@@ -52,6 +57,7 @@ def export(
     container: str = "int8",
     precision: str = "fp32",
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> ExportReport:
     """Write a compiled model as its layers are deployed: zeros and grids in the weights, pruning and Q/DQ in front.
@@ -67,6 +73,9 @@ def export(
         container: `"int8"`, or `"int4"` for the smallest file.
         precision: `"fp32"`, or `"fp16"` for models whose layers are not quantized; models in float16 stay so.
         dynamic_batch: leave the batch size open.
+        dynamic_shapes: the dims to leave open, in the form that `torch.export.export` takes, in place of
+            `dynamic_batch`: {"x": {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}}. Arguments that it leaves out
+            have fixed shapes. Plans take an open first dim only.
         verify: read the file back, count blocks that break their pattern, and compare ONNX Runtime and the ONNX
             reference with the model, layer by layer and end to end.
 
@@ -92,6 +101,7 @@ def export(
         report = write_onnx(
             finalize(compiled), layers, staged, args,
             kwargs=kwargs, target=target, container=container, precision=precision, dynamic_batch=dynamic_batch,
+            dynamic_shapes=dynamic_shapes,
         )  # fmt: skip
         verification = verify_onnx(report, layers, compiled, [example]) if verify else None
     report = replace(report, path=onnx_path)

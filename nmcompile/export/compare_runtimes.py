@@ -9,13 +9,14 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError, LibraryError
 from nmcompile.export.compare_layers import RELATIVE_L2
 from nmcompile.export.distances import difference, finite
 from nmcompile.export.examples import Example
 from nmcompile.export.lockstep import Lockstep
+from nmcompile.export.other_sizes import dims_of, one_sample
+from nmcompile.export.outputs import outputs_of
 from nmcompile.export.runners import Arrays, Runner, onnxruntime_runner, reference_runner
 from nmcompile.onnx_files import OnnxFile
 
@@ -74,7 +75,7 @@ def compare_runtime(
     for batch in batches:
         found = run(_feeds(inputs, batch))
         with torch.no_grad():
-            results = pytree.tree_leaves(reference(batch, found))
+            results = outputs_of(reference(batch, found))
         expected = [x.double().numpy() for x in results if isinstance(x, Tensor)]
         if len(expected) != outputs:
             raise ExportError(f"the file has {outputs} outputs, the model {len(expected)} tensors")
@@ -125,7 +126,9 @@ def check_runtimes(
     notes = []
     if file.path is None:
         try:
-            checks.append(compare(REFERENCE, reference_runner, [_one_sample(file, batches[0])]))
+            checks.append(
+                compare(REFERENCE, reference_runner, [one_sample(dims_of(file.proto.graph), batches[0], model)])
+            )
         except LibraryError as error:
             notes.append(f"not compared in {REFERENCE}, which cannot run the file: {error}")
     return tuple(checks), tuple(notes)
@@ -173,8 +176,3 @@ def _same_outputs(exposed: Runner, run: Runner) -> Runner:
         return found
 
     return checked
-
-
-def _one_sample(file: OnnxFile, batch: Example) -> Example:
-    dims = [value.type.tensor_type.shape.dim for value in file.proto.graph.input]
-    return batch.first_sample([bool(dim) and dim[0].HasField("dim_param") for dim in dims])

@@ -24,8 +24,7 @@ class Example:
         """What a model returns for it."""
         return model(*self.args, **self.kwargs)
 
-    def first_sample(self, is_open: Iterable[bool]) -> "Example":
-        """The same with a batch of one, in each tensor whose batch size the file leaves open."""
-        flags = iter(is_open)
-        leaves = (self.args, dict(self.kwargs))
-        return Example(*pytree.tree_map_only(Tensor, lambda x: x[:1] if next(flags) else x, leaves))
+    def changed(self, tensors: Iterable[Tensor]) -> "Example":
+        """The same call with other tensors, in the order of `tensors`."""
+        given = iter(tensors)
+        return Example(*pytree.tree_map_only(Tensor, lambda _: next(given), (self.args, dict(self.kwargs))))

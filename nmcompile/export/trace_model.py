@@ -1,29 +1,56 @@
 """nn.Module in eval mode -> ONNX graph of the operators that its forward calls, nothing folded or renamed yet."""
 
 import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
+from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError
+from nmcompile.export.open_shapes import enlarged, open_as_asked, open_batch
+from nmcompile.export.outputs import left_out, outputs_of
 from nmcompile.export.runners import first_line
 from nmcompile.ir.einsum import linear_einsum
 
 OPSET = 21  # the first with 4-bit integers
-BATCH = "batch"
+FIXED = "if the model needs one size there, give dynamic_batch=False, or leave that dim out of dynamic_shapes"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and what of the model is not in it.
+
+    Attributes:
+        model: the graph.
+        unread: parameters that forward does not read, in eval mode and for these inputs.
+        left_out: what forward returns besides tensors, by place and class.
+        ranges: the smallest and the largest size of each open dim, by name.
+    """
+
+    model: ir.Model
+    unread: frozenset[str]
+    left_out: tuple[str, ...]
+    ranges: Mapping[str, tuple[float, float]]
 
 
 def trace_model(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dtype: torch.dtype, dynamic_batch: bool
-) -> ir.Model:
+    plain: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    dynamic_batch: bool,
+    dynamic_shapes: Any = None,
+) -> Traced:
     """Trace the model; initializers keep the names of parameters and buffers.
 
     Args:
@@ -31,10 +58,12 @@ def trace_model(
         args, kwargs: an example of the inputs.
         dtype: of the graph; a copy of the model and the inputs are cast for float16, and where parameters are float64.
         dynamic_batch: leave dim 0 of every input that has the first input's batch size open.
+        dynamic_shapes: the dims to leave open instead, in torch.export's form.
 
     Raises:
+        ConfigError: `dynamic_shapes` that do not fit the inputs.
         ExportError: a model in train mode, one that torch.export cannot trace, one that does not take such inputs or
-            returns a constant, or an operator without ONNX form.
+            returns a constant or no tensor, or an operator without ONNX form.
     """
     _check_eval(plain)
     # Runtimes have no kernels for most operators in float64.
@@ -44,19 +73,24 @@ def trace_model(
             Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
         )
     shapes = None
-    if dynamic_batch:
-        args, kwargs = _two_samples(args, kwargs)
-        shapes = _open_batch(plain, args, kwargs)
-    program = _exported(plain, args, kwargs, shapes)
+    if dynamic_shapes is not None:
+        shapes = open_as_asked(plain, args, kwargs, dynamic_shapes)
+    elif dynamic_batch:
+        shapes = open_batch(plain, args, kwargs)
+    if shapes is not None:
+        args, kwargs = enlarged((args, kwargs), shapes, plain)
+    program, left = _exported(plain, args, kwargs, shapes)
     _check_outputs(program, type(plain).__name__)
     _open_einsums(program)
     try:
         with _without_advice():
-            traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+            traced = torch.onnx.export(
+                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, dynamic_shapes=shapes
+            )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
     assert traced is not None
-    return traced.model
+    return Traced(traced.model, _unread(program), left, _ranges(program, shapes))
 
 
 @contextmanager
@@ -67,6 +101,7 @@ def _without_advice() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # of inputs that share an open size
             yield
     finally:
         logger.removeFilter(_is_about_the_model)
@@ -84,7 +119,10 @@ def _check_eval(plain: nn.Module) -> None:
 
 
 def _check_outputs(program: torch.export.ExportedProgram, model: str) -> None:
-    for number, output in enumerate(program.graph_signature.output_specs, start=1):
+    specs = program.graph_signature.output_specs
+    if not any(isinstance(spec.arg, TensorArgument) for spec in specs):
+        raise ExportError(f"{model} returns no tensor, and a file's outputs are tensors")
+    for number, output in enumerate(specs, start=1):
         constant = getattr(output.arg, "value", None)
         if constant is not None:
             raise ExportError(
@@ -95,13 +133,31 @@ def _check_outputs(program: torch.export.ExportedProgram, model: str) -> None:
 
 def _exported(
     plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
-) -> torch.export.ExportedProgram:
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """The program that returns nothing but tensors, and what it leaves out."""
+    left: list[str] = []
+
+    def tensors_only(module: nn.Module, args: Any, result: Any) -> list[Any]:
+        left[:] = left_out(result)
+        return outputs_of(result)
+
+    hook = plain.register_forward_hook(tensors_only)
     try:
         with torch.no_grad():
-            return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes)
+            return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes), tuple(left)
     except Exception as error:  # whatever the model's own code raises comes out here
-        hint = "; if it needs one batch size, give dynamic_batch=False" if shapes is not None else ""
-        raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {first_line(error)}{hint}") from error
+        hint = "" if shapes is None else f"; {FIXED}"
+        raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {_explained(error)}{hint}") from error
+    finally:
+        hook.remove()
+
+
+def _explained(error: Exception) -> str:
+    """The first line, and torch's suggestions where it says how sizes are to be opened."""
+    _, _, fixes = str(error).partition("Suggested fixes:")
+    lines = [line.strip() for line in fixes.strip().splitlines()]
+    suggested = [line for line in lines[: lines.index("") if "" in lines else None] if line]
+    return first_line(error) + (f" (suggested: {'; '.join(suggested)})" if suggested else "")
 
 
 def _open_einsums(program: torch.export.ExportedProgram) -> None:
@@ -118,35 +174,16 @@ def _open_einsums(program: torch.export.ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim()]
-    return tensors[0].shape[0] if tensors else None
+def _unread(program: torch.export.ExportedProgram) -> frozenset[str]:
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    parameters = program.graph_signature.inputs_to_parameters
+    return frozenset(name for node, name in parameters.items() if not users[node])
 
 
-def _two_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The example with a batch of two where it has one: torch.export takes a size of 1 for a constant."""
-    if _batch_of(args, kwargs) != 1:
-        return args, kwargs
-
-    def twice(x: Tensor) -> Tensor:
-        return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
-
-    doubled: tuple[tuple[Any, ...], Mapping[str, Any]] = pytree.tree_map_only(Tensor, twice, (args, dict(kwargs)))
-    return doubled
-
-
-def _open_batch(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`dynamic_shapes` by the names of forward's arguments."""
-    size, batch = _batch_of(args, kwargs), torch.export.Dim(BATCH)
-    try:
-        arguments = inspect.signature(plain.forward).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise ExportError(f"{type(plain).__name__} does not take these args and kwargs: {error}") from error
-
-    def opened(x: Any) -> dict[int, Any] | None:
-        return {0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None
-
-    return pytree.tree_map(opened, dict(arguments))
+def _ranges(program: torch.export.ExportedProgram, shapes: Any) -> dict[str, tuple[float, float]]:
+    found = {str(size): (float(range.lower), float(range.upper)) for size, range in program.range_constraints.items()}
+    dims = [dim for dim in pytree.tree_leaves(shapes) if isinstance(dim, Dim)]
+    return found | {dim.__name__: (float(dim.min), float(dim.max)) for dim in dims}
 
 
 def _innermost(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from nmcompile.export.compare_layers import LayerCheck, check_layers
 from nmcompile.export.compare_runtimes import RuntimeCheck, check_runtimes
 from nmcompile.export.examples import Example
 from nmcompile.export.lockstep import Lockstep
+from nmcompile.export.other_sizes import dims_of, other_sizes
 from nmcompile.export.places import places_of
 from nmcompile.export.write_onnx import OnnxReport
 from nmcompile.ir.deployed import DeployedLayer
@@ -58,7 +59,9 @@ def verify_onnx(
     projected = {layer for layer, place in places_of(model).items() if place.role}
     nodes = [node for node in report.nodes if calls[node.layer] == 1 and node.layer in called | projected]
     lockstep = partial(Lockstep, proto, nodes, layers, model, report.target)
-    return Verification(checks, *check_runtimes(file, report.target, model, batches, lockstep))
+    others, said = other_sizes(dims_of(file.proto.graph), report.ranges, batches[0], model)
+    runtimes, notes = check_runtimes(file, report.target, model, [*batches, *others], lockstep)
+    return Verification(checks, runtimes, (*said, *notes))
 
 
 def _check_zeros(file: OnnxFile, report: OnnxReport, layers: Mapping[str, DeployedLayer]) -> None:

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nmcompile.export.find_layers import LayerNode, find_layers
 from nmcompile.export.keep_biases import is_read_in_floats, keep_bias
 from nmcompile.export.keep_weights import keep_weight
 from nmcompile.export.lift_weights import lift_weight
+from nmcompile.export.mask_attention import mask_attention
 from nmcompile.export.quantize_activations import is_emulated, quantize_activations
 from nmcompile.export.read_onnx import PLANNED
 from nmcompile.export.save_model import save_model
@@ -51,7 +52,12 @@ class ExportedNode:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written where."""
+    """What was written where.
+
+    Attributes:
+        notes: what of the model is not in the file.
+        ranges: the smallest and the largest size of each dim that is left open, by name.
+    """
 
     path: Path
     target: str
@@ -59,6 +65,8 @@ class OnnxReport:
     precision: str
     bytes: int
     nodes: tuple[ExportedNode, ...]
+    notes: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def write_onnx(
@@ -72,6 +80,7 @@ def write_onnx(
     container: str = "int8",
     precision: str = "fp32",
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
 ) -> OnnxReport:
     """Write a model with its layers as they are deployed.
 
@@ -84,16 +93,23 @@ def write_onnx(
         container: "int8", or "int4" for the smallest file.
         precision: "fp32", or "fp16" for models without quantized layers.
         dynamic_batch: leave the batch size open.
+        dynamic_shapes: the dims to leave open instead, in torch.export's form.
 
     Raises:
-        ConfigError: an unknown target, container or precision.
+        ConfigError: an unknown target, container or precision, or `dynamic_shapes` that do not fit the inputs.
         ExportError: a model that cannot be written as asked; the message names the layer or the node.
     """
     check_options(target, container, precision)
     _check_types(layers, target, container, precision)
-    model = trace_model(plain, args, kwargs or {}, dtype=PRECISIONS[precision], dynamic_batch=dynamic_batch)
-    aliases = _aliases(plain)
+    traced = trace_model(
+        plain, args, kwargs or {},
+        dtype=PRECISIONS[precision], dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes,
+    )  # fmt: skip
+    model, aliases = traced.model, _aliases(plain)
+    idle = [name for name, layer in layers.items() if traced.unread.issuperset(aliases.get(layer.weight.name, ("",)))]
+    layers = {name: layer for name, layer in layers.items() if name not in idle}
     clean_graph(model, {alias for layer in layers.values() for alias in aliases.get(layer.weight.name, ())})
+    mask_attention(model)
     sites = find_layers(model, layers, aliases)
     affines = [absorb_norm(site) for site in sites]
     bake_weights(model, sites, affines, container)
@@ -111,7 +127,17 @@ def write_onnx(
     patterns = {site.name: site.deployed.weight.pattern for site in sites}
     model.metadata_props[PLANNED] = json.dumps({name: str(p) for name, p in patterns.items() if p is not None})
     nodes = tuple(_described(site, affine, target) for site, affine in zip(sites, affines, strict=True))
-    return OnnxReport(Path(path), target, container, precision, save_model(model, path), nodes)
+    notes = _notes(idle, traced.left_out)
+    return OnnxReport(Path(path), target, container, precision, save_model(model, path), nodes, notes, traced.ranges)
+
+
+def _notes(idle: Sequence[str], left_out: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if idle:
+        notes.append(f"not in the file, since eval mode does not run them with these args: {', '.join(idle)}")
+    if left_out:
+        notes.append(f"outputs that are not tensors are left out of the file: {', '.join(left_out)}")
+    return tuple(notes)
 
 
 def _aliases(plain: nn.Module) -> dict[str, list[str]]:

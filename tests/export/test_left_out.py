@@ -1,0 +1,128 @@
+"""What of a model is not in its file, and how the report says so."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.export import Dim
+
+import nmcompile
+from nmcompile.backends.onnxruntime import OnnxRuntimeModel
+from nmcompile.errors import ExportError
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in training only, as GoogLeNet's and Inception's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.middle, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.auxiliary = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.middle(self.body(x).relu()).relu()
+        return (self.head(y), self.auxiliary(y)) if self.training else self.head(y)
+
+
+@pytest.mark.parametrize("args", [None, (X,)])
+def test_heads_that_run_in_training_only_are_not_in_the_file(args: Any, tmp_path: Path) -> None:
+    model = nmcompile.compile(Auxiliary(), "weights", args=args).eval()
+    report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
+    assert {node.layer for node in report.onnx.nodes} == {"body", "middle", "head"}
+    note = "not in the file, since eval mode does not run them with these args: auxiliary.0, auxiliary.2"
+    assert report.onnx.notes == (note,) and note in str(report)
+    assert not any("auxiliary" in tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer)
+    torch.testing.assert_close(
+        OnnxRuntimeModel(tmp_path / "m.onnx")(X[:2]), model(X[:2]).detach(), rtol=1e-4, atol=1e-5
+    )
+
+
+class Cache:
+    """Of a class that torch.export does not know."""
+
+
+@dataclass
+class Result:
+    logits: Tensor
+    cache: Any = None
+    hidden: tuple[Tensor, ...] | None = None
+
+
+class Cached(nn.Module):
+    """Returns more than tensors, in structures of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.b(self.a(x).relu()).relu()
+        if self.kind == "nothing":
+            return Cache()
+        return (
+            Result(self.c(y), [Cache(), None], (y,)) if self.kind == "dataclass" else {"a": self.c(y), "past": Cache()}
+        )
+
+
+@pytest.mark.parametrize(("kind", "place"), [("dataclass", "['cache'][0] (Cache)"), ("dict", "['past'] (Cache)")])
+def test_objects_among_the_outputs_are_left_out_and_named(kind: str, place: str, tmp_path: Path) -> None:
+    model = nmcompile.compile(Cached(kind).eval(), "weights", args=(X,)).eval()
+    report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
+    assert report.onnx.notes == (f"outputs that are not tensors are left out of the file: {place}",)
+    found, expected = OnnxRuntimeModel(tmp_path / "m.onnx")(X[:3]), model(X[:3])
+    wanted = [expected.logits, *expected.hidden] if kind == "dataclass" else [expected["a"]]
+    torch.testing.assert_close(
+        [found] if kind == "dict" else list(found), [x.detach() for x in wanted], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_model_without_a_tensor_among_its_outputs_is_refused(tmp_path: Path) -> None:
+    model = nmcompile.compile(Cached("nothing").eval(), "weights").eval()
+    with pytest.raises(ExportError, match="Cached returns no tensor, and a file's outputs are tensors"):
+        nmcompile.export(model, tmp_path / "m.onnx", (X,))
+
+
+@torch.no_grad()
+def test_llama_with_a_cache_and_left_padding_at_any_length(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    llama: Any = nmcompile.compile(transformers.LlamaForCausalLM(config).eval(), "weights").eval()
+    inputs = {"input_ids": torch.randint(64, (2, 6)), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])}
+    sizes = {0: Dim("batch"), 1: Dim("length")}
+    report = nmcompile.export(
+        llama, tmp_path / "m.onnx", (), kwargs=inputs, dynamic_shapes=dict.fromkeys(inputs, sizes)
+    )
+    assert report.onnx.notes == (
+        "outputs that are not tensors are left out of the file: ['past_key_values'] (DynamicCache)",
+    )
+    assert report.verification is not None
+    assert report.verification.notes == ("compared at batch 2, length 6 and at batch 3, length 7",)
+    ids, mask = torch.randint(64, (3, 9)), torch.tensor([[0] * 5 + [1] * 4, [1] * 9, [0] + [1] * 8])
+    found = OnnxRuntimeModel(tmp_path / "m.onnx")(ids, mask)
+    torch.testing.assert_close(found, llama(input_ids=ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_t5_with_its_caches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    t5: Any = nmcompile.compile(transformers.T5ForConditionalGeneration(config).eval(), "weights").eval()
+    inputs = {"input_ids": torch.randint(64, (2, 6)), "decoder_input_ids": torch.randint(64, (2, 5))}
+    report = nmcompile.export(t5, tmp_path / "m.onnx", (), kwargs=inputs)
+    assert "EncoderDecoderCache" in report.onnx.notes[0]
+    other = torch.randint(64, (3, 6)), torch.randint(64, (3, 5))
+    expected = t5(input_ids=other[0], decoder_input_ids=other[1])
+    found = OnnxRuntimeModel(tmp_path / "m.onnx")(*other)
+    torch.testing.assert_close(found[0], expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], expected.encoder_last_hidden_state, rtol=1e-4, atol=1e-5)
