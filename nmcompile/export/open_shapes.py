@@ -1,9 +1,10 @@
 """Which sizes a file leaves open, in the form of torch.export's `dynamic_shapes`."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -52,11 +53,9 @@ def open_as_asked(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return {name: _checked(f"dynamic_shapes[{name!r}]", x, asked.get(name)) for name, x in arguments.items()}
 
 
-def enlarged(example: Any, shapes: Shapes, plain: nn.Module) -> Any:
-    """An example, args and kwargs, with 2 in place of 1 in open dims: torch.export takes a size of 1 for a constant."""
-    args, kwargs = example
-    by_tensor: dict[int, Mapping[int, Any]] = {}
-    _pair(_arguments(plain, args, kwargs), shapes, by_tensor)
+def enlarged(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes) -> Any:
+    """`args` and `kwargs` with 2 in place of 1 in open dims: torch.export takes a size of 1 for a constant."""
+    by_tensor = _by_tensor(plain, args, kwargs, shapes)
 
     def grown(x: Tensor) -> Tensor:
         for dim, size in by_tensor.get(id(x), {}).items():
@@ -65,6 +64,20 @@ def enlarged(example: Any, shapes: Shapes, plain: nn.Module) -> Any:
         return x
 
     return pytree.tree_map_only(Tensor, grown, (args, dict(kwargs)))
+
+
+def names_of(
+    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes, inputs: Sequence[Iterable[Any]]
+) -> dict[str | ir.SymbolicDim, str]:
+    """Return the name of its `Dim` for each name that torch.export gave an open size; `inputs` are the graph's dims."""
+    by_tensor = _by_tensor(plain, args, kwargs, shapes)
+    tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+    names: dict[str | ir.SymbolicDim, str] = {}
+    for x, dims in zip(tensors, map(tuple, inputs), strict=True):
+        for dim, size in by_tensor.get(id(x), {}).items():
+            if isinstance(size, Dim) and not isinstance(dims[dim], int):
+                names.setdefault(str(dims[dim].value), size.__name__)
+    return names
 
 
 def _arguments(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +113,14 @@ def _checked(place: str, value: Any, asked: Any) -> Any:
 
 def _is_open(size: Any) -> bool:
     return isinstance(size, Dim | type(Dim.AUTO)) and size is not Dim.STATIC
+
+
+def _by_tensor(
+    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes
+) -> dict[int, Mapping[int, Any]]:
+    found: dict[int, Mapping[int, Any]] = {}
+    _pair(_arguments(plain, args, kwargs), shapes, found)
+    return found
 
 
 def _pair(value: Any, shapes: Any, found: dict[int, Mapping[int, Any]]) -> None:

@@ -16,7 +16,7 @@ from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError
-from nmcompile.export.open_shapes import enlarged, open_as_asked, open_batch
+from nmcompile.export.open_shapes import enlarged, names_of, open_as_asked, open_batch
 from nmcompile.export.outputs import left_out, outputs_of
 from nmcompile.export.runners import first_line
 from nmcompile.ir.einsum import linear_einsum
@@ -78,18 +78,20 @@ def trace_model(
     elif dynamic_batch:
         shapes = open_batch(plain, args, kwargs)
     if shapes is not None:
-        args, kwargs = enlarged((args, kwargs), shapes, plain)
+        args, kwargs = enlarged(plain, args, kwargs, shapes)
     program, left = _exported(plain, args, kwargs, shapes)
     _check_outputs(program, type(plain).__name__)
     _open_einsums(program)
     try:
         with _without_advice():
-            traced = torch.onnx.export(
-                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, dynamic_shapes=shapes
-            )
+            traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
     assert traced is not None
+    if shapes is not None:
+        # The exporter renames open sizes itself, but only where every argument is a tensor.
+        dims = [value.shape or () for value in traced.model.graph.inputs]
+        traced.rename_axes(names_of(plain, args, kwargs, shapes, dims))
     return Traced(traced.model, _unread(program), left, _ranges(program, shapes))
 
 
@@ -101,7 +103,6 @@ def _without_advice() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # of inputs that share an open size
             yield
     finally:
         logger.removeFilter(_is_about_the_model)
