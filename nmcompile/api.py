@@ -70,6 +70,11 @@ def compile(
 
     A module whose own forward calls `F.linear` or a convolution gets a forward generated from its traced graph: Python
     values that it reads (numbers, flags, globals) are those of the moment of compilation, tensors and buffers are not.
+    Code that a graph cannot stand for stays Python, and the report says why: it tests the identity or the type of a
+    value that is computed from inputs, for example. With `args`, the model also runs once in eval mode, and a generated
+    forward that does not give the very bits and classes of its original stays Python too.
+
+    Other threads may run models meanwhile, and compile others.
 
     Args:
         model: a module, a `GraphModule`, an `ExportedProgram`, or a model that was compiled before: it is planned

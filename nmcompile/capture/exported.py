@@ -1,10 +1,7 @@
 """The whole model as `torch.export` sees it, mapped back to module names; used for analysis alone."""
 
-import io
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -18,12 +15,13 @@ from nmcompile.capture.faithful import operator_name, own_copy, summary
 from nmcompile.capture.products import rewrite_products
 from nmcompile.capture.regions import reads_value
 from nmcompile.capture.sites import FoundSite, norm_names
-from nmcompile.capture.state import Memory
+from nmcompile.capture.state import Memory, contents_unchanged
 from nmcompile.capture.stitch import SiteIndex
 from nmcompile.capture.weights import expression_of
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import WholeGraph
 from nmcompile.ir.modules import FAST_PATHS
+from nmcompile.ir.own_thread import exporting_alone, silent
 
 Arguments = tuple[Any, ...]
 
@@ -51,26 +49,15 @@ def export_whole(model: nn.Module, found: list[FoundSite], args: Arguments, kwar
         CaptureError: the model itself refuses the arguments.
     """
     try:
-        with _quiet():
+        # Export prints the graph that it could not finish; the reason that the report gives is enough.
+        with exporting_alone(), silent(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             program = torch.export.export(_TensorOutputs(model), args, kwargs, strict=False)
     except Exception as error:
         return Exported(
             None, failure=f"torch.export failed ({summary(error)})", called=_called_in_run(model, args, kwargs)
         )
     return _Reader(model, program, found).read()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Export prints the graph that it could not finish; the reason that the report gives is enough."""
-    disabled = logging.root.manager.disable
-    logging.disable()
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 class _TensorOutputs(nn.Module):
@@ -102,11 +89,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _called_in_run(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> frozenset[str]:
     """Run the model once as it is and return the modules that it calls; undo what it writes to its buffers."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in Memory(model).tensors.values() if _is_state(tensor)]
     called: set[str] = set()
     hooks = [module.register_forward_pre_hook(_noting(called, name)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
+        with contents_unchanged(Memory(model)), torch.no_grad():
             model(*args, **kwargs)
         return frozenset(called)
     except Exception as error:
@@ -117,18 +103,10 @@ def _called_in_run(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) ->
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            for tensor, copy in kept:
-                if not torch.equal(tensor, copy):
-                    tensor.copy_(copy)
 
 
 def _noting(called: set[str], name: str) -> Callable[[nn.Module, Any], None]:
     return lambda module, inputs: called.add(name)
-
-
-def _is_state(tensor: Tensor) -> bool:
-    return not isinstance(tensor, nn.Parameter) and tensor.device.type != "meta"
 
 
 def describe(value: Any) -> str:

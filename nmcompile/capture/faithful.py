@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from nmcompile.capture.state import Memory, python_states
-from nmcompile.capture.tracer import SAME, ModuleTracer
+from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.ir.instance_forward import foreign_forward
 
 DRAWING = {
@@ -26,11 +26,15 @@ DRAWING_IF_POSITIVE = {"scaled_dot_product_attention", "multi_head_attention_for
 
 @dataclass(frozen=True)
 class Trace:
-    """The graph of a module's forward and what its tracer complained of; only a part of it where tracing failed."""
+    """The graph of a module's forward and what its tracer complained of; only a part of it where tracing failed.
+
+    `tested_for_none`: the arguments that the code tests for None.
+    """
 
     graph: fx.Graph
     complaints: tuple[str, ...] = ()
     failure: str = ""
+    tested_for_none: frozenset[str] = frozenset()
 
 
 def trace_module(
@@ -57,7 +61,7 @@ def trace_module(
         if pickle.dumps(python_states()) != drawn:
             return Trace(graph, failure="it draws random numbers of Python or NumPy")
         complaints = [*tracer.complaints, *(["it changes its attributes"] if before.changed() else [])]
-        return Trace(graph, tuple(complaints))
+        return Trace(graph, tuple(complaints), tested_for_none=frozenset(tracer.tested_for_none))
     except Exception as error:
         return Trace(getattr(tracer, "graph", fx.Graph()), failure=summary(error))
     finally:
@@ -84,7 +88,7 @@ def unfaithful(module: nn.Module, trace: Trace, protected: frozenset[int]) -> st
         or next(iter(trace.complaints), "")
         or _drawing(trace.graph)
         or _differing_mode(module, trace.graph, protected)
-        or _differing_argument(module, trace.graph, protected)
+        or _differing_argument(module, trace, protected)
     )
 
 
@@ -120,13 +124,13 @@ def _differing_mode(module: nn.Module, graph: fx.Graph, protected: frozenset[int
     return next(iter(trained.complaints), "") or _drawing(trained.graph) or differs
 
 
-def _differing_argument(module: nn.Module, graph: fx.Graph, protected: frozenset[int]) -> str:
-    """Whether None, a flag, or one tensor given twice sends the code down a branch that the proxy does not take."""
+def _differing_argument(module: nn.Module, trace: Trace, protected: frozenset[int]) -> str:
+    """Whether None or a flag sends the code down a branch that the proxy does not take."""
     for probe in _probes(module):
         probed = trace_module(module, protected, {probe.name: probe.value})
-        if probed.failure and not probe.is_default:
+        if probed.failure and not probe.is_default and probe.name not in trace.tested_for_none:
             continue
-        if probed.failure or not _same(graph, probed.graph, {probe.name: probe.value}):
+        if probed.failure or not _same(trace.graph, probed.graph, {probe.name: probe.value}):
             return probe.claim
     return ""
 
@@ -149,9 +153,6 @@ def _probes(module: nn.Module) -> Iterator[_Probe]:
         yield _Probe(parameter.name, None, default is None, f"{test} for None")
         if isinstance(default, bool):
             yield _Probe(parameter.name, default, True, test)
-    for parameter in named[1:]:
-        claim = f"its code tests whether {parameter.name!r} is {named[0].name!r}"
-        yield _Probe(parameter.name, SAME, False, claim)
 
 
 def _same(graph: fx.Graph, other: fx.Graph, bindings: Mapping[str, Any]) -> bool:
@@ -171,8 +172,7 @@ def _shape_of(graph: fx.Graph, bindings: Mapping[str, Any]) -> list[Any]:
     for node in inputs:
         known[node] = _Reference(str(node.target))
         if str(node.target) in bindings:
-            value = bindings[str(node.target)]
-            known[node] = _Reference(str(inputs[0].target)) if value is SAME else value
+            known[node] = bindings[str(node.target)]
 
     def resolved(value: Any) -> Any:
         if isinstance(value, fx.Node):

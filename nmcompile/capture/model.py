@@ -10,6 +10,7 @@ from nmcompile.capture.exported import Exported, export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
 from nmcompile.capture.outline import outline
 from nmcompile.capture.regions import Regions, find_regions
+from nmcompile.capture.replay import differing_forwards
 from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, own_matrices
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
@@ -39,7 +40,10 @@ def capture_model(
     with unchanged(model) as memory:
         layers = find_module_layers(model)
         protected = frozenset(map(storage_key, [*model.parameters(), *memory.tensors.values()]))
-        regions = find_regions(model, layers.found, protected)
+        regions = find_regions(model, layers.found, protected, {})
+        if regions.traces and (args is not None or kwargs) and not any(map(is_sharded, model.parameters())):
+            differing = differing_forwards(model, regions.traces, args or (), kwargs or {})
+            regions = find_regions(model, layers.found, protected, differing) if differing else regions
         found = _in_module_order(model, [*layers.found, *regions.found])
         python = _still_python(model, layers, found) | regions.python
         if not found:

@@ -1,7 +1,7 @@
 """Functional layers: conv and linear calls in the forwards of modules, and code that reads a layer's weight."""
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -44,15 +44,18 @@ class Regions:
     called: set[str] = field(default_factory=set)
 
 
-def find_regions(model: nn.Module, layers: list[FoundSite], protected: frozenset[int]) -> Regions:
+def find_regions(
+    model: nn.Module, layers: list[FoundSite], protected: frozenset[int], differing: Mapping[str, str]
+) -> Regions:
     """Trace every module that is not torch.nn's own.
 
     Args:
         model: the model.
         layers: the layers that are modules.
         protected: the storages that nothing may write to.
+        differing: by module name, why a forward that would be generated must not be.
     """
-    finder = _Finder(model, layers, protected)
+    finder = _Finder(model, layers, protected, differing)
     for name, module in model.named_modules():
         if is_traceable(module):
             finder.visit(name, module)
@@ -68,9 +71,12 @@ def is_traceable(module: nn.Module) -> bool:
 
 
 class _Finder:
-    def __init__(self, model: nn.Module, layers: list[FoundSite], protected: frozenset[int]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: list[FoundSite], protected: frozenset[int], differing: Mapping[str, str]
+    ) -> None:
         self.regions = Regions()
         self.protected = protected
+        self.differing = differing
         self.used = {found.site.layer.name for found in layers}
         self.owners = {found.site.weight: found.site for found in layers}
         self.names = {id(module): name for name, module in model.named_modules()}
@@ -84,6 +90,7 @@ class _Finder:
         matched = [call for call in map(match_call, graph.nodes) if call]
         calls = [(call, weight) for call in matched for weight in find_weight(module, call)]
         reason = unfaithful(module, trace, self.protected) if calls else _silence(module, trace, graph)
+        reason = reason or self.differing.get(name, "")
         for one in refused:
             self._note_product(name, module, one)
         if not reason:

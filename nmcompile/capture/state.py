@@ -50,6 +50,20 @@ def restore_random_states(states: dict[str, Any]) -> None:
         sys.modules["numpy.random"].set_state(states["numpy"])
 
 
+@contextmanager
+def contents_unchanged(memory: "Memory") -> Iterator[None]:
+    """Undo, at the end and also after an error, what was written to tensors that are not parameters."""
+    states = [one for one in memory.tensors.values() if not isinstance(one, nn.Parameter) and one.device.type != "meta"]
+    copies = [tensor.detach().clone() for tensor in states]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, contents in zip(states, copies, strict=True):
+                if not torch.equal(tensor, contents):
+                    tensor.copy_(contents)
+
+
 class Memory:
     """The attributes of a module tree, with the contents of plain containers and of plain objects in them.
 

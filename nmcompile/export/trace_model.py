@@ -20,6 +20,7 @@ from nmcompile.export.open_shapes import enlarged, names_of, open_as_asked, open
 from nmcompile.export.outputs import left_out, outputs_of
 from nmcompile.export.runners import first_line
 from nmcompile.ir.einsum import linear_einsum
+from nmcompile.ir.own_thread import exporting_alone
 
 OPSET = 21  # the first with 4-bit integers
 FIXED = "if the model needs one size there, give dynamic_batch=False, or leave that dim out of dynamic_shapes"
@@ -83,7 +84,7 @@ def trace_model(
     _check_outputs(program, type(plain).__name__)
     _open_einsums(program)
     try:
-        with _without_advice():
+        with exporting_alone(), _without_advice():
             traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
@@ -144,7 +145,7 @@ def _exported(
 
     hook = plain.register_forward_hook(tensors_only)
     try:
-        with torch.no_grad():
+        with exporting_alone(), torch.no_grad():
             return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes), tuple(left)
     except Exception as error:  # whatever the model's own code raises comes out here
         hint = "" if shapes is None else f"; {FIXED}"

@@ -237,13 +237,18 @@ def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Modul
     return _classes[mixin, base]
 
 
-def _region_class(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
+def generated_forward(graph: fx.Graph) -> Callable[..., Any]:
+    """The function of a module that a graph is the code of."""
     # Only the generated code is wanted; what it names, the module itself will hold. The graph that is kept gets no
     # owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    generated = type(fx.GraphModule(attributes, copy.deepcopy(graph)))
-    setattr(generated.forward, GENERATED, True)
-    members = {"__module__": base.__module__, "forward": generated.forward}
+    forward: Callable[..., Any] = type(fx.GraphModule(attributes, copy.deepcopy(graph))).forward
+    setattr(forward, GENERATED, True)
+    return forward
+
+
+def _region_class(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
+    members = {"__module__": base.__module__, "forward": generated_forward(graph)}
     return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
 
 

@@ -77,6 +77,8 @@ def _own(module: nn.Module) -> dict[str, Any]:
 
 
 def _own_hooks(hooks: Any) -> Any:
+    if not isinstance(hooks, dict):  # a GraphModule has lists by such names
+        return hooks
     own = {key: hook for key, hook in hooks.items() if not _origin(hook).startswith(SPLITTERS)}
     return hooks if len(own) == len(hooks) else type(hooks)(own)
 

@@ -154,7 +154,7 @@ UNFAITHFUL: dict[type[nn.Module], str] = {
     AsksAutocast: "whether autocast is on",
     UnderAutocast: "grad mode or autocast",
     AsksForNone: "'mask' for None",
-    ComparesTensors: "'key' is 'query'",
+    ComparesTensors: "identity or type of a value",
     Branches: "TraceError",
     Spread: "TraceError",
 }

@@ -1,0 +1,150 @@
+"""Run every generated forward beside its original, on the example that the model was compiled with."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from nmcompile.capture.calls import LABEL
+from nmcompile.capture.faithful import summary
+from nmcompile.capture.state import contents_unchanged, unchanged
+from nmcompile.capture.stitch import shadow_tree
+from nmcompile.ir.modules import generated_forward
+
+Forward = Callable[..., Any]
+
+
+def differing_forwards(
+    model: nn.Module, traces: Mapping[str, fx.Graph], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    """Run the model once in eval mode and compare the forwards that its traces would generate with its own.
+
+    The forwards call plain layers, so they have to give the very same bits; only a product that became a linear layer
+    may round differently. Modules that the run does not reach are not compared.
+
+    Returns:
+        By module name, how a generated forward differs.
+    """
+    comparison = _Comparison()
+    shadow = shadow_tree(model)
+    for name, graph in traces.items():
+        module = shadow.get_submodule(name)
+        if not isinstance(module, fx.GraphModule):
+            is_exact = not any(LABEL in node.meta for node in graph.nodes)
+            module.__dict__["forward"] = comparison.of(name, module, generated_forward(graph), is_exact)
+    with suppress(Exception), unchanged(shadow) as memory, contents_unchanged(memory), torch.no_grad():
+        given, named = _copied((args, kwargs))
+        shadow(*given, **named)
+    return comparison.reasons
+
+
+class _Comparison:
+    """The modules whose generated forward was found to differ; a module inside a run that is compared is just run."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.is_comparing = False
+
+    def of(self, name: str, module: nn.Module, generated: Forward, is_exact: bool) -> Forward:
+        """The module's forward, which runs the generated one before itself."""
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.is_comparing and name not in self.reasons:
+                self.is_comparing = True
+                try:
+                    run = functools.partial(_run_aside, module, given=(args, kwargs))
+                    reason = _reason(run, original, functools.partial(generated, module), is_exact)
+                    self.reasons.update({name: f"on the example its generated forward {reason}"} if reason else {})
+                finally:
+                    self.is_comparing = False
+            return original(*args, **kwargs)
+
+        return forward
+
+
+def _reason(run: Callable[[Forward], Any], original: Forward, generated: Forward, is_exact: bool) -> str:
+    expected = run(original)
+    try:
+        found = run(generated)
+    except Exception as error:
+        return f"fails: {summary(error)}"
+    reason = next(_differences(expected, found, is_exact), "")
+    # Code that differs from itself (atomic additions on a GPU) is no measure.
+    is_known = reason and not any(_differences(expected, run(original), is_exact))
+    return f"differs: {reason}" if is_known else ""
+
+
+def _run_aside(module: nn.Module, forward: Forward, given: Any) -> tuple[Any, Any]:
+    """What a forward returns and what it leaves in its inputs, without a trace in the module or in random states."""
+    args, kwargs = _copied(given)
+    with unchanged(module) as memory, contents_unchanged(memory):
+        return forward(*args, **kwargs), (args, kwargs)
+
+
+def _differences(expected: tuple[Any, Any], found: tuple[Any, Any], is_exact: bool) -> Iterator[str]:
+    yield from differences(expected[0], found[0], "its output", is_exact)
+    yield from differences(expected[1], found[1], "what it leaves in its inputs", is_exact)
+
+
+def _copied(value: Any) -> Any:
+    """Copies of all tensors and containers; one tensor that is given twice stays one."""
+    leaves = pytree.tree_leaves(value)
+    memo: dict[int, Any] = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
+    return copy.deepcopy(value, memo | {id(leaf): leaf for leaf in leaves if isinstance(leaf, nn.Module)})
+
+
+def differences(
+    expected: Any, found: Any, name: str, is_exact: bool = True, seen: frozenset[int] = frozenset()
+) -> Iterator[str]:
+    """Say how two results differ: in structure, or in any bit (`is_exact`) or by more than rounding."""
+    if type(expected) is not type(found):
+        yield f"{name} is of class {type(found).__name__}, not {type(expected).__name__}"
+    elif isinstance(expected, Tensor):
+        yield from _tensor_differences(expected, found, name, is_exact)
+    elif isinstance(expected, Mapping) and list(expected) != list(found):
+        yield f"{name} has other keys"
+    elif isinstance(expected, tuple | list) and len(expected) != len(found):
+        yield f"{name} has {len(found)} items, not {len(expected)}"
+    elif isinstance(expected, bool | int | float | str | bytes | None) and expected != found:
+        yield f"{name} is {found!r}, not {expected!r}"
+    elif id(expected) not in seen:
+        others = dict(_parts(found))
+        for key, part in _parts(expected):
+            yield from differences(part, others.get(key), f"{name}[{key!r}]", is_exact, seen | {id(expected)})
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The items of a container, the attributes of a plain object."""
+    if isinstance(value, Mapping):
+        yield from value.items()
+    elif isinstance(value, tuple | list):
+        yield from enumerate(value)
+    elif not isinstance(value, nn.Module | type) and not callable(value):
+        yield from getattr(value, "__dict__", {}).items()
+
+
+def _tensor_differences(expected: Tensor, found: Tensor, name: str, is_exact: bool) -> Iterator[str]:
+    if (expected.dtype, expected.shape, expected.device) != (found.dtype, found.shape, found.device):
+        yield f"{name} is {_kind(found)}, not {_kind(expected)}"
+    elif expected.device.type != "meta" and not _is_equal(expected, found, is_exact):
+        yield f"{name} has other values"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+
+
+def _is_equal(expected: Tensor, found: Tensor, is_exact: bool) -> bool:
+    if expected.layout is not torch.strided:
+        expected, found = expected.to_dense(), found.to_dense()
+    is_same = (expected == found) | ((expected != expected) & (found != found))
+    if not is_exact and expected.is_floating_point() and expected.numel():
+        largest = expected.abs().nan_to_num(0, 0).max()
+        is_same |= (expected - found).abs() <= torch.finfo(expected.dtype).eps ** 0.5 * largest
+    return bool(is_same.all())
