@@ -375,7 +375,7 @@ def test_two_compiled_models_in_one_have_no_common_state() -> None:
 
 
 def test_the_state_of_a_channels_last_model_can_be_written(tmp_path: Path) -> None:
-    model = fresh().to(memory_format=torch.channels_last)
+    model = fresh().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train(model, OPTIMIZERS["adam"](model), 0, 1)
     save_file(nmcompile.sparse_state_dict(model), tmp_path / "sparse")
     assert all(

@@ -140,6 +140,16 @@ def test_a_failed_trace_leaves_nothing_patched() -> None:
     assert patched() == before
 
 
+def test_tracing_within_tracing_and_behind_torch_compile() -> None:
+    """torch.compile wraps the method of the tracer that is replaced here."""
+    torch.compile(nn.Linear(8, 8), backend="eager")(X)
+    before = patched()
+    with tracing_alone(), tracing_alone():
+        graph = fx.Tracer().trace(nn.Sequential(nn.Linear(8, 8)))
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+    assert patched() == before
+
+
 def test_silence_is_for_one_thread(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     def speaks() -> None:
         print("from another thread")

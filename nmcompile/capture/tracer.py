@@ -1,6 +1,7 @@
 """Trace one module with fx, its children being calls, and note what makes the trace differ from the code."""
 
 import dis
+import gc
 import inspect
 import operator
 import sys
@@ -230,11 +231,16 @@ def _watch_calls(tracer: ModuleTracer) -> Iterator[None]:
         elif event == "c_call" and arg in _READS and _is_model_code(frame):
             tracer.complain(_READS[arg])
 
+    # The garbage collector would run finalizers and callbacks as if the forward called them.
+    collects = gc.isenabled()
+    gc.disable()
     sys.setprofile(profile)
     try:
         yield
     finally:
         sys.setprofile(previous)
+        if collects:
+            gc.enable()
 
 
 class Guard(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """Keep what fx and torch.export change for a whole process to the thread that traces, one thread at a time."""
 
 import functools
+import inspect
 import logging
 import sys
 import threading
@@ -14,22 +15,31 @@ from torch import fx
 from torch.fx import _symbolic_trace as symbolic
 
 _lock = threading.RLock()
+_OWN = "nmcompile_own"
+"""Marks the `Tracer.trace` of a thread that traces alone."""
 
 
 @contextmanager
 def tracing_alone() -> Iterator[None]:
     """Wait until no other thread traces or compiles, then let fx patch torch for this thread alone."""
-    here, plain = OnThread(), symbolic.Tracer.trace
-    # The same code with a patcher, and a flag that says that fx traces, of its own.
-    own = FunctionType(plain.__code__, {**vars(symbolic), "_new_patcher": _own_patcher}, "trace", plain.__defaults__)
+    with _compile_lock(), _lock:
+        plain = symbolic.Tracer.trace
+        if hasattr(plain, _OWN):  # this thread traces already
+            yield
+            return
+        here = OnThread()
+        # The same code with a patcher, and a flag that says that fx traces, of its own. torch.compile wraps it.
+        inner = inspect.unwrap(plain)
+        own = FunctionType(inner.__code__, vars(symbolic) | {"_new_patcher": _own_patcher}, "trace", inner.__defaults__)
 
-    def trace(*args: Any, **kwargs: Any) -> fx.Graph:
-        graph: fx.Graph = (own if here else plain)(*args, **kwargs)
-        return graph
+        def trace(*args: Any, **kwargs: Any) -> fx.Graph:
+            graph: fx.Graph = (own if here else plain)(*args, **kwargs)
+            return graph
 
-    flag = _replaced(symbolic, "_is_fx_tracing_flag", here)
-    with _compile_lock(), _lock, _replaced(symbolic.Tracer, "trace", trace), flag:
-        yield
+        setattr(trace, _OWN, True)
+        flag = _replaced(symbolic, "_is_fx_tracing_flag", here)
+        with _replaced(symbolic.Tracer, "trace", trace), flag:
+            yield
 
 
 @contextmanager

@@ -75,6 +75,8 @@ def test_a_forward_that_differs_stays_python(kind: type[Region], difference: str
 
 def test_the_comparison_leaves_no_trace() -> None:
     class Child(nn.Module):
+        calls: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.BatchNorm1d(4)
@@ -84,7 +86,8 @@ def test_the_comparison_leaves_no_trace() -> None:
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
             self.log.append(1)
-            return self.norm(x + torch.rand_like(x) + self.calls)
+            y: Tensor = self.norm(x + torch.rand_like(x) + self.calls)
+            return y
 
     class Parent(Region):
         def __init__(self) -> None:

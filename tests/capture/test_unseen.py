@@ -1,6 +1,7 @@
 """A test for identity or type leaves nothing in a trace: forwards with one stay Python and compute what they did."""
 
 import copy
+import gc
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
@@ -311,3 +312,26 @@ def test_a_test_for_none_whose_other_branch_cannot_be_traced_stays_python() -> N
     for state in (None, Y):
         assert_equal(compiled(X, state), model(X, state))
     assert "the argument 'state' for None" in capture_model(model).python["part"]
+
+
+def test_callbacks_of_the_garbage_collector_are_not_the_code_of_a_forward() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear([x, [{} for _ in range(100)]][0], self.w)
+
+    def callback(phase: str, info: dict[str, Any]) -> None:
+        assert info is not phase
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        captured = capture_model(Own(), None, None)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert not captured.python and gc.isenabled()
