@@ -321,11 +321,16 @@ def test_callbacks_of_the_garbage_collector_are_not_the_code_of_a_forward() -> N
             self.w = nn.Parameter(torch.randn(4, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear([x, [{} for _ in range(100)]][0], self.w)
+            rows = [[x] for _ in range(100)]
+            return F.linear(rows[0][0], self.w)
 
     def callback(phase: str, info: dict[str, Any]) -> None:
-        assert info is not phase
+        try:
+            seen.append(phase)
+        except ValueError:  # which a trace does not see
+            raise
 
+    seen: list[str] = []
     threshold = gc.get_threshold()
     gc.callbacks.append(callback)
     gc.set_threshold(1)
@@ -334,4 +339,4 @@ def test_callbacks_of_the_garbage_collector_are_not_the_code_of_a_forward() -> N
     finally:
         gc.set_threshold(*threshold)
         gc.callbacks.remove(callback)
-    assert not captured.python and gc.isenabled()
+    assert seen and not captured.python and gc.isenabled()
