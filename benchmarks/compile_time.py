@@ -29,7 +29,7 @@ def seconds_for_masks(model: nn.Module) -> float:
     parameters = dict(model.named_parameters())
     start = time.perf_counter()
     for name, mask in masks_of(model).items():
-        mask.current(parameters[name].detach())
+        mask.current(parameters[name], None)
     return time.perf_counter() - start
 
 

@@ -16,6 +16,7 @@ from nmcompile.errors import NMCompileError as NMCompileError
 from nmcompile.exporting import ExportReport as ExportReport
 from nmcompile.exporting import export as export
 from nmcompile.finalization import finalize as finalize
+from nmcompile.freezing import freeze as freeze
 from nmcompile.ir.modules import ThreeGemm as ThreeGemm
 from nmcompile.pruning import NMPattern as NMPattern
 from nmcompile.sparse_state import load_sparse_state_dict as load_sparse_state_dict

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from nmcompile.accuracy import Reverted
 from nmcompile.config import CompileConfig, preset
 from nmcompile.errors import StateError
 from nmcompile.ir.captured import Captured
+from nmcompile.ir.frozen import thaw
+from nmcompile.ir.kept import forget
 from nmcompile.ir.modules import FINALIZED, RECORD, restore, turn_off_fast_path
 from nmcompile.ir.plan import DensePhases, Plan
 from nmcompile.ir.program import Program
@@ -64,13 +67,19 @@ def lowered(captured: Captured, plan: Plan, backends: Sequence[Backend]) -> Prog
 
 
 def bind_layers(model: nn.Module, done: Compilation, seed: int, earlier: Earlier) -> dict[str, GemmTriple]:
-    """The running form of every layer that is rewritten, by name; changes nothing in `model`."""
-    factory = TripleFactory(model, done.program, done.config, seed, earlier)
-    return {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
+    """The running form of every layer that is rewritten, by name; changes nothing in `model`.
+
+    Its masks, clips and streams are ordinary tensors, also where the caller is in `torch.inference_mode`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        factory = TripleFactory(model, done.program, done.config, seed, earlier)
+        return {site.layer.name: factory.make(site) for site in factory.rewritten_sites()}
 
 
 def install_layers(model: nn.Module, done: Compilation, triples: dict[str, GemmTriple]) -> None:
     """Change the module tree, whatever it was compiled to before."""
+    forget(list(model.parameters()))
+    thaw(model.parameters())
     restore_all(model)
     for module in model.modules():
         module.__dict__.pop(FINALIZED, None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nmcompile.checks import check_compiled
 from nmcompile.compilation import bypassed_layers, restore_all
 from nmcompile.errors import PassError, StateError
+from nmcompile.ir.fingerprint import fingerprint
 from nmcompile.ir.modules import FINALIZED, RECORD
 from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
 from nmcompile.ir.three_gemm import GemmTriple
@@ -77,7 +78,7 @@ def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
         return None
     # A mask that is computed tells that its layer ran.
     mask = triple.mask
-    found = None if mask is None else mask.current(weight) if triple.called else mask.preview(weight)
+    found = None if mask is None else mask.current(weight, fingerprint(weight)) if triple.called else mask.preview(weight)
     pruned = weight if found is None else apply_mask(weight, found)
     step, grid = triple.steps.of_weight(weight), triple.steps.weight_grid
     return pruned if step is None or grid is None else to_grid(pruned, step, grid.bits, grid.signed)
@@ -91,7 +92,7 @@ def _effective(model: nn.Module, triple: GemmTriple) -> tuple[Place | None, Tens
     """The place of the weight in a parameter, None where it has a name of its own, and its values."""
     site, weight, stored = triple.site, effective_weight(model, triple), stored_weight(model, triple.site)
     if triple.mask is not None and stored is not None:
-        triple.mask.current(stored)
+        triple.mask.current(stored, fingerprint(stored))
     is_computed = is_computed_in_forward(model, site)
     place = find_place(model, site, stored) if is_computed and stored is not None else None
     if weight is None or (is_computed and place is None):

@@ -36,7 +36,7 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
     layers = _layers(model)
     for mask in masks_among(layers).values():
         # The next forward would see that the weight was written; in the model that loads it looks like a known one.
-        mask.notice_write()
+        mask.look()
     return _state(layers, _dense_phases(model))
 
 
@@ -79,11 +79,13 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
 def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
     for name, mask in masks_among(layers).items():
         steps, stale = (int(value) for value in state[f"{name}{CLOCK}"])
+        mask.look()  # which also has it where the weight is now
         mask.tensor.copy_(state[f"{name}.mask"])
         mask.steps, mask.is_resumed = steps, False
-        mask.accept_version()
+        mask.accept_content()
         mask.clock[STALE] = stale
     for triple in layers:
+        triple.thaw()
         triple.stream.seed = int(state["seed"])
         triple.stream.draw.copy_(state[f"{triple.layer.name}{DRAW}"])
         for step in triple.steps.activations:

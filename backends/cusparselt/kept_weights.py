@@ -20,7 +20,7 @@ _captured: list[Tensor] = []
 
 def is_kept(weight: Tensor | None, mask: Tensor | None) -> bool:
     """Whether what is made of a weight is kept: of a parameter at rest. Others are made anew in each call."""
-    return isinstance(weight, nn.Parameter) and can_keep(weight, mask, device=weight.device.type)
+    return isinstance(weight, nn.Parameter) and can_keep(weight, mask)
 
 
 def compressed_weight(

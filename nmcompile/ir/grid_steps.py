@@ -28,6 +28,8 @@ class ActivationStep:
         self.row = row
         self.grid: Grid = row.grid
         self.is_calibrated = False
+        # Whatever the model is on: a clip on meta would lose its value.
+        device = torch.device("cpu") if device.type == "meta" else device
         self.clip = nn.Parameter(torch.full((), torch.nan, device=device), requires_grad=row.operator == "pact")
 
     def current(self) -> Tensor:
@@ -49,7 +51,9 @@ class ActivationStep:
         self.is_calibrated = True
 
     def move(self, device: torch.device) -> None:
-        self.clip.data = self.clip.data.to(device)
+        if self.clip.device != device and device.type != "meta":
+            with torch.inference_mode(False), torch.no_grad():
+                self.clip.data = self.clip.data.to(device)
 
 
 @dataclass

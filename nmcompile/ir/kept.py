@@ -1,34 +1,30 @@
-"""What is derived from a weight, kept between calls while a layer runs without gradients.
+"""Caches of values that are derived from a weight, while a layer runs without training it.
 
-It is derived again once the weight was written. The version counter shows most writes, but not those of fused
-optimizers: a call with gradients and an optimizer's step forget what is kept. Nor does it show writes through `.data`,
-for which a sample of the elements is compared, on the CPU: on a GPU every call would have to wait for that.
+A layer compares its weight's fingerprint in each such call, so a value is derived again after any write, by any means.
+On a GPU a comparison would have to wait for it: there values are cached only for frozen models, which compare nothing.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
 from itertools import starmap
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nmcompile.ir.at_rest import are_weights_at_rest
+from nmcompile.ir.at_rest import FROZEN, Content, content_at_rest
+from nmcompile.ir.shards import PLAIN
 
-SAMPLES = 64
-PLAIN = Tensor, nn.Parameter
 Value = TypeVar("Value")
 
 _all: "weakref.WeakSet[Kept[Any]]" = weakref.WeakSet()
 
 
 def forget(weights: Sequence[Tensor]) -> None:
-    """Free everything that is kept of these weights, which may change unseen.
+    """Free everything that is cached of these weights.
 
-    Shards (DTensors) do not say which tensor they are a part of: with one among them, all that is kept is freed.
+    Shards (DTensors) do not say which tensor they are a part of: with one among them, all caches are cleared.
     """
     for kept in [kept for kept in _all if len(kept)]:
         if all(type(weight) in PLAIN for weight in weights):
@@ -39,31 +35,30 @@ def forget(weights: Sequence[Tensor]) -> None:
 
 
 class _Seen(NamedTuple):
-    """What a tensor looked like."""
+    """What shows that a tensor of ours, such as a mask, is the same and was not written."""
 
     address: int
     version: int
     strides: tuple[int, ...]
-    sample: Tensor
 
     def is_of(self, x: Tensor) -> bool:
-        same = (self.address, self.version, self.strides) == (x.data_ptr(), x._version, x.stride())
-        return same and (x.is_cuda or torch.equal(self.sample, _sample(x)))
+        return self == (x.data_ptr(), x._version, x.stride())
 
 
 class _Entry(NamedTuple):
-    sources: tuple[_Seen | None, ...]
+    content: Content
+    others: tuple[_Seen | None, ...]
     how: Hashable
     value: Any
 
-    def is_of(self, sources: tuple[Tensor | None, ...], how: Hashable) -> bool:
-        if self.how != how or len(self.sources) != len(sources):
+    def is_of(self, content: Content | None, others: tuple[Tensor | None, ...], how: Hashable) -> bool:
+        if content not in (self.content, FROZEN) or self.how != how or len(self.others) != len(others):
             return False
-        return all(starmap(_is_same, zip(self.sources, sources, strict=True)))
+        return all(starmap(_is_same, zip(self.others, others, strict=True)))
 
 
 class Kept(Generic[Value]):
-    """One value for each weight, which does not keep the weight alive."""
+    """One cached value for each weight, which does not keep the weight alive."""
 
     def __init__(self) -> None:
         self._entries = WeakTensorKeyDictionary()
@@ -75,7 +70,7 @@ class Kept(Generic[Value]):
     def get(
         self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable, derive: Callable[[], Value]
     ) -> Value:
-        """What is kept, or what `derive` gives now, which must not hold the weight.
+        """Return the cached value, or compute it with `derive`; the value must not reference the weight.
 
         Args:
             weight, others: what the value depends on; see `can_keep`.
@@ -83,10 +78,11 @@ class Kept(Generic[Value]):
         """
         entry = self._find(weight, others, how)
         if entry is None:
+            content = content_at_rest()
+            assert content is not None
             # What is made in inference mode has no version counter.
             with torch.inference_mode(False), torch.no_grad():
-                sources = tuple(map(_seen, (weight, *others)))
-                entry = self._entries[weight] = _Entry(sources, how, derive())
+                entry = self._entries[weight] = _Entry(content, tuple(map(_seen, others)), how, derive())
         value: Value = entry.value
         return value
 
@@ -101,20 +97,23 @@ class Kept(Generic[Value]):
         self._entries.clear()
 
     def forget(self, weight: Tensor | None) -> None:
-        """Free what is kept of a weight, if anything is."""
+        """Free what is cached of a weight, if anything is."""
         if weight is not None:
             self._entries.pop(weight, None)
 
     def _find(self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable) -> _Entry | None:
         entry: _Entry | None = self._entries.get(weight)
-        return entry if entry is not None and entry.is_of((weight, *others), how) else None
+        return entry if entry is not None and entry.is_of(content_at_rest(), others, how) else None
 
 
-def can_keep(*sources: Tensor | None, device: str = "cpu") -> bool:
-    """Whether weights are at rest, and these are plain tensors on that kind of device whose writes can be noticed."""
-    if torch.compiler.is_compiling() or not are_weights_at_rest():
+def can_keep(weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether values of a weight may be cached: it is at rest, and not a view, which lives for one call only.
+
+    `others` are tensors of ours, whose writes a version counter shows.
+    """
+    if torch.compiler.is_compiling() or content_at_rest() is None or type(weight) not in PLAIN or weight._is_view():
         return False
-    return all(x is None or (type(x) in PLAIN and x.device.type == device and not x.is_inference()) for x in sources)
+    return all(x is None or (type(x) in PLAIN and not x.is_inference()) for x in others)
 
 
 def _is_same(seen: _Seen | None, x: Tensor | None) -> bool:
@@ -122,17 +121,4 @@ def _is_same(seen: _Seen | None, x: Tensor | None) -> bool:
 
 
 def _seen(x: Tensor | None) -> _Seen | None:
-    return None if x is None else _Seen(x.data_ptr(), x._version, x.stride(), _sample(x).clone())
-
-
-def _sample(x: Tensor) -> Tensor:
-    """Elements from all over the memory of a tensor without gaps; of others the first."""
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    count = min(SAMPLES, x.numel(), max(reach, 0))  # an expanded tensor reaches less far than it has elements
-    return x.detach().as_strided((count,), (_distance(reach, max(1, count)),))
-
-
-@lru_cache
-def _distance(reach: int, count: int) -> int:
-    """Between samples. With a divisor in common all might lie in one column, and its feature may never be on."""
-    return next(d for d in range(max(1, reach // count), 0, -1) if math.gcd(d, reach) == 1)
+    return None if x is None else _Seen(x.data_ptr(), x._version, x.stride())

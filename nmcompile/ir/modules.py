@@ -15,7 +15,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
 from nmcompile.ir.instance_forward import GENERATED, change_class, wrapper_of_own
 from nmcompile.ir.kept import forget
-from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.ir.three_gemm import GemmTriple, MaskSource
 
 STEPS = "nmcompile_steps"
 """Key of the metadata of a state dict: how many optimizer steps a module has made with its masks."""
@@ -63,9 +63,11 @@ class ThreeGemm(Rewritten):
         """dW = dYᵀ X and db with what the plan prunes in the update GEMM."""
         return self._only_graph(Phase.UPDATE)
 
-    def _forget(self) -> None:
-        """Let go of what is kept of the weights: with weak references to them torch cannot swap tensors."""
+    def _release(self) -> None:
+        """Let go of what is cached of the weights: with weak references to them torch cannot swap tensors."""
         forget(list(self.parameters()))  # type: ignore[attr-defined]
+        for triple in self.three_gemms.values():
+            triple.thaw()
 
     def _only_graph(self, phase: Phase) -> fx.GraphModule:
         if len(self.three_gemms) != 1:
@@ -84,26 +86,32 @@ class ThreeGemm(Rewritten):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
-            metadata[STEPS] = max(
-                (one.mask.steps for one in self.three_gemms.values() if one.mask is not None), default=0
-            )
+            metadata[STEPS] = max((mask.steps for mask in self._masks()), default=0)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        self._forget()
+        self._release()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)  # type: ignore[misc]
         # Weights from a file of tensors alone come without metadata, and may be of any training.
         steps = local_metadata.get(STEPS, 0 if "version" in local_metadata else 1)
-        for triple in self.three_gemms.values():
-            if triple.mask is not None:
-                triple.mask.note_load(steps)
+        for mask in self._masks():
+            mask.note_load(steps)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)  # type: ignore[misc]
+        for mask in self._masks():
+            mask.note_assignment()
+
+    def _masks(self) -> list[MaskSource]:
+        triples: dict[str, GemmTriple] = self.__dict__.get("three_gemms", {})
+        return [triple.mask for triple in triples.values() if triple.mask is not None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        masks = [triple.mask for triple in self.three_gemms.values() if triple.mask is not None]
+        masks = self._masks()
         for mask in masks:
-            mask.notice_write()
-        self._forget()
+            mask.look()
+        self._release()
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         for mask in masks:
             mask.move(fn(mask.tensor))

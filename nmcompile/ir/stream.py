@@ -40,7 +40,7 @@ class DrawStream:
         self.layer = layer
         self.replicas = replicas or Replicas()
         self.rank: int | None = None
-        self.draw = torch.zeros((), dtype=torch.int64)
+        self.draw = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def move(self, device: torch.device) -> None:
         """Go on there: keys are made on the device where they are wanted, so that nothing has to wait for a copy."""
@@ -80,7 +80,7 @@ def _next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
     """The keys of draw 0: they stay on a GPU, as a copy from the CPU would wait for it."""
     bases = tuple(_base(seed, layer, rank, phase) for phase in ("backward", "update"))
-    return torch.tensor(bases) if device.type == "cpu" else _on_device(bases, device)
+    return torch.tensor(bases, device="cpu") if device.type == "cpu" else _on_device(bases, device)
 
 
 @lru_cache(LAYERS)

@@ -1,7 +1,7 @@
 """Three graphs behind one autograd function, and the mixin for the modules that call them."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor, fx
 
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
-from nmcompile.ir.at_rest import weights_at_rest
+from nmcompile.ir.at_rest import FROZEN, Content, weights_at_rest
 from nmcompile.ir.captured import Site
+from nmcompile.ir.fingerprint import fingerprint
+from nmcompile.ir.frozen import Frozen
 from nmcompile.ir.grid_steps import GridSteps
 from nmcompile.ir.kept import forget
 from nmcompile.ir.layers import Layer
@@ -29,11 +31,18 @@ class MaskSource(Protocol):
     tensor: Tensor
     steps: int
 
-    def current(self, weight: Tensor) -> Tensor:
-        """The mask, bool of the weight's shape; rebuilt from `weight` if it is stale."""
+    @property
+    def is_followed(self) -> bool:
+        """Whether an optimizer is known to step the weight, so that calls which train it compare nothing."""
+
+    def current(self, weight: Tensor, content: Content | None, is_trained: bool = False) -> Tensor:
+        """Return the mask, bool of the weight's shape; rebuilt from `weight` if it is stale.
+
+        `content` is the weight's fingerprint, `FROZEN` where nothing is to be compared, or None where it is not known.
+        """
 
     def preview(self, weight: Tensor) -> Tensor:
-        """The mask that `current` would return, without a change of state."""
+        """Return the mask that `current` would return, without a change of state."""
 
     def mark_stale(self) -> None:
         """Have the next `current` rebuild the mask."""
@@ -41,14 +50,17 @@ class MaskSource(Protocol):
     def note_load(self, steps: int) -> None:
         """Hear that `load_state_dict` has written the weight, after `steps` steps of sparse training."""
 
-    def notice_write(self) -> None:
-        """Look whether the weight was written, before something else changes it."""
+    def look(self) -> None:
+        """Become stale if the weight was written, before something else changes it."""
 
     def move(self, tensor: Tensor) -> None:
         """Put another tensor (on another device) in the mask's place, the weight having moved too."""
 
+    def note_assignment(self) -> None:
+        """Become stale if another parameter was put in the weight's place."""
+
     def note_backward(self) -> None:
-        """Hear of a backward call of a layer that uses the mask."""
+        """Hear of a backward call that computed a gradient of the weight."""
 
 
 class GemmTriple:
@@ -73,6 +85,7 @@ class GemmTriple:
         self.mask = mask
         self.stream = stream
         self.steps = steps
+        self.frozen: Frozen | None = None
         self.called = False
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
@@ -94,20 +107,16 @@ class GemmTriple:
             bias: `(out,)`, given exactly if the layer has one.
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
         """
-        is_compiling, is_trained = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        is_transformed = not is_compiling and are_transforms_active()
-        mask = (
-            None if self.mask is None else mask_of(self.mask, weight) if is_transformed else self.mask.current(weight)
-        )
+        is_trained = torch.is_grad_enabled() and weight.requires_grad
+        is_transformed = not torch.compiler.is_compiling() and are_transforms_active()
+        content = None if is_transformed else self._look(weight, is_trained)
+        mask = None if self.mask is None else self._mask(self.mask, weight, content, is_trained, is_transformed)
         shards = None
         if type(weight) not in PLAIN and is_sharded(weight):
             shards = self._shards(input, weight, rows)
             input, weight, bias, mask = shards.take(input, weight, bias, mask)
-        if self.draws:
-            self.stream.move(input.device)
-        if is_trained and not is_compiling:
-            forget([weight])
-        with nullcontext() if is_trained or is_compiling or is_transformed else weights_at_rest():
+        self._move(input.device)
+        with self._at_rest(content, weight, is_trained):
             weight_step = self.steps.of_weight(weight)
             if rows is not None:
                 weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
@@ -119,6 +128,50 @@ class GemmTriple:
         self._observe(output)
         output = _own(output, output.shape[1:]) if unbatched else output
         return output if shards is None else shards.give(output)
+
+    @staticmethod
+    def _mask(
+        source: MaskSource, weight: Tensor, content: Content | None, is_trained: bool, is_transformed: bool
+    ) -> Tensor:
+        return mask_of(source, weight) if is_transformed else source.current(weight, content, is_trained)
+
+    def thaw(self) -> None:
+        """Take back `nmcompile.freeze`, if it was called."""
+        if self.frozen is not None:
+            self.frozen.end()
+
+    def _look(self, weight: Tensor, is_trained: bool) -> Content | None:
+        """The fingerprint of the weight, where something may depend on it and the call can afford to look."""
+        if self.frozen is not None and self.frozen.holds:
+            if is_trained:
+                self.frozen.end()
+            elif self.frozen.covers(weight):
+                return FROZEN
+        if torch.compiler.is_compiling():
+            return None
+        if is_trained:
+            forget([weight])
+            return None if self.mask is None or self.mask.is_followed else fingerprint(weight)
+        if self.mask is None and self.steps.weight_grid is None:
+            return None
+        # A GPU would be waited for: too much in each training step of a model with weights that are not trained.
+        is_asked = weight.device.type == "cpu" or not torch.is_grad_enabled()
+        return fingerprint(weight) if is_asked else None
+
+    @staticmethod
+    def _at_rest(content: Content | None, weight: Tensor, is_trained: bool) -> AbstractContextManager[None]:
+        """Where values of the weight may be cached: on a GPU only if they are never compared."""
+        is_compiling = torch.compiler.is_compiling()
+        if content is None or is_trained or is_compiling or (content != FROZEN and weight.device.type != "cpu"):
+            return nullcontext()
+        return weights_at_rest(content)
+
+    def _move(self, device: torch.device) -> None:
+        """Have the random stream and the clips where the layer runs."""
+        if self.draws:
+            self.stream.move(device)
+        for step in self.steps.activations:
+            step.move(device)
 
     def _shards(self, input: Tensor, weight: Tensor, rows: slice | None) -> Shards:
         if rows is not None:
@@ -178,7 +231,7 @@ class GemmTriple:
             saved: what `save` saved.
         """
         values = dict(zip(names, saved, strict=True)) | {"grad_output": grad_output}
-        if self.mask is not None and not torch.compiler.is_compiling():
+        if self.mask is not None and needs[2] and not torch.compiler.is_compiling():
             self.mask.note_backward()
         backward_key, update_key = _keys(self)
         grad_input = grad_weight = grad_bias = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from nmcompile.errors import GradientError
+from nmcompile.ir.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from nmcompile.ir.three_gemm import GemmTriple, MaskSource
@@ -28,9 +29,14 @@ def are_transforms_active() -> bool:
 def mask_of(source: "MaskSource", weight: Tensor) -> Tensor:
     """Return the mask of a weight that a transform may have wrapped; under `vmap` each weight has a mask of its own."""
     if not torch._C._are_functorch_transforms_active():
-        return source.current(weight)
+        return _current(source, weight)
     mask: Tensor = _Mask.apply(source, weight)  # type: ignore[no-untyped-call]
     return mask
+
+
+def _current(source: "MaskSource", weight: Tensor) -> Tensor:
+    is_followed = torch.is_grad_enabled() and source.is_followed
+    return source.current(weight, None if is_followed else fingerprint(weight))
 
 
 def run_layer(triple: "GemmTriple", *operands: Tensor | None) -> Tensor:
@@ -46,7 +52,7 @@ class _Mask(Function):
 
     @staticmethod
     def forward(source: "MaskSource", weight: Tensor) -> Tensor:
-        return source.current(weight).detach()
+        return _current(source, weight).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,7 +15,7 @@ from nmcompile.ir.stream import DrawStream, Replicas
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
 from nmcompile.training.earlier import Earlier
-from nmcompile.training.masks import STALE, WeightMask
+from nmcompile.training.masks import CONTENT, STALE, WeightMask
 
 
 class TripleFactory:
@@ -92,7 +92,7 @@ class TripleFactory:
         inside = not site.module or site.weight.startswith(f"{site.module}.")
         path = site.weight.removeprefix(f"{site.module}.") if site.module else site.weight
         mask.owners[owner if inside else self.model] = None if weight is None else path if inside else site.weight
-        mask.accept_version()
+        mask.accept_version(int(mask.clock[CONTENT]))
         return mask
 
     def _new_mask(self, site: Site, row: PlanRow, weight: Tensor | None) -> WeightMask:
@@ -109,7 +109,7 @@ class TripleFactory:
         if earlier is not None and not int(earlier.clock[STALE]) and _meets(earlier.tensor, mask):
             mask.tensor.copy_(earlier.tensor)
             mask.steps = earlier.steps
-            mask.clock[STALE] = 0
+            mask.clock[STALE], mask.clock[CONTENT] = 0, earlier.clock[CONTENT]
         return mask
 
 

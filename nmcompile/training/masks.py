@@ -4,7 +4,8 @@ import copy
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile import pruning
+from nmcompile.ir.at_rest import FROZEN, Content
+from nmcompile.ir.fingerprint import fingerprint
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.shards import gathered, is_sharded, refuse_flat
 from nmcompile.printable import printable
 from nmcompile.pruning import NMPattern
 
 NEVER_SEEN = -1
-STALE, VERSION, ADDRESS = 0, 1, 2
-SILENT_BACKWARDS = 1000
+UNKNOWN = 0
+STALE, VERSION, ADDRESS, CONTENT, FOLLOWED = range(5)
+PENDING = 100  # results of fused optimizers that are held until they are read
+SILENT_BACKWARDS = 1000  # without an optimizer step between them; then calls compare the weight again
 
 _serials = itertools.count()
 live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
@@ -30,9 +35,10 @@ class WeightMask:
     """The current mask of one weight, shared by the layers that share the weight.
 
     It becomes stale by an optimizer step (every `refresh`-th), by `load_state_dict`, and by any write to the weight
-    that no optimizer step explains, such as an EMA update. Not seen are writes to what a weight is computed from (a
-    parametrization), to the elements of `.data` or of shards (FSDP2), and another parameter in its place: compile again
-    after such. The mask itself, its step count and whether it is stale are what `sparse_state_dict` keeps.
+    that no optimizer step explains, such as an EMA update. Calls that do not train the weight compare its fingerprint,
+    which shows every write; so do calls that train it until an optimizer is seen to step it. From then on, only its
+    version counter and address are compared while it is trained. The mask itself, its step count and whether it is
+    stale are what `sparse_state_dict` keeps.
 
     Args:
         name: the weight's name.
@@ -64,7 +70,9 @@ class WeightMask:
         self.sr_ste = sr_ste
         self.kernel = kernel
         self.serial = next(_serials)  # A later compilation of the same weight has a higher one.
-        self.steps = 0
+        self.counted = 0
+        self.notes = 0  # of optimizer steps, those included that `pending` may still take back
+        self.pending: list[Tensor] = []
         self.backwards = 0
         self.is_decayed = False  # by SR-STE, for the step that is being made
         self.is_resumed = False  # with weights that sparse training may have made, and without its state
@@ -73,45 +81,101 @@ class WeightMask:
         like = torch.empty(weight.shape, device=weight.device) if is_sharded(weight) else weight
         self.tensor = torch.zeros_like(like, dtype=torch.bool, requires_grad=False)
         # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
-        self.clock = torch.tensor([1, NEVER_SEEN, 0])
+        self.clock = torch.tensor([1, NEVER_SEEN, 0, UNKNOWN, 0], device="cpu")
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
         live_masks.add(self)
 
-    def current(self, weight: Tensor) -> Tensor:
-        """The mask, rebuilt from `weight` (bool, its shape) if it is stale."""
-        if self.tensor.device != weight.device:
-            self.tensor = self.tensor.to(weight.device)
-        if not torch.compiler.is_compiling():
-            if type(weight) is not nn.Parameter:
-                refuse_flat(self.name, weight)
-            self.notice_write()
+    def current(self, weight: Tensor, content: Content | None, is_trained: bool = False) -> Tensor:
+        """Return the mask, rebuilt from `weight` (bool, its shape) if it is stale; see `MaskSource`.
+
+        Another weight than the registered one gets a mask of its own, which is not kept.
+        """
+        how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups, self.kernel
+        if torch.compiler.is_compiling():
+            self._fit(weight)
+            refresh_mask(gathered(weight), self.tensor, self.clock, *how, _when(weight, content, is_trained))
+            return self.tensor
+        if type(weight) is not nn.Parameter:
+            refuse_flat(self.name, weight)
+        if weight.is_meta or self._is_another(weight, content):
+            return self._own_mask(weight)
+        self._fit(weight)
+        if content != FROZEN:
+            self._notice(content)
         # Not for nothing: a call counts as a write to a mask that an earlier forward may have saved for its backward.
-        if torch.compiler.is_compiling() or int(self.clock[STALE]):
-            how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups
-            refresh_mask(gathered(weight), self.tensor, self.clock, *how, self.kernel)
+        if int(self.clock[STALE]):
+            refresh_mask(gathered(weight), self.tensor, self.clock, *how, NEVER)
+            self.clock[CONTENT] = UNKNOWN if content is None or content == FROZEN else content
         return self.tensor
+
+    def _fit(self, weight: Tensor) -> None:
+        """Have the mask where the weight is: a model is materialized, or loaded, in many ways."""
+        if self.tensor.device == weight.device or weight.is_meta:
+            return
+        # What is made in inference mode could not be written outside.
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            if self.tensor.is_meta:
+                self.tensor = torch.zeros(self.tensor.shape, dtype=torch.bool, device=weight.device)
+                self.clock[STALE] = 1
+            else:
+                self.tensor = self.tensor.to(weight.device)
+
+    def _is_another(self, weight: Tensor, content: Content | None) -> bool:
+        """Whether `torch.func.functional_call` or the like has put other values in the weight's place."""
+        if content == FROZEN or self.accepted is None or id(weight) == self.accepted:
+            return False
+        if weight.data_ptr() == int(self.clock[ADDRESS]):  # `weight.detach()`
+            return False
+        return (fingerprint(weight) if content is None else content) != int(self.clock[CONTENT])
+
+    @torch.no_grad()
+    def _own_mask(self, weight: Tensor) -> Tensor:
+        if weight.is_meta:
+            return torch.empty_like(weight, dtype=torch.bool)
+        layer = self.layer
+        how = self.operator, self.pattern, layer.out_dim, layer.in_dim, layer.groups, self.kernel
+        return compute_mask(weight.detach(), *how)
 
     def preview(self, weight: Tensor) -> Tensor:
         """Compute the mask that `current` would return, and leave the state as it is."""
-        if not int(self.clock[STALE]) and not self.was_written():
-            return self.tensor.to(weight.device)
-        layer = self.layer
-        return compute_mask(weight, self.operator, self.pattern, layer.out_dim, layer.in_dim, layer.groups, self.kernel)
+        content = fingerprint(weight)
+        if int(self.clock[STALE]) or self._is_another(weight, content) or self._is_written(content):
+            return self._own_mask(weight)
+        return self.tensor.to(weight.device)
 
-    def notice_write(self) -> None:
-        """Become stale if the weight was written since it was last accepted."""
-        if not self.was_written():
-            return
-        if self.backwards:
-            self._warn("its weight changed after backward")
-        self.mark_stale()
+    def look(self) -> None:
+        """Become stale if the weight was written since it was last accepted; its content is known from now on."""
+        weight = self.weight()
+        if weight is not None and not weight.is_meta:
+            self._fit(weight)
+        self._notice(None if weight is None else fingerprint(weight))
+
+    def _notice(self, content: int | None) -> None:
+        is_written, known = self._is_written(content), int(self.clock[CONTENT])
+        if is_written:
+            if self.backwards:
+                self._warn("its weight changed after backward")
+            self.clock[STALE] = 1
+        if is_written or (content is not None and (content != known or self.was_moved())):
+            self._accept(None if self.accepted is None else self.weight(), content or UNKNOWN)
+
+    def _is_written(self, content: int | None) -> bool:
+        """Whether the weight, with this fingerprint if it is known, differs from what was last accepted."""
+        known = int(self.clock[CONTENT])
+        return self.was_moved() if content is None or known == UNKNOWN else content != known
+
+    def note_assignment(self) -> None:
+        """Become stale if another parameter was put in the weight's place."""
+        weight = self.weight()
+        if weight is not None and id(weight) != self.accepted:
+            self.mark_stale()
 
     def note_backward(self) -> None:
-        """Count a backward call, to notice an optimizer whose steps nobody sees."""
+        """Count a backward call: after many without a step, the optimizer that was seen steps the weight no more."""
         self.backwards += 1
         self.is_decayed = False
-        if self.backwards == SILENT_BACKWARDS and self.refresh is not None:
-            self._warn(f"{SILENT_BACKWARDS} backward calls")
+        if self.backwards == SILENT_BACKWARDS:
+            self.clock[FOLLOWED] = 0
 
     def note_load(self, steps: int) -> None:
         """Become stale, since `load_state_dict` has written the weight, which `steps` steps of sparse training made."""
@@ -149,53 +213,116 @@ class WeightMask:
         """The parameter that is the weight, or None where the weight is computed from others."""
         return None if self.is_computed else next(self.parameters(), None)
 
-    def accept_version(self) -> None:
-        """Take the weight as it is now for known: a later write that no step explains makes the mask stale."""
-        self._accept(self.weight())
+    @property
+    def is_followed(self) -> bool:
+        """Whether an optimizer is known to step the weight: then calls that train it need no fingerprint."""
+        return bool(self.clock[FOLLOWED])
 
-    def _accept(self, weight: nn.Parameter | None) -> None:
+    def accept_version(self, content: int = UNKNOWN) -> None:
+        """Take the weight as it is now for known: a later write that no step explains makes the mask stale.
+
+        Without its fingerprint, the next call that compares one takes that for known.
+        """
+        self._accept(self.weight(), content)
+
+    def accept_content(self) -> None:
+        """Take the weight as it is now for known, down to the last bit."""
+        weight = self.weight()
+        self._accept(weight, UNKNOWN if weight is None else fingerprint(weight) or UNKNOWN)
+
+    def _accept(self, weight: nn.Parameter | None, content: int) -> None:
         # A sharded parameter is not the tensor that forward sees, so its version says nothing.
-        if type(weight) is not nn.Parameter or weight.is_inference():
+        if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
             self.accepted = None
-            self.clock[VERSION] = NEVER_SEEN
+            self._put({VERSION: NEVER_SEEN, CONTENT: content})
         else:
             self.accepted = id(weight)
-            self.clock[VERSION], self.clock[ADDRESS] = weight._version, weight.data_ptr()
+            self._put({VERSION: weight._version, ADDRESS: weight.data_ptr(), CONTENT: content})
 
-    def was_written(self) -> bool:
-        """Whether the weight was written since it was last accepted."""
+    def _put(self, values: Mapping[int, int]) -> None:
+        """Set hands of the clock; most of them are there already, and to look takes less time."""
+        now = self.clock.tolist()
+        for hand, value in values.items():
+            if now[hand] != value:
+                self.clock[hand] = value
+
+    def was_moved(self) -> bool:
+        """Whether the weight has another version or address than was last accepted."""
         weight = self.weight()
         # A shard, or what FSDP2 gathers from shards, is not the tensor whose version was accepted.
         if weight is None or id(weight) != self.accepted:
             return False
         # `weight.data = ...` changes the address and no version.
-        return [weight._version, weight.data_ptr()] != self.clock[VERSION:].tolist()
+        return [weight._version, weight.data_ptr()] != self.clock[VERSION:CONTENT].tolist()
 
-    def after_step(self) -> None:
-        """Count an optimizer step that may have changed the weight."""
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that may have changed the weight."""
+        if self.pending:
+            made = torch.stack([found_inf.reshape(()) for found_inf in self.pending]) == 0
+            self.pending.clear()
+            self.counted += int(made.sum())
+        return self.counted
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self.counted = count
+        self.pending.clear()
+
+    def after_step(self, found_inf: Tensor | None = None) -> None:
+        """Count an optimizer step that may have changed the weight.
+
+        `found_inf` is not zero if a GradScaler had a fused optimizer skip the step. On a GPU it is read only where the
+        step may make the mask stale.
+        """
+        weight = self.weight()
+        is_replaced = self.accepted is not None and type(weight) is nn.Parameter and id(weight) != self.accepted
         self.backwards = 0
         self.is_decayed = False
-        self.steps += 1
-        self.accept_version()
-        if self.refresh is not None and self.steps % self.refresh == 0:
-            self.mark_stale()
+        self.notes += 1
+        self._accept(weight, UNKNOWN)
+        self._put({FOLLOWED: 1})
+        if self._reaches_refresh(found_inf) or is_replaced:
+            self.clock[STALE] = 1
+
+    def _reaches_refresh(self, found_inf: Tensor | None) -> bool:
+        before = self.counted
+        if found_inf is None:
+            self.counted += 1
+        else:
+            self.pending.append(found_inf)
+        if len(self.pending) == PENDING:
+            self.steps  # noqa: B018 - which reads them
+        most = self.counted + len(self.pending)
+        if self.refresh is None or most // self.refresh == before // self.refresh:
+            return False
+        # Where every step counts, computing the same mask once more is cheaper than to wait for a GPU.
+        return self.refresh == 1 or self.steps // self.refresh > before // self.refresh
 
     def move(self, tensor: Tensor) -> None:
-        """Put another tensor in the mask's place: the module moved to another device."""
-        if self.tensor.is_meta and not tensor.is_meta:
-            self.mark_stale()
-        self.tensor = tensor.to(torch.bool)  # also where a module took another dtype
-        self.accept_version()
+        """Put another tensor in the mask's place: the module moved to another device, or took another dtype.
+
+        Its values are not used: `to_empty` leaves them open.
+        """
+        if not tensor.is_meta:
+            moved = tensor.to(torch.bool)
+            if self.tensor.is_meta:
+                moved.zero_()
+                self.clock[STALE] = 1
+            elif moved is not self.tensor:
+                moved.copy_(self.tensor)
+            self.tensor = moved
+        self.accept_content()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.notice_write()
+        self.look()
         return self.__dict__ | {"owners": list(self.owners.items())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from nmcompile.training.steps import watch_optimizers  # which looks at the masks that are here
 
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
-        self.clock[VERSION] = NEVER_SEEN
+        self.clock[VERSION], self.clock[FOLLOWED] = NEVER_SEEN, 0
         self.accepted = None
         live_masks.add(self)
         watch_optimizers()  # in a process that has compiled nothing
@@ -205,8 +332,21 @@ class WeightMask:
         memo[id(self)] = replica
         replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         # The module that owns the copied parameter may not be complete yet.
-        replica._accept(copy.deepcopy(self.weight(), memo))
+        replica._accept(copy.deepcopy(self.weight(), memo), int(replica.clock[CONTENT]))
         return replica
+
+
+NEVER, UNTIL_FOLLOWED, ALWAYS = range(3)
+"""When a compiled call compares the weight's fingerprint."""
+
+
+def _when(weight: Tensor, content: Content | None, is_trained: bool) -> int:
+    """When `refresh_mask` compares: as `GemmTriple` does outside a compiled graph."""
+    if content == FROZEN:
+        return NEVER
+    if is_trained and isinstance(weight, nn.Parameter):
+        return UNTIL_FOLLOWED
+    return ALWAYS if weight.device.type == "cpu" or not torch.is_grad_enabled() else NEVER
 
 
 @torch.library.custom_op("nmcompile::refresh_mask", mutates_args=("mask", "clock"))
@@ -220,11 +360,18 @@ def refresh_mask(
     in_dim: int,
     groups: int,
     kernel: str,
+    compares: int,
 ) -> None:
-    """Rebuild `mask` from `weight` if it is outdated."""
-    if is_outdated(weight, clock):
+    """Rebuild `mask` from `weight` if it is outdated; `compares` says when a fingerprint is to show that."""
+    is_asked = compares == ALWAYS or (compares == UNTIL_FOLLOWED and not int(clock[FOLLOWED]))
+    content = fingerprint(weight) if is_asked else None
+    if is_outdated(weight, clock, content):
         mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
-        clock[STALE] = 0
+        clock[STALE], clock[CONTENT] = 0, UNKNOWN
+        if _tells_writes(weight, clock):
+            clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
+    if content is not None:
+        clock[CONTENT] = content
         if _tells_writes(weight, clock):
             clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
 
@@ -232,10 +379,12 @@ def refresh_mask(
 refresh_mask.register_fake(lambda *args, **kwargs: None)
 
 
-def is_outdated(weight: Tensor, clock: Tensor) -> bool:
+def is_outdated(weight: Tensor, clock: Tensor, content: int | None) -> bool:
     """Whether the clock of a mask says that it is stale, or that the weight was written unseen."""
-    seen = [int(clock[VERSION]), int(clock[ADDRESS])]
-    return bool(clock[STALE]) or (_tells_writes(weight, clock) and seen != [weight._version, weight.data_ptr()])
+    stale, version, address, known, _ = clock.tolist()
+    if content is not None and known != UNKNOWN:
+        return bool(stale) or content != known
+    return bool(stale) or (_tells_writes(weight, clock) and (version, address) != (weight._version, weight.data_ptr()))
 
 
 def _tells_writes(weight: Tensor, clock: Tensor) -> bool:

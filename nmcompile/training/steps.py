@@ -1,6 +1,6 @@
 """How masks learn of optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer.
 
-What is kept of weights at rest is forgotten there too.
+What is cached of weights at rest is freed there too, and a model that was frozen is so no more.
 """
 
 import warnings
@@ -19,13 +19,14 @@ from torch.optim.optimizer import (
 )
 
 from nmcompile.checks import check_compiled
+from nmcompile.ir.frozen import thaw
 from nmcompile.ir.kept import forget
 from nmcompile.ir.shards import is_sharded, like_shard
 from nmcompile.printable import printable
 from nmcompile.training.masks import WeightMask, live_masks
 
 _steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
-"""Of optimizers that are making a step: how many steps each mask had counted, by its id."""
+"""Of optimizers that are making a step: how many steps each mask had noted, by its id."""
 
 
 @cache
@@ -47,9 +48,9 @@ def step(model: nn.Module) -> None:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     masks = list(_masks_of(_held(optimizer)))
-    _steps_before[optimizer] = {id(mask): mask.steps for mask in masks}
+    _steps_before[optimizer] = {id(mask): mask.notes for mask in masks}
     for mask in masks:
-        if mask.was_written():
+        if mask.was_moved():
             mask.mark_stale()
     _warn_of_resumption(optimizer, [mask for mask in masks if mask.is_resumed])
     closure = kwargs.get("closure") or next(iter(args[1:]), None)
@@ -96,14 +97,21 @@ def _decay(masks: Sequence[WeightMask], optimizer: Optimizer) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _note_step(_held(optimizer), _steps_before.pop(optimizer, {}))
+    # A GradScaler tells fused optimizers, which are called each time, what made them skip the step.
+    found_inf = getattr(optimizer, "found_inf", None)
+    _note_step(_held(optimizer), _steps_before.pop(optimizer, {}), found_inf if isinstance(found_inf, Tensor) else None)
 
 
-def _note_step(parameters: Sequence[Tensor], before: Mapping[int, int] = MappingProxyType({})) -> None:
-    """Count a step, but where an optimizer inside this one has: then the mask has more steps than `before`."""
+def _note_step(
+    parameters: Sequence[Tensor],
+    before: Mapping[int, int] = MappingProxyType({}),
+    found_inf: Tensor | None = None,
+) -> None:
+    """Count a step, except where an optimizer inside this one did: then the mask has noted more steps than `before`."""
+    thaw(parameters)
     for mask in _masks_of(parameters):
-        if before.get(id(mask), mask.steps) == mask.steps:
-            mask.after_step()
+        if before.get(id(mask), mask.notes) == mask.notes:
+            mask.after_step(found_inf)
         else:
             mask.accept_version()
     forget(parameters)

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.training import step as tell_step
-from nmcompile.training.masks import SILENT_BACKWARDS
 from nmcompile.training.state import masks_of
 
 REFRESH = 3
@@ -257,19 +256,6 @@ def test_steps_that_nobody_told_of_are_noticed() -> None:
     with pytest.warns(UserWarning, match=r"weight.*no optimizer step was seen.*nmcompile\.training\.step"):
         model(X)
     assert torch.equal(mask_of(model), best_mask(compiled_linear_after_update()))
-
-
-@pytest.mark.parametrize(("refresh", "told", "warns"), [(REFRESH, False, 1), (REFRESH, True, 0), (None, False, 0)])
-def test_many_backwards_without_a_step_are_noticed(refresh: int | None, told: bool, warns: int) -> None:
-    """Once: a write that hides from versions gives no other hint."""
-    model = compiled_linear(refresh)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for index in range(SILENT_BACKWARDS + 1):
-            model(X).sum().backward()
-            if told and index == SILENT_BACKWARDS // 2:
-                tell_step(model)
-    assert sum("no optimizer step was seen" in str(warning.message) for warning in caught) == warns
 
 
 def compiled_linear_after_update() -> Tensor:

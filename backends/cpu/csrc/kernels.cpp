@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include "fingerprint.h"
 #include "gemm_module.h"
 #include "instruction_sets.h"
 #include "packed_integers_module.h"
@@ -22,6 +23,11 @@ nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>, nb::device::cpu> memory(std:
     return {memory->data(), {bytes}, owner};
 }
 
+std::int64_t fingerprint_at(std::uintptr_t address, std::int64_t bytes, unsigned threads) {
+    nb::gil_scoped_release release;
+    return fingerprint(reinterpret_cast<const std::uint8_t*>(address), bytes, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -32,6 +38,9 @@ NB_MODULE(_kernels, m) {
     for (const InstructionSet isa : instruction_sets()) names.append(kInstructionSetNames[static_cast<int>(isa)]);
     m.attr("INSTRUCTION_SETS") = nb::tuple(names);
     m.def("memory", &memory, "bytes"_a, "Bytes of any values, in memory that dropped ones have left if it fits.");
+    m.def("fingerprint", &fingerprint_at, "address"_a, "bytes"_a, "threads"_a,
+          "Of what lies there, a number that changes with it (see nmcompile.ir.fingerprint). Exporting a tensor would take"
+          " longer than a small weight.");
     bind_gemm(m);
     bind_packed_integers(m);
     bind_prune(m);
