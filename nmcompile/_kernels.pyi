@@ -10,6 +10,9 @@ INTEGERS_DEPTH: int
 def memory(bytes: int) -> Tensor:
     """Bytes of any values, uint8, in memory that dropped ones have left if it fits."""
 
+def fingerprint(address: int, bytes: int, threads: int) -> int:
+    """Compute a number that changes with the bytes at that address, see `nmcompile.ir.fingerprint`."""
+
 def prune(
     op: str,
     x: Tensor,

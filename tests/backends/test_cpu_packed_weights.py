@@ -85,7 +85,19 @@ def put_another_in_place(weight: nn.Parameter) -> None:
     weight.data = torch.randn_like(weight)
 
 
-@pytest.mark.parametrize("write", [write_in_place, write_through_data, put_another_in_place])
+def write_one_element(weight: nn.Parameter) -> None:
+    weight.data[0, 1] = 100
+
+
+def swap_two_elements(weight: nn.Parameter) -> None:
+    values = weight.detach().numpy()
+    values[0, 0], values[3, 5] = values[3, 5].copy(), values[0, 0].copy()
+
+
+WRITES = [write_in_place, write_through_data, put_another_in_place, write_one_element, swap_two_elements]
+
+
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_written_weight_is_packed_again(kind: str, write: Callable[[nn.Parameter], None]) -> None:
     compiled, x = model(kind)
@@ -123,7 +135,7 @@ def test_training_between_evaluations_keeps_nothing_stale() -> None:
 
 @pytest.mark.parametrize("fused", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_optimizer_that_counts_no_version_keeps_nothing_stale(fused: type[torch.optim.Optimizer]) -> None:
-    """Some features are never on, so that their weights, which may be what a sample holds, never change."""
+    """Some features are never on, so their weights never change."""
     compiled = nmcompile.compile(nn.Linear(64, 64), "weights", config=CompileConfig(ends="sparse"), backend="cpu")
     optimizer = fused(compiled.parameters(), lr=0.1, weight_decay=0.0, fused=True)  # type: ignore[call-arg]
     x = torch.rand(32, 64)

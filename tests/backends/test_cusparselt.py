@@ -37,7 +37,6 @@ from nmcompile.backends.cusparselt.support import (
 from nmcompile.backends.operands import pattern_support
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
-from nmcompile.ir import kept
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.kept import Kept
 from nmcompile.ir.operations import apply_mask
@@ -284,11 +283,11 @@ def test_a_call_with_gradients_forgets_what_is_kept(compressions: list[Tensor]) 
 def test_training_under_autocast_keeps_nothing_stale(
     form: str, compressions: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operators see what autocast makes of the weight; on a GPU no sample of it is compared."""
-    monkeypatch.setattr(kept, "_sample", lambda _: torch.zeros(1))
+    """The operators see what autocast makes of the weight; of a frozen model nothing is compared."""
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice(form, "the test asks for it"))
     compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
     optimizer = torch.optim.AdamW(compiled.parameters(), 0.1, fused=True)
+    nmcompile.freeze(compiled)
     with torch.no_grad():
         compiled(x)
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("dense", "the test asks for it"))
@@ -559,8 +558,10 @@ def test_a_layer_at_rest_is_captured_in_a_graph(layer: nn.Linear, on_gpu: torch.
     layer = layer.to(on_gpu, torch.bfloat16)
     compiled = nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"))
     x = torch.randn(64, 256, device=on_gpu, dtype=torch.bfloat16)
+    nmcompile.freeze(compiled)
     with torch.no_grad():
         compiled(x)
+        assert len(kept_weights._compressed) == 1
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = compiled(x)
@@ -570,12 +571,26 @@ def test_a_layer_at_rest_is_captured_in_a_graph(layer: nn.Linear, on_gpu: torch.
 
 
 @pytest.mark.parametrize("layer", [pytest.param(nn.Linear(256, 512), marks=gpu)])
+def test_on_a_gpu_nothing_is_cached_of_a_model_that_is_not_frozen(layer: nn.Linear, on_gpu: torch.device) -> None:
+    layer = layer.to(on_gpu, torch.bfloat16)
+    compiled = nmcompile.compile(layer, "weights", config=CompileConfig(ends="sparse"))
+    x = torch.randn(64, 256, device=on_gpu, dtype=torch.bfloat16)
+    with torch.no_grad():
+        compiled(x)
+        layer.weight.data.copy_(torch.randn_like(layer.weight))
+        torch.testing.assert_close(compiled(x), nmcompile.finalize(compiled)(x))
+    assert len(kept_weights._compressed) == 0
+
+
+@pytest.mark.parametrize("layer", [pytest.param(nn.Linear(256, 512), marks=gpu)])
 def test_a_step_never_waits_for_the_gpu(layer: nn.Linear, on_gpu: torch.device) -> None:
     layer = layer.to(on_gpu, torch.bfloat16)
     compiled = nmcompile.compile(layer, "training", config=CompileConfig(ends="sparse"))
     x = torch.randn(384, 256, device=on_gpu, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn(384, 512, device=on_gpu, dtype=torch.bfloat16)
     compiled(x).backward(gradient)
+    torch.optim.SGD(compiled.parameters(), 0.1).step()
+    compiled(x)
     torch.cuda.set_sync_debug_mode("error")
     try:
         compiled(x).backward(gradient)
