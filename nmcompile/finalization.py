@@ -78,8 +78,11 @@ def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
         return None
     # A mask that is computed tells that its layer ran.
     mask = triple.mask
-    found = None if mask is None else mask.current(weight, fingerprint(weight)) if triple.called else mask.preview(weight)
-    pruned = weight if found is None else apply_mask(weight, found)
+    if mask is None:
+        pruned = weight
+    else:
+        found = mask.current(weight, fingerprint(weight)) if triple.called else mask.preview(weight)
+        pruned = apply_mask(weight, found)
     step, grid = triple.steps.of_weight(weight), triple.steps.weight_grid
     return pruned if step is None or grid is None else to_grid(pruned, step, grid.bits, grid.signed)
 

@@ -22,8 +22,8 @@ MANY_ROWS = 4096
 def fingerprint(x: Tensor) -> int | None:
     """Return the fingerprint of a tensor; None where nobody can read it now.
 
-    That holds for shards, for tensors on meta or inside a transform of `torch.func`, and while a CUDA graph is captured.
-    On a GPU the caller waits for the result.
+    That holds for shards, for tensors on meta or inside a transform of `torch.func`, and while a CUDA graph is
+    captured. On a GPU the caller waits for the result.
     """
     if not _is_readable(x):
         return None
@@ -85,7 +85,8 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    return x >> bits & 2 ** (64 - bits) - 1
+    logical: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return logical
 
 
 def _signed(x: int) -> int:

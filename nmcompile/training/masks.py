@@ -126,6 +126,8 @@ class WeightMask:
             return False
         if weight.data_ptr() == int(self.clock[ADDRESS]):  # `weight.detach()`
             return False
+        if any(getattr(owner, "_is_fsdp_managed_module", False) for owner in self.owners):
+            return False  # FSDP2 gathers the weight anew for each call
         return (fingerprint(weight) if content is None else content) != int(self.clock[CONTENT])
 
     @torch.no_grad()

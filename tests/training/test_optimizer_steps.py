@@ -69,7 +69,7 @@ def test_layers_that_are_not_trained_are_no_reason_to_warn() -> None:
             model(X[:1]).sum().backward()
             optimizer.step()
             if index == MANY:
-                model[1].weight.data.mul_(2)  # type: ignore[index, operator]
+                model[1].weight.data.mul_(2)  # type: ignore[index]
     assert masks_of(model)["0.weight"].steps == MANY + 2 and masks_of(model)["1.weight"].steps == 0
 
 
@@ -98,7 +98,7 @@ class NotRead(Tensor):
     """A result on a GPU, for which every look would wait."""
 
     @classmethod
-    def __torch_function__(cls, *_: object, **__: object) -> object:  # type: ignore[override]
+    def __torch_function__(cls, *_: object, **__: object) -> object:
         raise AssertionError("the step waited for the device")
 
 

@@ -205,6 +205,7 @@ def test_an_optimizer_that_nobody_sees_is_followed() -> None:
         torch.testing.assert_close(output.detach(), by_hand(model))
         output.square().sum().backward()
         for parameter in model.parameters():
+            assert parameter.grad is not None
             parameter.data.sub_(parameter.grad, alpha=0.1)
             parameter.grad = None
     assert "no optimizer step was seen" in str(caught[0].message)
