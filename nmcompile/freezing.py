@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from nmcompile.checks import check_compiled
 from nmcompile.compilation import record_of
 from nmcompile.ir.frozen import Frozen
 from nmcompile.ir.kept import forget
@@ -13,7 +14,8 @@ def freeze(model: nn.Module) -> None:
 
     Without it, each call that does not train a weight reads it once, to see any write since its mask and its packed
     form were computed. On a GPU that has to wait for the result, so packed weights are cached there only after
-    `freeze`. Call it once before serving. Weights that a forward computes, or that FSDP2 gathers, are compared anyway.
+    `freeze`. Masked weights of dense kernels are cached only after it too, which takes as much memory as the weights.
+    Call it once before serving. Weights that a forward computes, or that FSDP2 gathers, are compared anyway.
 
     A call with gradients for a weight of the model, an optimizer step on one of its parameters, `load_state_dict`,
     `load_sparse_state_dict`, `.to()` and compiling again take the promise back for the whole model. A copy of the model
@@ -25,6 +27,7 @@ def freeze(model: nn.Module) -> None:
     Raises:
         StateError: the model is not compiled.
     """
+    check_compiled("model", model)
     triples = list(triples_of(model))
     if not triples:
         record_of(model)

@@ -99,6 +99,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "decompile": (nmcompile.decompile, lambda: {"compiled": compiled()}),
     "is_compiled": (nmcompile.is_compiled, lambda: {"model": compiled()}),
     "finalize": (nmcompile.finalize, lambda: {"compiled": compiled()}),
+    "freeze": (nmcompile.freeze, lambda: {"model": compiled()}),
     "calibrate": (nmcompile.calibrate, lambda: {"compiled": quantized(), "data": [X]}),
     "export": (
         written,

@@ -12,7 +12,7 @@ from torch.func import functional_call
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.errors import StateError
-from nmcompile.ir import three_gemm
+from nmcompile.ir import operations, three_gemm
 from nmcompile.ir.at_rest import FROZEN, are_weights_at_rest
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.training import masks
@@ -63,6 +63,18 @@ def test_nothing_is_compared(mode: str, compared: list[Tensor]) -> None:
     assert torch.equal(run(model), expected) and not compared
     with torch.inference_mode():
         assert torch.equal(model(X), expected) and not compared
+
+
+def test_masked_weights_are_cached_until_they_are_trained() -> None:
+    model = compiled("weights")
+    weight, expected = model.get_parameter("0.weight"), run(model)
+    assert weight not in operations._masked
+    nmcompile.freeze(model)
+    assert torch.equal(run(model), expected) and weight in operations._masked
+    assert torch.equal(run(model), expected)
+    step(model)
+    assert weight not in operations._masked
+    torch.testing.assert_close(run(model), fresh(model))
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

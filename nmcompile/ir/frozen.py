@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmcompile.ir.kept import forget
+
 _all: "weakref.WeakSet[Frozen]" = weakref.WeakSet()
 
 
@@ -19,7 +21,9 @@ class Frozen:
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self.holds = True
-        self.parameters = frozenset(map(id, parameters))
+        found = list(parameters)
+        self.parameters = frozenset(map(id, found))
+        self.references = [weakref.ref(parameter) for parameter in found]
         _all.add(self)
 
     def covers(self, weight: Tensor) -> bool:
@@ -27,7 +31,9 @@ class Frozen:
         return isinstance(weight, nn.Parameter) if torch.compiler.is_compiling() else id(weight) in self.parameters
 
     def end(self) -> None:
-        """Take the word back."""
+        """Take the word back, and free what it let be cached."""
+        if self.holds and not torch.compiler.is_compiling():
+            forget([parameter for reference in self.references if (parameter := reference()) is not None])
         self.holds = False
 
     def __reduce__(self) -> Any:

@@ -13,17 +13,25 @@ from torch import Tensor, fx
 
 from nmcompile.config import Phase
 from nmcompile.errors import LoweringError
+from nmcompile.ir.at_rest import FROZEN, content_at_rest
 from nmcompile.ir.grouping import grouped
+from nmcompile.ir.kept import Kept, can_keep
 from nmcompile.ir.layers import Layer
 from nmcompile.pruning import OPERATORS, NMPattern
 from nmcompile.quantization import Grid, integers
 
+_masked: Kept[Tensor] = Kept()
 KINDS = ("prune", "quantize", "gemm", "bias", "view")
 
 
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` where the mask holds, else zero; a pruned NaN or infinity becomes zero too."""
-    return torch.where(mask, x, 0.0)
+    """`x` where the mask holds, else zero; a pruned NaN or infinity becomes zero too.
+
+    The result for the weight of a frozen model is cached.
+    """
+    if not can_keep(x, mask) or content_at_rest() != FROZEN:
+        return torch.where(mask, x, 0.0)
+    return _masked.get(x, (mask,), (), lambda: torch.where(mask, x, 0.0))
 
 
 @torch.library.custom_op("nmcompile::prune", mutates_args=())
