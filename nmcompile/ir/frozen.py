@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmcompile.ir.kept import forget
+from nmcompile.ir.kept import cached_weights, forget
 
 _all: "weakref.WeakSet[Frozen]" = weakref.WeakSet()
 
@@ -21,9 +21,7 @@ class Frozen:
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self.holds = True
-        found = list(parameters)
-        self.parameters = frozenset(map(id, found))
-        self.references = [weakref.ref(parameter) for parameter in found]
+        self.parameters = frozenset(map(id, parameters))
         _all.add(self)
 
     def covers(self, weight: Tensor) -> bool:
@@ -33,7 +31,7 @@ class Frozen:
     def end(self) -> None:
         """Take the word back, and free what it let be cached."""
         if self.holds and not torch.compiler.is_compiling():
-            forget([parameter for reference in self.references if (parameter := reference()) is not None])
+            forget([weight for weight in cached_weights() if id(weight) in self.parameters])
         self.holds = False
 
     def __reduce__(self) -> Any:

@@ -34,6 +34,11 @@ def forget(weights: Sequence[Tensor]) -> None:
             kept.clear()
 
 
+def cached_weights() -> list[Tensor]:
+    """Return every weight of which a value is cached."""
+    return [weight for kept in list(_all) for weight in kept.weights()]
+
+
 class _Seen(NamedTuple):
     """What shows that a tensor of ours, such as a mask, is the same and was not written."""
 
@@ -66,6 +71,10 @@ class Kept(Generic[Value]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights that have a value."""
+        return list(self._entries)
 
     def get(
         self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable, derive: Callable[[], Value]
