@@ -281,7 +281,8 @@ def test_state_space_models_read_the_weight_of_a_projection(make: Callable[[], n
         with warnings.catch_warnings():
             warnings.simplefilter("ignore" if make is jamba and not with_args else "error")
             final = nmcompile.finalize(model)
-        assert torch.equal(final(tokens).logits, output)
+        # matmul folds its operands by whether they require gradients, and a pruned weight does not.
+        torch.testing.assert_close(final(tokens).logits, output, rtol=1e-6, atol=1e-7)
     (name,) = (name for name, _ in model.named_modules() if name.endswith("dt_proj"))
     assert is_whole(final, name)
     assert name in bypassed(nmcompile.compile(model, "weights", config=ALL))
