@@ -15,7 +15,7 @@ from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.state_entries import CLIP, CLOCK, DENSE, DRAW, FORMAT, check_entries, check_entry, check_readable
 from nmcompile.training.earlier import earlier_layers
-from nmcompile.training.masks import STALE
+from nmcompile.training.refresh_mask import STALE
 from nmcompile.training.state import masks_among, triples_of
 from nmcompile.verification import mask_checks
 

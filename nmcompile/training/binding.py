@@ -15,7 +15,8 @@ from nmcompile.ir.stream import DrawStream, Replicas
 from nmcompile.ir.three_gemm import GemmTriple
 from nmcompile.pruning import NMPattern
 from nmcompile.training.earlier import Earlier
-from nmcompile.training.masks import CONTENT, STALE, WeightMask
+from nmcompile.training.masks import WeightMask
+from nmcompile.training.refresh_mask import CONTENT, STALE
 
 
 class TripleFactory:

@@ -11,7 +11,8 @@ from nmcompile.ir.grid_steps import ActivationStep
 from nmcompile.ir.modules import FINALIZED, RECORD
 from nmcompile.ir.plan import LayerPlan
 from nmcompile.ir.three_gemm import GemmTriple
-from nmcompile.training.masks import STALE, WeightMask
+from nmcompile.training.masks import WeightMask
+from nmcompile.training.refresh_mask import STALE
 from nmcompile.training.state import masks_among, triples_of
 
 

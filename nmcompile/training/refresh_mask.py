@@ -1,0 +1,93 @@
+"""The operator that rebuilds a mask inside and outside compiled graphs, and the clock that says when."""
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile import pruning
+from nmcompile.ir.at_rest import FROZEN, Content
+from nmcompile.ir.fingerprint import fingerprint
+from nmcompile.pruning import NMPattern
+
+STALE, VERSION, ADDRESS, CONTENT, FOLLOWED = range(5)
+"""The hands of a mask's clock: whether it is stale; version, address and fingerprint of the weight that was last
+accepted; whether an optimizer is known to step the weight.
+"""
+NEVER_SEEN = -1  # a version
+UNKNOWN = 0  # a fingerprint
+NEVER, UNTIL_FOLLOWED, ALWAYS = range(3)
+"""When a compiled call compares the weight's fingerprint."""
+
+
+def when_compared(weight: Tensor, content: Content | None, is_trained: bool) -> int:
+    """Return when `refresh_mask` compares: as `GemmTriple` does outside a compiled graph."""
+    if content == FROZEN:
+        return NEVER
+    if is_trained and isinstance(weight, nn.Parameter):
+        return UNTIL_FOLLOWED
+    return ALWAYS if weight.device.type == "cpu" or not torch.is_grad_enabled() else NEVER
+
+
+@torch.library.custom_op("nmcompile::refresh_mask", mutates_args=("mask", "clock"))
+def refresh_mask(
+    weight: Tensor,
+    mask: Tensor,
+    clock: Tensor,
+    operator: str,
+    pattern: str,
+    out_dim: int,
+    in_dim: int,
+    groups: int,
+    kernel: str,
+    compares: int,
+) -> None:
+    """Rebuild `mask` from `weight` if it is outdated; `compares` says when a fingerprint is to show that."""
+    is_asked = compares == ALWAYS or (compares == UNTIL_FOLLOWED and not int(clock[FOLLOWED]))
+    content = fingerprint(weight) if is_asked else None
+    if is_outdated(weight, clock, content):
+        mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
+        clock[STALE], clock[CONTENT] = 0, UNKNOWN
+        if _tells_writes(weight, clock):
+            clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
+    if content is not None:
+        clock[CONTENT] = content
+        if _tells_writes(weight, clock):
+            clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
+
+
+refresh_mask.register_fake(lambda *args, **kwargs: None)
+
+
+def is_outdated(weight: Tensor, clock: Tensor, content: int | None) -> bool:
+    """Whether the clock of a mask says that it is stale, or that the weight was written unseen."""
+    stale, version, address, known, _ = clock.tolist()
+    if content is not None and known != UNKNOWN:
+        return bool(stale) or content != known
+    return bool(stale) or (_tells_writes(weight, clock) and (version, address) != (weight._version, weight.data_ptr()))
+
+
+def _tells_writes(weight: Tensor, clock: Tensor) -> bool:
+    """Whether version and address of this tensor tell of writes: inductor may hand a copy over, which counts from 0."""
+    if weight.is_inference() or int(clock[VERSION]) == NEVER_SEEN:
+        return False
+    return weight._version > 0 or int(clock[ADDRESS]) == weight.data_ptr()
+
+
+def compute_mask(
+    weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int, kernel: str = ""
+) -> Tensor:
+    """The mask of a weight: row-wise along `in_dim`, or transposable over tiles of (out, in) that cross no group.
+
+    `kernel` names an operator, `"namespace::name"`, that takes a weight, `out_dim` and `in_dim` and gives the mask that
+    `operator` and `pattern` ask for. By name, since it has to be saved, and traced by `torch.compile`.
+    """
+    if operator == "greedy":
+        return pruning.mask(weight, pattern, dim=in_dim)
+    split = weight.unflatten(out_dim, (groups, -1))
+    dims = out_dim + 1, in_dim + (in_dim > out_dim)
+    if kernel:
+        namespace, _, name = kernel.partition("::")
+        mask: Tensor = getattr(getattr(torch.ops, namespace), name)(split, *dims)
+    else:
+        method = "exact" if operator == "transposable" else "greedy"
+        mask = pruning.transposable_mask(split, pattern, dims=dims, method=method)
+    return mask.flatten(out_dim, out_dim + 1)
