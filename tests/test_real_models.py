@@ -129,7 +129,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "mobilevit": pictures("mobilevit_xxs"),
     "skresnet": pictures("skresnet18"),
     "googlenet": heads_for_training("googlenet", 64),
-    "inception": heads_for_training("inception_v3", 96),
+    "inception": heads_for_training("inception_v3", 299),
     "llama": tokens("LlamaForCausalLM", "LlamaConfig", **BERT, num_key_value_heads=2),
     "t5": t5,
     "bart": bart,

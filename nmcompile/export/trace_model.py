@@ -84,7 +84,8 @@ def trace_model(
     _check_outputs(program, type(plain).__name__)
     _open_einsums(program)
     try:
-        with exporting_alone(), _without_advice():
+        # With gradients on, the decomposition of attention takes another kernel than the trace did, of other strides.
+        with exporting_alone(), torch.no_grad(), _without_advice():
             traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
