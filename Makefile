@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt backends/cpu/csrc/*)
+SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt backends/cpu/csrc/*.* backends/cpu/csrc/*/*)
 
 .PHONY: help demo test slow lint types asan wheel clean
 help:  ## show this list

@@ -22,7 +22,7 @@ from nmcompile.demo.images import Images, load_images
 from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.training import batches, evaluate
 from nmcompile.training import clips
-from nmcompile.training.recipes import scheme_a, scheme_b
+from nmcompile.api.recipes import scheme_a, scheme_b
 
 LEARNING_RATE = 0.1
 QAT_RATE = 0.02

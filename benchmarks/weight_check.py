@@ -17,7 +17,7 @@ from timing import in_turns, processor
 from torch import nn
 
 import nmcompile
-from nmcompile.ir.fingerprint import fingerprint
+from nmcompile.fingerprint import fingerprint
 
 WEIGHTS = (512, 512), (1024, 1024), (4096, 1024)  # out, in
 TOKENS = 1, 256, 2048

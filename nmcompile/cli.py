@@ -91,8 +91,8 @@ def export(
 def inspect(path: Path) -> None:
     """List the weights of an ONNX file: which patterns they obey, and what hides their zeros. Runs no code of it."""
     from nmcompile.export import weights_table
-    from nmcompile.onnx_files import open_onnx
-    from nmcompile.onnx_weights import read_weights
+    from nmcompile.files.open_onnx import open_onnx
+    from nmcompile.files.read_weights import read_weights
 
     click.echo(weights_table(read_weights(open_onnx(path))))
 

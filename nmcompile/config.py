@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from nmcompile.checks import check_choice, check_kind, check_number
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.pruning.pattern import NMPattern
-from nmcompile.read_files import parse_json
+from nmcompile.files.read_files import parse_json
 
 DEFAULT = "_default"
 REGEX = "re:"

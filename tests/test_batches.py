@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
 import nmcompile
-from nmcompile.batches import run_batch
+from nmcompile.three_gemm.run_model import run_batch
 from nmcompile.errors import CalibrationError
 
 A, B, C = torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 8)

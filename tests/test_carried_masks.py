@@ -160,7 +160,7 @@ def test_where_pays_drops_no_mask_that_was_trained(x: Tensor, monkeypatch: pytes
     def never(times: object) -> dict[nmcompile.Phase, str]:
         return dict.fromkeys(nmcompile.Phase, "slow")
 
-    monkeypatch.setattr("nmcompile.profitability.decide", never)
+    monkeypatch.setattr("nmcompile.api.measure_phases.decide", never)
     pays = nmcompile.compile(model, "training", args=(x,), config=CompileConfig(where="pays"))
     assert torch.equal(pays(x), model(x))
     assert all(layer.plan.find(nmcompile.Phase.UPDATE, "grad_output") is None for layer in layers(pays))

@@ -18,7 +18,7 @@ from nmcompile.demo.run import summary
 from nmcompile.demo.training import batches, evaluate
 from nmcompile.errors import ConfigError
 from nmcompile.pruning import NMPattern
-from nmcompile.verification import TensorCheck, VerifyReport
+from nmcompile.api.verify import TensorCheck, VerifyReport
 
 Array = npt.NDArray[np.uint8]
 

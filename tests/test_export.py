@@ -15,14 +15,15 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile import CompileConfig, LayerConfig, exporting
+from nmcompile import CompileConfig, LayerConfig
+from nmcompile.api import export as exporting
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.backends.tensorrt import tensorrt_support
-from nmcompile.deployment import deployed_layers
+from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.errors import BackendUnavailable, CalibrationError, ConfigError, ExportError, FileError
 from nmcompile.export import OnnxReport
-from nmcompile.ir.deployed import DeployedLayer
-from nmcompile.onnx_files import open_onnx
+from nmcompile.export.deployed_layer import DeployedLayer
+from nmcompile.files.open_onnx import open_onnx
 
 X = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -164,7 +165,7 @@ def test_tensorrt_builds_the_plan(quantized: nn.Module, tmp_path: Path) -> None:
 
 def test_a_difference_fails_loudly(quantized: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that loses a weight's scale is caught, and the layer is named."""
-    from nmcompile import exporting
+    from nmcompile.api import export as exporting
 
     def halved(model: nn.Module) -> dict[str, DeployedLayer]:
         layers = deployed_layers(model)

@@ -12,9 +12,10 @@ from torch.func import functional_call
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.errors import StateError
-from nmcompile.ir import operations, three_gemm
+from nmcompile.ir import operations
+from nmcompile.three_gemm import triple as three_gemm
 from nmcompile.ir.at_rest import FROZEN, are_weights_at_rest
-from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training import masks
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))

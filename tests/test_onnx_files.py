@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from nmcompile import onnx_files
+from nmcompile.files import open_onnx as onnx_files
 from nmcompile.errors import FileError
-from nmcompile.onnx_files import open_onnx, read_tensor
+from nmcompile.files.open_onnx import open_onnx, read_tensor
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

@@ -6,8 +6,8 @@ import pytest
 
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.errors import FileError
-from nmcompile.onnx_files import open_onnx
-from nmcompile.onnx_rules import check_runnable
+from nmcompile.files.open_onnx import open_onnx
+from nmcompile.files.onnx_rules import check_runnable
 from tests.fatal_models import FATAL, HARMLESS, built
 
 
@@ -39,6 +39,6 @@ def test_a_large_divisor_is_read_once_for_all_nodes(monkeypatch: pytest.MonkeyPa
         read.append(args)
         return np.array([1, 2, 3, 4], np.int32)
 
-    monkeypatch.setattr("nmcompile.onnx_rules.read_tensor", counted)
+    monkeypatch.setattr("nmcompile.files.onnx_rules.read_tensor", counted)
     check_runnable(opened)
     assert len(read) == 1

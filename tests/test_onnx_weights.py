@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nmcompile.errors import FileError
-from nmcompile.onnx_files import open_onnx
-from nmcompile.onnx_weights import OnnxWeight, read_weights
+from nmcompile.files.open_onnx import open_onnx
+from nmcompile.files.read_weights import OnnxWeight, read_weights
 from nmcompile.pruning import NMPattern
 from tests.backends.conftest import conv_model
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.accuracy import Reverted
-from nmcompile.backends.choices import forget, load_choices, save_choices
+from nmcompile.api.revert_layers import Reverted
+from nmcompile.backends.shared.choose_kernel import forget, load_choices, save_choices
 from nmcompile.cli import cli
 from nmcompile.errors import NMCompileError
 from nmcompile.printable import LONGEST, in_markdown, printable, table
@@ -167,7 +167,7 @@ def test_saved_choices_cannot_print_a_verdict(tmp_path: Path, nothing_loaded: No
     reason = HOSTILE.encode("unicode_escape").decode().replace("\\x", "\\u00")
     path.write_text(path.read_text().replace("{}", f'{{"p": {{"kernel": "dense", "reason": "{reason}"}}}}'))
     load_choices(path)
-    from nmcompile.backends import choices
+    from nmcompile.backends.shared import choose_kernel as choices
 
     assert choices._loaded["p"].reason == HOSTILE
     assert_is_text(table([[str(choices._loaded["p"])]], ["kernel"]))

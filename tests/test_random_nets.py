@@ -16,7 +16,7 @@ from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, presets
 from nmcompile.config import Pruning
 from nmcompile.ir.layers import ConvLayer, Layer
 from nmcompile.ir.plan import PlanRow
-from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.three_gemm.triple import GemmTriple
 
 SDGP = LayerConfig(backward_gradient=Pruning("sdgp", NMPattern(2, 4)))
 BATCH = LayerConfig(update_gradient=Pruning("mvue_approx", NMPattern(2, 4), "batch"))

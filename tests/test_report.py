@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, Pruning, presets
 from nmcompile.errors import ConfigError
-from nmcompile.report import Report
+from nmcompile.report.report import Report
 
 BATCH, SIZE = 2, 6
 POSITIONS = {"0": BATCH * 4 * 4, "2": BATCH * 2 * 2, "5": BATCH, "7": BATCH}

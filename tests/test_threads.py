@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as symbolic
 
 import nmcompile
-from nmcompile.ir.own_thread import silent, tracing_alone
+from nmcompile.own_thread import silent, tracing_alone
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.choices import seconds
+from nmcompile.backends.shared.choose_kernel import seconds
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 
 ROWS_OF_A_TASK = 1024

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmcompile.backends.choices import latest, note, run_best
+from nmcompile.backends.shared.choose_kernel import latest, note, run_best
 from nmcompile.backends.cpu.cost import predicted_speedup
 from nmcompile.backends.cpu.gemm import Geometry
 from nmcompile.backends.cpu.kernels import kernel_support
@@ -25,7 +25,7 @@ class GemmCall:
     """What a GEMM is called with.
 
     Args:
-        name: of the node that calls, for `nmcompile.backends.choices.latest`.
+        name: of the node that calls, for `nmcompile.backends.shared.choose_kernel.latest`.
         phase: `"forward"`, `AT_REST` (with a weight that stays packed), `ON_GRID` (the same, packed as integers),
             `"backward"` or `"update"`; what a kernel prunes on the way is part of it.
         geometry: of the layer.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nmcompile.backends.choices import latest, note
+from nmcompile.backends.shared.choose_kernel import latest, note
 from nmcompile.backends.cpu.gemm_call import ON_GRID, GemmCall
 from nmcompile.backends.cpu.linear import GEOMETRY, linear_forward
 from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cpu.gemm import masked
-from nmcompile.ir.kept import Kept, can_keep
+from nmcompile.weight_cache import Kept, can_keep
 from nmcompile.ir.operations import to_grid
 from nmcompile.quantization import Grid, integers
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nmcompile.ir.kept import Kept, can_keep
+from nmcompile.weight_cache import Kept, can_keep
 
 Packs = list[Any]
 """The packed operands of the GEMMs that a layer's groups are; empty before the first of them runs."""

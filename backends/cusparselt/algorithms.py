@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.choices import seconds
+from nmcompile.backends.shared.choose_kernel import seconds
 from nmcompile.backends.cusparselt.library import Algorithm, Plan, Problem, algorithm_count, is_capturing, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.errors import LibraryError

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmcompile.backends.choices import latest
+from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.cusparselt.library import is_capturing
-from nmcompile.ir.kept import Kept, can_keep
+from nmcompile.weight_cache import Kept, can_keep
 from nmcompile.ir.operations import apply_mask
 
 _compressed: Kept[Tensor] = Kept()

@@ -22,7 +22,7 @@ from nmcompile.backends.onnxruntime import worker
 from nmcompile.backends.onnxruntime.values import Value
 from nmcompile.checks import check_number
 from nmcompile.errors import BackendUnavailable, FileError, LoweringError, NMCompileError
-from nmcompile.onnx_files import OnnxFile
+from nmcompile.files.open_onnx import OnnxFile
 
 GRACE = 5  # seconds after which the process ends itself, should this one be gone
 

@@ -9,7 +9,7 @@ from torch.utils.dlpack import from_dlpack
 
 from nmcompile.backends.onnxruntime.values import Value
 from nmcompile.errors import BackendUnavailable, FileError, LoweringError, nearest
-from nmcompile.onnx_files import OnnxFile
+from nmcompile.files.open_onnx import OnnxFile
 
 INSTALL = {
     "CUDAExecutionProvider": "pip install onnxruntime-gpu",

@@ -9,7 +9,7 @@ from typing import Any
 
 from nmcompile.checks import described
 from nmcompile.errors import FileError
-from nmcompile.read_files import parse_json
+from nmcompile.files.read_files import parse_json
 
 LARGEST = 2**28  # characters: kilobytes a layer
 SPARSE_WORDS = ("sparse", "sptensor", "spmma", "spgemm")  # in the names of tactics that skip zeros

@@ -11,7 +11,7 @@ from pathlib import Path
 from nmcompile.backends.tensorrt.engine_layers import EngineLayer
 from nmcompile.backends.tensorrt.sidecar import Sidecar
 from nmcompile.backends.tensorrt.sparsity_log import Listed, SparsityLog
-from nmcompile.onnx_weights import OnnxWeight
+from nmcompile.files.read_weights import OnnxWeight
 from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from nmcompile.capture.calls import match_call
+from nmcompile.ir.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
 from nmcompile.capture.products import rewrite_products
 from nmcompile.capture.regions import reads_value
@@ -20,8 +20,8 @@ from nmcompile.capture.stitch import SiteIndex
 from nmcompile.capture.weights import expression_of
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import WholeGraph
-from nmcompile.ir.modules import FAST_PATHS
-from nmcompile.ir.own_thread import exporting_alone, silent
+from nmcompile.three_gemm.modules import FAST_PATHS
+from nmcompile.own_thread import exporting_alone, silent
 
 Arguments = tuple[Any, ...]
 

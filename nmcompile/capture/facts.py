@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from nmcompile.capture.calls import match_call
+from nmcompile.ir.calls import match_call
 from nmcompile.capture.faithful import operator_name
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
 from nmcompile.capture.readers import norm_behind, readers_behind

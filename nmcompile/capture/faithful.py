@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from nmcompile.capture.state import Memory, python_states
 from nmcompile.capture.tracer import ModuleTracer
-from nmcompile.ir.instance_forward import foreign_forward
+from nmcompile.three_gemm.instance_forward import foreign_forward
 
 DRAWING = {
     "alpha_dropout", "bernoulli", "cauchy", "dropout", "dropout1d", "dropout2d", "dropout3d", "exponential",

@@ -18,7 +18,7 @@ from nmcompile.capture.tracer import storage_key
 from nmcompile.capture.weight_reads import WeightReads, find_weight_reads
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import Captured, WholeGraph
-from nmcompile.ir.shards import FSDP1, is_flat, is_sharded
+from nmcompile.three_gemm.shards import FSDP1, is_flat, is_sharded
 
 
 def capture_model(

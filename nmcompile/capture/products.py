@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from nmcompile.capture.calls import ADDMM_NAMES, LABEL, linear_in_out, match_call
+from nmcompile.ir.calls import ADDMM_NAMES, LABEL, linear_in_out, match_call
 from nmcompile.capture.faithful import operator_name
 from nmcompile.ir.einsum import linear_einsum
 

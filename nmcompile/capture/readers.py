@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx, nn
 
-from nmcompile.capture.calls import match_call
+from nmcompile.ir.calls import match_call
 from nmcompile.capture.ranges import plain_name
 from nmcompile.ir.captured import WholeGraph
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import fx, nn
 
-from nmcompile.capture.calls import Call, match_call
+from nmcompile.ir.calls import Call, match_call
 from nmcompile.capture.faithful import Trace, operator_name, own_copy, trace_module, unfaithful
 from nmcompile.capture.products import Refused, rewrite_products
 from nmcompile.capture.sites import (
@@ -22,7 +22,7 @@ from nmcompile.capture.sites import (
 )
 from nmcompile.capture.weights import Weight, adds_bias, expression_of, find_weight, matrix_dims, weight_at
 from nmcompile.ir.captured import Site
-from nmcompile.ir.instance_forward import foreign_forward
+from nmcompile.three_gemm.instance_forward import foreign_forward
 
 GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution"}
 # What takes no element of a weight: an embedding owns it, the others take its type or its shape.

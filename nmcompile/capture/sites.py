@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nmcompile.ir.captured import Site
-from nmcompile.ir.instance_forward import foreign_forward
+from nmcompile.three_gemm.instance_forward import foreign_forward
 from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d

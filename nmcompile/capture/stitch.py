@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nmcompile.capture.calls import match_call
+from nmcompile.ir.calls import match_call
 from nmcompile.capture.faithful import operator_name, own_copy, summary
 from nmcompile.capture.products import rewrite_products
 from nmcompile.capture.regions import is_traceable
@@ -19,8 +19,8 @@ from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.capture.weights import matrix_dims, parameters_behind, read_attribute
 from nmcompile.ir.captured import WholeGraph
-from nmcompile.ir.instance_forward import forward_slot
-from nmcompile.ir.unsharded import without_hooks
+from nmcompile.three_gemm.instance_forward import forward_slot
+from nmcompile.three_gemm.unsharded import without_hooks
 
 SCOPE = "module"
 """Key of `node.meta`: the name of the module whose code made the node."""

@@ -19,7 +19,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmcompile.capture.unseen import unseen_tests
-from nmcompile.ir.own_thread import tracing_alone
+from nmcompile.own_thread import tracing_alone
 
 # Frames that pass a type test on; the code that asks stands behind them.
 RELAYS = {"abc", "_abc", "typing", "_collections_abc", "torch.nn.parameter"}

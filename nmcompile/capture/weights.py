@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 
-from nmcompile.capture.calls import Call
+from nmcompile.ir.calls import Call
 from nmcompile.capture.sites import is_layer, join
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from nmcompile.capture.calls import linear_in_out
+from nmcompile.ir.calls import linear_in_out
 from nmcompile.capture.sites import is_attention, is_layer, is_torch_nn
 from nmcompile.capture.tracer import AUGMENTED, written_arguments
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.errors import ConfigError
-from nmcompile.read_files import read_regular
+from nmcompile.files.read_files import read_regular
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 LARGEST = 2**31  # bytes of images

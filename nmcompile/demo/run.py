@@ -16,8 +16,8 @@ from nmcompile.demo.images import Images, load_images
 from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.training import BATCH, evaluate, train
 from nmcompile.printable import table
-from nmcompile.report import OPERANDS, LayerReport, Report
-from nmcompile.verification import VerifyReport
+from nmcompile.report.report import OPERANDS, LayerReport, Report
+from nmcompile.api.verify import VerifyReport
 
 TURNS = 20
 

@@ -15,7 +15,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import LoweringError
 from nmcompile.ir.at_rest import FROZEN, content_at_rest
 from nmcompile.ir.grouping import grouped
-from nmcompile.ir.kept import Kept, can_keep
+from nmcompile.weight_cache import Kept, can_keep
 from nmcompile.ir.layers import Layer
 from nmcompile.pruning import OPERATORS, NMPattern
 from nmcompile.quantization import Grid, integers

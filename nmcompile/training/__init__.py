@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from nmcompile.training.clips import clips as clips
-from nmcompile.training.steps import step as step
+from nmcompile.training.optimizer_hooks import step as step
 
 if TYPE_CHECKING:
-    from nmcompile.sparse_training import SparseTraining as SparseTraining
+    from nmcompile.api.sparse_training import SparseTraining as SparseTraining
 
 
 def __getattr__(name: str) -> Any:
     # It stands on top of the package, which imports this module first.
     if name == "SparseTraining":
-        from nmcompile.sparse_training import SparseTraining
+        from nmcompile.api.sparse_training import SparseTraining
 
         return SparseTraining
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

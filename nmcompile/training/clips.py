@@ -3,7 +3,7 @@
 from torch import nn
 
 from nmcompile.checks import check_compiled
-from nmcompile.training.state import triples_of
+from nmcompile.three_gemm.find_triples import triples_of
 
 
 def clips(compiled: nn.Module) -> list[nn.Parameter]:

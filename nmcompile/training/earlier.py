@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from nmcompile.config import Phase
-from nmcompile.ir.grid_steps import ActivationStep
-from nmcompile.ir.modules import FINALIZED, RECORD
+from nmcompile.three_gemm.grid_steps import ActivationStep
+from nmcompile.three_gemm.modules import FINALIZED, RECORD
 from nmcompile.ir.plan import LayerPlan
-from nmcompile.ir.three_gemm import GemmTriple
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.masks import WeightMask
 from nmcompile.training.refresh_mask import STALE
-from nmcompile.training.state import masks_among, triples_of
+from nmcompile.three_gemm.find_triples import masks_among, triples_of
 
 
 @dataclass(frozen=True)

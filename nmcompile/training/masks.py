@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.ir.at_rest import FROZEN, Content
-from nmcompile.ir.fingerprint import fingerprint
+from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.shards import gathered, is_sharded, refuse_flat
+from nmcompile.three_gemm.shards import gathered, is_sharded, refuse_flat
 from nmcompile.printable import printable
 from nmcompile.pruning import NMPattern
 from nmcompile.training.refresh_mask import (
@@ -330,7 +330,7 @@ class WeightMask:
         return self.__dict__ | {"owners": list(self.owners.items())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from nmcompile.training.steps import watch_optimizers  # which looks at the masks that are here
+        from nmcompile.training.optimizer_hooks import watch_optimizers  # which looks at the masks that are here
 
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
         self.clock[VERSION], self.clock[FOLLOWED] = NEVER_SEEN, 0

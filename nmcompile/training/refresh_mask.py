@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from nmcompile import pruning
 from nmcompile.ir.at_rest import FROZEN, Content
-from nmcompile.ir.fingerprint import fingerprint
+from nmcompile.fingerprint import fingerprint
 from nmcompile.pruning import NMPattern
 
 STALE, VERSION, ADDRESS, CONTENT, FOLLOWED = range(5)

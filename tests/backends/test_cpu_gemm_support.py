@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import nmcompile
-from nmcompile.backends import choices
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward
 from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.backends import choices
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu.gemm import Geometry, sparse_pruned_update, sparse_update
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_pruned_weight_gradient, linear_weight_gradient

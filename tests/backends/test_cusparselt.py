@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import nmcompile
 from nmcompile import CompileConfig, NMPattern, Phase
-from nmcompile.backends import choices
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cusparselt import CusparseltBackend, algorithms, kept_weights, operand, product, support
 from nmcompile.backends.cusparselt.algorithms import best_algorithm, forget_algorithms
 from nmcompile.backends.cusparselt.library import Algorithm, Problem
@@ -34,11 +34,11 @@ from nmcompile.backends.cusparselt.support import (
     float16_refusal,
     padded,
 )
-from nmcompile.backends.operands import pattern_support
+from nmcompile.backends.shared.sparse_operand import pattern_support
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
 from nmcompile.ir.choice import Choice
-from nmcompile.ir.kept import Kept
+from nmcompile.weight_cache import Kept
 from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS

@@ -11,7 +11,7 @@ from nmcompile.backends.tensorrt.build_log import LOGGER, recorded
 from nmcompile.backends.tensorrt.progress import progress_monitor
 from nmcompile.backends.tensorrt.sidecar import read_plan
 from nmcompile.errors import FileError, LoweringError
-from nmcompile.files import sha256
+from nmcompile.files.write_atomically import sha256
 
 pytestmark = pytest.mark.skipif(not tensorrt_support().ok, reason=tensorrt_support().reason)
 

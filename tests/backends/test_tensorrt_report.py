@@ -13,7 +13,7 @@ from nmcompile.backends.tensorrt.layer_report import EngineReport, explain
 from nmcompile.backends.tensorrt.sidecar import Sidecar
 from nmcompile.backends.tensorrt.sparsity_log import Listed, SparsityLog, parse_sparsity
 from nmcompile.errors import FileError
-from nmcompile.onnx_weights import OnnxWeight, Rows
+from nmcompile.files.read_weights import OnnxWeight, Rows
 
 
 def weight(

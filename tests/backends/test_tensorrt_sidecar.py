@@ -11,7 +11,7 @@ from nmcompile.backends.tensorrt import load_engine
 from nmcompile.backends.tensorrt.runtime import _check_place
 from nmcompile.backends.tensorrt.sidecar import Sidecar, read_plan, sidecar_path, write_plan
 from nmcompile.errors import BackendUnavailable, FileError
-from nmcompile.files import sha256
+from nmcompile.files.write_atomically import sha256
 
 PLAN = bytes(range(256))
 SIDECAR = Sidecar("tensorrt", "11.4", "GPU A", True, {"x": [[1, 8], [2, 8], [4, 8]]}, len(PLAN), sha256(PLAN), "ab")

@@ -14,7 +14,7 @@ from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import Backend
 from nmcompile.passes import compile_passes
-from nmcompile.passes.plan_phases import plan_phases
+from nmcompile.planning.plan_phases import plan_phases
 
 UNIT = 2.0**-24
 LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {

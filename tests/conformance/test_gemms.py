@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmcompile.backends import choices
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.reference import ReferenceBackend

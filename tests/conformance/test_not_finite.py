@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.backends import choices
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.ir.choice import Choice
 

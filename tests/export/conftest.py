@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmcompile.ir.deployed import DeployedActivation, DeployedLayer, DeployedWeight
+from nmcompile.export.deployed_layer import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
 from nmcompile.pruning import NMPattern, greedy, greedy_by_value
 from nmcompile.quantization import Grid, fake_quantize

@@ -13,7 +13,7 @@ import nmcompile
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.errors import ConfigError, ExportError
 from nmcompile.export import Example
-from nmcompile.export.other_sizes import other_sizes, resized
+from nmcompile.export.check.other_sizes import other_sizes, resized
 
 X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))

@@ -6,8 +6,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from nmcompile.export.prune_activations import DOMAIN, prune_activation
-from nmcompile.export.trace_model import OPSET
+from nmcompile.export.write.prune_activations import DOMAIN, prune_activation
+from nmcompile.export.write.trace_model import OPSET
 from nmcompile.pruning import NMPattern, greedy_by_value
 
 

@@ -6,9 +6,9 @@ from onnx import ModelProto
 
 from nmcompile.errors import FileError
 from nmcompile.export import weights_table
-from nmcompile.export.read_onnx import PLANNED, planned_patterns
-from nmcompile.onnx_files import OnnxFile
-from nmcompile.onnx_weights import OnnxWeight, Rows
+from nmcompile.export.planned_patterns import PLANNED, planned_patterns
+from nmcompile.files.open_onnx import OnnxFile
+from nmcompile.files.read_weights import OnnxWeight, Rows
 from nmcompile.pruning import NMPattern
 
 

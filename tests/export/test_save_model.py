@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError
-from nmcompile.export import Example, save_model, verify_onnx, write_onnx
-from nmcompile.export.save_model import save_model as save
-from nmcompile.export.save_model import staged_model
-from nmcompile.files import sha256
-from nmcompile.onnx_files import open_onnx
+from nmcompile.export import Example
+from nmcompile.export.write import save_model, write_onnx
+from nmcompile.export.check import verify_onnx
+from nmcompile.export.write.save_model import save_model as save
+from nmcompile.export.write.save_model import staged_model
+from nmcompile.files.write_atomically import sha256
+from nmcompile.files.open_onnx import open_onnx
 from tests.faults import fail_at, steps_of
 
 Write = Callable[[], Any]

@@ -10,8 +10,10 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, FileError
-from nmcompile.export import Example, OnnxReport, verify_onnx, write_onnx
-from nmcompile.export.compare_layers import ROUNDING, LayerCheck
+from nmcompile.export import Example, OnnxReport
+from nmcompile.export.check import verify_onnx
+from nmcompile.export.write import write_onnx
+from nmcompile.export.check.compare_layers import ROUNDING, LayerCheck
 
 
 def damage(path: Path, name: str, change: Callable[[Any], Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.ir.attention import ThreeGemmAttention
+from nmcompile.three_gemm.attention import ThreeGemmAttention
 
 LENGTH, SOURCE, BATCH, WIDTH, HEADS = 5, 6, 2, 8, 2
 

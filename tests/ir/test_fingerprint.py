@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.ir import fingerprint as module
-from nmcompile.ir.fingerprint import fingerprint
+from nmcompile import fingerprint as module
+from nmcompile.fingerprint import fingerprint
 
 SHAPES = [(0,), (3,), (5, 7), (64, 48), (33, 130), (70, 64, 3, 3)]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

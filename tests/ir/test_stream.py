@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nmcompile.ir.stream import DrawStream
+from nmcompile.three_gemm.draw_stream import DrawStream
 
 
 def keys(seed: int, layer: str, draws: int = 1) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, Phase, preset
 from nmcompile.ir.program import Program
 from nmcompile.passes import compile_passes
-from nmcompile.passes.plan_phases import plan_phases
+from nmcompile.planning.plan_phases import plan_phases
 
 FORWARD = """
     forward(input, weight, bias)

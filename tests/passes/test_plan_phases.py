@@ -12,7 +12,7 @@ from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning, preset, presets
 from nmcompile.errors import ConfigError, PreconditionError
 from nmcompile.ir.plan import LayerPlan
-from nmcompile.passes.plan_phases import NOT_ASKED, plan_phases
+from nmcompile.planning.plan_phases import NOT_ASKED, plan_phases
 from nmcompile.pruning import NMPattern
 
 FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"

@@ -14,8 +14,9 @@ from nmcompile.errors import LoweringError, PostconditionError, PreconditionErro
 from nmcompile.ir import operations as ops
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Pass, Support
-from nmcompile.passes import LowerNodes, compile_passes, verify_graphs
-from nmcompile.passes.plan_phases import plan_phases
+from nmcompile.passes import LowerNodes, compile_passes
+from nmcompile.ir import verify_graphs
+from nmcompile.planning.plan_phases import plan_phases
 
 PASSES = compile_passes([ReferenceBackend()])
 EXPAND, *PRUNES, LOWER = PASSES

@@ -23,8 +23,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import nmcompile
-from nmcompile import CompileConfig, profitability
-from nmcompile.training.state import masks_of
+from nmcompile import CompileConfig
+from nmcompile.api import measure_phases as profitability
+from nmcompile.three_gemm.find_triples import masks_of
 
 WORLD = 2
 STEPS = 5

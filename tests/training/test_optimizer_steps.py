@@ -11,7 +11,7 @@ import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.training import masks
 from nmcompile.training.masks import PENDING, WeightMask
-from nmcompile.training.state import masks_of
+from nmcompile.three_gemm.find_triples import masks_of
 
 MANY = 30
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

@@ -28,9 +28,9 @@ from transformers import (
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.errors import FileError, StateError
-from nmcompile.sparse_training import STATE_FILE
+from nmcompile.api.sparse_training import STATE_FILE
 from nmcompile.training import SparseTraining
-from nmcompile.training.state import masks_of
+from nmcompile.three_gemm.find_triples import masks_of
 
 STEPS, STOP, REFRESH = 7, 3, 2
 CONFIG = CompileConfig(refresh=REFRESH, ends="sparse")

@@ -12,10 +12,10 @@ from torch.func import functional_call
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.ir import three_gemm
-from nmcompile.ir.fingerprint import fingerprint
+from nmcompile.three_gemm import triple as three_gemm
+from nmcompile.fingerprint import fingerprint
 from nmcompile.training import masks
-from nmcompile.training.state import masks_of
+from nmcompile.three_gemm.find_triples import masks_of
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 

@@ -4,12 +4,12 @@
 #include <nanobind/ndarray.h>
 
 #include "fingerprint.h"
-#include "gemm_module.h"
-#include "instruction_sets.h"
-#include "packed_integers_module.h"
-#include "prune_module.h"
-#include "spare_memory.h"
-#include "transposable_module.h"
+#include "gemm/gemm_module.h"
+#include "integers/packed_integers_module.h"
+#include "machine/instruction_sets.h"
+#include "machine/spare_memory.h"
+#include "prune/prune_module.h"
+#include "transposable/transposable_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

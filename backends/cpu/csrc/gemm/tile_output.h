@@ -1,0 +1,44 @@
+// Writes sums to where the output has them, with the bias of each row.
+#pragma once
+
+#include "gemm/dense_panel.h"
+
+namespace nmcompile::NMCOMPILE_ISA {
+
+template <class T>
+void write_row_runs(const GemmJob<T>& job, const PanelLanes& to, Index first_row, Index last_row, const float* sums) {
+    for (Index row = first_row; row < last_row; ++row) {
+        const float bias = job.bias ? widen(job.bias[row]) : 0.0f;
+        const float* from = sums + (row - first_row) * to.width;
+        T* output = job.output + row * job.output_row;
+        for (Index i = 0; i < to.run_count; ++i) {
+            const Run& run = to.runs[i];
+            store_first(load<Floats>(from + run.first) + bias, run.length, output + run.start.offset);
+        }
+    }
+}
+
+// Rows lie side by side in the output.
+template <class T>
+void write_transposed(const GemmJob<T>& job, const PanelLanes& to, Index first_row, Index last_row, const float* sums) {
+    Index row = first_row;
+    for (; row + kFloats <= last_row; row += kFloats) {
+        const Floats bias = job.bias ? Memory<T>::read(job.bias + row) : Floats{};
+        for (Index lane = 0; lane < to.count; lane += kFloats) {
+            Floats square[kFloats];
+            for (Index r = 0; r < kFloats; ++r) square[r] = load<Floats>(sums + (row - first_row + r) * to.width + lane);
+            transpose(square);
+            for (Index i = 0; i < smaller(kFloats, to.count - lane); ++i) {
+                Memory<T>::write(square[i] + bias, job.output + to.points[lane + i].offset + row);
+            }
+        }
+    }
+    write_row_runs(job, to, row, last_row, sums + (row - first_row) * to.width);
+}
+
+template <class T>
+void write_output(const GemmJob<T>& job, const PanelLanes& to, Index first_row, Index last_row, const float* sums) {
+    (job.output_row == 1 ? write_transposed<T> : write_row_runs<T>)(job, to, first_row, last_row, sums);
+}
+
+}  // namespace nmcompile::NMCOMPILE_ISA

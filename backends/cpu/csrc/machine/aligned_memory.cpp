@@ -1,0 +1,51 @@
+#include "machine/aligned_memory.h"
+
+#include <cstdint>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace nmcompile {
+
+constexpr std::align_val_t kLine{64};
+
+#if defined(__linux__)
+namespace {
+
+constexpr std::size_t kLargePage = std::size_t{1} << 21, kLarge = 2 * kLargePage;
+
+std::size_t whole_pages(std::size_t bytes) {
+    static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return (bytes + page - 1) / page * page;
+}
+
+}  // namespace
+
+// What is large comes from the system and goes back to it, with a page fault for each 2 MB instead of each 4 KB where the
+// system has such pages.
+void* allocate(std::size_t bytes) {
+    if (bytes < kLarge) return ::operator new(bytes, kLine);
+    const std::size_t size = whole_pages(bytes);
+    void* const mapped = mmap(nullptr, size + kLargePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    auto* const first = static_cast<std::uint8_t*>(mapped);
+    const std::size_t before = -reinterpret_cast<std::uintptr_t>(mapped) % kLargePage;
+    if (before > 0) munmap(first, before);
+    munmap(first + before + size, kLargePage - before);
+    madvise(first + before, size, MADV_HUGEPAGE);
+    return first + before;
+}
+
+void release(void* data, std::size_t bytes) {
+    if (bytes < kLarge) return ::operator delete(data, kLine);
+    munmap(data, whole_pages(bytes));
+}
+#else
+void* allocate(std::size_t bytes) { return ::operator new(bytes, kLine); }
+void release(void* data, std::size_t) { ::operator delete(data, kLine); }
+#endif
+
+}  // namespace nmcompile

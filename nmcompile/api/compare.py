@@ -1,0 +1,90 @@
+"""Layer by layer, how far a compiled model is from the dense one on the same batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from nmcompile.api.compile import compile as compile_model
+from nmcompile.three_gemm.run_model import run_batch
+from nmcompile.checks import check_compiled, check_kind
+from nmcompile.config import Phase
+from nmcompile.errors import ConfigError
+from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.printable import table
+from nmcompile.three_gemm.find_triples import triples_of
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One layer's output against the dense model's: signal to noise in decibels, and the cosine of the two."""
+
+    layer: str
+    sqnr: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """The layers in call order. Errors of earlier layers are part of what later ones show."""
+
+    layers: tuple[LayerDifference, ...]
+
+    def __str__(self) -> str:
+        rows = [[layer.layer, layer.sqnr, layer.cosine] for layer in self.layers]
+        return table(rows, headers=["layer", "SQNR, dB", "cosine"], floatfmt=("", ".1f", ".4f"))
+
+
+@torch.no_grad()
+def compare(dense: nn.Module, compiled: nn.Module, batch: Any) -> CompareReport:
+    """Run both models, in the modes that they are in, and compare what their layers return.
+
+    Args:
+        dense: the plain model, or a compiled one that serves as the reference.
+        compiled: what `compile` made of it.
+        batch: as in `calibrate`.
+
+    Raises:
+        ConfigError: the models share no layer.
+        CalibrationError: a quantized input has no clip yet, or a model does not run on the batch.
+    """
+    check_kind("dense", dense, nn.Module, "the plain model, or a compiled one that serves as the reference")
+    check_compiled("compiled", compiled)
+    reference = dense if any(triples_of(dense)) else compile_model(dense, "dense")
+    expected, actual = _outputs(reference, batch), _outputs(compiled, batch)
+    shared = [name for name in actual if name in expected]
+    if not shared:
+        raise ConfigError(f"no layer of {type(compiled).__name__} has the name of one of {type(dense).__name__}")
+    return CompareReport(tuple(_difference(name, expected[name], actual[name]) for name in shared))
+
+
+def _outputs(model: nn.Module, batch: Any) -> Mapping[str, list[Tensor]]:
+    outputs: dict[str, list[Tensor]] = {}
+    for triple in triples_of(model):
+        triple.steps.check()
+    with interpreted(triples_of(model), lambda triple, phase: _Recorder(triple, phase, outputs)):
+        run_batch(model, batch)
+    return outputs
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps what each forward graph returns."""
+
+    def __init__(self, triple: GemmTriple, phase: Phase, outputs: dict[str, list[Tensor]]) -> None:
+        super().__init__(triple.graphs[phase])
+        self.found = outputs.setdefault(triple.layer.name, [])
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().output(target, args, kwargs)
+        self.found.append(result[0].detach())
+        return result
+
+
+def _difference(name: str, expected: list[Tensor], actual: list[Tensor]) -> LayerDifference:
+    x, y = (torch.cat([output.double().flatten() for output in outputs]) for outputs in (expected, actual))
+    noise = (x - y).square().sum()
+    sqnr = 10 * torch.log10(x.square().sum() / noise)
+    return LayerDifference(name, float(sqnr), float(torch.cosine_similarity(x, y, dim=0)))

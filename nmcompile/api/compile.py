@@ -1,0 +1,299 @@
+"""The front door: compile, analyze, inspect, decompile, in the order of the data flow."""
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from nmcompile.api.revert_layers import Reverted, revert_layers, score_of
+from nmcompile.backends.cpu import CpuBackend
+from nmcompile.backends.cusparselt import CusparseltBackend
+from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.backends.triton import TritonBackend
+from nmcompile.api.calibrate import calibrate_reached, check_data
+from nmcompile.capture import capture_model
+from nmcompile.checks import (
+    check_call,
+    check_callable,
+    check_choice,
+    check_compiled,
+    check_kind,
+    check_number,
+    described,
+)
+from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers, record_of, restore_all
+from nmcompile.config import CompileConfig, given_config, preset
+from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
+from nmcompile.ir.captured import Captured
+from nmcompile.three_gemm.modules import RECORD, check_names
+from nmcompile.ir.plan import DensePhases
+from nmcompile.ir.protocols import Backend
+from nmcompile.planning.plan_phases import UNREACHED
+from nmcompile.api.measure_phases import find_dense_phases
+from nmcompile.report.report import Observation, Report, build_report
+from nmcompile.training.earlier import Earlier, earlier_of
+from nmcompile.three_gemm.find_triples import triples_of
+
+ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CusparseltBackend(), CpuBackend())
+"""What `backend="auto"` asks before the reference backend, in this order, where it is available; for a model on the CPU
+in the reverse order.
+"""
+Model = nn.Module | ExportedProgram
+
+
+def compile(
+    model: Model,
+    mode: str = "training",
+    *,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    config: CompileConfig | None = None,
+    backend: str | Backend = "auto",
+    calibration: Iterable[Any] | None = None,
+    validation: Callable[[nn.Module], float] | None = None,
+    max_drop: float | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Rewrite every conv and linear node of a model into its three GEMMs, pruned as the paper's Table 1 says.
+
+    The result has the same parameters, buffers and `state_dict()` keys: an optimizer made before still trains it. Its
+    modules are copies of the model's that share every tensor, or with `inplace` the model's own.
+
+    A module whose own forward calls `F.linear` or a convolution gets a forward generated from its traced graph: Python
+    values that it reads (numbers, flags, globals) are those of the moment of compilation, tensors and buffers are not.
+    Code that a graph cannot stand for stays Python, and the report says why: it tests the identity or the type of a
+    value that is computed from inputs, for example. With `args`, the model also runs once in eval mode, and a generated
+    forward that does not give the very bits and classes of its original stays Python too.
+
+    Other threads may run models meanwhile, and compile others.
+
+    Args:
+        model: a module, a `GraphModule`, an `ExportedProgram`, or a model that was compiled before: it is planned
+            anew, but a layer that carries a mask stays masked, even if it turns out to be the first or the last, and a
+            mask that already meets the new pattern is kept.
+        mode: `"training"`, `"inference"`, a row of Table 1 (`"weights"`, `"t-weights"`, `"activations"`,
+            `"gradients"`) or `"dense"`, which rewrites everything and prunes nothing.
+        args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
+        config: anything finer than the mode.
+        backend: `"auto"` (what runs here, by the device that the parameters are on now), `"cpu"`, `"triton"`,
+            `"cusparselt"`, `"reference"`, or a `Backend`; what it does not take the reference backend runs.
+        calibration: batches for the clips of quantized inputs (see `calibrate`); a clip that an earlier compilation
+            found for the same grid is kept without it.
+        validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers
+            that hurt most are left dense until it does not fall further. Each layer costs one validation.
+        inplace: edit the given module tree; always so after FSDP2's `fully_shard`, whose modules cannot be copied.
+
+    Returns:
+        A module of the model's class.
+
+    Raises:
+        ConfigError: an unknown mode, pattern, layer name or backend; `args` that are no tuple; `validation` without
+            `max_drop` or the reverse; `where="pays"` without `args`.
+        CaptureError: nothing to compile, or the model refuses `args`.
+        PreconditionError: a layer named in `config` cannot be pruned as asked.
+        BackendUnavailable: the backend asked for cannot run here.
+        CalibrationError: calibration data that no clip can be found from.
+    """
+    check_call(args, kwargs)
+    _check_control(validation, max_drop)
+    if calibration is not None:
+        check_data(calibration)
+    check_kind("inplace", inplace, bool, "True or False")
+    source, asked, reverted = _module(model), given_config(config), None
+    chosen = asked
+    rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
+    earlier = earlier_of(source)
+    if calibration is not None or validation is not None:
+        # On a copy, so that a failure leaves the model as it is; its masks and clips are taken over.
+        trial = rewrite(source, config=asked, earlier=earlier)
+        if calibration is not None:
+            rewrite = partial(rewrite, unreached=calibrate_reached(trial, calibration))
+        earlier = replace(earlier_of(trial), carried=earlier.carried)
+        if validation is not None and max_drop is not None:
+
+            def build(layers: tuple[str, ...]) -> nn.Module:
+                return rewrite(source, config=_without(asked, layers), earlier=earlier)
+
+            names = [triple.layer.name for triple in triples_of(trial)]
+            reverted = revert_layers(score_of(decompile(source), validation), names, build, validation, max_drop)
+            chosen = _without(asked, reverted.layers)
+    dense_phases = None
+    if asked.where == "pays":
+        trial = rewrite(source, config=chosen, earlier=earlier)
+        dense_phases = find_dense_phases(trial, *_example(args, kwargs))
+        earlier = replace(earlier_of(trial), carried=earlier.carried)
+    return rewrite(
+        source, config=chosen, earlier=earlier, inplace=inplace, reverted=reverted, dense_phases=dense_phases
+    )
+
+
+def analyze(
+    model: Model,
+    mode: str = "training",
+    *,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    config: CompileConfig | None = None,
+    backend: str | Backend = "auto",
+) -> Report:
+    """What `compile` would do, without changing anything, the random state included. Takes and raises the same."""
+    check_call(args, kwargs)
+    source, asked = _module(model), given_config(config)
+    dense_phases = None
+    if asked.where == "pays":
+        trial = compile(source, mode, args=args, kwargs=kwargs, config=replace(asked, where="all"), backend=backend)
+        dense_phases = find_dense_phases(trial, *_example(args, kwargs))
+    plain = decompile(source) if is_compiled(source) else source
+    check_names(plain)
+    preset(mode)
+    backends = _backends(backend, source)
+    captured = _with_earlier(capture_model(plain, args, kwargs), earlier_of(source))
+    done = compilation_of(captured, mode, asked, backends, dense_phases=dense_phases)
+    return build_report(done.program, {}, model_name=type(plain).__name__, mode=mode)
+
+
+def inspect(compiled: nn.Module) -> Report:
+    """What was done to each layer, why, and what was seen of it at run time.
+
+    Args:
+        compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.
+
+    Raises:
+        StateError: the model is not compiled.
+    """
+    check_compiled("compiled", compiled)
+    root, record = record_of(compiled)
+    observed = {
+        triple.layer.name: Observation(
+            triple.called, triple.positions, triple.graphs.kernels(), triple.graphs.choices()
+        )
+        for triple in triples_of(root)
+    }
+    name = type(root).__name__
+    return build_report(record.program, observed, model_name=name, mode=record.mode, reverted=record.reverted)
+
+
+def decompile(compiled: nn.Module) -> nn.Module:
+    """The plain model: the classes and forwards that it had, the same parameters and buffers, nothing masked."""
+    check_compiled("compiled", compiled)
+    plain = share_copy(compiled)
+    restore_all(plain)
+    return plain
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile` made this module, or one that it wraps."""
+    check_kind("model", model, nn.Module, "a module")
+    return any(RECORD in module.__dict__ for module in model.modules())
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor with it.
+
+    Raises:
+        CaptureError: a module cannot be copied; `inplace=True` needs no copy.
+    """
+    # deepcopy takes what its memo holds for already copied.
+    leaves = (leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except (TypeError, RuntimeError, NotImplementedError, AssertionError) as error:  # the last of FSDP2
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to compile the model itself"
+        ) from error
+
+
+def _module(model: Model) -> nn.Module:
+    if isinstance(model, ExportedProgram):
+        return model.module()
+    dynamo = sys.modules.get("torch._dynamo")
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod  # what torch.compile wraps: the result is to be compiled by torch anew
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model is {described(model)}; give an nn.Module or an ExportedProgram")
+    return model
+
+
+def _check_control(validation: Any, max_drop: Any) -> None:
+    """Check what accuracy control is asked for."""
+    if (validation is None) != (max_drop is None):
+        raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
+    if validation is not None:
+        check_callable("validation", validation, "a function that takes a model and returns its score, a number")
+        check_number("max_drop", max_drop, Real, 0, math.inf, "how much the score may fall, a number >= 0")
+
+
+def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:
+    if args is None and kwargs is None:
+        raise ConfigError("where='pays' times the layers with the inputs that an example brings them; pass args=")
+    return args or (), kwargs
+
+
+def _backends(backend: str | Backend, model: nn.Module) -> tuple[Backend, ...]:
+    """The backends to ask, in this order; the reference backend takes what is left."""
+    reference = ReferenceBackend()
+    known = {one.name: one for one in ACCELERATED}
+    if isinstance(backend, Backend) and not isinstance(backend, type):
+        chosen = backend
+    else:
+        check_choice("backend", backend, ("auto", reference.name, *known))
+        if backend == "auto":
+            is_on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+            asked = ACCELERATED if is_on_gpu else ACCELERATED[::-1]
+            return *(one for one in asked if one.available().ok), reference
+        if backend == reference.name:
+            return (reference,)
+        chosen = known[str(backend)]
+    support = chosen.available()
+    if not support.ok:
+        raise BackendUnavailable(f"backend {chosen.name!r} cannot run here: {support.reason}; or use backend='auto'")
+    return chosen, reference
+
+
+def _rewrite(
+    source: nn.Module,
+    *,
+    mode: str,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    config: CompileConfig,
+    backend: str | Backend,
+    earlier: Earlier,
+    unreached: Sequence[str] = (),
+    inplace: bool = False,
+    reverted: Reverted | None = None,
+    dense_phases: DensePhases | None = None,
+) -> nn.Module:
+    """Capture, plan and lower, then change the module tree; what can fail comes first."""
+    preset(mode)
+    backends = _backends(backend, source)
+    plain = decompile(source) if is_compiled(source) else source
+    check_names(plain)
+    captured = _with_earlier(capture_model(plain, args, kwargs), earlier, unreached)
+    done = compilation_of(captured, mode, config, backends, reverted, dense_phases)
+    target = source if inplace else plain if plain is not source else share_copy(source)
+    triples = bind_layers(target, done, torch.initial_seed(), earlier)
+    install_layers(target, done, triples)
+    return target
+
+
+def _with_earlier(captured: Captured, earlier: Earlier, unreached: Sequence[str] = ()) -> Captured:
+    """What was captured, with what an earlier compilation and calibration have shown of it."""
+    uncalled = {name: why for name, why in captured.suspected.items() if name in earlier.uncalled}
+    bypassed = {**dict.fromkeys(unreached, UNREACHED), **uncalled, **captured.bypassed}
+    return replace(captured, carried=earlier.carried, bypassed=bypassed)
+
+
+def _without(config: CompileConfig, layers: tuple[str, ...]) -> CompileConfig:
+    """The config with more layers left dense."""
+    return replace(config, layers={**config.layers, **dict.fromkeys(layers)})

@@ -1,0 +1,146 @@
+"""The plain model with its pruning and quantization made real in the weights."""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.checks import check_compiled
+from nmcompile.api.pipeline import bypassed_layers, restore_all
+from nmcompile.errors import PassError, StateError
+from nmcompile.fingerprint import fingerprint
+from nmcompile.three_gemm.modules import FINALIZED, RECORD
+from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
+from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.three_gemm.unsharded import unsharded_copy
+from nmcompile.three_gemm.stored_weights import (
+    Place,
+    find_place,
+    is_computed_in_forward,
+    make_plain,
+    named_weight,
+    stored_weight,
+)
+from nmcompile.three_gemm.find_triples import masks_among, triples_of
+
+
+@torch.no_grad()
+def finalize(compiled: nn.Module) -> nn.Module:
+    """The plain model, a copy, whose weights are zero where the current masks say so, and on their grid if quantized.
+
+    A weight that a parametrization or a hook of `torch.nn.utils` computes (`weight_norm`, `spectral_norm`, `prune`)
+    becomes a parameter. Biases of layers with integer weights and inputs are whole steps of their accumulator, as those
+    layers add them.
+
+    Args:
+        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay. Of one
+            that is split by FSDP2 or tensor parallelism every process has to call, and gets the whole plain model.
+
+    Raises:
+        PassError: a pruned weight is computed in forward and is not a slice of a parameter (a standardized weight,
+            say), so that no parameter can hold its zeros.
+        StateError: a part of a compiled model.
+
+    Warns:
+        UserWarning: a layer that the model ran without calling, and whose weight other code seems to read: it runs
+            dense there, and stays so.
+    """
+    check_compiled("compiled", compiled)
+    plain = unsharded_copy(compiled)
+    for root in [module for module in plain.modules() if RECORD in module.__dict__]:
+        _finalize(root)
+    if any(triples_of(plain)):
+        raise StateError(
+            f"{type(compiled).__name__} is a part of a compiled model, which alone knows the names of its weights; "
+            "finalize the whole model and take the part from it"
+        )
+    return plain
+
+
+def _finalize(root: nn.Module) -> None:
+    bypassed = bypassed_layers(root)
+    if bypassed:
+        listed = "; ".join(f"{name!r}: {why}" for name, why in bypassed.items())
+        warnings.warn(f"left as they are, since the model ran without calling them: {listed}", stacklevel=4)
+    layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
+    masks = masks_among(layers)
+    effective = {triple.site.weight: _effective(root, triple) for triple in layers if _changes(triple)}
+    biases = dict(_rounded_biases(root))
+    restore_all(root)
+    for name, (place, values) in effective.items():
+        _write(root, name, values) if place is None else place.look(root).copy_(values)
+    for name, values in biases.items():
+        _write(root, name, values)
+    if any(place for place, _ in effective.values()):
+        _check_shared(root, effective)
+    root.__dict__[FINALIZED] = {name: (mask, effective[name][0]) for name, mask in masks.items() if name in effective}
+
+
+@torch.no_grad()
+def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
+    """The weight as the forward GEMM reads it; None where it is computed inside a forward."""
+    weight = stored_weight(model, triple.site)
+    if weight is None:
+        return None
+    # A mask that is computed tells that its layer ran.
+    mask = triple.mask
+    if mask is None:
+        pruned = weight
+    else:
+        found = mask.current(weight, fingerprint(weight)) if triple.called else mask.preview(weight)
+        pruned = apply_mask(weight, found)
+    step, grid = triple.steps.of_weight(weight), triple.steps.weight_grid
+    return pruned if step is None or grid is None else to_grid(pruned, step, grid.bits, grid.signed)
+
+
+def _changes(triple: GemmTriple) -> bool:
+    return triple.mask is not None or triple.steps.weight_grid is not None
+
+
+def _effective(model: nn.Module, triple: GemmTriple) -> tuple[Place | None, Tensor]:
+    """The place of the weight in a parameter, None where it has a name of its own, and its values."""
+    site, weight, stored = triple.site, effective_weight(model, triple), stored_weight(model, triple.site)
+    if triple.mask is not None and stored is not None:
+        triple.mask.current(stored, fingerprint(stored))
+    is_computed = is_computed_in_forward(model, site)
+    place = find_place(model, site, stored) if is_computed and stored is not None else None
+    if weight is None or (is_computed and place is None):
+        how = "is computed in forward" if is_computed else "is set by a hook that is not one of torch.nn.utils"
+        raise PassError(
+            f"layer {triple.layer.name!r}: its weight {how}, so that no parameter can hold its zeros; deploy the "
+            f"compiled model itself, or leave it dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
+        )
+    return place, weight
+
+
+def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """By name, the biases that are added in whole steps."""
+    for triple in triples_of(model):
+        input = triple.steps.input
+        if not triple.graphs.plan.rounds_bias or input is None or not input.is_calibrated:
+            continue
+        name = ".".join(filter(None, (triple.site.module, "bias")))
+        weight, bias = stored_weight(model, triple.site), named_weight(model, name)
+        step = None if weight is None else triple.steps.of_weight(weight)
+        if step is not None and bias is not None:
+            yield name, to_accumulator(bias, input.current(), step)
+
+
+def _write(model: nn.Module, name: str, weight: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    make_plain(module, attribute)
+    getattr(module, attribute).copy_(weight)
+
+
+def _check_shared(root: nn.Module, written: dict[str, tuple[Place | None, Tensor]]) -> None:
+    """Raise where layers that are pruned differently share elements of one parameter."""
+    for name, (place, values) in written.items():
+        found = named_weight(root, name) if place is None else place.look(root)
+        if found is not None and not torch.allclose(found, values, rtol=0, atol=0, equal_nan=True):
+            raise PassError(
+                f"layer {name.removesuffix('.weight')!r}: another layer uses a part of its weight, and is pruned "
+                "otherwise, so that one parameter cannot hold the zeros of both; leave one of them dense with "
+                "CompileConfig.layers"
+            )

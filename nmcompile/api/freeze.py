@@ -1,0 +1,40 @@
+"""The user's word that the weights of a compiled model stand still."""
+
+from torch import nn
+
+from nmcompile.checks import check_compiled
+from nmcompile.api.pipeline import record_of
+from nmcompile.three_gemm.frozen import Frozen
+from nmcompile.weight_cache import forget
+from nmcompile.three_gemm.find_triples import masks_among, triples_of
+
+
+def freeze(model: nn.Module) -> None:
+    """Promise that no weight changes from now on, so that calls compare none of them.
+
+    Without it, each call that does not train a weight reads it once, to see any write since its mask and its packed
+    form were computed. On a GPU that has to wait for the result, so packed weights are cached there only after
+    `freeze`. Masked weights of dense kernels are cached only after it too, which takes as much memory as the weights.
+    Call it once before serving. Weights that a forward computes, or that FSDP2 gathers, are compared anyway.
+
+    A call with gradients for a weight of the model, an optimizer step on one of its parameters, `load_state_dict`,
+    `load_sparse_state_dict`, `.to()` and compiling again take the promise back for the whole model. A copy of the model
+    does not inherit it. A write by other means while it holds is not seen.
+
+    Args:
+        model: a model that `compile` made, also inside DDP or `torch.compile`.
+
+    Raises:
+        StateError: the model is not compiled.
+    """
+    check_compiled("model", model)
+    triples = list(triples_of(model))
+    if not triples:
+        record_of(model)
+    for mask in masks_among(triples).values():
+        mask.look()
+    parameters = list(model.parameters())
+    forget(parameters)
+    frozen = Frozen(parameters)
+    for triple in triples:
+        triple.frozen = frozen

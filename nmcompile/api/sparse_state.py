@@ -1,0 +1,152 @@
+"""What exact resumption needs beside `state_dict()`, as named tensors: masks, step counts, random streams, clips, and
+which phases were found not to pay.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.checks import check_compiled
+from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers, record_of
+from nmcompile.config import Phase
+from nmcompile.errors import StateError
+from nmcompile.three_gemm.grid_steps import ActivationStep
+from nmcompile.three_gemm.modules import RECORD
+from nmcompile.ir.plan import DensePhases
+from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.api.state_entries import CLIP, CLOCK, DENSE, DRAW, FORMAT, check_entries, check_entry, check_readable
+from nmcompile.training.earlier import earlier_layers
+from nmcompile.training.refresh_mask import STALE
+from nmcompile.three_gemm.find_triples import masks_among, triples_of
+from nmcompile.api.verify import mask_checks
+
+LOADED = "pruning did not pay where the loaded state was decided (where='pays')"
+
+
+def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict()` does not hold, as tensors that safetensors can write.
+
+    Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
+    (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
+    inputs and outputs), `seed` and `format`; with `where="pays"` also `<layer>.dense_phases` (bool, of the forward, the
+    backward and the update GEMM: whether its pruning was given up).
+
+    Raises:
+        StateError: the model is not compiled, or holds several compiled ones with layers of the same name.
+    """
+    layers = _layers(model)
+    for mask in masks_among(layers).values():
+        # The next forward would see that the weight was written; in the model that loads it looks like a known one.
+        mask.look()
+    return _state(layers, _dense_phases(model))
+
+
+def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `sparse_state_dict` returned, after `load_state_dict`: training goes on bit for bit.
+
+    A model that was compiled with `where="pays"` is planned as the state says, whatever was measured here; load before
+    it is wrapped (by DDP, FSDP2 or `torch.compile`).
+
+    Raises:
+        StateError: the model is not compiled, or has no storage yet; or the state is of another format, plan, shape or
+            type, or holds a number that is none of its kind, or a mask that breaks the pattern of its layer. Nothing is
+            loaded then.
+    """
+    layers, planned = _layers(model), _dense_phases(model)
+    check_readable(state)
+    decided = _read_dense_phases(state, planned)
+    if decided is not None and planned is not None and not _are_same(decided, planned):
+        _replan(model, layers, decided, state)
+        layers = list(triples_of(model))
+    else:
+        _check(state, layers, planned)
+    _load(layers, state)
+
+
+def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Tensor]:
+    state = {"format": torch.tensor(FORMAT), "seed": torch.tensor(layers[0].stream.seed if layers else 0)}
+    for name, mask in masks_among(layers).items():
+        state[f"{name}.mask"] = mask.tensor.detach().clone(memory_format=torch.contiguous_format)
+        state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
+    for triple in layers:
+        state[f"{triple.layer.name}{DRAW}"] = triple.stream.draw.cpu().clone()
+        for step in triple.steps.activations:
+            state[_clip_key(step)] = step.clip.detach().clone()
+    for name, reasons in (dense or {}).items():
+        state[f"{name}{DENSE}"] = torch.tensor([phase in reasons for phase in Phase])
+    return state
+
+
+def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
+    for name, mask in masks_among(layers).items():
+        steps, stale = (int(value) for value in state[f"{name}{CLOCK}"])
+        mask.look()  # which also has it where the weight is now
+        mask.tensor.copy_(state[f"{name}.mask"])
+        mask.steps, mask.is_resumed = steps, False
+        mask.accept_content()
+        mask.clock[STALE] = stale
+    for triple in layers:
+        triple.thaw()
+        triple.stream.seed = int(state["seed"])
+        triple.stream.draw.copy_(state[f"{triple.layer.name}{DRAW}"])
+        for step in triple.steps.activations:
+            if not state[_clip_key(step)].isnan():
+                step.calibrate(state[_clip_key(step)])
+
+
+def _read_dense_phases(state: dict[str, Tensor], planned: DensePhases | None) -> DensePhases | None:
+    """What the state says of the layers that this model may leave dense; None where it does not say it of each."""
+    if planned is None and any(key.endswith(DENSE) for key in state):
+        raise StateError("the sparse state was saved with CompileConfig(where='pays'); compile the model with it too")
+    keys = {name: f"{name}{DENSE}" for name in planned or {}}
+    if any(key not in state for key in keys.values()):
+        return None
+    for key in keys.values():
+        check_entry(key, state[key], torch.zeros(len(Phase), dtype=torch.bool))
+    return {name: {p: LOADED for p, gone in zip(Phase, state[key], strict=True) if gone} for name, key in keys.items()}
+
+
+def _are_same(one: DensePhases, other: DensePhases) -> bool:
+    return {name: set(reasons) for name, reasons in one.items()} == {n: set(reasons) for n, reasons in other.items()}
+
+
+def _replan(model: nn.Module, layers: list[GemmTriple], decided: DensePhases, state: dict[str, Tensor]) -> None:
+    root, record = record_of(model)
+    what = record.program.captured, record.mode, record.config, record.backends, record.reverted
+    done = compilation_of(*what, dense_phases=decided)
+    triples = bind_layers(root, done, 0, earlier_layers(layers))  # the seed is loaded with the rest
+    _check(state, list(triples.values()), decided)
+    install_layers(root, done, triples)
+
+
+def _dense_phases(model: nn.Module) -> DensePhases | None:
+    records = (module.__dict__[RECORD] for module in model.modules() if RECORD in module.__dict__)
+    return next((record.dense_phases for record in records), None)
+
+
+def _clip_key(step: ActivationStep) -> str:
+    return f"{step.layer}.{'output_' if step.row.operand == 'output' else ''}{CLIP}"
+
+
+def _layers(model: nn.Module) -> list[GemmTriple]:
+    check_compiled("model", model)
+    layers = list(triples_of(model))
+    if not layers and not any(RECORD in module.__dict__ for module in model.modules()):
+        raise StateError(f"{type(model).__name__} is not compiled; give a model that nmcompile.compile made")
+    if len({triple.layer.name for triple in layers}) < len(set(layers)):
+        raise StateError(
+            f"{type(model).__name__} holds several compiled models with layers of the same name; save and load the "
+            "state of each by itself"
+        )
+    return layers
+
+
+def _check(state: dict[str, Tensor], layers: list[GemmTriple], dense: DensePhases | None) -> None:
+    check_entries(state, _state(layers, dense))
+    for name, mask in masks_among(layers).items():
+        for check in mask_checks(state[f"{name}.mask"], mask):
+            if check.violations:
+                broken = f"in {check.violations} of {check.blocks} blocks"
+                raise StateError(
+                    f"'{name}.mask' of the sparse state is not {check.pattern} along {check.axis} {broken}, as a "
+                    f"{mask.operator} mask of the model is; compile with the mode and config it was saved in"
+                )

@@ -1,0 +1,146 @@
+"""The torch model in lockstep with a runtime: at each quantized layer it goes on from the integers of the runtime.
+
+A value next to the middle of two steps is rounded up behind one float32 sum and down behind another. Both are right.
+But each such step moves the sums that read it, more of them are then rounded otherwise, and after a few layers of four
+bits two correct runs differ as much as quantization itself does. In lockstep differences are judged where they arise,
+and go no further.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nmcompile.errors import ExportError
+from nmcompile.export.check.compare_layers import HALF, LayerCheck
+from nmcompile.export.check.example import Example
+from nmcompile.export.check.extract_layer import LayerPart
+from nmcompile.export.check.places import Place, places_of
+from nmcompile.export.check.run_file import Arrays, onnxruntime_runner
+from nmcompile.export.write.write_onnx import ExportedNode
+from nmcompile.export.deployed_layer import DeployedLayer
+
+DIGITS = 1e-4  # steps: multiples of a step in float32 are not quite a whole number of steps apart
+
+
+class Lockstep:
+    """Of one file and the torch model that it was made from.
+
+    Args:
+        proto: the file, weights included.
+        nodes: of layers that run once.
+        layers: by name.
+        model: computes in torch what the file should; its modules have the layers' names.
+        target: what the file was written for.
+
+    Attributes:
+        proto: the file with the integers that its layers read as further outputs.
+        taken_over: how many integers differed so far, those of which pruning kept another one included.
+    """
+
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        nodes: Sequence[ExportedNode],
+        layers: Mapping[str, DeployedLayer],
+        model: nn.Module,
+        target: str,
+    ) -> None:
+        places = places_of(model)
+        parts = [(node, LayerPart(proto, node.name)) for node in nodes if node.layer in places]
+        self._inputs = [
+            _Input(node.name, places[node.layer], layers[node.layer], part, target)
+            for node, part in parts
+            if part.integers
+        ]
+        self._model = model
+        self._outputs = len(proto.graph.output)
+        self.taken_over = 0
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(proto)
+        self._tensors = {x.part.integers: x.part.input_zero.dtype for x in self._inputs}
+        for name, dtype in self._tensors.items():
+            kind = helper.np_dtype_to_tensor_dtype(dtype)
+            self.proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+
+    def run(self, batch: Example, found: Arrays) -> Any:
+        """What the torch model makes of a batch with the integers among the outputs `found` of the exposed file.
+
+        Raises:
+            ExportError: names the first layer whose input in torch is another one.
+        """
+        integers = dict(zip(self._tensors, found[self._outputs :], strict=True))
+        differing: dict[str, int] = {}  # by tensor: once, however many layers read it
+        undo = [x.place.follow(partial(self._take_over, x, integers, differing)) for x in self._inputs]
+        try:
+            return batch.run(self._model)
+        finally:
+            self.taken_over += sum(differing.values())
+            for one in undo:
+                one()
+
+    def _take_over(self, input: "_Input", integers: Mapping[str, Any], differing: dict[str, int], x: Tensor) -> Tensor:
+        theirs = input.dequantized(integers[input.part.integers])
+        check, differing[input.part.integers] = input.check(x, theirs)
+        if not check.ok:
+            raise ExportError(
+                f"layer {check.node!r} reads something else in the file than in torch: up to {check.most_steps:.3g} "
+                f"quantization steps apart, {check.equal:.2%} equal"
+            )
+        return input.unprepared(theirs, x)
+
+
+class _Input:
+    """What one layer reads."""
+
+    def __init__(self, name: str, place: Place, layer: DeployedLayer, part: LayerPart, target: str) -> None:
+        self.name, self.place, self.part = name, place, part
+        self.layer, self.pattern = layer.layer, layer.input.pattern
+        self._pruned = onnxruntime_runner(part.input_model, target)
+        self._whole = onnxruntime_runner(part.unpruned_model, target)
+
+    def dequantized(self, integers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        steps = integers.astype(np.int32) - self.part.input_zero.astype(np.int32)
+        result: np.ndarray[Any, Any] = steps.astype(self.part.input_scale.dtype) * self.part.input_scale
+        return result
+
+    def check(self, x: Tensor, theirs: np.ndarray[Any, Any]) -> tuple[LayerCheck, int]:
+        """`x`, the layer's input in torch, put on the grid as the file does, beside what the file reads.
+
+        Of two elements that are all but equal pruning may keep either: what it keeps of each block is compared in order
+        of size, and each element that the file keeps with what torch has in its place.
+        """
+        prepared, _ = self.layer.prepare(x)
+        feed = {self.part.input: prepared.detach().reshape(theirs.shape).to(self.part.dtype).numpy()}
+        mine = self._pruned(feed)[0]
+        differing = int((self._steps(mine, theirs) > HALF).sum())
+        if self.pattern is None:
+            parts = [self._steps(mine, theirs)]
+        else:
+            in_place = self._steps(self._whole(feed)[0], theirs)[theirs != 0]
+            parts = [in_place, self._steps(self._ordered(mine), self._ordered(theirs))]
+        most = max(float(part.max(initial=0)) for part in parts)
+        equal = min(float((part <= HALF).mean()) if part.size else 1.0 for part in parts)
+        return LayerCheck(self.name, most, equal, True, theirs.size, DIGITS), differing
+
+    def unprepared(self, theirs: np.ndarray[Any, Any], x: Tensor) -> Tensor:
+        """In the shape of the module's own input: the file pads in front of the quantizer, the module behind."""
+        result = torch.from_numpy(theirs)
+        pads = getattr(self.layer, "pad_before", ())
+        return F.pad(result, [-pad for pad in pads]).reshape(x.shape).to(x)
+
+    def _steps(self, mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        steps: np.ndarray[Any, Any] = np.abs(mine.astype(np.float64) - theirs) / self.part.input_scale
+        return steps
+
+    def _ordered(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        assert self.pattern is not None
+        last = np.moveaxis(x, self.layer.channel_dim, -1)
+        whole = np.pad(last, [(0, 0)] * (x.ndim - 1) + [(0, -last.shape[-1] % self.pattern.block)])
+        return np.sort(whole.reshape(*whole.shape[:-1], -1, self.pattern.block))

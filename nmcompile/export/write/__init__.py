@@ -1,0 +1,1 @@
+"""From a deployable module to an ONNX file."""

@@ -1,0 +1,150 @@
+"""Layers with a grid for an activation -> quantized inputs, and outputs quantized behind their ReLU or as they are.
+
+    Conv(x, w)        ->  Conv(Dequantize(Clip(Quantize(x, scale, 0), low, high)), w)
+    Relu(Conv(x, w))  ->  Dequantize(Clip(Quantize(Relu(Conv(x, w)), scale, 0), low, high))
+    Conv(x, w)        ->  Dequantize(Clip(Quantize(Conv(x, w), scale, zero), low, high))
+
+The Clip is one of integers: one of floats in front would keep ONNX Runtime from its integer kernels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from nmcompile.errors import ExportError
+from nmcompile.export.write.build_nodes import add_initializer, insert_before
+from nmcompile.export.write.find_layers import LayerNode
+from nmcompile.export.write.prune_activations import prune_activation
+from nmcompile.export.deployed_layer import DeployedActivation
+from nmcompile.quantization import Grid
+
+MOVES = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice"})
+
+
+def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: str) -> None:
+    """Prune and quantize the inputs and outputs of all sites, in place; equal inputs once.
+
+    Raises:
+        ExportError: an output to be quantized behind its ReLU that something else reads.
+    """
+    done: dict[tuple[ir.Value, DeployedActivation, bool], ir.Value] = {}
+    for site in sites:
+        x, wanted = site.node.inputs[0], site.deployed.input
+        assert x is not None
+        key = (x, wanted, site.node.op_type == "Conv")
+        if key not in done:
+            done[key] = _Place(model, site, site.node, "").put(x, wanted, target)
+        site.node.replace_input_with(0, done[key])
+    for site in sites:
+        if site.deployed.output != DeployedActivation():
+            _quantize_behind(model, site, target)
+    common.IdentityEliminationPass()(model)
+
+
+def is_emulated(grid: Grid, target: str) -> bool:
+    """Whether the grid needs floats: TensorRT has no unsigned integers, and its INT8 ends at 127."""
+    return target == "tensorrt" and grid.high > np.iinfo(np.int8).max
+
+
+def _quantize_behind(model: ir.Model, site: LayerNode, target: str) -> None:
+    wanted, result = site.deployed.output, _result(site)
+    is_rectified = wanted.pattern is not None or (wanted.grid is not None and not wanted.grid.signed)
+    for activation in _rectified(site, result) if is_rectified else (result,):
+        # Something for the new nodes to stand in front of, and for a name that the graph's output needs.
+        end = ir.Node("", "Identity", [activation], name=f"{site.name}.output")
+        end.outputs[0].shape, end.outputs[0].type = activation.shape, activation.type
+        producer = activation.producer()
+        assert producer is not None
+        producer.append(end)
+        name, activation.name = activation.name, f"{activation.name}.dense"
+        others = ((user, operand) for user, operand in activation.uses() if user is not end)
+        for user, operand in tuple(others):
+            user.replace_input_with(operand, end.outputs[0])
+        outputs = model.graph.outputs
+        for index, output in enumerate(outputs):
+            if output is activation:
+                outputs[index] = end.outputs[0]
+        end.outputs[0].name = name
+        end.replace_input_with(0, _Place(model, site, end, "output_").put(activation, wanted, target))
+
+
+def _result(site: LayerNode) -> ir.Value:
+    """What the layer's node computes, behind a bias that is a node of its own."""
+    output = site.node.outputs[0]
+    readers = list(output.consumers())
+    if site.node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Add":
+        return output
+    size = site.deployed.layer.out_features
+    others = (value for value in readers[0].inputs if value is not output and value is not None)
+    biases = (value for value in others if value.const_value is not None and value.const_value.size == size)
+    return readers[0].outputs[0] if site.deployed.layer.has_bias and any(biases) else output
+
+
+def _rectified(site: LayerNode, result: ir.Value) -> list[ir.Value]:
+    readers = list(result.consumers())
+    if result.is_graph_output() or any(reader.op_type != "Relu" for reader in readers):
+        raise ExportError(
+            f"layer {site.name!r}: its output is to be pruned and quantized behind a ReLU, but the graph reads it "
+            "elsewhere too; leave the layer out with CompileConfig.layers, or take placement='operand'"
+        )
+    return [relu.outputs[0] for relu in readers]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an activation of a site is pruned and quantized: in front of `node`, under names that begin with `kind`."""
+
+    model: ir.Model
+    site: LayerNode
+    node: ir.Node
+    kind: str
+
+    def put(self, x: ir.Value, wanted: DeployedActivation, target: str) -> ir.Value:
+        if wanted.pattern is not None:
+            layout = "Channels" if self.site.node.op_type == "Conv" else "Features"
+            x = prune_activation(self.model, self.node, x, wanted.pattern, layout, self._name("prune"))
+        if wanted.grid is None:
+            return x
+        assert wanted.scale is not None
+        scale = self._constant("scale", np.float32(wanted.scale))
+        if is_emulated(wanted.grid, target):
+            return self._emulated(x, scale, wanted.grid)
+        dtype = np.dtype(np.uint8 if target == "onnxruntime" and self._is_unsigned(wanted.grid) else np.int8)
+        offset = 128 if dtype == np.uint8 and wanted.grid.signed else 0
+        zero = self._constant("zero_point", dtype.type(offset))
+        x = self._insert("QuantizeLinear", [x, scale, zero], "quantize")
+        x = self._clipped(x, wanted.grid, dtype, offset)
+        return self._insert("DequantizeLinear", [x, scale, zero], "dequantize")
+
+    def _is_unsigned(self, grid: Grid) -> bool:
+        """Whether ONNX Runtime gets unsigned integers: where the grid is, and at outputs, but that a convolution writes
+        the type that it reads. In front of a Reshape or its like, signed outputs do not load in ONNX Runtime 1.32,
+        which moves the quantization behind it: "output_dtype INT8 does not match y_zero_point type UINT8".
+        """
+        input = self.site.deployed.input.grid
+        reads_signed = self.site.node.op_type == "Conv" and input is not None and input.signed
+        is_moved = any(reader.op_type in MOVES for reader in self.node.outputs[0].consumers())
+        return not grid.signed or (self.kind == "output_" and (is_moved or not reads_signed))
+
+    def _clipped(self, x: ir.Value, grid: Grid, dtype: np.dtype[np.generic], offset: int = 0) -> ir.Value:
+        ends = ("low", grid.low + offset), ("high", grid.high + offset)
+        low, high = (self._constant(end, dtype.type(n)) for end, n in ends)
+        return self._insert("Clip", [x, low, high], "clip")
+
+    def _emulated(self, x: ir.Value, scale: ir.Value, grid: Grid) -> ir.Value:
+        x = self._insert("Div", [x, scale], "divide")
+        x = self._insert("Round", [x], "round")
+        x = self._clipped(x, grid, np.dtype(np.float32))
+        return self._insert("Mul", [x, scale], "multiply")
+
+    def _name(self, step: str) -> str:
+        return f"{self.site.name}.{self.kind}{step}"
+
+    def _constant(self, what: str, content: np.generic) -> ir.Value:
+        return add_initializer(self.model, f"{self.site.name}.{self.kind or 'input_'}{what}", content)
+
+    def _insert(self, op_type: str, inputs: Sequence[ir.Value], step: str) -> ir.Value:
+        return insert_before(self.node, op_type, inputs, self._name(step))

@@ -1,0 +1,195 @@
+"""nn.Module in eval mode -> ONNX graph of the operators that its forward calls, nothing folded or renamed yet."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.export.graph_signature import TensorArgument
+from torch.utils import _pytree as pytree
+
+from nmcompile.errors import ExportError
+from nmcompile.export.write.open_shapes import enlarged, names_of, open_as_asked, open_batch
+from nmcompile.export.outputs import left_out, outputs_of
+from nmcompile.export.check.run_file import first_line
+from nmcompile.ir.einsum import linear_einsum
+from nmcompile.own_thread import exporting_alone
+
+OPSET = 21  # the first with 4-bit integers
+FIXED = "if the model needs one size there, give dynamic_batch=False, or leave that dim out of dynamic_shapes"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, and what of the model is not in it.
+
+    Attributes:
+        model: the graph.
+        unread: parameters that forward does not read, in eval mode and for these inputs.
+        left_out: what forward returns besides tensors, by place and class.
+        ranges: the smallest and the largest size of each open dim, by name.
+    """
+
+    model: ir.Model
+    unread: frozenset[str]
+    left_out: tuple[str, ...]
+    ranges: Mapping[str, tuple[float, float]]
+
+
+def trace_model(
+    plain: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    dynamic_batch: bool,
+    dynamic_shapes: Any = None,
+) -> Traced:
+    """Trace the model; initializers keep the names of parameters and buffers.
+
+    Args:
+        plain: in eval mode; not changed.
+        args, kwargs: an example of the inputs.
+        dtype: of the graph; a copy of the model and the inputs are cast for float16, and where parameters are float64.
+        dynamic_batch: leave dim 0 of every input that has the first input's batch size open.
+        dynamic_shapes: the dims to leave open instead, in torch.export's form.
+
+    Raises:
+        ConfigError: `dynamic_shapes` that do not fit the inputs.
+        ExportError: a model in train mode, one that torch.export cannot trace, one that does not take such inputs or
+            returns a constant or no tensor, or an operator without ONNX form.
+    """
+    _check_eval(plain)
+    # Runtimes have no kernels for most operators in float64.
+    if dtype != torch.float32 or any(parameter.dtype == torch.float64 for parameter in plain.parameters()):
+        plain = copy.deepcopy(plain).to(dtype)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
+        )
+    shapes = None
+    if dynamic_shapes is not None:
+        shapes = open_as_asked(plain, args, kwargs, dynamic_shapes)
+    elif dynamic_batch:
+        shapes = open_batch(plain, args, kwargs)
+    if shapes is not None:
+        args, kwargs = enlarged(plain, args, kwargs, shapes)
+    program, left = _exported(plain, args, kwargs, shapes)
+    _check_outputs(program, type(plain).__name__)
+    _open_einsums(program)
+    try:
+        # With gradients on, the decomposition of attention takes another kernel than the trace did, of other strides.
+        with exporting_alone(), torch.no_grad(), _without_advice():
+            traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
+    assert traced is not None
+    if shapes is not None:
+        # The exporter renames open sizes itself, but only where every argument is a tensor.
+        dims = [value.shape or () for value in traced.model.graph.inputs]
+        traced.rename_axes(names_of(plain, args, kwargs, shapes, dims))
+    return Traced(traced.model, _unread(program), left, _ranges(program, shapes))
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence what the exporter says of torch's own code, and of a torchvision that is not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    logger.addFilter(_is_about_the_model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_is_about_the_model)
+
+
+def _is_about_the_model(record: logging.LogRecord) -> bool:
+    return "torchvision is not installed" not in record.getMessage()
+
+
+def _check_eval(plain: nn.Module) -> None:
+    name = next((name for name, module in plain.named_modules() if module.training), None)
+    if name is not None:
+        where = f"module {name!r}" if name else type(plain).__name__
+        raise ExportError(f"{where} is in train mode; call model.eval() before the export")
+
+
+def _check_outputs(program: torch.export.ExportedProgram, model: str) -> None:
+    specs = program.graph_signature.output_specs
+    if not any(isinstance(spec.arg, TensorArgument) for spec in specs):
+        raise ExportError(f"{model} returns no tensor, and a file's outputs are tensors")
+    for number, output in enumerate(specs, start=1):
+        constant = getattr(output.arg, "value", None)
+        if constant is not None:
+            raise ExportError(
+                f"{model} returns the constant {constant!r} as output {number}, and a file's outputs are tensors; "
+                f"leave it out, or return torch.tensor({constant!r})"
+            )
+
+
+def _exported(
+    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """The program that returns nothing but tensors, and what it leaves out."""
+    left: list[str] = []
+
+    def tensors_only(module: nn.Module, args: Any, result: Any) -> list[Any]:
+        left[:] = left_out(result)
+        return outputs_of(result)
+
+    hook = plain.register_forward_hook(tensors_only)
+    try:
+        with exporting_alone(), torch.no_grad():
+            return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes), tuple(left)
+    except Exception as error:  # whatever the model's own code raises comes out here
+        hint = "" if shapes is None else f"; {FIXED}"
+        raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {_explained(error)}{hint}") from error
+    finally:
+        hook.remove()
+
+
+def _explained(error: Exception) -> str:
+    """The first line, and torch's suggestions where it says how sizes are to be opened."""
+    _, _, fixes = str(error).partition("Suggested fixes:")
+    lines = [line.strip() for line in fixes.strip().splitlines()]
+    suggested = [line for line in lines[: lines.index("") if "" in lines else None] if line]
+    return first_line(error) + (f" (suggested: {'; '.join(suggested)})" if suggested else "")
+
+
+def _open_einsums(program: torch.export.ExportedProgram) -> None:
+    """Write each einsum that is a linear layer as linear or matmul, in place: runtimes have no sparse Einsum."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.einsum.default or len(node.args[1]) != 2:
+            continue
+        equation, operands = node.args[:2]
+        weight = next((i for i in (1, 0) if operands[i].name in program.graph_signature.inputs_to_parameters), None)
+        is_out_in = None if weight is None else linear_einsum(equation, weight)
+        if weight is not None and is_out_in is not None:
+            node.target = torch.ops.aten.linear.default if is_out_in else torch.ops.aten.matmul.default
+            node.args = operands[1 - weight], operands[weight]
+    program.graph_module.recompile()
+
+
+def _unread(program: torch.export.ExportedProgram) -> frozenset[str]:
+    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+    parameters = program.graph_signature.inputs_to_parameters
+    return frozenset(name for node, name in parameters.items() if not users[node])
+
+
+def _ranges(program: torch.export.ExportedProgram, shapes: Any) -> dict[str, tuple[float, float]]:
+    found = {str(size): (float(range.lower), float(range.upper)) for size, range in program.range_constraints.items()}
+    dims = [dim for dim in pytree.tree_leaves(shapes) if isinstance(dim, Dim)]
+    return found | {dim.__name__: (float(dim.min), float(dim.max)) for dim in dims}
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)

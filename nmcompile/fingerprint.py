@@ -1,0 +1,93 @@
+"""A fingerprint of a tensor's content, which differs after any write: in place, through `.data`, or by a fused kernel.
+
+Memory is read as words of 32 bits, in rows of `WORDS`. The sum of key times word over a row, mod 2^64, cannot stay the
+same when one word changes or two change places. The sums are mixed, each with its row's number, and added. The native
+kernel and torch's operators compute the same number, so it holds on another device and in another process too.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nmcompile.three_gemm.shards import PLAIN
+
+WORDS = 1024
+ROWS = {"cpu": 64}  # whose products torch holds at a time: there in a cache
+MANY_ROWS = 4096
+
+
+def fingerprint(x: Tensor) -> int | None:
+    """Return the fingerprint of a tensor; None where nobody can read it now.
+
+    That holds for shards, for tensors on meta or inside a transform of `torch.func`, and while a CUDA graph is
+    captured. On a GPU the caller waits for the result.
+    """
+    if not _is_readable(x):
+        return None
+    x = x.detach()
+    reach = x.numel() if x.is_contiguous() else _reach(x)
+    if reach > x.numel():  # with gaps, which are not its own
+        x, reach = x.contiguous(), x.numel()
+    native = _native() if x.device.type == "cpu" else None
+    if native is None:
+        found = _by_torch(x.as_strided((reach,), (1,)).view(torch.uint8))
+    else:
+        found = native(x.data_ptr(), reach * x.element_size(), torch.get_num_threads())
+    # The same bytes are another matrix where they lie otherwise.
+    return found if x.is_contiguous() else found ^ hash((x.shape, x.stride()))
+
+
+def _is_readable(x: Tensor) -> bool:
+    if type(x) not in PLAIN or x.is_meta or x.layout != torch.strided:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _reach(x: Tensor) -> int:
+    """How many elements of memory lie from the first to the last of a tensor."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+
+
+@cache
+def _native() -> Callable[[int, int, int], int] | None:
+    try:
+        from nmcompile._kernels import fingerprint as native
+    except ImportError:  # a pure installation
+        return None
+    found: Callable[[int, int, int], int] = native
+    return found
+
+
+@torch.no_grad()
+def _by_torch(content: Tensor) -> int:
+    size, device = len(content), content.device
+    padded = F.pad(content, (0, -size % (4 * WORDS)))
+    words = (padded.clone() if padded.storage_offset() % 4 else padded).view(torch.int32).view(-1, WORDS)
+    keys = _mixed(torch.arange(1, WORDS + 1, device=device)) >> 33 & 2**31 - 1
+    sums = [((part.long() & 2**32 - 1) * keys).sum(1) for part in words.split(ROWS.get(device.type, MANY_ROWS))]
+    numbers = torch.arange(1, len(words) + 1, device=device)
+    rows = _mixed(torch.cat(sums) + _mixed(numbers)) if sums else numbers
+    return int(rows.sum() + _mixed(torch.tensor(size, device=device)))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 over int64."""
+    x = x * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    mixed: Tensor = x ^ _shifted(x, 31)
+    return mixed
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    logical: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return logical
+
+
+def _signed(x: int) -> int:
+    return x - 2**64

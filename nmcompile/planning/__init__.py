@@ -1,0 +1,1 @@
+"""The plan: which phase of which layer is pruned and quantized, and why."""

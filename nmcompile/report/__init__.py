@@ -1,0 +1,1 @@
+"""The per-layer report and its forms."""

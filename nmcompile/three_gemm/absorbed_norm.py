@@ -1,0 +1,68 @@
+"""The batch norm behind a quantized layer: in eval() it computes what export makes of the two.
+
+In train() it is the norm that it was. In eval() its gain goes into the layer's scale and its shift is rounded to whole
+steps of the layer's accumulator, as integer kernels add it. What it hands on is then put on the grid of the layer's
+output, if the plan has one; the gradient passes straight through inside the grid.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.three_gemm.modules import Rewritten, ThreeGemm, put_class
+from nmcompile.quantization import absorbed_step, fake_quantize
+
+
+class AbsorbedNorm(Rewritten):
+    """Mixin of such a norm; `absorbing_layer` is the layer's module."""
+
+    PREFIX = "Absorbed"
+    absorbing_layer: "ThreeGemm"
+
+    num_features: int
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    training: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training or not self._is_along_channels(input):
+            output: Tensor = super().forward(input)  # type: ignore[misc]
+        else:
+            output = self._in_eval(input)
+        return self.to_grid(output)
+
+    def to_grid(self, output: Tensor) -> Tensor:
+        """`output` on the grid of the layer's output, if it has one."""
+        step = self.absorbing_layer.three_gemms[""].steps.output
+        return output if step is None else fake_quantize(output, step.current(), step.grid)
+
+    def to_accumulator(self, shift: Tensor, gain: Tensor) -> Tensor:
+        """`shift`, `(channels,)`, in whole steps of the layer's accumulator times `gain`."""
+        layer: Any = self.absorbing_layer
+        accumulator = layer.three_gemms[""].steps.of_accumulator(layer.weight)
+        step = absorbed_step(accumulator, gain)
+        return shift + ((shift / step).round() * step - shift).detach()
+
+    def _is_along_channels(self, input: Tensor) -> bool:
+        """A linear layer's features lie last; the norm's channels are dim 1."""
+        return self.absorbing_layer.three_gemms[""].layer.channel_dim % input.dim() == 1
+
+    def _in_eval(self, input: Tensor) -> Tensor:
+        gain = (self.running_var.double() + self.eps).rsqrt()
+        gain = gain if self.weight is None else gain * self.weight.double()
+        shift = -gain * self.running_mean.double()
+        shift = shift if self.bias is None else shift + self.bias.double()
+        shift = self.to_accumulator(shift, gain.detach())
+        shape = -1, *(1,) * (input.dim() - 2)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return (input * gain.to(wide).view(shape) + shift.to(wide).view(shape)).to(input.dtype)
+
+
+def absorb(norm: nn.Module, layer: nn.Module) -> None:
+    """Let `norm`, the batch norm that alone reads the output of the rewritten `layer`, compute as described."""
+    norm.__dict__["absorbing_layer"] = layer  # no child: that would change the names of parameters
+    put_class(norm, AbsorbedNorm)

@@ -1,0 +1,105 @@
+"""The steps of a layer's grids: SAWB's of the weight, and calibrated or learned ones of the input and the output."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.errors import CalibrationError
+from nmcompile.weight_cache import Kept, can_keep
+from nmcompile.ir.plan import PlanRow
+from nmcompile.quantization import Grid, positive_clip, sawb_scale
+
+_weight_steps: Kept[Tensor] = Kept()
+
+
+class ActivationStep:
+    """Holds the clip of one layer, outside `parameters()` and `state_dict()`: dense checkpoints keep their keys.
+
+    Args:
+        layer: the layer's name, for messages.
+        row: the plan's row, with the grid, and `pact` as operator where the clip is learned.
+        device: of the layer's weight.
+    """
+
+    def __init__(self, layer: str, row: PlanRow, device: torch.device) -> None:
+        assert row.grid is not None
+        self.layer = layer
+        self.row = row
+        self.grid: Grid = row.grid
+        self.is_calibrated = False
+        # Whatever the model is on: a clip on meta would lose its value.
+        device = torch.device("cpu") if device.type == "meta" else device
+        self.clip = nn.Parameter(torch.full((), torch.nan, device=device), requires_grad=row.operator == "pact")
+
+    def current(self) -> Tensor:
+        """The step, positive, 0-d float32; NaN before it is calibrated."""
+        return positive_clip(self.clip) / self.grid.high
+
+    def check(self) -> None:
+        """Raise CalibrationError where no clip was found yet."""
+        if not self.is_calibrated:
+            raise CalibrationError(
+                f"layer {self.layer!r}: its {self.row.operand} is to be quantized, but no clip is calibrated; pass "
+                "calibration=loader to nmcompile.compile, or call nmcompile.calibrate(model, loader)"
+            )
+
+    @torch.no_grad()
+    def calibrate(self, clip: float | Tensor) -> None:
+        """Set the clip: the largest magnitude that the grid holds."""
+        self.clip.fill_(clip)
+        self.is_calibrated = True
+
+    def move(self, device: torch.device) -> None:
+        if self.clip.device != device and device.type != "meta":
+            with torch.inference_mode(False), torch.no_grad():
+                self.clip.data = self.clip.data.to(device)
+
+
+@dataclass
+class GridSteps:
+    """What a layer multiplies its integers by; None where an operand is in full precision.
+
+    Args:
+        weight_grid: of the weight.
+        weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
+        input: of the input.
+        output: of the output, behind its ReLU where that grid is unsigned.
+    """
+
+    weight_grid: Grid | None = None
+    weight_dim: int | None = None
+    input: ActivationStep | None = None
+    output: ActivationStep | None = None
+
+    @property
+    def activations(self) -> tuple[ActivationStep, ...]:
+        """Those that are there, of the input and of the output."""
+        return tuple(step for step in (self.input, self.output) if step is not None)
+
+    @torch.no_grad()
+    def of_weight(self, weight: Tensor) -> Tensor | None:
+        """SAWB's step of the dense weight: no state, so that eval() is frozen as long as the weight is."""
+        if self.weight_grid is None:
+            return None
+        bits, dim = self.weight_grid.bits, self.weight_dim
+        if not can_keep(weight):
+            return sawb_scale(weight, bits, dim=dim)
+        return _weight_steps.get(weight, (), (bits, dim), lambda: sawb_scale(weight, bits, dim=dim))
+
+    @torch.no_grad()
+    def of_accumulator(self, weight: Tensor) -> Tensor | None:
+        """The step of the GEMM's integer sums, float64, one or `(out,)`; None unless weight and input are quantized."""
+        step, input_step = self.of_weight(weight), self.of_input()
+        return None if step is None or input_step is None else step.double().reshape(-1) * input_step.double()
+
+    def check(self) -> None:
+        """Raise CalibrationError where an activation has no clip yet."""
+        for step in self.activations:
+            step.check()
+
+    def of_input(self) -> Tensor | None:
+        return None if self.input is None else self.input.current()
+
+    def of_output(self) -> Tensor | None:
+        return None if self.output is None else self.output.current()

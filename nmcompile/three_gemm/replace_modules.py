@@ -1,0 +1,68 @@
+"""Put the three-GEMM graphs of a program to work in a module tree.
+
+nn.Linear          ->  ThreeGemmLinear, the same object with another class
+nn.BatchNorm2d     ->  AbsorbedBatchNorm2d, where it alone reads a quantized layer
+y = F.linear(...)  ->  y = run_three_gemm(self.three_gemms, "linear", ...) in a generated forward
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from nmcompile.ir.calls import match_call
+from nmcompile.errors import PreconditionError
+from nmcompile.three_gemm.absorbed_norm import absorb
+from nmcompile.three_gemm.attention import ThreeGemmAttention
+from nmcompile.ir.captured import Site
+from nmcompile.three_gemm.modules import ThreeGemmLayer, install, install_graph, run_three_gemm
+from nmcompile.ir.program import Program
+from nmcompile.three_gemm.triple import GemmTriple
+
+
+def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, GemmTriple]) -> None:
+    """Rewrite the modules of `model` in place; what can fail comes first, so that nothing is left half changed.
+
+    Args:
+        model: the tree that `program` was captured from, or one with the same names.
+        program: with its graphs lowered.
+        triples: by layer name, the running form of the layers that are rewritten.
+    """
+    by_module: dict[str, dict[str, Site]] = {}
+    for site in program.captured.sites:
+        if site.layer.name in triples:
+            by_module.setdefault(site.module, {})[site.role] = site
+    traces = program.captured.traces
+    graphs = {name: _rewrite_calls(traces[name], by_module[name]) for name in by_module if name in traces}
+    for name, sites in by_module.items():
+        module = model.get_submodule(name)
+        roles = {role: triples[site.layer.name] for role, site in sites.items()}
+        if name in graphs:
+            install_graph(module, graphs[name], roles)
+        else:
+            install(module, ThreeGemmAttention if isinstance(module, nn.MultiheadAttention) else ThreeGemmLayer, roles)
+    for plan in program.plan:
+        if plan.rewritten and plan.norm:
+            absorb(model.get_submodule(plan.norm), model.get_submodule(program.site(plan.layer.name).module))
+
+
+def _rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:
+    """A copy of a module's graph that calls its three-GEMM layers by role."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output: Any = graph.graph_copy(trace, copies)
+    graph.output(output)
+    graph.set_codegen(trace._codegen)
+    for original in [node for node in trace.nodes if node.name in sites]:
+        node = copies[original]
+        call = match_call(node)
+        if call is None:
+            raise PreconditionError(
+                f"node {original.name!r} of layer {sites[original.name].layer.name!r} is no conv or linear"
+            )
+        with graph.inserting_before(node):
+            holder = graph.create_node("get_attr", "three_gemms")
+        node.target = run_three_gemm
+        node.args = holder, original.name, call.input, call.weight, call.arguments.get("bias")
+        node.kwargs = {}
+    return graph

@@ -1,0 +1,147 @@
+"""The dense weights of layers: parameters, or values computed by parametrizations, hooks or a forward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from nmcompile.capture.weights import expression_of
+from nmcompile.ir.captured import Site
+from nmcompile.three_gemm.modules import run_three_gemm
+from nmcompile.three_gemm.shards import gathered
+
+Hook = WeightNorm | SpectralNorm | prune.BasePruningMethod
+
+
+def is_computed_in_forward(model: nn.Module, site: Site) -> bool:
+    """Whether a generated forward computes the weight of a compiled model's layer, and no parametrization or hook."""
+    if not site.is_expression or "three_gemm_graph" not in model.get_submodule(site.module).__dict__:
+        return False
+    path, _, attribute = site.weight.rpartition(".")
+    owner = model.get_submodule(path)
+    return not parametrize.is_parametrized(owner, attribute) and weight_hook(owner, attribute) is None
+
+
+@torch.no_grad()
+def stored_weight(model: nn.Module, site: Site) -> Tensor | None:
+    """Return the dense weight of a compiled model's layer, computed if need be; None where nobody knows how."""
+    if is_computed_in_forward(model, site):
+        return _computed(model.get_submodule(site.module), site.role)
+    path, _, attribute = site.weight.rpartition(".")
+    owner = model.get_submodule(path)
+    if site.is_expression and not parametrize.is_parametrized(owner, attribute):
+        hook = weight_hook(owner, attribute)
+        return None if hook is None else _value(hook, owner)
+    return named_weight(model, site.weight)
+
+
+def named_weight(model: nn.Module, name: str) -> Tensor | None:
+    """Return the tensor of a full name, computed where it is parametrized, gathered where it is split; or None."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        weight = getattr(model.get_submodule(path), attribute, None)
+    except AttributeError:
+        return None
+    return gathered(weight) if isinstance(weight, Tensor) else None
+
+
+def weight_hook(module: nn.Module, attribute: str) -> Hook | None:
+    """Find the hook of `torch.nn.utils` that computes an attribute before each forward."""
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "_tensor_name", getattr(hook, "name", None))
+        if isinstance(hook, Hook) and name == attribute:
+            return hook
+    return None
+
+
+def make_plain(module: nn.Module, attribute: str) -> None:
+    """Replace a weight that a parametrization or a hook of `torch.nn.utils` computes by a parameter with its value."""
+    hook = weight_hook(module, attribute)
+    removers: dict[type[Any], Callable[..., Any]] = {
+        WeightNorm: remove_weight_norm,
+        SpectralNorm: remove_spectral_norm,
+        prune.BasePruningMethod: prune.remove,
+    }
+    for kind, remove in removers.items():
+        if isinstance(hook, kind):
+            remove(module, attribute)
+    if parametrize.is_parametrized(module, attribute):
+        module.__class__ = _own_class(module)
+        # Without gradients torch would leave a plain tensor instead of a parameter.
+        with torch.enable_grad():
+            parametrize.remove_parametrizations(module, attribute)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a parameter the elements of a slice lie."""
+
+    parameter: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def look(self, model: nn.Module) -> Tensor:
+        """The slice of the model's parameter as it is now."""
+        return model.get_parameter(self.parameter).as_strided(self.size, self.stride, self.offset)
+
+
+def find_place(model: nn.Module, site: Site, weight: Tensor) -> Place | None:
+    """Find the parameter that a computed weight is a view of, each element once; None where it is a new tensor."""
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        return None
+    for name, parameter in model.get_submodule(site.module).named_parameters(prefix=site.module):
+        if parameter.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+            return Place(name, tuple(weight.shape), weight.stride(), int(weight.storage_offset()))
+    return None
+
+
+def _computed(module: nn.Module, role: str) -> Tensor:
+    """Run the part of a generated forward that computes the weight of one of its layers."""
+    nodes = module.__dict__["three_gemm_graph"].nodes
+    (weight,) = (node.args[3] for node in nodes if node.target is run_three_gemm and node.args[1] == role)
+    values: dict[fx.Node, Any] = {}
+    for node in expression_of(weight):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = _run(module, node, args, kwargs)
+    result = values[weight]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _run(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    target = str(node.target)
+    if node.op == "get_attr":
+        path, _, attribute = target.rpartition(".")
+        value = getattr(module.get_submodule(path), attribute)
+        return gathered(value) if isinstance(value, Tensor) else value
+    if node.op == "call_module":
+        return module.get_submodule(target)(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _value(hook: Hook, module: nn.Module) -> Tensor:
+    """The weight that a hook computes in eval(): the power iteration of a spectral norm does not go on."""
+    if isinstance(hook, prune.BasePruningMethod):
+        value: Tensor = hook.apply_mask(module)
+    elif isinstance(hook, SpectralNorm):
+        value = hook.compute_weight(module, do_power_iteration=False)
+    else:
+        value = hook.compute_weight(module)
+    return value
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A class like the module's, which it does not share with what it was copied from.
+
+    A parametrized weight is a property of the class, and is taken from there when the parametrization is removed.
+    """
+    shared = type(module)
+    return type(shared.__name__, shared.__bases__, dict(vars(shared)))

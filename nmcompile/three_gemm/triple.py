@@ -1,0 +1,311 @@
+"""Three graphs behind one autograd function, and the mixin for the modules that call them."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, fx
+
+from nmcompile.config import Phase
+from nmcompile.errors import ConfigError
+from nmcompile.ir.at_rest import FROZEN, Content, weights_at_rest
+from nmcompile.ir.captured import Site
+from nmcompile.fingerprint import fingerprint
+from nmcompile.three_gemm.frozen import Frozen
+from nmcompile.three_gemm.grid_steps import GridSteps
+from nmcompile.weight_cache import forget
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.program import ThreeGraphs
+from nmcompile.three_gemm.shards import PLAIN, Shards, is_sharded
+from nmcompile.three_gemm.draw_stream import DrawStream
+from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, no_second_derivative, run_layer
+
+OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
+"""The operands of a layer, in the order in which its autograd function takes them."""
+
+
+class MaskSource(Protocol):
+    """Where the current mask of a weight comes from."""
+
+    tensor: Tensor
+    steps: int
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether an optimizer is known to step the weight, so that calls which train it compare nothing."""
+
+    def current(self, weight: Tensor, content: Content | None, is_trained: bool = False) -> Tensor:
+        """Return the mask, bool of the weight's shape; rebuilt from `weight` if it is stale.
+
+        `content` is the weight's fingerprint, `FROZEN` where nothing is to be compared, or None where it is not known.
+        """
+
+    def preview(self, weight: Tensor) -> Tensor:
+        """Return the mask that `current` would return, without a change of state."""
+
+    def mark_stale(self) -> None:
+        """Have the next `current` rebuild the mask."""
+
+    def note_load(self, steps: int) -> None:
+        """Hear that `load_state_dict` has written the weight, after `steps` steps of sparse training."""
+
+    def look(self) -> None:
+        """Become stale if the weight was written, before something else changes it."""
+
+    def move(self, tensor: Tensor) -> None:
+        """Put another tensor (on another device) in the mask's place, the weight having moved too."""
+
+    def note_assignment(self) -> None:
+        """Become stale if another parameter was put in the weight's place."""
+
+    def note_backward(self) -> None:
+        """Hear of a backward call that computed a gradient of the weight."""
+
+
+class GemmTriple:
+    """One conv/linear call: runs the forward graph now, the backward and update graphs when autograd asks.
+
+    Args:
+        graphs: lowered.
+        site: where the layer stands, and the name of its weight.
+        mask: of that weight, or None.
+        stream: of the keys for random operators.
+        steps: of its grids.
+
+    `called` and `positions` (output positions of the last call) are what reports show of a run. `is_dense` tells that
+    nothing is pruned or quantized, `is_bilinear` that the output is linear in the input and in the weight.
+    """
+
+    def __init__(
+        self, graphs: ThreeGraphs, site: Site, mask: MaskSource | None, stream: DrawStream, steps: GridSteps
+    ) -> None:
+        self.graphs = graphs
+        self.site = site
+        self.mask = mask
+        self.stream = stream
+        self.steps = steps
+        self.frozen: Frozen | None = None
+        self.called = False
+        self.positions: int | None = None
+        self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
+        self.draws = any("key" in names for names in self.placeholders.values())
+        rows = graphs.plan.rows
+        self.is_dense = not any(row.is_sparse or row.is_quantized for row in rows)
+        self.is_bilinear = not any(row.is_quantized or row.operand in ("input", "output") for row in rows)
+
+    @property
+    def layer(self) -> Layer:
+        return self.graphs.layer
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
+        """The layer's output.
+
+        Args:
+            input: what the layer's module takes, floating point.
+            weight: the dense weight, of the layer's shape.
+            bias: `(out,)`, given exactly if the layer has one.
+            rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
+        """
+        is_trained = torch.is_grad_enabled() and weight.requires_grad
+        is_transformed = not torch.compiler.is_compiling() and are_transforms_active()
+        content = None if is_transformed else self._look(weight, is_trained)
+        mask = None if self.mask is None else self._mask(self.mask, weight, content, is_trained, is_transformed)
+        shards = None
+        if type(weight) not in PLAIN and is_sharded(weight):
+            shards = self._shards(input, weight, rows)
+            input, weight, bias, mask = shards.take(input, weight, bias, mask)
+        self._move(input.device)
+        with self._at_rest(content, weight, is_trained):
+            weight_step = self.steps.of_weight(weight)
+            if rows is not None:
+                weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
+            input, weight, bias = _autocast(input, weight, bias)
+            input, unbatched = self.layer.prepare(input)
+            operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
+            run = run_layer if is_transformed else _ThreeGemmFunction.apply
+            output: Tensor = run(self, *operands)
+        self._observe(output)
+        output = _own(output, output.shape[1:]) if unbatched else output
+        return output if shards is None else shards.give(output)
+
+    @staticmethod
+    def _mask(
+        source: MaskSource, weight: Tensor, content: Content | None, is_trained: bool, is_transformed: bool
+    ) -> Tensor:
+        return mask_of(source, weight) if is_transformed else source.current(weight, content, is_trained)
+
+    def thaw(self) -> None:
+        """Take back `nmcompile.freeze`, if it was called."""
+        if self.frozen is not None:
+            self.frozen.end()
+
+    def _look(self, weight: Tensor, is_trained: bool) -> Content | None:
+        """The fingerprint of the weight, where something may depend on it and the call can afford to look."""
+        if self.frozen is not None and self.frozen.holds:
+            if is_trained:
+                self.frozen.end()
+            elif self.frozen.covers(weight):
+                return FROZEN
+        if torch.compiler.is_compiling():
+            return None
+        if is_trained:
+            forget([weight])
+            return None if self.mask is None or self.mask.is_followed else fingerprint(weight)
+        if self.mask is None and self.steps.weight_grid is None:
+            return None
+        # A GPU would be waited for: too much in each training step of a model with weights that are not trained.
+        is_asked = weight.device.type == "cpu" or not torch.is_grad_enabled()
+        return fingerprint(weight) if is_asked else None
+
+    @staticmethod
+    def _at_rest(content: Content | None, weight: Tensor, is_trained: bool) -> AbstractContextManager[None]:
+        """Where values of the weight may be cached: on a GPU only if they are never compared."""
+        is_compiling = torch.compiler.is_compiling()
+        if content is None or is_trained or is_compiling or (content != FROZEN and weight.device.type != "cpu"):
+            return nullcontext()
+        return weights_at_rest(content)
+
+    def _move(self, device: torch.device) -> None:
+        """Have the random stream and the clips where the layer runs."""
+        if self.draws:
+            self.stream.move(device)
+        for step in self.steps.activations:
+            step.move(device)
+
+    def _shards(self, input: Tensor, weight: Tensor, rows: slice | None) -> Shards:
+        if rows is not None:
+            raise ConfigError(
+                f"layer {self.layer.name!r}: its weight packs three projections, and is split among processes; leave "
+                f"it dense with CompileConfig(layers={{{self.layer.name!r}: None}}), or do not parallelize it"
+            )
+        shards = Shards(self.graphs.plan, input, weight)
+        self.stream.rank = shards.draw_rank
+        self.stream.replicas.rank = shards.batch_rank
+        return shards
+
+    def run(self, phase: Phase, values: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Run one graph on values by name, outside autocast: the operands have the dtype that they shall have."""
+        self.steps.check()
+        arguments = [values[name] for name in self.placeholders[phase]]
+        device = next(v for v in values.values() if v is not None).device.type
+        # Dynamo takes autocast for off behind such a block; operands that are cast already lose nothing without it.
+        is_on = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if is_on else nullcontext():
+            result: tuple[Tensor | None, ...] = self.graphs[phase](*arguments)
+        return result
+
+    def draws_for(self, needs: Sequence[bool]) -> bool:
+        """Tell whether gradients are pruned at random; `needs` is that of `gradients`."""
+        phases = {Phase.BACKWARD: _needs_backward(needs), Phase.UPDATE: _needs_update(needs)}
+        return any(is_run and "key" in self.placeholders[phase] for phase, is_run in phases.items())
+
+    def named(self, operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """Return the operands of the layer by name."""
+        return dict(zip(OPERANDS, operands, strict=True))
+
+    def forward_of(self, values: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+        """Return the output, which is a view of nothing, and what the other two graphs read of the forward graph."""
+        output, *saved = cast(tuple[Tensor, ...], self.run(Phase.FORWARD, values))
+        return output if torch.compiler.is_compiling() or not output._is_view() else _own(output, output.shape), *saved
+
+    def save(self, ctx: Any, operands: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
+        """Save what the backward and the update graph read, if autograd will run them."""
+        values = self.named(operands) | dict(zip(self.graphs.saved, saved, strict=True))
+        wanted = set(self.placeholders[Phase.BACKWARD]) if _needs_backward(ctx.needs_input_grad) else set()
+        if _needs_update(ctx.needs_input_grad):
+            wanted |= set(self.placeholders[Phase.UPDATE])
+        ctx.triple = self
+        ctx.names = tuple(name for name in values if name in wanted)
+        ctx.save_for_backward(*(values[name] for name in ctx.names))
+
+    def gradients(
+        self, names: Sequence[str], needs: Sequence[bool], grad_output: Tensor, *saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the operands.
+
+        Args:
+            names: of the saved tensors.
+            needs: whether each argument of the autograd function, this triple first, needs a gradient.
+            grad_output: dY.
+            saved: what `save` saved.
+        """
+        values = dict(zip(names, saved, strict=True)) | {"grad_output": grad_output}
+        if self.mask is not None and needs[2] and not torch.compiler.is_compiling():
+            self.mask.note_backward()
+        backward_key, update_key = _keys(self)
+        grad_input = grad_weight = grad_bias = None
+        grad_steps: list[Tensor | None] = []
+        if _needs_backward(needs):
+            grad_input, *grad_steps = self.run(Phase.BACKWARD, values | {"key": backward_key})
+        if _needs_update(needs):
+            grad_weight, *rest = self.run(Phase.UPDATE, values | {"key": update_key})
+            grad_bias = rest[0] if rest else None
+        asked = (name in self.placeholders[Phase.BACKWARD] for name in ("input_step", "output_step"))
+        input_step, output_step = (grad_steps.pop(0) if ask and grad_steps else None for ask in asked)
+        return grad_input, grad_weight, grad_bias, None, None, input_step, output_step
+
+    def _observe(self, output: Tensor) -> None:
+        self.called = True
+        if torch.compiler.is_compiling():
+            return
+        self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
+
+
+class _ThreeGemmFunction(torch.autograd.Function):
+    """Y = X Wᵀ by the forward graph; dX and (dW, db) by the backward and the update graph."""
+
+    @staticmethod
+    def forward(ctx: Any, triple: GemmTriple, *operands: Tensor | None) -> Tensor:
+        output, *saved = triple.forward_of(triple.named(operands))
+        triple.save(ctx, operands, saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        triple: GemmTriple = ctx.triple
+        # Under torch.compile grad mode says nothing here, and AOTAutograd refuses double backward by itself.
+        if torch.is_grad_enabled() and not triple.is_dense and not torch.compiler.is_compiling():
+            raise no_second_derivative(triple)
+        return None, *triple.gradients(ctx.names, ctx.needs_input_grad, grad_output, *ctx.saved_tensors)
+
+
+def _needs_backward(needs: Sequence[bool]) -> bool:
+    """Tell whether anyone asks for dX, or for the gradient of a step that comes with it."""
+    return bool(needs[1] or any(needs[6:]))
+
+
+def _needs_update(needs: Sequence[bool]) -> bool:
+    return bool(needs[2] or needs[3])
+
+
+def _own(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return `x` in another shape as a tensor of its own, not a view: operators may then write to it in place."""
+    result: Tensor = torch.ops.aten._unsafe_view(x, shape)
+    return result
+
+
+def _rows(x: Tensor | None, rows: slice) -> Any:
+    """Those rows of an operand; a scalar holds for all."""
+    return x if x is None or x.dim() == 0 else x[rows]
+
+
+def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:
+    if not triple.draws:
+        return None, None
+    keys = triple.stream.next_keys()
+    return keys[0], keys[1]
+
+
+def _placeholders(graph: fx.GraphModule) -> tuple[str, ...]:
+    return tuple(str(node.target) for node in graph.graph.nodes if node.op == "placeholder")
+
+
+def _autocast(*tensors: Tensor | None) -> Sequence[Any]:
+    """What autocast does to the operands of `F.linear` and `F.conv2d`."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
+    return [t.to(dtype) if ok and t is not None else t for t, ok in zip(tensors, eligible, strict=True)]

@@ -1,0 +1,89 @@
+"""Copies of module trees without FSDP2 and tensor parallelism: without their hooks, classes, states and DTensors."""
+
+import copy
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from nmcompile.three_gemm.modules import Rewritten, rebuild
+from nmcompile.three_gemm.shards import gathered, is_sharded
+
+SPLITTERS = "torch.distributed.fsdp.", "torch.distributed.tensor."
+MARKS = "__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module_applied"
+"""How the names begin under which modules remember that they were split."""
+
+
+def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a module's attributes without the hooks that gather, split and move its tensors."""
+    return {name: _own_hooks(value) if name.endswith("_hooks") else value for name, value in attributes.items()}
+
+
+def unsharded_copy(model: nn.Module) -> nn.Module:
+    """Copy a model as one process alone would hold it. Every process of a split model has to call."""
+    fully_sharded = _fully_sharded(model)
+    for module in fully_sharded:
+        module.reshard()  # what was gathered for a call may have another dtype
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_sharded(tensor)]
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone() for module in model.modules() for tensor in _computed(module)
+    }
+    if not tensors and not fully_sharded:
+        return copy.deepcopy(model, memo)
+    memo |= {id(tensor): _whole(tensor) for tensor in tensors}
+    shells = {module: _shell(module, type(module)) for module in fully_sharded}  # FSDP2 refuses copies
+    memo.update((id(module), shell) for module, shell in shells.items())
+    for module, shell in shells.items():
+        shell.__dict__.update(copy.deepcopy(_own(module), memo))
+    plain: nn.Module = copy.deepcopy(model, memo)
+    for module in plain.modules():
+        attributes = _own(module)
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+    return plain
+
+
+def _computed(module: nn.Module) -> list[Tensor]:
+    """Attributes with a history, which torch refuses to copy: weights that hooks have computed for the last call."""
+    return [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+
+
+def _fully_sharded(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _whole(tensor: Any) -> Any:
+    whole = gathered(tensor)
+    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
+
+
+def _shell(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """An empty module of the class that `kind` was before `fully_shard`."""
+    first, *rest = kind.__bases__
+    if issubclass(first, Rewritten):
+        return rebuild(first, type(_shell(module, rest[0])), module.__dict__.get("three_gemm_graph"))
+    if rest and issubclass(first, sys.modules["torch.distributed.fsdp"].FSDPModule):
+        return _shell(module, rest[0])
+    empty: nn.Module = kind.__new__(kind)
+    return empty
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    attributes = without_hooks(module.__dict__)
+    return {name: value for name, value in attributes.items() if not name.startswith(MARKS)}
+
+
+def _own_hooks(hooks: Any) -> Any:
+    if not isinstance(hooks, dict):  # a GraphModule has lists by such names
+        return hooks
+    own = {key: hook for key, hook in hooks.items() if not _origin(hook).startswith(SPLITTERS)}
+    return hooks if len(own) == len(hooks) else type(hooks)(own)
+
+
+def _origin(hook: Any) -> str:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", ""))

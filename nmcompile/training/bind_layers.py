@@ -1,0 +1,138 @@
+"""Bind the three graphs of each layer to a model: its masks, shared where weights are, and its random stream."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nmcompile.config import CompileConfig, Phase
+from nmcompile.errors import ConfigError
+from nmcompile.ir.captured import Site
+from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
+from nmcompile.ir.plan import LayerPlan, PlanRow
+from nmcompile.ir.program import Program
+from nmcompile.three_gemm.draw_stream import DrawStream, Replicas
+from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.pruning import NMPattern
+from nmcompile.training.earlier import Earlier
+from nmcompile.training.masks import WeightMask
+from nmcompile.training.refresh_mask import CONTENT, STALE
+
+
+class TripleFactory:
+    """Makes the running form of each planned layer of `model`, without changing the model.
+
+    Args:
+        model: the module tree that the layers will run in.
+        program: with its graphs lowered.
+        config: refresh period and SR-STE.
+        seed: of every random stream.
+        earlier: state of an earlier compilation; a mask that meets the new pattern and a clip of the same grid are
+            taken over.
+    """
+
+    def __init__(self, model: nn.Module, program: Program, config: CompileConfig, seed: int, earlier: Earlier) -> None:
+        self.model = model
+        self.program = program
+        self.config = config
+        self.seed = seed
+        self.earlier = earlier
+        self.masks: dict[int | str, WeightMask] = {}
+        self.replicas = Replicas()
+
+    def rewritten_sites(self) -> Iterator[Site]:
+        """The sites that the plan rewrites."""
+        rewritten = {plan.layer.name for plan in self.program.plan if plan.rewritten}
+        return (site for site in self.program.captured.sites if site.layer.name in rewritten)
+
+    def make(self, site: Site) -> GemmTriple:
+        """The running form of one site.
+
+        Raises:
+            ConfigError: another layer shares the weight and asks for another mask.
+        """
+        graphs = self.program.layers[site.layer.name]
+        row = graphs.plan.find(Phase.FORWARD, "weight")
+        mask = self._mask(site, row) if row else None
+        stream = DrawStream(self.seed, site.layer.name, self.replicas)
+        return GemmTriple(graphs, site, mask, stream, self._steps(site, graphs.plan))
+
+    def _steps(self, site: Site, plan: LayerPlan) -> GridSteps:
+        weight = plan.grid_row("weight")
+        return GridSteps(
+            weight.grid if weight else None,
+            site.layer.out_dim if self.config.granularity == "channel" else None,
+            self._activation_step(site, plan.grid_row("input")),
+            self._activation_step(site, plan.grid_row("output")),
+        )
+
+    def _activation_step(self, site: Site, row: PlanRow | None) -> ActivationStep | None:
+        if row is None:
+            return None
+        device = next(self.model.get_submodule(site.module).parameters()).device
+        step = ActivationStep(site.layer.name, row, device)
+        earlier = self.earlier.steps.get((site.layer.name, row.operand))
+        if earlier is not None and earlier.is_calibrated and earlier.grid == step.grid:
+            step.calibrate(earlier.clip)
+        return step
+
+    def _mask(self, site: Site, row: PlanRow) -> WeightMask:
+        weight = None if site.is_expression else _find(self.model, site.weight)
+        key = site.layer.name if weight is None else id(weight)
+        if key not in self.masks:
+            self.masks[key] = self._new_mask(site, row, weight)
+        mask = self.masks[key]
+        fits = mask.layer.in_dim == site.layer.in_dim or mask.operator.startswith("transposable")
+        if (mask.operator, mask.pattern) != (row.operator, row.pattern) or not fits:
+            raise ConfigError(
+                f"layers {mask.layer.name!r} and {site.layer.name!r} share one weight, but are to be pruned as "
+                f"{mask.pattern} {mask.operator} and {row.pattern} {row.operator}; give both the same in "
+                "CompileConfig.layers"
+            )
+        owner = self.model.get_submodule(site.module)
+        inside = not site.module or site.weight.startswith(f"{site.module}.")
+        path = site.weight.removeprefix(f"{site.module}.") if site.module else site.weight
+        mask.owners[owner if inside else self.model] = None if weight is None else path if inside else site.weight
+        mask.accept_version(int(mask.clock[CONTENT]))
+        return mask
+
+    def _new_mask(self, site: Site, row: PlanRow, weight: Tensor | None) -> WeightMask:
+        assert row.operator is not None and row.pattern is not None
+        if weight is None:
+            like = next(self.model.get_submodule(site.module).parameters())
+            weight = torch.empty(site.layer.weight_shape, device=like.device)
+        config = self.config
+        kernel = self.program.layers[site.layer.name].mask_kernel()
+        mask = WeightMask(
+            site.weight, site.layer, row.operator, row.pattern, config.refresh, config.sr_ste, weight, kernel
+        )
+        earlier = self.earlier.masks.get(site.weight)
+        if earlier is not None and not int(earlier.clock[STALE]) and _meets(earlier.tensor, mask):
+            mask.tensor.copy_(earlier.tensor)
+            mask.steps = earlier.steps
+            mask.clock[STALE], mask.clock[CONTENT] = 0, earlier.clock[CONTENT]
+        return mask
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    module, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(module), attribute)
+    return tensor
+
+
+def _meets(kept: Tensor, mask: WeightMask) -> bool:
+    """Whether a mask obeys another mask's pattern: N:M along in, and along out too if that one is transposable."""
+    if kept.shape != mask.tensor.shape:
+        return False
+    layer = mask.layer
+    dims = [layer.in_dim] + ([layer.out_dim] if mask.operator.startswith("transposable") else [])
+    return all(count_violations(kept, mask.pattern, dim) == 0 for dim in dims)
+
+
+def count_violations(x: Tensor, pattern: NMPattern, dim: int) -> int:
+    """Count the blocks along `dim` that hold more than N non-zeros; a rest that fills no block counts as one."""
+    line = (x != 0).movedim(dim, -1)
+    count = line.shape[-1] // pattern.block
+    whole, rest = line.split((count * pattern.block, line.shape[-1] % pattern.block), dim=-1)
+    parts = whole.unflatten(-1, (count, pattern.block)).sum(-1), rest.sum(-1)
+    return sum(int((kept > pattern.n_keep).sum()) for kept in parts)

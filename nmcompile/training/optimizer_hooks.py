@@ -1,0 +1,144 @@
+"""How masks learn of optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer.
+
+What is cached of weights at rest is freed there too, and a model that was frozen is so no more.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from nmcompile.checks import check_compiled
+from nmcompile.three_gemm.frozen import thaw
+from nmcompile.weight_cache import forget
+from nmcompile.three_gemm.shards import is_sharded, like_shard
+from nmcompile.printable import printable
+from nmcompile.training.masks import WeightMask, live_masks
+
+_steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
+"""Of optimizers that are making a step: how many steps each mask had noted, by its id."""
+
+
+@cache
+def watch_optimizers() -> None:
+    """Register the two hooks, once for the process; they look at nothing but what is alive of this package."""
+    # Dynamo would trace what they read of a weight as constants.
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def step(model: nn.Module) -> None:
+    """Tell a compiled model that an optimizer step was made, for optimizers that are not `torch.optim.Optimizer`s.
+
+    Call it once after each step; the hooks do the same for optimizers of torch.optim.
+    """
+    check_compiled("model", model)
+    _note_step(list(model.parameters()))
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    masks = list(_masks_of(_held(optimizer)))
+    _steps_before[optimizer] = {id(mask): mask.notes for mask in masks}
+    for mask in masks:
+        if mask.was_moved():
+            mask.mark_stale()
+    _warn_of_resumption(optimizer, [mask for mask in masks if mask.is_resumed])
+    closure = kwargs.get("closure") or next(iter(args[1:]), None)
+    if not callable(closure):
+        _decay([mask for mask in masks if not mask.is_decayed], optimizer)
+        return None
+    if isinstance(closure, partial) and closure.func is _evaluate:  # of an optimizer around this one
+        return None
+    # The gradients are only computed in there.
+    evaluate = partial(_evaluate, closure, masks, optimizer)
+    return (args, kwargs | {"closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
+
+
+def _warn_of_resumption(optimizer: Optimizer, resumed: Sequence[WeightMask]) -> None:
+    """Warn where weights were loaded, and the optimizer's state too, but no sparse state: once for a model."""
+    for mask in resumed:
+        mask.is_resumed = False
+    states = (optimizer.state.get(weight) for mask in resumed for weight in mask.parameters())
+    if any(state and float(state.get("step", 1)) for state in states):
+        warnings.warn(
+            f"{printable(resumed[0].name)}: its weights were loaded, and its optimizer's state, but no sparse state, "
+            "so its mask was computed anew. If they are of sparse training, it does not go on exactly: load what "
+            "nmcompile.sparse_state_dict returned, after load_state_dict (in trainers SparseTraining does so).",
+            stacklevel=4,
+        )
+
+
+def _evaluate(closure: Callable[[], Any], masks: Sequence[WeightMask], optimizer: Optimizer) -> Any:
+    """The loss, with the gradients that the optimizer shall see."""
+    for mask in masks:
+        mask.accept_version()  # of what the optimizer wrote on its way: line searches call closures more than once
+    loss = closure()
+    _decay(masks, optimizer)
+    return loss
+
+
+def _decay(masks: Sequence[WeightMask], optimizer: Optimizer) -> None:
+    # Of several compilations that share a weight, the last one decays it: the others may only wait to be collected.
+    decaying = sorted((mask for mask in masks if mask.sr_ste), key=lambda mask: mask.serial)
+    for mask in {id(mask.weight()): mask for mask in decaying}.values():
+        _add_sr_ste(mask, getattr(optimizer, "grad_scale", None))
+    for mask in masks:
+        mask.is_decayed = True
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # A GradScaler tells fused optimizers, which are called each time, what made them skip the step.
+    found_inf = getattr(optimizer, "found_inf", None)
+    _note_step(_held(optimizer), _steps_before.pop(optimizer, {}), found_inf if isinstance(found_inf, Tensor) else None)
+
+
+def _note_step(
+    parameters: Sequence[Tensor],
+    before: Mapping[int, int] = MappingProxyType({}),
+    found_inf: Tensor | None = None,
+) -> None:
+    """Count a step, except where an optimizer inside this one did: then the mask has noted more steps than `before`."""
+    thaw(parameters)
+    for mask in _masks_of(parameters):
+        if before.get(id(mask), mask.notes) == mask.notes:
+            mask.after_step(found_inf)
+        else:
+            mask.accept_version()
+    forget(parameters)
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _masks_of(parameters: Sequence[Tensor]) -> Iterator[WeightMask]:
+    held = set(map(id, parameters))
+    for mask in list(live_masks):
+        if any(id(p) in held for p in mask.parameters()):
+            yield mask
+
+
+@torch.no_grad()
+def _add_sr_ste(mask: WeightMask, scale: Tensor | None) -> None:
+    """g += λ (1 - mask) ∘ w: the pruned weights decay (Zhou et al. 2021, SR-STE).
+
+    Added here, right before the step, so that gradient accumulation cannot scale it. By `scale`, which a GradScaler
+    leaves to fused optimizers, those divide gradients.
+    """
+    weight = mask.weight()
+    if weight is not None and weight.grad is not None:
+        kept = like_shard(mask.tensor, weight) if is_sharded(weight) else mask.tensor
+        pruned = torch.where(kept, torch.zeros_like(weight), weight)
+        # λ times the scale first: the scale alone is infinite in float16.
+        factor = mask.sr_ste if scale is None else (mask.sr_ste * scale).to(weight.device)
+        weight.grad.add_(pruned * factor)
