@@ -18,7 +18,7 @@ from torch import nn
 from vision import models
 
 import nmcompile
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 MODELS = {"ResNet-18": models.resnet18, "ResNet-50": models.resnet50, "ViT-B/16": models.vit_b_16}
 RESULT = Path(__file__).parent / "results" / "compile_time.json"

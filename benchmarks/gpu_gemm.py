@@ -27,7 +27,7 @@ from nmcompile import CompileConfig
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.product import Product
 from nmcompile.backends.cusparselt.support import cusparselt_support, operand_refusal
-from nmcompile.ir.at_rest import weights_at_rest
+from nmcompile.weight_cache import weights_at_rest
 
 TOKENS = 64, 512, 2048, 8192, 16384
 LAYERS = {

@@ -18,11 +18,11 @@ from low_bit_baselines import METHODS
 from tabulate import tabulate
 from torch import nn
 
+from nmcompile.api.recipes import scheme_a, scheme_b
 from nmcompile.demo.images import Images, load_images
 from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.training import batches, evaluate
 from nmcompile.training import clips
-from nmcompile.api.recipes import scheme_a, scheme_b
 
 LEARNING_RATE = 0.1
 QAT_RATE = 0.02

@@ -1,26 +1,28 @@
 """N:M fine-grained sparsity for PyTorch: every conv and linear node as three explicit, pruned GEMMs."""
 
+from nmcompile.api.calibrate import calibrate as calibrate
+from nmcompile.api.compare import compare as compare
 from nmcompile.api.compile import analyze as analyze
 from nmcompile.api.compile import compile as compile
 from nmcompile.api.compile import decompile as decompile
 from nmcompile.api.compile import inspect as inspect
 from nmcompile.api.compile import is_compiled as is_compiled
-from nmcompile.api.calibrate import calibrate as calibrate
-from nmcompile.api.compare import compare as compare
+from nmcompile.api.export import ExportReport as ExportReport
+from nmcompile.api.export import export as export
+from nmcompile.api.finalize import finalize as finalize
+from nmcompile.api.freeze import freeze as freeze
+from nmcompile.api.sparse_state import load_sparse_state_dict as load_sparse_state_dict
+from nmcompile.api.sparse_state import sparse_state_dict as sparse_state_dict
+from nmcompile.api.verify import verify as verify
+from nmcompile.backends.shared.choose_kernel import load_choices as load_choices
+from nmcompile.backends.shared.choose_kernel import save_choices as save_choices
 from nmcompile.config import CompileConfig as CompileConfig
 from nmcompile.config import LayerConfig as LayerConfig
 from nmcompile.config import Phase as Phase
 from nmcompile.config import Pruning as Pruning
 from nmcompile.config import presets as presets
 from nmcompile.errors import NMCompileError as NMCompileError
-from nmcompile.api.export import ExportReport as ExportReport
-from nmcompile.api.export import export as export
-from nmcompile.api.finalize import finalize as finalize
-from nmcompile.api.freeze import freeze as freeze
-from nmcompile.three_gemm.modules import ThreeGemm as ThreeGemm
 from nmcompile.pruning import NMPattern as NMPattern
-from nmcompile.api.sparse_state import load_sparse_state_dict as load_sparse_state_dict
-from nmcompile.api.sparse_state import sparse_state_dict as sparse_state_dict
-from nmcompile.api.verify import verify as verify
+from nmcompile.three_gemm.modules import ThreeGemm as ThreeGemm
 
 __version__ = "0.1.0"

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from nmcompile.checks import check_choice, check_kind, check_number
 from nmcompile.errors import ConfigError, nearest
-from nmcompile.pruning.pattern import NMPattern
 from nmcompile.files.read_files import parse_json
+from nmcompile.pruning.pattern import NMPattern
 
 DEFAULT = "_default"
 REGEX = "re:"

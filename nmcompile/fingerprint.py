@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.three_gemm.shards import PLAIN
+from nmcompile.sharded import PLAIN
 
 WORDS = 1024
 ROWS = {"cpu": 64}  # whose products torch holds at a time: there in a cache

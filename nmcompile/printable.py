@@ -37,3 +37,8 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], style: str = "s
 
 def _escaped(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message that is not empty, or else its class."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

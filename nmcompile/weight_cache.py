@@ -5,16 +5,46 @@ On a GPU a comparison would have to wait for it: there values are cached only fo
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import starmap
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nmcompile.ir.at_rest import FROZEN, Content, content_at_rest
-from nmcompile.three_gemm.shards import PLAIN
+from nmcompile.sharded import PLAIN
+
+FROZEN: Final = "frozen"
+"""The content of weights whose owner has said that they stand still, see `nmcompile.freeze`."""
+
+
+Content = int | Literal["frozen"]
+
+
+_content: ContextVar[Content | None] = ContextVar("_content", default=None)
+
+
+@contextmanager
+def weights_at_rest(content: Content = FROZEN) -> Iterator[None]:
+    """Inside, the weight of the layer that runs is at rest, and has this content (its fingerprint)."""
+    token = _content.set(content)
+    try:
+        yield
+    finally:
+        _content.reset(token)
+
+
+def content_at_rest() -> Content | None:
+    """The content of the weight of the layer that runs; None where it may change."""
+    return _content.get()
+
+
+def are_weights_at_rest() -> bool:
+    return _content.get() is not None
+
 
 Value = TypeVar("Value")
 

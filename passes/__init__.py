@@ -12,7 +12,6 @@ from nmcompile.passes.quantize_biases import QuantizeBiases as QuantizeBiases
 from nmcompile.passes.quantize_inputs import QuantizeInputs as QuantizeInputs
 from nmcompile.passes.quantize_outputs import QuantizeOutputs as QuantizeOutputs
 from nmcompile.passes.quantize_weights import QuantizeWeights as QuantizeWeights
-from nmcompile.ir.verify_graphs import verify_graphs as verify_graphs
 
 
 def compile_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:

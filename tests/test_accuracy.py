@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.api.revert_layers import revert_layers
 from nmcompile.api.compare import compare
+from nmcompile.api.revert_layers import revert_layers
 from nmcompile.errors import ConfigError
 
 COST = {"a": 0.05, "b": 0.3, "c": 0.01, "d": 0.1}

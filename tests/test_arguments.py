@@ -15,13 +15,13 @@ from torch import nn
 
 import nmcompile
 from nmcompile import NMPattern, Phase, pruning, quantization, training
-from nmcompile.backends.shared.choose_kernel import load_choices, save_choices
+from nmcompile.api import recipes
+from nmcompile.api.callbacks import lightning_callback, trainer_callback
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
+from nmcompile.backends.shared.choose_kernel import load_choices, save_choices
 from nmcompile.backends.tensorrt import load_engine
 from nmcompile.errors import ConfigError, ExportError, NMCompileError
 from nmcompile.quantization import Grid, Histogram
-from nmcompile.api import recipes
-from nmcompile.api.callbacks import lightning_callback, trainer_callback
 
 X = torch.randn(4, 8)
 JUNK: dict[str, Any] = {

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
 import nmcompile
-from nmcompile.three_gemm.run_model import run_batch
 from nmcompile.errors import CalibrationError
+from nmcompile.three_gemm.run_model import run_batch
 
 A, B, C = torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 8)
 Pair = namedtuple("Pair", "image label")

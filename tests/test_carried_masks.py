@@ -8,6 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Pruning
+from nmcompile.report.report import LayerReport
 
 ROW_OF_EIGHT = LayerConfig(weight=Pruning("greedy", NMPattern(4, 8)))
 
@@ -45,7 +46,7 @@ def statuses(model: nn.Module) -> dict[str, bool]:
     return {layer.name: layer.plan.find(nmcompile.Phase.FORWARD, "weight") is not None for layer in layers(model)}
 
 
-def layers(model: nn.Module) -> list[nmcompile.report.LayerReport]:
+def layers(model: nn.Module) -> list[LayerReport]:
     return list(nmcompile.inspect(model).layers)
 
 

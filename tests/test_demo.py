@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from nmcompile.api.verify import TensorCheck, VerifyReport
 from nmcompile.cli import cli
 from nmcompile.demo import images as demo_images
 from nmcompile.demo.images import FILES, Images, load_images
@@ -18,7 +19,6 @@ from nmcompile.demo.run import summary
 from nmcompile.demo.training import batches, evaluate
 from nmcompile.errors import ConfigError
 from nmcompile.pruning import NMPattern
-from nmcompile.api.verify import TensorCheck, VerifyReport
 
 Array = npt.NDArray[np.uint8]
 

@@ -19,9 +19,9 @@ from nmcompile import CompileConfig, LayerConfig
 from nmcompile.api import export as exporting
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.backends.tensorrt import tensorrt_support
-from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.errors import BackendUnavailable, CalibrationError, ConfigError, ExportError, FileError
 from nmcompile.export import OnnxReport
+from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.files.open_onnx import open_onnx
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nmcompile.errors import FileError
-from nmcompile.files.write_atomically import write_atomically, write_together
 from nmcompile.files.staging import staging_folder
+from nmcompile.files.write_atomically import write_atomically, write_together
 from tests.faults import fail_at, steps_of
 
 

@@ -14,9 +14,9 @@ from nmcompile import CompileConfig
 from nmcompile.errors import StateError
 from nmcompile.ir import operations
 from nmcompile.three_gemm import triple as three_gemm
-from nmcompile.ir.at_rest import FROZEN, are_weights_at_rest
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training import masks
+from nmcompile.weight_cache import FROZEN, are_weights_at_rest
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, Pruning, presets
 from nmcompile.api import calibrate as calibration
-from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.errors import CalibrationError, ConfigError, ExportError, StateError
+from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.pruning import greedy, greedy_by_value
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.training import clips
-from nmcompile.three_gemm.find_triples import masks_of, triples_of
+from nmcompile.training.find_masks import masks_of
 
 NORM = ("running_mean", "running_var", "weight", "bias")
 X = torch.randn(8, 8, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from nmcompile.files import open_onnx as onnx_files
 from nmcompile.errors import FileError
+from nmcompile.files import open_onnx as onnx_files
 from nmcompile.files.open_onnx import open_onnx, read_tensor
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)

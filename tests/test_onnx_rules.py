@@ -6,8 +6,8 @@ import pytest
 
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.errors import FileError
-from nmcompile.files.open_onnx import open_onnx
 from nmcompile.files.onnx_rules import check_runnable
+from nmcompile.files.open_onnx import open_onnx
 from tests.fatal_models import FATAL, HARMLESS, built
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, Phase
 from nmcompile.capture import capture_model
-from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.quantization import Grid, fake_quantize, sawb_scale
-from nmcompile.training import clips
+from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.training import clips
 
 WIDE = {"layers": {"_default": replace(nmcompile.presets["inference"], input=None)}, "outputs": "int8"}
 

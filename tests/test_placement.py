@@ -12,14 +12,14 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, Phase
 from nmcompile.capture import capture_model
-from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.errors import ExportError, PreconditionError
-from nmcompile.export.write import write_onnx
+from nmcompile.export import write_onnx
+from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.ir.operations import to_accumulator
 from nmcompile.pruning import greedy_by_value
 from nmcompile.quantization import Grid, integers, sawb_quantize, sawb_scale
-from nmcompile.training import clips
 from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.training import clips
 
 ACTIVATION = CompileConfig(placement="activation")
 

@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.api.revert_layers import Reverted
 from nmcompile.backends.shared.choose_kernel import forget, load_choices, save_choices
 from nmcompile.cli import cli
 from nmcompile.errors import NMCompileError
+from nmcompile.ir.plan import Reverted
 from nmcompile.printable import LONGEST, in_markdown, printable, table
 
 FORGED = "every block holds"

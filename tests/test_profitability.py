@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.api import measure_phases as profitability
-from nmcompile.errors import ConfigError, StateError
 from nmcompile.api.measure_phases import NOT_REACHED, decide
+from nmcompile.errors import ConfigError, StateError
 
 WEIGHT, UPDATE = (Phase.FORWARD, Phase.BACKWARD), (Phase.UPDATE,)
 CONFIG = CompileConfig(where="pays", ends="sparse", refresh=2)

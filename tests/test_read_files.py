@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import nmcompile
-from nmcompile.backends.shared.choose_kernel import load_choices, save_choices
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
+from nmcompile.backends.shared.choose_kernel import load_choices, save_choices
 from nmcompile.backends.tensorrt import load_engine
 from nmcompile.backends.tensorrt.sidecar import Sidecar, write_plan
 from nmcompile.demo.images import FILES, load_images
 from nmcompile.errors import ConfigError, FileError
-from nmcompile.files.write_atomically import sha256
 from nmcompile.files.read_files import DEEPEST, fits, parse_json, read_record, read_regular
+from nmcompile.files.write_atomically import sha256
 
 
 def sparse_file(path: Path, size: int) -> None:

@@ -288,7 +288,7 @@ def test_clips_that_are_none_are_refused_whole(case: str) -> None:
 def paying(monkeypatch: pytest.MonkeyPatch, dense: str) -> nn.Module:
     """A model that was found to gain nothing in one of its layers."""
     found = {name: {Phase.FORWARD: "slow"} if name == dense else {} for name in ("0", "2")}
-    monkeypatch.setattr(nmcompile.api, "find_dense_phases", lambda *_: found)
+    monkeypatch.setattr("nmcompile.api.compile.find_dense_phases", lambda *_: found)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     config = CompileConfig(ends="sparse", where="pays")
     return nmcompile.compile(model, "weights", args=(torch.randn(2, 8),), config=config)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import nmcompile
 from nmcompile import CompileConfig, ThreeGemm
 from nmcompile.errors import ConfigError, PassError, StateError
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 ALL = CompileConfig(ends="sparse")
 

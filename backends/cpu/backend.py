@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import fx
 
-from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.cpu import conv, linear
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.cpu.packed_integers import BITS
 from nmcompile.backends.cpu.prune import prune_natively, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
-from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
-from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.reference import conv as dense_conv
 from nmcompile.backends.reference import linear as dense_linear
+from nmcompile.backends.shared.choose_kernel import latest
+from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
+from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer
 from nmcompile.ir.protocols import Support

@@ -14,8 +14,8 @@ from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.spare_memory import empty, empty_like
 from nmcompile.backends.reference import conv
-from nmcompile.ir.at_rest import are_weights_at_rest
 from nmcompile.ir.operations import like
+from nmcompile.weight_cache import are_weights_at_rest
 
 Ints = Sequence[int]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nmcompile.backends.shared.choose_kernel import latest, note, run_best
 from nmcompile.backends.cpu.cost import predicted_speedup
 from nmcompile.backends.cpu.gemm import Geometry
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.packed_weights import forget_packs
+from nmcompile.backends.shared.choose_kernel import latest, note, run_best
 from nmcompile.ir.choice import Choice
 
 AT_REST = "forward at rest"

@@ -19,8 +19,8 @@ from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.cpu.spare_memory import empty
 from nmcompile.backends.reference import linear
-from nmcompile.ir.at_rest import are_weights_at_rest
 from nmcompile.pruning import NMPattern
+from nmcompile.weight_cache import are_weights_at_rest
 
 GEOMETRY = Geometry()
 

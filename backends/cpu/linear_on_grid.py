@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nmcompile.backends.shared.choose_kernel import latest, note
 from nmcompile.backends.cpu.gemm_call import ON_GRID, GemmCall
 from nmcompile.backends.cpu.linear import GEOMETRY, linear_forward
 from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
-from nmcompile.ir.at_rest import are_weights_at_rest
+from nmcompile.backends.shared.choose_kernel import latest, note
 from nmcompile.ir.choice import Choice
 from nmcompile.quantization import Grid
+from nmcompile.weight_cache import are_weights_at_rest
 
 
 @torch.library.custom_op("nmcompile::cpu_linear_forward_on_grid", mutates_args=())

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cpu.gemm import masked
-from nmcompile.weight_cache import Kept, can_keep
 from nmcompile.ir.operations import to_grid
 from nmcompile.quantization import Grid, integers
+from nmcompile.weight_cache import Kept, can_keep
 
 if TYPE_CHECKING:
     from nmcompile._kernels import PackedIntegers

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.shared.choose_kernel import seconds
 from nmcompile.backends.cusparselt.library import Algorithm, Plan, Problem, algorithm_count, is_capturing, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
+from nmcompile.backends.shared.choose_kernel import seconds
 from nmcompile.errors import LibraryError
 
 SPLITS = (1, -1, 2, 4)  # parts of the sum that are computed side by side; -1 leaves it to the library (Hopper)

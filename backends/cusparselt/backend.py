@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.cusparselt import operators
 from nmcompile.backends.cusparselt.support import cusparselt_support
+from nmcompile.backends.reference import ReferenceBackend, conv, linear
+from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
-from nmcompile.backends.reference import ReferenceBackend, conv, linear
 from nmcompile.backends.triton import mask_kernel, prune
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.ir import operations as ops

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.cusparselt.library import is_capturing
-from nmcompile.weight_cache import Kept, can_keep
+from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.ir.operations import apply_mask
+from nmcompile.weight_cache import Kept, can_keep
 
 _compressed: Kept[Tensor] = Kept()
 _masked: Kept[Tensor] = Kept()

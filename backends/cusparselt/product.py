@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.shared.choose_kernel import note, run_best
 from nmcompile.backends.cusparselt.algorithms import best_algorithm
 from nmcompile.backends.cusparselt.kept_weights import compressed_weight, is_kept, only_the_chosen
 from nmcompile.backends.cusparselt.library import ALIGNMENT, Problem, kept_plan, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
+from nmcompile.backends.shared.choose_kernel import note, run_best
 from nmcompile.ir.choice import Choice
 
 

@@ -15,8 +15,8 @@ from nmcompile.backends.onnxruntime.session import Session
 from nmcompile.backends.onnxruntime.values import checked_inputs
 from nmcompile.checks import check_kind
 from nmcompile.errors import ConfigError
-from nmcompile.files.open_onnx import open_onnx
 from nmcompile.files.onnx_rules import check_runnable
+from nmcompile.files.open_onnx import open_onnx
 
 CPU = ("CPUExecutionProvider",)
 

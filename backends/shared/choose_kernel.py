@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nmcompile.checks import check_path
 from nmcompile.errors import FileError, StateError, nearest
+from nmcompile.files.read_files import parse_json, read_record, read_regular
 from nmcompile.files.write_atomically import write_atomically
 from nmcompile.ir.choice import Choice
-from nmcompile.files.read_files import parse_json, read_record, read_regular
 
 SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
 ROUNDS = 4

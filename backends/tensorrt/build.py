@@ -18,11 +18,11 @@ from nmcompile.backends.tensorrt.progress import progress_monitor
 from nmcompile.backends.tensorrt.sidecar import Sidecar, write_plan
 from nmcompile.backends.tensorrt.sparsity_log import parse_sparsity
 from nmcompile.errors import BackendUnavailable, ConfigError, LoweringError
-from nmcompile.files.write_atomically import sha256, write_atomically
-from nmcompile.files.open_onnx import OnnxFile, open_onnx
 from nmcompile.files.onnx_rules import check_runnable
-from nmcompile.files.read_weights import read_weights
+from nmcompile.files.open_onnx import OnnxFile, open_onnx
 from nmcompile.files.read_files import read_regular
+from nmcompile.files.read_weights import read_weights
+from nmcompile.files.write_atomically import sha256, write_atomically
 
 LARGEST_CACHE = 2**30  # bytes
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from nmcompile.checks import described
 from nmcompile.errors import FileError
-from nmcompile.files.write_atomically import sha256, write_together
 from nmcompile.files.read_files import parse_json, read_record, read_regular
+from nmcompile.files.write_atomically import sha256, write_together
 
 LARGEST = 2**20  # bytes
 LARGEST_PLAN = 2**33

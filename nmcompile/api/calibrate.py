@@ -13,18 +13,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from nmcompile.three_gemm.run_model import run_batch, shown
 from nmcompile.checks import check_compiled
-from nmcompile.api.pipeline import record_of
 from nmcompile.config import Phase
 from nmcompile.errors import CalibrationError
 from nmcompile.ir import operations as ops
+from nmcompile.quantization import Histogram
 from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
 from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.record import record_of
+from nmcompile.three_gemm.run_model import evaluating, run_batch, shown
 from nmcompile.three_gemm.triple import GemmTriple
-from nmcompile.quantization import Histogram
-from nmcompile.three_gemm.find_triples import triples_of
 
 PERCENTILE = 99.99
 FACTORS = (1.0, 0.9, 1.1, 0.8, 1.2, 0.7, 0.6, 0.5)  # of equally good ones the first, as where no output is a float
@@ -92,18 +92,6 @@ def check_data(data: Any) -> None:
     """Raise for a single batch: the rows of a tensor and the keys of a mapping are no batches."""
     if isinstance(data, Tensor | np.ndarray | Mapping | str | bytes) or not isinstance(data, Iterable):
         raise CalibrationError(f"the calibration data is {shown(data)}; give an iterable of batches, such as [batch]")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; after it, in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _observe(

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from nmcompile.api.compile import compile as compile_model
-from nmcompile.three_gemm.run_model import run_batch
 from nmcompile.checks import check_compiled, check_kind
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
-from nmcompile.three_gemm.interpret_graphs import interpreted
-from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.printable import table
 from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.run_model import run_batch
+from nmcompile.three_gemm.triple import GemmTriple
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The front door: compile, analyze, inspect, decompile, in the order of the data flow."""
 
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,43 +9,36 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from nmcompile.api.revert_layers import Reverted, revert_layers, score_of
-from nmcompile.backends.cpu import CpuBackend
-from nmcompile.backends.cusparselt import CusparseltBackend
-from nmcompile.backends.reference import ReferenceBackend
-from nmcompile.backends.triton import TritonBackend
 from nmcompile.api.calibrate import calibrate_reached, check_data
+from nmcompile.api.choose_backends import choose_backends
+from nmcompile.api.measure_phases import find_dense_phases
+from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers
+from nmcompile.api.revert_layers import revert_layers, score_of
 from nmcompile.capture import capture_model
 from nmcompile.checks import (
     check_call,
     check_callable,
-    check_choice,
     check_compiled,
     check_kind,
     check_number,
     described,
 )
-from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers, record_of, restore_all
 from nmcompile.config import CompileConfig, given_config, preset
-from nmcompile.errors import BackendUnavailable, CaptureError, ConfigError
+from nmcompile.errors import CaptureError, ConfigError
 from nmcompile.ir.captured import Captured
-from nmcompile.three_gemm.modules import RECORD, check_names
-from nmcompile.ir.plan import DensePhases
+from nmcompile.ir.plan import DensePhases, Reverted
 from nmcompile.ir.protocols import Backend
 from nmcompile.planning.plan_phases import UNREACHED
-from nmcompile.api.measure_phases import find_dense_phases
 from nmcompile.report.report import Observation, Report, build_report
-from nmcompile.training.earlier import Earlier, earlier_of
+from nmcompile.three_gemm.copy_model import share_copy
 from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.modules import RECORD, check_names
+from nmcompile.three_gemm.record import record_of, restore_all
+from nmcompile.training.earlier import Earlier, earlier_of
 
-ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CusparseltBackend(), CpuBackend())
-"""What `backend="auto"` asks before the reference backend, in this order, where it is available; for a model on the CPU
-in the reverse order.
-"""
 Model = nn.Module | ExportedProgram
 
 
@@ -155,7 +147,7 @@ def analyze(
     plain = decompile(source) if is_compiled(source) else source
     check_names(plain)
     preset(mode)
-    backends = _backends(backend, source)
+    backends = choose_backends(backend, source)
     captured = _with_earlier(capture_model(plain, args, kwargs), earlier_of(source))
     done = compilation_of(captured, mode, asked, backends, dense_phases=dense_phases)
     return build_report(done.program, {}, model_name=type(plain).__name__, mode=mode)
@@ -196,23 +188,6 @@ def is_compiled(model: nn.Module) -> bool:
     return any(RECORD in module.__dict__ for module in model.modules())
 
 
-def share_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor with it.
-
-    Raises:
-        CaptureError: a module cannot be copied; `inplace=True` needs no copy.
-    """
-    # deepcopy takes what its memo holds for already copied.
-    leaves = (leaf for module in model.modules() for leaf in pytree.tree_leaves(vars(module)))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    except (TypeError, RuntimeError, NotImplementedError, AssertionError) as error:  # the last of FSDP2
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}); pass inplace=True to compile the model itself"
-        ) from error
-
-
 def _module(model: Model) -> nn.Module:
     if isinstance(model, ExportedProgram):
         return model.module()
@@ -239,27 +214,6 @@ def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> 
     return args or (), kwargs
 
 
-def _backends(backend: str | Backend, model: nn.Module) -> tuple[Backend, ...]:
-    """The backends to ask, in this order; the reference backend takes what is left."""
-    reference = ReferenceBackend()
-    known = {one.name: one for one in ACCELERATED}
-    if isinstance(backend, Backend) and not isinstance(backend, type):
-        chosen = backend
-    else:
-        check_choice("backend", backend, ("auto", reference.name, *known))
-        if backend == "auto":
-            is_on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-            asked = ACCELERATED if is_on_gpu else ACCELERATED[::-1]
-            return *(one for one in asked if one.available().ok), reference
-        if backend == reference.name:
-            return (reference,)
-        chosen = known[str(backend)]
-    support = chosen.available()
-    if not support.ok:
-        raise BackendUnavailable(f"backend {chosen.name!r} cannot run here: {support.reason}; or use backend='auto'")
-    return chosen, reference
-
-
 def _rewrite(
     source: nn.Module,
     *,
@@ -276,7 +230,7 @@ def _rewrite(
 ) -> nn.Module:
     """Capture, plan and lower, then change the module tree; what can fail comes first."""
     preset(mode)
-    backends = _backends(backend, source)
+    backends = choose_backends(backend, source)
     plain = decompile(source) if is_compiled(source) else source
     check_names(plain)
     captured = _with_earlier(capture_model(plain, args, kwargs), earlier, unreached)

@@ -8,17 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from nmcompile.api.finalize import finalize
 from nmcompile.backends.tensorrt import EngineReport, build_engine
 from nmcompile.checks import check_call, check_compiled, check_kind, check_path
-from nmcompile.api.pipeline import record_of
-from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.errors import ConfigError, ExportError, nearest
-from nmcompile.export import Example, OnnxReport, Verification, check_options, staged_model
-from nmcompile.export.check import verify_onnx
-from nmcompile.export.write import write_onnx
-from nmcompile.api.finalize import finalize
+from nmcompile.export import Example, OnnxReport, Verification, check_options, staged_model, verify_onnx, write_onnx
+from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.printable import printable, table
+from nmcompile.three_gemm.record import record_of
 
 ENGINES = (".engine", ".plan")
 

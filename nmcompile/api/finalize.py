@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.checks import check_compiled
-from nmcompile.api.pipeline import bypassed_layers, restore_all
 from nmcompile.errors import PassError, StateError
 from nmcompile.fingerprint import fingerprint
+from nmcompile.ir.operations import to_accumulator
+from nmcompile.three_gemm.effective_weight import effective_weight
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.modules import FINALIZED, RECORD
-from nmcompile.ir.operations import apply_mask, to_accumulator, to_grid
-from nmcompile.three_gemm.triple import GemmTriple
-from nmcompile.three_gemm.unsharded import unsharded_copy
+from nmcompile.three_gemm.record import bypassed_layers, restore_all
 from nmcompile.three_gemm.stored_weights import (
     Place,
     find_place,
@@ -22,7 +22,9 @@ from nmcompile.three_gemm.stored_weights import (
     named_weight,
     stored_weight,
 )
-from nmcompile.three_gemm.find_triples import masks_among, triples_of
+from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.three_gemm.unsharded import unsharded_copy
+from nmcompile.training.find_masks import masks_among
 
 
 @torch.no_grad()
@@ -75,23 +77,6 @@ def _finalize(root: nn.Module) -> None:
     if any(place for place, _ in effective.values()):
         _check_shared(root, effective)
     root.__dict__[FINALIZED] = {name: (mask, effective[name][0]) for name, mask in masks.items() if name in effective}
-
-
-@torch.no_grad()
-def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
-    """The weight as the forward GEMM reads it; None where it is computed inside a forward."""
-    weight = stored_weight(model, triple.site)
-    if weight is None:
-        return None
-    # A mask that is computed tells that its layer ran.
-    mask = triple.mask
-    if mask is None:
-        pruned = weight
-    else:
-        found = mask.current(weight, fingerprint(weight)) if triple.called else mask.preview(weight)
-        pruned = apply_mask(weight, found)
-    step, grid = triple.steps.of_weight(weight), triple.steps.weight_grid
-    return pruned if step is None or grid is None else to_grid(pruned, step, grid.bits, grid.signed)
 
 
 def _changes(triple: GemmTriple) -> bool:

@@ -3,10 +3,11 @@
 from torch import nn
 
 from nmcompile.checks import check_compiled
-from nmcompile.api.pipeline import record_of
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.frozen import Frozen
+from nmcompile.three_gemm.record import record_of
+from nmcompile.training.find_masks import masks_among
 from nmcompile.weight_cache import forget
-from nmcompile.three_gemm.find_triples import masks_among, triples_of
 
 
 def freeze(model: nn.Module) -> None:

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, distributed, fx, nn
 from torch.utils import _pytree as pytree
 
-from nmcompile.backends.shared.choose_kernel import seconds
+from nmcompile.api.pipeline import lowered
 from nmcompile.backends.reference import ReferenceBackend
-from nmcompile.api.calibrate import evaluating
-from nmcompile.api.pipeline import Compilation, lowered, record_of
+from nmcompile.backends.shared.choose_kernel import seconds
 from nmcompile.config import Phase
 from nmcompile.errors import PassError
-from nmcompile.three_gemm.interpret_graphs import interpreted
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
-from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.record import Compilation, record_of
+from nmcompile.three_gemm.run_model import evaluating
 from nmcompile.three_gemm.stored_weights import stored_weight
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import TripleFactory
 from nmcompile.training.earlier import earlier_layers
-from nmcompile.three_gemm.find_triples import triples_of
 
 ROUNDS = 12
 HEAD_START = 8_000_000  # of a layer's step over the GPU, in its cycles: about four milliseconds

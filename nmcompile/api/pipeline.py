@@ -1,48 +1,26 @@
 """From a captured model to one that runs its three-GEMM graphs, and what it remembers of how it came about."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from nmcompile.api.revert_layers import Reverted
 from nmcompile.config import CompileConfig, preset
-from nmcompile.errors import StateError
 from nmcompile.ir.captured import Captured
-from nmcompile.three_gemm.frozen import thaw
-from nmcompile.weight_cache import forget
-from nmcompile.three_gemm.modules import FINALIZED, RECORD, restore, turn_off_fast_path
-from nmcompile.ir.plan import DensePhases, Plan
+from nmcompile.ir.plan import DensePhases, Plan, Reverted
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
-from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.passes import compile_passes
 from nmcompile.planning.plan_phases import plan_phases
+from nmcompile.three_gemm.frozen import thaw
+from nmcompile.three_gemm.modules import FINALIZED, RECORD, turn_off_fast_path
+from nmcompile.three_gemm.record import Compilation, restore_all
 from nmcompile.three_gemm.replace_modules import replace_modules
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import TripleFactory
-from nmcompile.training.earlier import Earlier, never_masked
-from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.training.earlier import Earlier
 from nmcompile.training.optimizer_hooks import watch_optimizers
-
-
-@dataclass(frozen=True)
-class Compilation:
-    """Kept on the root of a compiled model.
-
-    Args:
-        program: with its graphs lowered.
-        mode, config, backends: that were asked for.
-        reverted: what accuracy control decided, if it was asked to.
-        dense_phases: what was found not to pay; None if nobody asked.
-    """
-
-    program: Program
-    mode: str
-    config: CompileConfig
-    backends: tuple[Backend, ...]
-    reverted: Reverted | None = None
-    dense_phases: DensePhases | None = None
+from nmcompile.weight_cache import forget
 
 
 def compilation_of(
@@ -87,28 +65,3 @@ def install_layers(model: nn.Module, done: Compilation, triples: dict[str, GemmT
     turn_off_fast_path(model)
     model.__dict__[RECORD] = done
     watch_optimizers()
-
-
-def restore_all(model: nn.Module) -> None:
-    """The plain modules again."""
-    for module in model.modules():
-        restore(module)
-        module.__dict__.pop(RECORD, None)
-
-
-def bypassed_layers(root: nn.Module) -> dict[str, str]:
-    """The layers of a compiled model that ran whose weight other code seems to read: the run did not call them."""
-    suspected = root.__dict__[RECORD].program.captured.suspected
-    return {name: suspected[name] for name in never_masked(list(triples_of(root))) if name in suspected}
-
-
-def record_of(compiled: nn.Module) -> tuple[nn.Module, Compilation]:
-    """The compiled model, which DDP or torch.compile may wrap, and its record.
-
-    Raises:
-        StateError: the model is not compiled.
-    """
-    for module in compiled.modules():
-        if RECORD in module.__dict__:
-            return module, module.__dict__[RECORD]
-    raise StateError(f"{type(compiled).__name__} is not compiled; use nmcompile.analyze to see what compile would do")

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from nmcompile.api.calibrate import check_data
 from nmcompile.api.compile import compile as compile_model
 from nmcompile.api.compile import decompile, is_compiled
-from nmcompile.api.calibrate import check_data
 from nmcompile.checks import check_kind
 from nmcompile.config import CompileConfig, given_config
 

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -12,22 +11,10 @@ from torch import Tensor, nn
 
 from nmcompile.checks import described
 from nmcompile.errors import ConfigError
+from nmcompile.ir.plan import Reverted
 from nmcompile.printable import printable
 
 logger = logging.getLogger("nmcompile")
-
-
-@dataclass(frozen=True)
-class Reverted:
-    """Which layers were left dense for the sake of accuracy, and the scores that decided."""
-
-    layers: tuple[str, ...]
-    dense: float
-    compiled: float
-
-    def __str__(self) -> str:
-        names = ", ".join(map(printable, self.layers)) or "none"
-        return f"reverted for accuracy: {names} (score {self.compiled:.4f}, dense {self.dense:.4f})"
 
 
 def revert_layers(

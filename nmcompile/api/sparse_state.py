@@ -5,19 +5,21 @@ which phases were found not to pay.
 import torch
 from torch import Tensor, nn
 
+from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers
+from nmcompile.api.state_entries import CLIP, CLOCK, DENSE, DRAW, FORMAT, check_entries, check_entry, check_readable
+from nmcompile.api.verify import mask_checks
 from nmcompile.checks import check_compiled
-from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers, record_of
 from nmcompile.config import Phase
 from nmcompile.errors import StateError
+from nmcompile.ir.plan import DensePhases
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
 from nmcompile.three_gemm.modules import RECORD
-from nmcompile.ir.plan import DensePhases
+from nmcompile.three_gemm.record import record_of
 from nmcompile.three_gemm.triple import GemmTriple
-from nmcompile.api.state_entries import CLIP, CLOCK, DENSE, DRAW, FORMAT, check_entries, check_entry, check_readable
 from nmcompile.training.earlier import earlier_layers
+from nmcompile.training.find_masks import masks_among
 from nmcompile.training.refresh_mask import STALE
-from nmcompile.three_gemm.find_triples import masks_among, triples_of
-from nmcompile.api.verify import mask_checks
 
 LOADED = "pruning did not pay where the loaded state was decided (where='pays')"
 

@@ -10,13 +10,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nmcompile.api.pipeline import record_of
-from nmcompile.errors import FileError, PassError
-from nmcompile.files.write_atomically import write_atomically
 from nmcompile.api.finalize import finalize
-from nmcompile.files.read_files import read_regular
 from nmcompile.api.sparse_state import load_sparse_state_dict, sparse_state_dict
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.errors import FileError, PassError
+from nmcompile.files.read_files import read_regular
+from nmcompile.files.write_atomically import write_atomically
+from nmcompile.three_gemm.record import record_of
+from nmcompile.training.find_masks import masks_of
 
 STATE_FILE = "sparse_state.safetensors"
 """Of the sparse state, in the folder of a checkpoint of Hugging Face's Trainer."""

@@ -11,26 +11,27 @@ from torch import Tensor, fx, nn
 
 from nmcompile.capture import capture_model
 from nmcompile.checks import check_callable, check_kind, check_path
-from nmcompile.api.pipeline import bypassed_layers
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.export.planned_patterns import planned_patterns
-from nmcompile.api.finalize import effective_weight
-from nmcompile.ir.grouping import grouped
-from nmcompile.three_gemm.interpret_graphs import interpreted
-from nmcompile.ir.layers import Layer
-from nmcompile.three_gemm.modules import FINALIZED, RECORD
-from nmcompile.ir.plan import PlanRow
-from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.files.open_onnx import open_onnx
 from nmcompile.files.read_weights import read_weights
+from nmcompile.ir.grouping import grouped
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.plan import PlanRow
 from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
+from nmcompile.three_gemm.effective_weight import effective_weight
+from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.modules import FINALIZED, RECORD
+from nmcompile.three_gemm.record import bypassed_layers
 from nmcompile.three_gemm.stored_weights import named_weight
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import count_violations
 from nmcompile.training.earlier import full_name
+from nmcompile.training.find_masks import masks_among
 from nmcompile.training.masks import WeightMask
-from nmcompile.three_gemm.find_triples import masks_among, triples_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from nmcompile.capture.sites import FoundSite, join
+from nmcompile.capture.names import join
+from nmcompile.capture.sites import FoundSite
 
 BASE = "base_layer"
 

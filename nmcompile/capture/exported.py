@@ -10,18 +10,19 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from nmcompile.ir.calls import match_call
-from nmcompile.capture.faithful import operator_name, own_copy, summary
+from nmcompile.capture.clones import own_copy
+from nmcompile.capture.names import operator_name, summary
 from nmcompile.capture.products import rewrite_products
 from nmcompile.capture.regions import reads_value
+from nmcompile.capture.site_index import SiteIndex
 from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.state import Memory, contents_unchanged
-from nmcompile.capture.stitch import SiteIndex
-from nmcompile.capture.weights import expression_of
 from nmcompile.errors import CaptureError
+from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import WholeGraph
-from nmcompile.three_gemm.modules import FAST_PATHS
+from nmcompile.ir.expression import expression_of
 from nmcompile.own_thread import exporting_alone, silent
+from nmcompile.three_gemm.modules import FAST_PATHS
 
 Arguments = tuple[Any, ...]
 

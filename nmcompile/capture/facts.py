@@ -5,12 +5,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from nmcompile.ir.calls import match_call
-from nmcompile.capture.faithful import operator_name
+from nmcompile.capture.names import is_torch_nn, operator_name, own_class
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
 from nmcompile.capture.readers import norm_behind, readers_behind
 from nmcompile.capture.regions import METADATA
-from nmcompile.capture.sites import is_torch_nn, own_class
+from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import Facts, Site, WholeGraph
 from nmcompile.ir.layers import ConvLayer
 

@@ -1,6 +1,5 @@
 """Whether the graph of a module may stand for its forward, and why not."""
 
-import copy
 import inspect
 import pickle
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from nmcompile.capture.clones import shallow_clone
+from nmcompile.capture.names import operator_name, summary
 from nmcompile.capture.state import Memory, python_states
 from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.three_gemm.instance_forward import foreign_forward
@@ -68,15 +69,6 @@ def trace_module(
         before.restore()
 
 
-def shallow_clone(module: nn.Module) -> nn.Module:
-    """A module of the same class with its own tables of the same parameters, buffers and children."""
-    clone = object.__new__(type(module))
-    clone.__dict__.update(module.__dict__)
-    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        clone.__dict__[table] = copy.copy(module.__dict__[table])
-    return clone
-
-
 def unfaithful(module: nn.Module, trace: Trace, protected: frozenset[int]) -> str:
     """Why a trace made in eval mode may not replace a module's forward, or nothing."""
     if foreign := foreign_forward(module):
@@ -105,15 +97,6 @@ def draws(node: fx.Node) -> bool:
         names = ("dropout_p",)
         return any(node.kwargs.get(key, 0) for key in names) or (len(node.args) > 4 and bool(node.args[4]))
     return name in DRAWING
-
-
-def operator_name(node: fx.Node) -> str:
-    """The name of a function, method or operator, without overload and trailing underscore."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        target = target._schema.name.split("::")[-1]
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name.rstrip("_") if name.strip("_") else name
 
 
 def _differing_mode(module: nn.Module, graph: fx.Graph, protected: frozenset[int]) -> str:
@@ -191,21 +174,3 @@ def _shape_of(graph: fx.Graph, bindings: Mapping[str, Any]) -> list[Any]:
     for node in inputs:
         known[node] = settled(known[node])
     return [(node.op, node.target, resolved(node.args), resolved(node.kwargs)) for node in others]
-
-
-def summary(error: BaseException) -> str:
-    """An error's class and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def own_copy(graph: fx.Graph) -> fx.Graph:
-    """A copy that belongs to nobody, with defaults and calling convention kept and annotations dropped."""
-    result, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    output = result.graph_copy(graph, copies)
-    if output is not None:
-        result.output(output)
-    result.set_codegen(graph._codegen)
-    for node in result.nodes:
-        node.type, node.meta = None, {}
-    return result

@@ -14,11 +14,11 @@ from nmcompile.capture.replay import differing_forwards
 from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, own_matrices
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
-from nmcompile.capture.tracer import storage_key
 from nmcompile.capture.weight_reads import WeightReads, find_weight_reads
+from nmcompile.capture.writes import storage_key
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import Captured, WholeGraph
-from nmcompile.three_gemm.shards import FSDP1, is_flat, is_sharded
+from nmcompile.sharded import FSDP1, is_flat, is_sharded
 
 
 def capture_model(

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from nmcompile.capture.faithful import own_copy
+from nmcompile.capture.clones import own_copy, shadow_tree
+from nmcompile.capture.site_index import SiteIndex
 from nmcompile.capture.sites import FoundSite, is_attention, is_layer
-from nmcompile.capture.stitch import SCOPE, SiteIndex, StitchTracer, layers_of, shadow_tree
+from nmcompile.capture.stitch import SCOPE, StitchTracer, layers_of
 from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.ir.captured import WholeGraph
 

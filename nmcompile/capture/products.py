@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from nmcompile.capture.names import operator_name
 from nmcompile.ir.calls import ADDMM_NAMES, LABEL, linear_in_out, match_call
-from nmcompile.capture.faithful import operator_name
 from nmcompile.ir.einsum import linear_einsum
 
 LAYOUT = {

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from nmcompile.capture.faithful import operator_name
-from nmcompile.capture.sites import is_torch_nn, own_class
+from nmcompile.capture.names import is_torch_nn, operator_name, own_class
 from nmcompile.capture.writes import SharedMemory, is_torch_function, written
 
 # Names are compared without underscores and in lower case, so that one entry covers nn.AdaptiveAvgPool2d,

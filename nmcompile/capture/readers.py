@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx, nn
 
-from nmcompile.ir.calls import match_call
 from nmcompile.capture.ranges import plain_name
+from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import WholeGraph
 
 # What integers pass through as they are: zero stays zero, an order stays an order, elements move.

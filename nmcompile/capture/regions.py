@@ -8,20 +8,15 @@ from functools import partial
 import torch
 from torch import fx, nn
 
-from nmcompile.ir.calls import Call, match_call
-from nmcompile.capture.faithful import Trace, operator_name, own_copy, trace_module, unfaithful
+from nmcompile.capture.clones import own_copy
+from nmcompile.capture.faithful import Trace, trace_module, unfaithful
+from nmcompile.capture.names import is_torch_nn, join, operator_name
 from nmcompile.capture.products import Refused, rewrite_products
-from nmcompile.capture.sites import (
-    FoundSite,
-    is_attention,
-    is_layer,
-    is_torch_nn,
-    join,
-    layer_base,
-    own_matrices,
-)
-from nmcompile.capture.weights import Weight, adds_bias, expression_of, find_weight, matrix_dims, weight_at
+from nmcompile.capture.sites import FoundSite, is_attention, is_layer, layer_base, own_matrices
+from nmcompile.capture.weights import Weight, adds_bias, find_weight, matrix_dims, weight_at
+from nmcompile.ir.calls import Call, match_call
 from nmcompile.ir.captured import Site
+from nmcompile.ir.expression import expression_of
 from nmcompile.three_gemm.instance_forward import foreign_forward
 
 GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution"}

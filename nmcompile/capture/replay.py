@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from nmcompile.ir.calls import LABEL
-from nmcompile.capture.faithful import summary
+from nmcompile.capture.clones import shadow_tree
+from nmcompile.capture.names import summary
 from nmcompile.capture.state import contents_unchanged, unchanged
-from nmcompile.capture.stitch import shadow_tree
+from nmcompile.ir.calls import LABEL
 from nmcompile.three_gemm.modules import generated_forward
 
 Forward = Callable[..., Any]

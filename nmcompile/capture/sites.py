@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nmcompile.capture.names import join, own_class
 from nmcompile.ir.captured import Site
-from nmcompile.three_gemm.instance_forward import foreign_forward
 from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
+from nmcompile.three_gemm.instance_forward import foreign_forward
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -22,8 +23,6 @@ NOT_GEMMS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.RNNBase, RECURRENT),
     (nn.RNNCellBase, RECURRENT),
 )
-DERIVED = "torch.nn.utils.parametrize", "torch.distributed.fsdp._fully_shard"
-"""Whose classes are derived from the modules' own."""
 UNINITIALISED = "run the model once to initialise lazy layers"
 
 
@@ -64,20 +63,10 @@ def find_module_layers(model: nn.Module) -> ModuleLayers:
     return result
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class as its author wrote it, without what parametrizations or FSDP2 derive from it."""
-    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(DERIVED))
-
-
 def norm_names(model: nn.Module) -> frozenset[str]:
     """The modules that are one of torch's batch norms with running statistics."""
     norms = ((name, m) for name, m in model.named_modules() if own_class(m) in NORMS and not foreign_forward(m))
     return frozenset(name for name, m in norms if m.running_mean is not None)
-
-
-def is_torch_nn(module: nn.Module) -> bool:
-    """Whether the module's forward is that of a class of torch.nn."""
-    return own_class(module).__module__.startswith("torch.nn.") and not foreign_forward(module)
 
 
 def layer_base(module: nn.Module) -> type[nn.Module] | None:
@@ -202,8 +191,3 @@ def _attention_sites(name: str, module: nn.MultiheadAttention) -> Iterator[Found
     parameters, is_expression = weight_parameters(module.out_proj, "weight")
     layer = LinearLayer(join(name, "out_proj"), (width, width), _has(module.out_proj, "bias"))
     yield FoundSite(Site(layer, name, "out_proj", join(name, "out_proj.weight"), is_expression), parameters)
-
-
-def join(module: str, attribute: str) -> str:
-    """The full name of a module's attribute; the root has no name."""
-    return f"{module}.{attribute}" if module else attribute

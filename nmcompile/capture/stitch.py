@@ -4,23 +4,22 @@ A module that cannot be traced is rolled back and stays one call; so do torch.nn
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from nmcompile.ir.calls import match_call
-from nmcompile.capture.faithful import operator_name, own_copy, summary
+from nmcompile.capture.clones import own_copy, shadow_tree
+from nmcompile.capture.names import operator_name, summary
 from nmcompile.capture.products import rewrite_products
 from nmcompile.capture.regions import is_traceable
+from nmcompile.capture.site_index import SiteIndex
 from nmcompile.capture.sites import FoundSite, norm_names
 from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.capture.weights import matrix_dims, parameters_behind, read_attribute
+from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import WholeGraph
-from nmcompile.three_gemm.instance_forward import forward_slot
-from nmcompile.three_gemm.unsharded import without_hooks
 
 SCOPE = "module"
 """Key of `node.meta`: the name of the module whose code made the node."""
@@ -38,36 +37,6 @@ def stitch(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) 
     products = frozenset(one.node for one in refused)
     layers = layers_of(model, graph, SiteIndex(sites))
     return WholeGraph(graph, layers, "fx", norms=norms, products=products), ""
-
-
-class SiteIndex:
-    """Finds the layers that a node runs by the weight it is given, and by the module that it stands in."""
-
-    def __init__(self, sites: list[FoundSite]) -> None:
-        self.sites = sites
-        self.taken: dict[tuple[str, frozenset[int]], int] = {}
-
-    def of_call(self, module: str, parameters: frozenset[int]) -> tuple[str, ...]:
-        """The layer of a conv or linear call; the n-th call on the same weight in a module is its n-th site."""
-        same = [found.site for found in self.sites if parameters and found.parameters == parameters]
-        here = [site for site in same if site.module == module] or same[:1]
-        here = here or [found.site for found in self.sites if found.site.module == module and not found.site.role]
-        if not here:
-            return ()
-        count = self.taken.get((module, parameters), 0)
-        self.taken[module, parameters] = count + 1
-        return (here[count % len(here)].layer.name,)
-
-    def given(self, parameters: Iterable[int]) -> tuple[str, ...]:
-        """The layers whose weight is handed to an operator that is no conv or linear: fused attention, for one."""
-        given = frozenset(parameters)
-        plain = (found for found in self.sites if not found.site.is_expression)
-        return tuple(found.site.layer.name for found in plain if found.parameters <= given)
-
-    def within(self, module: str) -> tuple[str, ...]:
-        """Every layer at or below a module."""
-        sites = (found.site for found in self.sites)
-        return tuple(s.layer.name for s in sites if not module or f"{s.module}.".startswith(f"{module}."))
 
 
 def _graph_of(model: nn.Module, protected: frozenset[int]) -> fx.Graph:
@@ -96,25 +65,6 @@ def _scoped(graph: fx.Graph, scopes: Mapping[str, tuple[str, Any]]) -> fx.Graph:
     for node, original in zip(result.nodes, graph.nodes, strict=True):
         node.meta[SCOPE] = scopes.get(original.name, ("", None))[0]
     return result
-
-
-def shadow_tree(module: nn.Module, made: dict[int, nn.Module] | None = None) -> nn.Module:
-    """Copy a module tree in eval mode, sharing every tensor, without the hooks that split tensors among processes."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return module
-    made = {} if made is None else made
-    if id(module) not in made:
-        clone = object.__new__(type(module))
-        made[id(module)] = clone
-        clone.__dict__.update(without_hooks(module.__dict__))
-        clone.__dict__["training"] = False
-        if forward_slot(module):  # bound to the module itself; the class has the same
-            del clone.__dict__["forward"]
-        for table in ("_parameters", "_buffers"):
-            clone.__dict__[table] = dict(module.__dict__[table])
-        children = module._modules.items()
-        clone.__dict__["_modules"] = {name: m if m is None else shadow_tree(m, made) for name, m in children}
-    return made[id(module)]
 
 
 class StitchTracer(ModuleTracer):

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmcompile.capture.unseen import unseen_tests
+from nmcompile.capture.writes import AUGMENTED, storage_key, written_arguments
 from nmcompile.own_thread import tracing_alone
 
 # Frames that pass a type test on; the code that asks stands behind them.
@@ -26,13 +26,6 @@ RELAYS = {"abc", "_abc", "typing", "_collections_abc", "torch.nn.parameter"}
 PLAIN_CONTAINERS = (dict, list, tuple, torch.Size, immutable_dict, immutable_list)
 TRUSTED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", __name__)
 CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
-
-
-AUGMENTED = {
-    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
-    "ixor",
-}  # fmt: skip
-"""What Python calls for `x += y` and its like."""
 
 
 class ModuleTracer(fx.Tracer):
@@ -261,18 +254,3 @@ class Guard(TorchDispatchMode):
 
     def _writes_protected(self, written: list[Any]) -> bool:
         return any(isinstance(tensor, Tensor) and storage_key(tensor) in self.protected for tensor in written)
-
-
-def written_arguments(function: OpOverload, args: Any, kwargs: Any) -> list[Any]:
-    """Those that an operator writes to, by its schema."""
-    arguments = function._schema.arguments
-    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
-    return [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-def storage_key(tensor: Tensor) -> int:
-    """What tells storages apart; views of one tensor have the same."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError, ValueError):
-        return id(tensor)

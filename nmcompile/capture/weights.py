@@ -1,6 +1,5 @@
 """The weight of a functional call: a parameter, or an expression of nothing but parameters and buffers."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +8,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 
+from nmcompile.capture.clones import fake_clone
+from nmcompile.capture.names import join
+from nmcompile.capture.sites import is_layer
 from nmcompile.ir.calls import Call
-from nmcompile.capture.sites import is_layer, join
+from nmcompile.ir.expression import expression_of
 
 
 @dataclass(frozen=True)
@@ -121,18 +123,6 @@ def _hooked_parameters(module: nn.Module, target: str) -> list[tuple[str, Tensor
     return [(join(path, one), tensor) for one, tensor in named if one.startswith(f"{name}_")]
 
 
-def expression_of(weight: fx.Node) -> list[fx.Node]:
-    """The nodes that a weight is computed from, in graph order, itself last."""
-    seen: set[fx.Node] = set()
-    stack = [weight]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return sorted(seen)
-
-
 def read_attribute(module: nn.Module, target: str) -> Any:
     """What a get_attr node reads, without running properties such as a parametrized weight."""
     path, _, name = target.rpartition(".")
@@ -177,23 +167,7 @@ def _fake_value(module: nn.Module, expression: list[fx.Node]) -> Tensor:
 
 def _run(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
     if node.op == "call_module":
-        return _fake_clone(module.get_submodule(str(node.target)), mode)(*args, **kwargs)
+        return fake_clone(module.get_submodule(str(node.target)), mode)(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _fake_clone(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The module tree with fake tensors in its place."""
-    clone = object.__new__(type(module))
-    clone.__dict__.update(module.__dict__)
-    for table in ("_parameters", "_buffers"):
-        tensors = module.__dict__[table]
-        clone.__dict__[table] = {k: None if t is None else mode.from_tensor(t) for k, t in tensors.items()}
-    clone.__dict__["_modules"] = {k: None if m is None else _fake_clone(m, mode) for k, m in module._modules.items()}
-    for name, value in module.__dict__.items():
-        if isinstance(value, Tensor):
-            clone.__dict__[name] = mode.from_tensor(value)
-        elif isinstance(value, list | dict) and not name.startswith("_"):
-            clone.__dict__[name] = copy.copy(value)
-    return clone

@@ -5,12 +5,12 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from nmcompile.capture.names import is_torch_nn
+from nmcompile.capture.sites import is_attention, is_layer
 from nmcompile.ir.calls import linear_in_out
-from nmcompile.capture.sites import is_attention, is_layer, is_torch_nn
-from nmcompile.capture.tracer import AUGMENTED, written_arguments
 
 ORIGINS = {"torch", "_operator", "builtins", "math"}
 
@@ -117,3 +117,25 @@ class SharedMemory:
             return [self.attributes.setdefault(str(node.target), node)]
         is_layer_call = node.op == "call_module" and is_layer(self.model.get_submodule(str(node.target)))
         return written(self.model, node) if name in FRESH or is_layer_call else node.all_input_nodes
+
+
+AUGMENTED = {
+    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
+    "ixor",
+}  # fmt: skip
+"""What Python calls for `x += y` and its like."""
+
+
+def written_arguments(function: OpOverload, args: Any, kwargs: Any) -> list[Any]:
+    """Those that an operator writes to, by its schema."""
+    arguments = function._schema.arguments
+    given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    return [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def storage_key(tensor: Tensor) -> int:
+    """What tells storages apart; views of one tensor have the same."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return id(tensor)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nmcompile
+from nmcompile.api.verify import VerifyReport
 from nmcompile.config import Phase
 from nmcompile.demo.deployment import deploy
 from nmcompile.demo.images import Images, load_images
@@ -17,7 +18,6 @@ from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.training import BATCH, evaluate, train
 from nmcompile.printable import table
 from nmcompile.report.report import OPERANDS, LayerReport, Report
-from nmcompile.api.verify import VerifyReport
 
 TURNS = 20
 

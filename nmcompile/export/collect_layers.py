@@ -3,17 +3,17 @@
 import torch
 from torch import nn
 
-from nmcompile.api.pipeline import bypassed_layers, record_of
 from nmcompile.config import Phase
 from nmcompile.errors import ExportError, PassError
-from nmcompile.api.finalize import effective_weight
-from nmcompile.ir.captured import Site
 from nmcompile.export.deployed_layer import DeployedActivation, DeployedLayer, DeployedWeight
-from nmcompile.three_gemm.grid_steps import ActivationStep
-from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.ir.captured import Site
 from nmcompile.pruning import NMPattern
-from nmcompile.three_gemm.stored_weights import is_computed_in_forward, named_weight, stored_weight
+from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.grid_steps import ActivationStep
+from nmcompile.three_gemm.record import bypassed_layers, record_of
+from nmcompile.three_gemm.stored_weights import is_computed_in_forward, named_weight, stored_weight
+from nmcompile.three_gemm.triple import GemmTriple
 
 
 @torch.no_grad()

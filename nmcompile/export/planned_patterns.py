@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from nmcompile.errors import ConfigError, FileError
 from nmcompile.files.open_onnx import OnnxFile
+from nmcompile.files.read_files import fits, parse_json
 from nmcompile.files.read_weights import OnnxWeight
 from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
-from nmcompile.files.read_files import fits, parse_json
 
 PLANNED = "nmcompile.patterns"
 """The key of a file's metadata that says which node was written with which pattern, as JSON."""

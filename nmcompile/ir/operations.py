@@ -13,12 +13,11 @@ from torch import Tensor, fx
 
 from nmcompile.config import Phase
 from nmcompile.errors import LoweringError
-from nmcompile.ir.at_rest import FROZEN, content_at_rest
 from nmcompile.ir.grouping import grouped
-from nmcompile.weight_cache import Kept, can_keep
 from nmcompile.ir.layers import Layer
 from nmcompile.pruning import OPERATORS, NMPattern
 from nmcompile.quantization import Grid, integers
+from nmcompile.weight_cache import FROZEN, Kept, can_keep, content_at_rest
 
 _masked: Kept[Tensor] = Kept()
 KINDS = ("prune", "quantize", "gemm", "bias", "view")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from nmcompile.config import Phase
 from nmcompile.ir.layers import Layer
+from nmcompile.printable import printable
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.quantization import Grid
 
@@ -109,3 +110,16 @@ class Plan:
 
 DensePhases = Mapping[str, Mapping[Phase, str]]
 """By layer name, the phases whose pruning was given up because it does not pay, with the reason."""
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """Which layers were left dense for the sake of accuracy, and the scores that decided."""
+
+    layers: tuple[str, ...]
+    dense: float
+    compiled: float
+
+    def __str__(self) -> str:
+        names = ", ".join(map(printable, self.layers)) or "none"
+        return f"reverted for accuracy: {names} (score {self.compiled:.4f}, dense {self.dense:.4f})"

@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import fx
 
-from nmcompile.api.revert_layers import Reverted
 from nmcompile.checks import check_kind
 from nmcompile.config import Phase
-from nmcompile.report.coverage import all_parameters, covered_parameters, uncaptured_parameters
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.plan import READ, LayerPlan, PlanRow
+from nmcompile.ir.plan import READ, LayerPlan, PlanRow, Reverted
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.printable import in_markdown, printable, table
+from nmcompile.report.coverage import all_parameters, covered_parameters, uncaptured_parameters
 from nmcompile.report.graphs import format_three_graphs, inline_forward
 
 SCHEMA_VERSION = 1

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmcompile.three_gemm.modules import Rewritten, ThreeGemm, put_class
 from nmcompile.quantization import absorbed_step, fake_quantize
+from nmcompile.three_gemm.modules import Rewritten, ThreeGemm, put_class
 
 
 class AbsorbedNorm(Rewritten):

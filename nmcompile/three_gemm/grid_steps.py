@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import CalibrationError
-from nmcompile.weight_cache import Kept, can_keep
 from nmcompile.ir.plan import PlanRow
 from nmcompile.quantization import Grid, positive_clip, sawb_scale
+from nmcompile.weight_cache import Kept, can_keep
 
 _weight_steps: Kept[Tensor] = Kept()
 

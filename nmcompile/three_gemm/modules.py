@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
 from nmcompile.three_gemm.instance_forward import GENERATED, change_class, wrapper_of_own
-from nmcompile.weight_cache import forget
 from nmcompile.three_gemm.triple import GemmTriple, MaskSource
+from nmcompile.weight_cache import forget
 
 STEPS = "nmcompile_steps"
 """Key of the metadata of a state dict: how many optimizer steps a module has made with its masks."""

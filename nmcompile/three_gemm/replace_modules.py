@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from nmcompile.ir.calls import match_call
 from nmcompile.errors import PreconditionError
+from nmcompile.ir.calls import match_call
+from nmcompile.ir.captured import Site
+from nmcompile.ir.program import Program
 from nmcompile.three_gemm.absorbed_norm import absorb
 from nmcompile.three_gemm.attention import ThreeGemmAttention
-from nmcompile.ir.captured import Site
 from nmcompile.three_gemm.modules import ThreeGemmLayer, install, install_graph, run_three_gemm
-from nmcompile.ir.program import Program
 from nmcompile.three_gemm.triple import GemmTriple
 
 

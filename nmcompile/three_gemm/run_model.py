@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -110,3 +111,15 @@ def _takes_sequence(signature: inspect.Signature) -> bool:
     return (
         SEQUENCE.match(annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)) is not None
     )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; after it, in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -7,56 +7,15 @@ layer sees it, so this is what tensor parallelism needs.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmcompile.errors import ConfigError, OperandError
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import LayerPlan
-
-PLAIN = Tensor, nn.Parameter
-
-
-def is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor."""
-    return type(x) not in PLAIN and hasattr(x, "device_mesh")
-
-
-def gathered(x: Tensor) -> Tensor:
-    """The whole of a DTensor, detached, for which every process has to call; any other tensor as it is."""
-    return cast(Any, x).detach().full_tensor() if is_sharded(x) else x
-
-
-def like_shard(x: Tensor, weight: Any) -> Any:
-    """Return `x`, equal on all processes, as a DTensor placed like `weight`; nothing is sent."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = weight.device_mesh
-    replicated = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=weight.placements)
-
-
-FSDP1 = (
-    "FullyShardedDataParallel (FSDP1) module, which trains flat parameters in place of weights: their masks would miss "
-    "its optimizer steps; use FSDP2, torch.distributed.fsdp.fully_shard (fsdp_version: 2 in Accelerate's configuration)"
-)
-
-
-def is_flat(parameter: Tensor) -> bool:
-    """Whether FSDP1 has made this parameter a part of a flat one, or has made it of others."""
-    return getattr(parameter, "_fsdp_flattened", False)
-
-
-def refuse_flat(name: str, weight: Tensor) -> None:
-    """Refuse what FSDP1 lets a layer see of a flat parameter.
-
-    Raises:
-        ConfigError: such a view.
-    """
-    if getattr(weight._base, "_is_flat_param", False):
-        raise ConfigError(f"{name}: its layer is in a {FSDP1}")
+from nmcompile.sharded import is_sharded, like_shard
 
 
 @dataclass(frozen=True)

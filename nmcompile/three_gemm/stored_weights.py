@@ -10,10 +10,10 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from nmcompile.capture.weights import expression_of
 from nmcompile.ir.captured import Site
+from nmcompile.ir.expression import expression_of
+from nmcompile.sharded import gathered
 from nmcompile.three_gemm.modules import run_three_gemm
-from nmcompile.three_gemm.shards import gathered
 
 Hook = WeightNorm | SpectralNorm | prune.BasePruningMethod
 

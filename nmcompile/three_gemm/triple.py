@@ -9,17 +9,17 @@ from torch import Tensor, fx
 
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
-from nmcompile.ir.at_rest import FROZEN, Content, weights_at_rest
-from nmcompile.ir.captured import Site
 from nmcompile.fingerprint import fingerprint
-from nmcompile.three_gemm.frozen import Frozen
-from nmcompile.three_gemm.grid_steps import GridSteps
-from nmcompile.weight_cache import forget
+from nmcompile.ir.captured import Site
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
-from nmcompile.three_gemm.shards import PLAIN, Shards, is_sharded
+from nmcompile.sharded import PLAIN, is_sharded
 from nmcompile.three_gemm.draw_stream import DrawStream
+from nmcompile.three_gemm.frozen import Frozen
+from nmcompile.three_gemm.grid_steps import GridSteps
+from nmcompile.three_gemm.shards import Shards
 from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, no_second_derivative, run_layer
+from nmcompile.weight_cache import FROZEN, Content, forget, weights_at_rest
 
 OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
 """The operands of a layer, in the order in which its autograd function takes them."""
@@ -30,6 +30,10 @@ class MaskSource(Protocol):
 
     tensor: Tensor
     steps: int
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the next `current` rebuilds the mask."""
 
     @property
     def is_followed(self) -> bool:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from nmcompile.config import CompileConfig, Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.captured import Site
-from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
 from nmcompile.ir.plan import LayerPlan, PlanRow
 from nmcompile.ir.program import Program
-from nmcompile.three_gemm.draw_stream import DrawStream, Replicas
-from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.pruning import NMPattern
+from nmcompile.three_gemm.draw_stream import DrawStream, Replicas
+from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.earlier import Earlier
 from nmcompile.training.masks import WeightMask
 from nmcompile.training.refresh_mask import CONTENT, STALE

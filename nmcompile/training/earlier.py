@@ -7,13 +7,14 @@ from typing import Any
 from torch import nn
 
 from nmcompile.config import Phase
+from nmcompile.ir.plan import LayerPlan
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
 from nmcompile.three_gemm.modules import FINALIZED, RECORD
-from nmcompile.ir.plan import LayerPlan
+from nmcompile.three_gemm.record import never_masked
 from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.training.find_masks import masks_among
 from nmcompile.training.masks import WeightMask
-from nmcompile.training.refresh_mask import STALE
-from nmcompile.three_gemm.find_triples import masks_among, triples_of
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,6 @@ def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
         {full_name(path, triple.site.weight): _fields(triple.graphs.plan) for triple in masked},
         frozenset(full_name(path, name) for name in uncalled),
     )
-
-
-def never_masked(layers: Sequence[GemmTriple]) -> Iterator[str]:
-    """The layers of a model that ran that have never run masked: neither here, nor where their mask was loaded from."""
-    ran = any(triple.called for triple in layers)
-    for triple in layers:
-        mask = triple.mask
-        was_computed = isinstance(mask, WeightMask) and not int(mask.clock[STALE])
-        if ran and not triple.called and not was_computed:
-            yield triple.layer.name
 
 
 def _fields(plan: LayerPlan) -> frozenset[str]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmcompile.ir.at_rest import FROZEN, Content
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.layers import Layer
-from nmcompile.three_gemm.shards import gathered, is_sharded, refuse_flat
 from nmcompile.printable import printable
 from nmcompile.pruning import NMPattern
+from nmcompile.sharded import gathered, is_sharded, refuse_flat
+from nmcompile.training.optimizer_hooks import live_masks, watch_optimizers
 from nmcompile.training.refresh_mask import (
     ADDRESS,
     CONTENT,
@@ -31,13 +31,12 @@ from nmcompile.training.refresh_mask import (
     refresh_mask,
     when_compared,
 )
+from nmcompile.weight_cache import FROZEN, Content
 
 PENDING = 100  # results of fused optimizers that are held until they are read
 SILENT_BACKWARDS = 1000  # without an optimizer step between them; then calls compare the weight again
 
 _serials = itertools.count()
-live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
-"""Every mask in the process: the optimizer hooks look here for the weights that a step changed."""
 
 
 class WeightMask:
@@ -225,6 +224,11 @@ class WeightMask:
         return None if self.is_computed else next(self.parameters(), None)
 
     @property
+    def is_stale(self) -> bool:
+        """Whether the next `current` rebuilds the mask."""
+        return bool(self.clock[STALE])
+
+    @property
     def is_followed(self) -> bool:
         """Whether an optimizer is known to step the weight: then calls that train it need no fingerprint."""
         return bool(self.clock[FOLLOWED])
@@ -330,8 +334,6 @@ class WeightMask:
         return self.__dict__ | {"owners": list(self.owners.items())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        from nmcompile.training.optimizer_hooks import watch_optimizers  # which looks at the masks that are here
-
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
         self.clock[VERSION], self.clock[FOLLOWED] = NEVER_SEEN, 0
         self.accepted = None

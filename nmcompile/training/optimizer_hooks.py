@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,16 @@ from torch.optim.optimizer import (
 )
 
 from nmcompile.checks import check_compiled
+from nmcompile.printable import printable
+from nmcompile.sharded import is_sharded, like_shard
 from nmcompile.three_gemm.frozen import thaw
 from nmcompile.weight_cache import forget
-from nmcompile.three_gemm.shards import is_sharded, like_shard
-from nmcompile.printable import printable
-from nmcompile.training.masks import WeightMask, live_masks
+
+if TYPE_CHECKING:
+    from nmcompile.training.masks import WeightMask
+
+live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
+"""Every mask in the process; masks add themselves."""
 
 _steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
 """Of optimizers that are making a step: how many steps each mask had noted, by its id."""
@@ -64,7 +69,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     return (args, kwargs | {"closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
 
 
-def _warn_of_resumption(optimizer: Optimizer, resumed: Sequence[WeightMask]) -> None:
+def _warn_of_resumption(optimizer: Optimizer, resumed: "Sequence[WeightMask]") -> None:
     """Warn where weights were loaded, and the optimizer's state too, but no sparse state: once for a model."""
     for mask in resumed:
         mask.is_resumed = False
@@ -78,7 +83,7 @@ def _warn_of_resumption(optimizer: Optimizer, resumed: Sequence[WeightMask]) -> 
         )
 
 
-def _evaluate(closure: Callable[[], Any], masks: Sequence[WeightMask], optimizer: Optimizer) -> Any:
+def _evaluate(closure: Callable[[], Any], masks: "Sequence[WeightMask]", optimizer: Optimizer) -> Any:
     """The loss, with the gradients that the optimizer shall see."""
     for mask in masks:
         mask.accept_version()  # of what the optimizer wrote on its way: line searches call closures more than once
@@ -87,7 +92,7 @@ def _evaluate(closure: Callable[[], Any], masks: Sequence[WeightMask], optimizer
     return loss
 
 
-def _decay(masks: Sequence[WeightMask], optimizer: Optimizer) -> None:
+def _decay(masks: "Sequence[WeightMask]", optimizer: Optimizer) -> None:
     # Of several compilations that share a weight, the last one decays it: the others may only wait to be collected.
     decaying = sorted((mask for mask in masks if mask.sr_ste), key=lambda mask: mask.serial)
     for mask in {id(mask.weight()): mask for mask in decaying}.values():
@@ -121,7 +126,7 @@ def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _masks_of(parameters: Sequence[Tensor]) -> Iterator[WeightMask]:
+def _masks_of(parameters: Sequence[Tensor]) -> "Iterator[WeightMask]":
     held = set(map(id, parameters))
     for mask in list(live_masks):
         if any(id(p) in held for p in mask.parameters()):
@@ -129,7 +134,7 @@ def _masks_of(parameters: Sequence[Tensor]) -> Iterator[WeightMask]:
 
 
 @torch.no_grad()
-def _add_sr_ste(mask: WeightMask, scale: Tensor | None) -> None:
+def _add_sr_ste(mask: "WeightMask", scale: Tensor | None) -> None:
     """g += λ (1 - mask) ∘ w: the pruned weights decay (Zhou et al. 2021, SR-STE).
 
     Added here, right before the step, so that gradient accumulation cannot scale it. By `scale`, which a GradScaler

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile import pruning
-from nmcompile.ir.at_rest import FROZEN, Content
 from nmcompile.fingerprint import fingerprint
 from nmcompile.pruning import NMPattern
+from nmcompile.weight_cache import FROZEN, Content
 
 STALE, VERSION, ADDRESS, CONTENT, FOLLOWED = range(5)
 """The hands of a mask's clock: whether it is stale; version, address and fingerprint of the weight that was last

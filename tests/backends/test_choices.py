@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.backends.shared import choose_kernel as choices
-from nmcompile.backends.shared.choose_kernel import SMALL, forget, latest, load_choices, run_best, save_choices
 from nmcompile.backends.cpu import cost
 from nmcompile.backends.cpu.conv import conv_forward, conv_input_gradient, conv_weight_gradient
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward, linear_input_gradient, linear_weight_gradient
+from nmcompile.backends.shared import choose_kernel as choices
+from nmcompile.backends.shared.choose_kernel import SMALL, forget, latest, load_choices, run_best, save_choices
 from nmcompile.errors import FileError, StateError
 from nmcompile.ir.choice import Choice
 

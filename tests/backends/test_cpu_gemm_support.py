@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import nmcompile
-from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.ir.choice import Choice
 from nmcompile.pruning import NMPattern

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, Phase
-from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu import packed_integers
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
-from nmcompile.ir.at_rest import weights_at_rest
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
-from nmcompile.weight_cache import Kept
 from nmcompile.ir.operations import to_grid
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
+from nmcompile.weight_cache import Kept, weights_at_rest
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu import packed_weights
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
+from nmcompile.training.find_masks import masks_of
 from nmcompile.weight_cache import Kept
-from nmcompile.three_gemm.find_triples import masks_of
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {

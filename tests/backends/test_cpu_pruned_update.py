@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu.gemm import Geometry, sparse_pruned_update, sparse_update
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_pruned_weight_gradient, linear_weight_gradient
 from nmcompile.backends.cpu.prune import prune_natively
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
 from nmcompile.pruning import NMPattern
 

@@ -20,7 +20,7 @@ from nmcompile.backends.cpu.transposable import (
 from nmcompile.errors import OperandError
 from nmcompile.pruning import transposable_mask
 from nmcompile.pruning.packed import Packed, pack, packed_shapes, unpack
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 from tests.backends.operands import LAYOUTS, values
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import nmcompile
 from nmcompile import CompileConfig, NMPattern, Phase
-from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cusparselt import CusparseltBackend, algorithms, kept_weights, operand, product, support
 from nmcompile.backends.cusparselt.algorithms import best_algorithm, forget_algorithms
 from nmcompile.backends.cusparselt.library import Algorithm, Problem
@@ -34,14 +33,15 @@ from nmcompile.backends.cusparselt.support import (
     float16_refusal,
     padded,
 )
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.shared.sparse_operand import pattern_support
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
 from nmcompile.ir.choice import Choice
-from nmcompile.weight_cache import Kept
 from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS
+from nmcompile.weight_cache import Kept
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not cusparselt_support().ok, reason=cusparselt_support().reason)]
 RIGHT = Algorithm(3, 2)

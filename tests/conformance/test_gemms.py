@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.reference import ReferenceBackend
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.config import LayerConfig, Phase, Pruning
 from nmcompile.ir import operations as ops
 from nmcompile.ir.choice import Choice

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)

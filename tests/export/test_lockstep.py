@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile.errors import ExportError
-from nmcompile.export import Example
-from nmcompile.export.check import compare_runtimes, verify_onnx
-from nmcompile.export.write import write_onnx
+from nmcompile.export import Example, verify_onnx, write_onnx
+from nmcompile.export.check import compare_runtimes
 from nmcompile.export.check.lockstep import Lockstep
 from nmcompile.export.check.run_file import onnxruntime_runner
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmcompile.export.write import write_onnx
+from nmcompile.export import write_onnx
 
 Deploy = Callable[..., Any]
 

@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from nmcompile.export.write import write_onnx
+from nmcompile.export import write_onnx
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": ({"prune_inputs": True}, {}),

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nmcompile
-from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.errors import ExportError
-from nmcompile.export import Example
-from nmcompile.export.check import verify_onnx
+from nmcompile.export import Example, verify_onnx
+from nmcompile.export.collect_layers import deployed_layers
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 

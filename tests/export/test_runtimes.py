@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
-from nmcompile.export.collect_layers import deployed_layers
 from nmcompile.errors import ExportError, LibraryError
-from nmcompile.export import Example, OnnxReport, Verification
-from nmcompile.export.check import compare_runtimes, verify_onnx
+from nmcompile.export import Example, OnnxReport, Verification, verify_onnx
+from nmcompile.export.check import compare_runtimes
 from nmcompile.export.check.run_file import onnxruntime_runner, reference_runner
+from nmcompile.export.collect_layers import deployed_layers
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

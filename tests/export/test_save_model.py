@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError
-from nmcompile.export import Example
-from nmcompile.export.write import save_model, write_onnx
-from nmcompile.export.check import verify_onnx
+from nmcompile.export import Example, verify_onnx, write_onnx
+from nmcompile.export.write import save_model
 from nmcompile.export.write.save_model import save_model as save
 from nmcompile.export.write.save_model import staged_model
-from nmcompile.files.write_atomically import sha256
 from nmcompile.files.open_onnx import open_onnx
+from nmcompile.files.write_atomically import sha256
 from tests.faults import fail_at, steps_of
 
 Write = Callable[[], Any]

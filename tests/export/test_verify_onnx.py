@@ -10,9 +10,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, FileError
-from nmcompile.export import Example, OnnxReport
-from nmcompile.export.check import verify_onnx
-from nmcompile.export.write import write_onnx
+from nmcompile.export import Example, OnnxReport, verify_onnx, write_onnx
 from nmcompile.export.check.compare_layers import ROUNDING, LayerCheck
 
 

@@ -14,9 +14,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ConfigError, ExportError
-from nmcompile.export import Example, OnnxReport
-from nmcompile.export.check import verify_onnx
-from nmcompile.export.write import write_onnx
+from nmcompile.export import Example, OnnxReport, verify_onnx, write_onnx
 from nmcompile.export.deployed_layer import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.layers import LinearLayer
 from nmcompile.pruning import NMPattern, greedy

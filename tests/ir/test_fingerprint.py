@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile import fingerprint as module
+from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.fingerprint import fingerprint
 
 SHAPES = [(0,), (3,), (5, 7), (64, 48), (33, 130), (70, 64, 3, 3)]

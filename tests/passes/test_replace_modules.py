@@ -12,10 +12,10 @@ from nmcompile import CompileConfig, ThreeGemm
 from nmcompile.capture import capture_model
 from nmcompile.config import preset
 from nmcompile.errors import PreconditionError
-from nmcompile.three_gemm.attention import ThreeGemmAttention
-from nmcompile.three_gemm.modules import ThreeGemmLayer, ThreeGemmRegion
 from nmcompile.ir.program import Program
 from nmcompile.planning.plan_phases import plan_phases
+from nmcompile.three_gemm.attention import ThreeGemmAttention
+from nmcompile.three_gemm.modules import ThreeGemmLayer, ThreeGemmRegion
 from nmcompile.three_gemm.replace_modules import replace_modules
 
 SPARSE = CompileConfig(ends="sparse")

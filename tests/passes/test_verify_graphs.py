@@ -14,8 +14,8 @@ from nmcompile.errors import LoweringError, PostconditionError, PreconditionErro
 from nmcompile.ir import operations as ops
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Pass, Support
+from nmcompile.ir.verify_graphs import verify_graphs
 from nmcompile.passes import LowerNodes, compile_passes
-from nmcompile.ir import verify_graphs
 from nmcompile.planning.plan_phases import plan_phases
 
 PASSES = compile_passes([ReferenceBackend()])

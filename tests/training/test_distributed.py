@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.api import measure_phases as profitability
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 WORLD = 2
 STEPS = 5

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.training import step as tell_step
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 REFRESH = 3
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.training import masks
+from nmcompile.training.find_masks import masks_of
 from nmcompile.training.masks import PENDING, WeightMask
-from nmcompile.three_gemm.find_triples import masks_of
 
 MANY = 30
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 SPARSE = CompileConfig(ends="sparse")
 DRAWS = 400

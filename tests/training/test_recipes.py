@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nmcompile
-from nmcompile.errors import BackendUnavailable, ConfigError
 from nmcompile.api import callbacks, recipes
+from nmcompile.errors import BackendUnavailable, ConfigError
 from nmcompile.training import clips
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 X = torch.randn(16, 8, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 4

@@ -27,10 +27,10 @@ from transformers import (
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.errors import FileError, StateError
 from nmcompile.api.sparse_training import STATE_FILE
+from nmcompile.errors import FileError, StateError
 from nmcompile.training import SparseTraining
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 STEPS, STOP, REFRESH = 7, 3, 2
 CONFIG = CompileConfig(refresh=REFRESH, ends="sparse")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 MODES = ["weights", "t-weights", "training"]
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

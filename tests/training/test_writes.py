@@ -12,10 +12,10 @@ from torch.func import functional_call
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.three_gemm import triple as three_gemm
 from nmcompile.fingerprint import fingerprint
+from nmcompile.three_gemm import triple as three_gemm
 from nmcompile.training import masks
-from nmcompile.three_gemm.find_triples import masks_of
+from nmcompile.training.find_masks import masks_of
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 

@@ -1,4 +1,4 @@
-// A number that tells one content of memory from another (see nmcompile/ir/fingerprint.py, which defines it).
+// A number that tells one content of memory from another (see nmcompile/fingerprint.py, which defines it).
 #pragma once
 
 #include <cstdint>

@@ -14,8 +14,8 @@ from nmcompile.export.check.array_difference import difference, finite
 from nmcompile.export.check.extract_layer import LayerPart
 from nmcompile.export.check.record_calls import record_calls
 from nmcompile.export.check.run_file import onnxruntime_runner
-from nmcompile.export.write.write_onnx import ExportedNode
 from nmcompile.export.deployed_layer import DeployedLayer
+from nmcompile.export.write.write_onnx import ExportedNode
 
 RELATIVE_L2 = 1e-2
 MOST_STEPS = 1.0

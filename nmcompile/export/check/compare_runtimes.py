@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, LibraryError
-from nmcompile.export.check.compare_layers import RELATIVE_L2
 from nmcompile.export.check.array_difference import difference, finite
+from nmcompile.export.check.compare_layers import RELATIVE_L2
 from nmcompile.export.check.example import Example
 from nmcompile.export.check.lockstep import Lockstep
 from nmcompile.export.check.other_sizes import dims_of, one_sample
-from nmcompile.export.outputs import outputs_of
 from nmcompile.export.check.run_file import Arrays, Runner, onnxruntime_runner, reference_runner
+from nmcompile.export.outputs import outputs_of
 from nmcompile.files.open_onnx import OnnxFile
 
 SAME_TOP1 = 0.99

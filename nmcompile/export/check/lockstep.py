@@ -23,8 +23,8 @@ from nmcompile.export.check.example import Example
 from nmcompile.export.check.extract_layer import LayerPart
 from nmcompile.export.check.places import Place, places_of
 from nmcompile.export.check.run_file import Arrays, onnxruntime_runner
-from nmcompile.export.write.write_onnx import ExportedNode
 from nmcompile.export.deployed_layer import DeployedLayer
+from nmcompile.export.write.write_onnx import ExportedNode
 
 DIGITS = 1e-4  # steps: multiples of a step in float32 are not quite a whole number of steps apart
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nmcompile.export.check.example import Example
 from nmcompile.export.outputs import outputs_of
-from nmcompile.export.check.run_file import first_line
+from nmcompile.printable import first_line
 
 Dims = Sequence[Sequence[str]]
 """For each input its dims: the name of an open size, or "" where the size is fixed."""

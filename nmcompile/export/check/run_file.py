@@ -9,6 +9,7 @@ import onnxruntime
 from onnx.reference import ReferenceEvaluator
 
 from nmcompile.errors import ExportError, LibraryError
+from nmcompile.printable import first_line
 
 Arrays = list[np.ndarray[Any, Any]]
 Runner = Callable[[Mapping[str, np.ndarray[Any, Any]]], Arrays]
@@ -61,8 +62,3 @@ def reference_runner(proto: onnx.ModelProto) -> Runner:
     except Exception as error:
         raise LibraryError(f"{type(error).__name__}: {first_line(error)}") from error
     return run
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not empty, or else its class."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -15,8 +15,8 @@ from nmcompile.export.check.example import Example
 from nmcompile.export.check.lockstep import Lockstep
 from nmcompile.export.check.other_sizes import dims_of, other_sizes
 from nmcompile.export.check.places import places_of
-from nmcompile.export.write.write_onnx import OnnxReport
 from nmcompile.export.deployed_layer import DeployedLayer
+from nmcompile.export.write.write_onnx import OnnxReport
 from nmcompile.files.open_onnx import OnnxFile, open_onnx
 from nmcompile.files.read_weights import read_weights
 

@@ -15,10 +15,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from nmcompile.errors import ExportError
+from nmcompile.export.deployed_layer import DeployedActivation
 from nmcompile.export.write.build_nodes import add_initializer, insert_before
 from nmcompile.export.write.find_layers import LayerNode
 from nmcompile.export.write.prune_activations import prune_activation
-from nmcompile.export.deployed_layer import DeployedActivation
 from nmcompile.quantization import Grid
 
 MOVES = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice"})

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
 from nmcompile.errors import ExportError, FileError
-from nmcompile.files.write_atomically import REPLACED, UNCHANGED, failing, move_file, staging, sync_folder, write_synced
 from nmcompile.files.staging import one_at_a_time
+from nmcompile.files.write_atomically import REPLACED, UNCHANGED, failing, move_file, staging, sync_folder, write_synced
 
 LARGEST = 2**31 - 1  # bytes; protobuf holds no more
 SMALL = 1024  # bytes; tensors up to here stay in the model even when it is split

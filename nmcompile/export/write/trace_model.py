@@ -16,11 +16,11 @@ from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ExportError
-from nmcompile.export.write.open_shapes import enlarged, names_of, open_as_asked, open_batch
 from nmcompile.export.outputs import left_out, outputs_of
-from nmcompile.export.check.run_file import first_line
+from nmcompile.export.write.open_shapes import enlarged, names_of, open_as_asked, open_batch
 from nmcompile.ir.einsum import linear_einsum
 from nmcompile.own_thread import exporting_alone
+from nmcompile.printable import first_line
 
 OPSET = 21  # the first with 4-bit integers
 FIXED = "if the model needs one size there, give dynamic_batch=False, or leave that dim out of dynamic_shapes"

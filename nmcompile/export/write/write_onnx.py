@@ -12,6 +12,8 @@ from torch import nn
 
 from nmcompile.checks import check_choice
 from nmcompile.errors import ExportError
+from nmcompile.export.deployed_layer import DeployedLayer
+from nmcompile.export.planned_patterns import PLANNED
 from nmcompile.export.write.absorb_norms import Affine, absorb_norm
 from nmcompile.export.write.bake_weights import bake_weights
 from nmcompile.export.write.clean_graph import clean_graph, drop_unused, strip_origin
@@ -21,10 +23,8 @@ from nmcompile.export.write.keep_float_weights import keep_weight
 from nmcompile.export.write.lift_weight_rank import lift_weight
 from nmcompile.export.write.mask_attention import mask_attention
 from nmcompile.export.write.quantize_activations import is_emulated, quantize_activations
-from nmcompile.export.planned_patterns import PLANNED
 from nmcompile.export.write.save_model import save_model
 from nmcompile.export.write.trace_model import trace_model
-from nmcompile.export.deployed_layer import DeployedLayer
 
 TARGETS = ("onnxruntime", "tensorrt")
 CONTAINERS = ("int8", "int4")

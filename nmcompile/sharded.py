@@ -1,0 +1,49 @@
+"""Tensors that are split among processes: DTensors, and what FSDP1 makes of parameters."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from nmcompile.errors import ConfigError
+
+PLAIN = Tensor, nn.Parameter
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor."""
+    return type(x) not in PLAIN and hasattr(x, "device_mesh")
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a DTensor, detached, for which every process has to call; any other tensor as it is."""
+    return cast(Any, x).detach().full_tensor() if is_sharded(x) else x
+
+
+def like_shard(x: Tensor, weight: Any) -> Any:
+    """Return `x`, equal on all processes, as a DTensor placed like `weight`; nothing is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    replicated = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=weight.placements)
+
+
+FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) module, which trains flat parameters in place of weights: their masks would miss "
+    "its optimizer steps; use FSDP2, torch.distributed.fsdp.fully_shard (fsdp_version: 2 in Accelerate's configuration)"
+)
+
+
+def is_flat(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made this parameter a part of a flat one, or has made it of others."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def refuse_flat(name: str, weight: Tensor) -> None:
+    """Refuse what FSDP1 lets a layer see of a flat parameter.
+
+    Raises:
+        ConfigError: such a view.
+    """
+    if getattr(weight._base, "_is_flat_param", False):
+        raise ConfigError(f"{name}: its layer is in a {FSDP1}")
