@@ -113,25 +113,24 @@ def test_the_plan_quantizes_what_is_read_in_floating_point(net: nn.Module, x: Te
 
 @torch.no_grad()
 def test_eval_hands_on_whole_steps_of_the_accumulator(net: Net, x: Tensor) -> None:
-    """gain W x + shift, divided by |gain| times the steps of weight and input, is an integer to fp32 rounding."""
+    """gain W x + shift, divided by |gain| times the steps of weight and input, is an integer; in fp64, to tell."""
+    net, x = net.double(), x.double()
     model = compiled(net, x, outputs="float")
     for conv, name in (("conv1", "norm1"), ("conv2", "norm2")):
         norm, seen = norm_of(model, name), list[Tensor]()
-        handle = norm.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y.double()))
+        handle = norm.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y))
         model(x)
         handle.remove()
         plain = getattr(net, name)
-        gain = plain.weight.double() / (plain.running_var.double() + plain.eps).sqrt()
+        gain = plain.weight / (plain.running_var + plain.eps).sqrt()
         triple = next(triple for triple in triples_of(model) if triple.layer.name == conv)
-        step = sawb_scale(getattr(net, conv).weight, 4).double() * float(triple.steps.of_input())  # type: ignore[arg-type]
+        step = sawb_scale(getattr(net, conv).weight, 4) * float(triple.steps.of_input())  # type: ignore[arg-type]
         step = torch.where(gain == 0, 1.0, gain.abs()) * step
         ratio = seen[0] / step.view(-1, 1, 1)
-        digits = 1e-4 + ratio.abs() * 2**-21  # what float32 can tell
-        assert bool(((ratio - ratio.round()).abs() < digits).all())
+        assert bool(((ratio - ratio.round()).abs() < 1e-8).all())
         # and next to the unrounded norm: half a step at most.
-        dense = plain.double()(F.conv2d(*operands(model, conv, x), padding=1).double())
-        plain.float()
-        assert bool((((seen[0] - dense) / step.view(-1, 1, 1)).abs() < 0.5 + digits).all())
+        dense = plain(F.conv2d(*operands(model, conv, x), padding=1))
+        assert bool((((seen[0] - dense) / step.view(-1, 1, 1)).abs() < 0.5 + 1e-8).all())
 
 
 def operands(model: nn.Module, conv: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
