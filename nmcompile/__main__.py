@@ -1,4 +1,4 @@
-"""`python -m nmcompile`: the command line where the console script is not on the path."""
+"""`python -m nmcompile`: the command line for when the console script is not on the path."""
 
 from nmcompile.cli import main
 

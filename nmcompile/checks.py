@@ -1,4 +1,4 @@
-"""Checks of what users give: each raises an error that names the argument, what it is, and what to give."""
+"""Checks of user arguments: each raises an error that names the argument, its value, and what to give instead."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,42 +16,42 @@ HUGE = 2**64
 
 
 def check_kind(name: str, value: Any, kind: type[Any] | UnionType, expected: str) -> None:
-    """Raise unless `value`, given as `name`, is of its kind; `expected` says what to give."""
+    """Raise unless the argument `name` is an instance of `kind`; `expected` tells the user what to give."""
     if not isinstance(value, kind):
         raise ConfigError(f"{name} is {described(value)}; give {expected}")
 
 
 def check_compiled(name: str, value: Any) -> None:
-    """Raise unless `value`, given as `name`, is a module; whether it is compiled is seen where that matters."""
+    """Raise unless the argument `name` is a module. Callers check that it is compiled where they need that."""
     check_kind(name, value, nn.Module, "a model that nmcompile.compile made")
 
 
 def check_number(name: str, value: Any, kind: type[Integral | Real], least: float, most: float, expected: str) -> None:
-    """Raise unless `value`, given as `name`, is a number between two others; True and False are not numbers."""
+    """Raise unless the argument `name` is a number from `least` to `most`; True and False are not numbers."""
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= _plain(value) <= most:
         raise ConfigError(f"{name} is {described(value)}; give {expected}")
 
 
 def _plain(number: Integral | Real) -> int | float:
-    """The number as Python's own: NumPy's narrow ones do not compare with large ones."""
+    """Convert to Python's own number: NumPy's narrow types do not compare with large numbers."""
     return int(number) if isinstance(number, Integral) else float(number)
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise OperandError unless `value`, given as `name`, is a tensor."""
+    """Raise OperandError unless the argument `name` is a tensor."""
     if not isinstance(value, Tensor):
         raise OperandError(f"{name} is {described(value)}; give a tensor")
 
 
 def check_floating(name: str, value: Any) -> None:
-    """Raise OperandError unless `value`, given as `name`, is a floating-point tensor."""
+    """Raise OperandError unless the argument `name` is a floating-point tensor."""
     check_tensor(name, value)
     if not value.is_floating_point():
         raise OperandError(f"{name} is {value.dtype}; give a floating-point tensor")
 
 
 def check_call(args: Any, kwargs: Any) -> None:
-    """Raise unless a model can be called with these: truth values of tensors mislead."""
+    """Raise unless `args` is a tuple and `kwargs` a dict by name, or None; a bare tensor has a misleading truth value."""
     check_kind("args", args, tuple | None, "a tuple of the model's positional inputs, args=(x,) for a single one")
     check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
     for key in kwargs or ():
@@ -59,7 +59,7 @@ def check_call(args: Any, kwargs: Any) -> None:
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raise unless `value`, given as `name`, is one of the known names."""
+    """Raise unless the argument `name` is one of the known names."""
     choices = tuple(known)
     check_kind(name, value, str, f"one of {', '.join(choices)}")
     if value not in choices:
@@ -67,7 +67,7 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
 
 
 def check_path(name: str, value: Any) -> Path:
-    """Return the path given as `name`; raise for what no file can be called."""
+    """Return the argument `name` as a path; raise for text that cannot name a file."""
     expected = "a path as text, or a pathlib.Path"
     check_kind(name, value, str | os.PathLike, expected)
     text = os.fspath(value)
@@ -82,14 +82,14 @@ def check_path(name: str, value: Any) -> Path:
 
 
 def check_callable(name: str, value: Any, expected: str) -> Callable[..., Any]:
-    """Return the function given as `name`."""
+    """Return the argument `name` if it can be called, else raise."""
     if not callable(value):
         raise ConfigError(f"{name} is {described(value)}; give {expected}")
     return value  # type: ignore[no-any-return]
 
 
 def described(value: Any) -> str:
-    """Return a short value itself, and the type of any other."""
+    """Return the value's repr if it is short, else its type."""
     if isinstance(value, Integral) and abs(int(value)) >= HUGE:
         return "an integer of more than 64 bits"
     is_short = value is None or isinstance(value, str | Real)

@@ -1,4 +1,4 @@
-"""The command line. Imports are lazy, so that `--help` is quick."""
+"""The command line. Imports are lazy to keep `--help` quick."""
 
 import importlib
 import os
@@ -17,12 +17,12 @@ DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat1
 
 
 class TargetError(ConfigError):
-    """A package.module:factory that names no factory."""
+    """A package.module:factory that does not name a factory."""
 
 
 @click.group()
 def cli() -> None:
-    """N:M fine-grained sparsity for PyTorch models."""
+    """Compile, export and check PyTorch models with N:M fine-grained sparsity."""
 
 
 @cli.command()
@@ -121,7 +121,7 @@ def doctor() -> None:
 
 
 def _factory(name: str) -> Callable[[], Any]:
-    """What the user's code has under the name, and can be called without arguments."""
+    """Return the user's object of that name, which must be callable without arguments."""
     if os.getcwd() not in sys.path:  # as for `python -m`
         sys.path.insert(0, os.getcwd())
     module, _, attribute = name.partition(":")
@@ -134,13 +134,13 @@ def _factory(name: str) -> Callable[[], Any]:
     reason = _refusal(factory)
     if reason:
         raise TargetError(
-            f"{name!r} is no factory ({reason}); name a function or class that is called without arguments"
+            f"{name!r} is not a factory ({reason}); name a function or class that is called without arguments"
         )
     return factory
 
 
 def _refusal(factory: Any) -> str:
-    """Why something is no factory; "" if it is one."""
+    """Return why something is not a factory; "" if it is one."""
     from torch import nn
 
     if isinstance(factory, nn.Module) or not callable(factory):
@@ -150,7 +150,7 @@ def _refusal(factory: Any) -> str:
     except TypeError as error:
         return str(error)
     except ValueError:
-        pass  # a builtin does not say what it takes
+        pass  # a builtin without a signature
     return ""
 
 
@@ -164,7 +164,7 @@ def _model(name: str) -> Any:
 
 
 def _examples(texts: Iterable[str]) -> tuple[Any, ...]:
-    """Inputs that tell models apart: zeros stay zeros in layers without bias, and standardized they are NaN."""
+    """Return random inputs, which tell models apart: zeros stay zeros in layers without bias and standardize to NaN."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -180,11 +180,11 @@ def _example(text: str, generator: Any) -> Any:
     shape, dtype = [int(size) for size in match[2].split(",")], getattr(torch, DTYPES[match[1]])
     if dtype.is_floating_point:
         return torch.randn(shape, dtype=dtype, generator=generator)
-    return torch.randint(2, shape, dtype=dtype, generator=generator)  # indices that every embedding has
+    return torch.randint(2, shape, dtype=dtype, generator=generator)  # 0 and 1 are indices of any embedding
 
 
 def main() -> None:
-    """The console script: an error of nmcompile is one line, without a traceback; a wrong MODEL exits with 2."""
+    """Run the console script: an nmcompile error prints as one line, without a traceback; a wrong MODEL exits with 2."""
     try:
         cli()
     except NMCompileError as error:

@@ -1,4 +1,4 @@
-"""What to prune where: phases, the rows of the paper's Table 1, and per-layer overrides."""
+"""Configuration of what is pruned where: phases, the rows of the paper's Table 1, and per-layer overrides."""
 
 import enum
 import json
@@ -46,8 +46,8 @@ class Phase(enum.Enum):
 class Pruning:
     """An operator and its pattern for one operand.
 
-    `group` says along what the update phase groups the gradient: `"batch"` (across the samples at each position),
-    `"flat"` (along the flattened contraction index) or `"auto"` (conv: batch where M divides it, else flat;
+    `group` is the axis along which the update phase groups the gradient: `"batch"` (across the samples at each
+    position), `"flat"` (along the flattened contraction index) or `"auto"` (conv: batch if M divides it, else flat;
     linear: flat).
     """
 
@@ -63,11 +63,11 @@ class Pruning:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What is pruned and quantized in one layer; `None` leaves the operand dense, or in full precision.
+    """Pruning and quantization of one layer; `None` leaves the operand dense, or in full precision.
 
     `weight` acts on the forward GEMM, and on the backward GEMM too if its operator is transposable; `input` on the
-    forward GEMM; `backward_gradient` (SDGP) and `update_gradient` (MVUE) on the gradient of those GEMMs.
-    `weight_bits` (SAWB) and `input_bits` are 2, 3, 4 or 8; an input that is proven non-negative gets an unsigned grid.
+    forward GEMM; `backward_gradient` (SDGP) and `update_gradient` (MVUE) on the gradient of those GEMMs. `weight_bits`
+    (SAWB) and `input_bits` are 2, 3, 4 or 8; an input that is proven non-negative gets an unsigned grid.
     """
 
     weight: Pruning | None = None
@@ -123,14 +123,14 @@ presets: Mapping[str, LayerConfig] = MappingProxyType(
 
 
 def preset(mode: str) -> LayerConfig:
-    """The preset of a mode; an unknown one is an error with the nearest name."""
+    """Return the preset of a mode; raise for an unknown mode, with the nearest name."""
     check_choice("mode", mode, presets)
     return presets[mode]
 
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """Everything finer than a mode.
+    """Every option finer than the mode.
 
     Args:
         layers: overrides by name, most specific first: a weight's exact name (`"fc.weight"`), a layer's exact name,
@@ -144,16 +144,17 @@ class CompileConfig:
             learned from the `"mse"` clip on (`nmcompile.training.clips` are the parameters to give to the optimizer).
         granularity: one weight scale for each `"tensor"` or for each out-`"channel"`.
         placement: where activations are pruned and quantized: at the `"operand"` of each GEMM, or, for layers that a
-            ReLU follows directly, at that `"activation"`, so that everything behind it (batch norm, pooling, a residual
-            branch) reads the pruned values, and the GEMMs behind take them as they come. Needs the whole graph.
-        outputs: `"int8"` puts the results of quantized layers on a calibrated 8-bit grid where something else than a
-            quantized layer reads them (a residual addition, a softmax, pruning): integer kernels write integers.
-            `"float"` leaves them, and runtimes compute such layers in floating point. For deployment: the clips follow
-            no training. Needs the whole graph, without which results stay as they are.
-        where: `"all"` prunes what the plan says; `"pays"` times each layer alone with random inputs of the shape and
-            layout that `args` bring it, pruned and not, and gives up the pruning of the phases that are not faster for
-            it. It is decided once, when the model is compiled (in the autocast context, with the threads and in the
-            mode, `train()` or `eval()`, of that moment), by the first rank for all, and kept in `sparse_state_dict`.
+            ReLU follows directly, at that `"activation"`. Then everything after it (batch norm, pooling, a residual
+            branch) reads the pruned values, and the next GEMMs take them unchanged. Needs the whole graph.
+        outputs: `"int8"` puts the result of a quantized layer on a calibrated 8-bit grid if anything other than a
+            quantized layer reads it (a residual addition, a softmax, pruning): integer kernels write integers.
+            `"float"` leaves results alone, and runtimes compute such layers in floating point. For deployment: training
+            does not update these clips. Needs the whole graph; without it results stay as they are.
+        where: `"all"` prunes everything in the plan. `"pays"` times each layer alone, pruned and dense, and leaves the
+            phases dense that pruning does not make faster. Inputs are random, with the shape and layout that `args`
+            give the layer. The choice is made once, when the model is compiled (in the autocast context, with the
+            threads and in the mode, `train()` or `eval()`, of that moment), by the first rank for all, and is stored in
+            `sparse_state_dict`.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
@@ -190,7 +191,7 @@ class CompileConfig:
             check_kind(f"CompileConfig.layers[{key!r}]", value, LayerConfig | None, expected)
 
     def lookup(self, layer: str, weight: str) -> tuple[str, LayerConfig | None] | None:
-        """The key and config that hold for a layer and its weight's name; `None` where nothing is said."""
+        """Return the key and config that apply to a layer and its weight; `None` if there are none."""
         for name in (weight, layer):
             if name in self.layers:
                 return name, self.layers[name]
@@ -201,7 +202,7 @@ class CompileConfig:
         return (DEFAULT, self.layers[DEFAULT]) if DEFAULT in self.layers else None
 
     def check_names(self, layers: Iterable[tuple[str, str]]) -> None:
-        """Raise for a key that no (layer, weight) name answers to, and for a name that reads as another kind of key."""
+        """Raise for a key that matches no (layer, weight) name, and for a name that would read as a rule."""
         names = {name for pair in layers for name in pair}
         for name in names:
             if name.startswith(REGEX) or name == DEFAULT:
@@ -215,25 +216,25 @@ class CompileConfig:
                     nearby = nearest(key.removeprefix(REGEX), names)
                     raise ConfigError(f"{key!r} in CompileConfig.layers matches no layer; {nearby}")
             elif key != DEFAULT and key not in names:
-                raise ConfigError(f"{key!r} in CompileConfig.layers is no layer of the model; {nearest(key, names)}")
+                raise ConfigError(f"{key!r} in CompileConfig.layers is not a layer of the model; {nearest(key, names)}")
 
     def to_json(self) -> str:
-        """The config as JSON text that `from_json` reads back."""
+        """Return the config as JSON text that `from_json` reads back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["layers"] = {name: None if c is None else _layer_json(c) for name, c in self.layers.items()}
         return json.dumps(data, indent=2, default=methodcaller("item"))  # NumPy's numbers
 
     @classmethod
     def from_json(cls, text: str) -> "CompileConfig":
-        """Read what `to_json` wrote; an unknown key is an error with the nearest name."""
-        check_kind("text", text, str | bytes, "the JSON text that to_json gave")
+        """Read the text that `to_json` wrote; raise for an unknown key, with the nearest name."""
+        check_kind("text", text, str | bytes, "the JSON text that to_json returned")
         data = _object(parse_json(text, "the config", error=ConfigError), "CompileConfig")
         layers = _object(data.get("layers", {}), "CompileConfig.layers")
         return _read(cls, data | {"layers": {name: _read_layer(layer) for name, layer in layers.items()}})
 
 
 def given_config(config: Any) -> CompileConfig:
-    """Return the config that a function was given, or the default for None."""
+    """Return the config given to a function, or the default for None."""
     check_kind("config", config, CompileConfig | None, "a CompileConfig, or None")
     return CompileConfig() if config is None else config
 

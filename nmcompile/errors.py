@@ -76,7 +76,7 @@ class CalibrationError(NMCompileError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown `name`: the nearest known name, or all of them."""
+    """Return the end of a message about an unknown `name`: the nearest known name, or else all of them."""
     choices = sorted(known)
     close = difflib.get_close_matches(name[:COMPARED], choices, n=1, cutoff=0.4)
     if close:

@@ -1,8 +1,8 @@
 """A fingerprint of a tensor's content, which differs after any write: in place, through `.data`, or by a fused kernel.
 
-Memory is read as words of 32 bits, in rows of `WORDS`. The sum of key times word over a row, mod 2^64, cannot stay the
-same when one word changes or two change places. The sums are mixed, each with its row's number, and added. The native
-kernel and torch's operators compute the same number, so it holds on another device and in another process too.
+Memory is read as 32-bit words, in rows of `WORDS`. The sum of key × word over a row, mod 2^64, always changes when one
+word changes or two words swap places. Each row's sum is mixed with the row's number, and the results are added. The
+native kernel and torch's operators compute the same number, so it also holds on another device and in another process.
 """
 
 from collections.abc import Callable
@@ -15,28 +15,28 @@ from torch.nn import functional as F
 from nmcompile.sharded import PLAIN
 
 WORDS = 1024
-ROWS = {"cpu": 64}  # whose products torch holds at a time: there in a cache
+ROWS = {"cpu": 64}  # rows whose products torch holds at a time; few enough for a CPU's cache
 MANY_ROWS = 4096
 
 
 def fingerprint(x: Tensor) -> int | None:
-    """Return the fingerprint of a tensor; None where nobody can read it now.
+    """Return the fingerprint of a tensor; None if it cannot be read now.
 
-    That holds for shards, for tensors on meta or inside a transform of `torch.func`, and while a CUDA graph is
-    captured. On a GPU the caller waits for the result.
+    Shards cannot be read, nor can tensors on meta or inside a transform of `torch.func`, nor any CUDA tensor while a
+    CUDA graph is captured. On a GPU the caller waits for the result.
     """
     if not _is_readable(x):
         return None
     x = x.detach()
     reach = x.numel() if x.is_contiguous() else _reach(x)
-    if reach > x.numel():  # with gaps, which are not its own
+    if reach > x.numel():  # the gaps between its elements are not part of it
         x, reach = x.contiguous(), x.numel()
     native = _native() if x.device.type == "cpu" else None
     if native is None:
         found = _by_torch(x.as_strided((reach,), (1,)).view(torch.uint8))
     else:
         found = native(x.data_ptr(), reach * x.element_size(), torch.get_num_threads())
-    # The same bytes are another matrix where they lie otherwise.
+    # The same bytes in another layout are another matrix.
     return found if x.is_contiguous() else found ^ hash((x.shape, x.stride()))
 
 
@@ -49,7 +49,7 @@ def _is_readable(x: Tensor) -> bool:
 
 
 def _reach(x: Tensor) -> int:
-    """How many elements of memory lie from the first to the last of a tensor."""
+    """Return the number of elements of memory between a tensor's first and last element, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
 
 
@@ -76,7 +76,7 @@ def _by_torch(content: Tensor) -> int:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 over int64."""
+    """Apply the finalizer of SplitMix64 to int64."""
     x = x * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Keep what fx and torch.export change for a whole process to the thread that traces, one thread at a time."""
+"""Process-wide changes that fx and torch.export make, confined to the thread that traces; one thread traces at a time."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from torch.fx import _symbolic_trace as symbolic
 
 _lock = threading.RLock()
 _OWN = "nmcompile_own"
-"""Marks the `Tracer.trace` of a thread that traces alone."""
+"""Attribute that marks the `Tracer.trace` of a thread that traces alone."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def tracing_alone() -> Iterator[None]:
             yield
             return
         here = OnThread()
-        # The same code with a patcher, and a flag that says that fx traces, of its own. torch.compile wraps it.
+        # The code of `Tracer.trace` with its own patcher and its own flag "fx traces". torch.compile wraps the method.
         inner = inspect.unwrap(plain)
         own = FunctionType(inner.__code__, vars(symbolic) | {"_new_patcher": _own_patcher}, "trace", inner.__defaults__)
 
@@ -44,7 +44,7 @@ def tracing_alone() -> Iterator[None]:
 
 @contextmanager
 def exporting_alone() -> Iterator[None]:
-    """Do the same for `torch.export`, which also says to the whole process that it compiles."""
+    """Do as `tracing_alone`, and also confine the flags by which `torch.export` says that the whole process compiles."""
     from torch.export import _trace
 
     with tracing_alone(), _replaced(_trace, "_compiling_state_context", _compiling_here):
@@ -53,7 +53,7 @@ def exporting_alone() -> Iterator[None]:
 
 @contextmanager
 def _compiling_here() -> Iterator[None]:
-    # Nothing asks the second flag except what traces itself.
+    # Only code that traces reads the second flag, so it may be set for all threads.
     is_exporting = _replaced(torch.compiler, "_is_exporting_flag", True)
     with _replaced(torch.compiler, "_is_compiling_flag", OnThread()), is_exporting:
         yield
@@ -70,7 +70,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _compile_lock() -> AbstractContextManager[Any]:
-    """Dynamo's own lock, which it holds while it compiles; that traces too."""
+    """Return Dynamo's own lock, held while Dynamo compiles, which traces too."""
     lock: AbstractContextManager[Any] = getattr(
         sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", nullcontext()
     )
@@ -79,7 +79,7 @@ def _compile_lock() -> AbstractContextManager[Any]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Drop what this thread prints and logs."""
+    """Drop everything that this thread prints and logs."""
     here = OnThread()
     loggers = [logging.root, *list(logging.root.manager.loggerDict.values())]
     handlers = {handler for one in loggers for handler in getattr(one, "handlers", ())} | {logging.lastResort}
@@ -111,12 +111,12 @@ class OnThread:
     __ror__, __rand__ = __or__, __and__
 
     def differs(self, record: logging.LogRecord) -> bool:
-        """Whether a message is another thread's."""
+        """Return whether a log record comes from another thread."""
         return record.thread != self.thread
 
 
 class _Muted:
-    """A stream to which one thread writes nothing."""
+    """A stream that drops the writes of one thread."""
 
     def __init__(self, stream: Any, here: OnThread) -> None:
         self.stream = stream
@@ -137,14 +137,14 @@ def _own_patcher() -> Iterator["_OwnPatcher"]:
 
 
 class _OwnPatcher(symbolic._Patcher):
-    """Patches methods of torch's classes, `nn.Module.__call__` above all, for the thread that made it."""
+    """A patcher of methods of torch's classes, above all `nn.Module.__call__`, for the thread that made it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.here = OnThread()
 
     def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
-        """Replace a method; other threads run the one that was there."""
+        """Replace a method for this thread; other threads run the original."""
         original = getattr(cls, name)
 
         @functools.wraps(new_fn)

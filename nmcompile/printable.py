@@ -1,7 +1,7 @@
 """Text from elsewhere (names in models and files, messages of other libraries), made safe to print.
 
 A name can hold anything: terminal escapes, a newline and a forged verdict, a `|` that opens another cell. All text that
-reaches a terminal or a markdown page goes through here; errors do it by themselves (`NMCompileError`).
+reaches a terminal or a markdown page goes through here; errors call it themselves (`NMCompileError`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_~$[]|"} | {"&": "&amp;", "<
 
 
 def printable(text: object, longest: int = LONGEST) -> str:
-    """Return one line that shows the text; what is not printable (control, format and line characters) is escaped."""
+    """Return the text as one line, with control, format and line characters escaped."""
     shown = str(text)
     if len(shown) > longest:
         shown = f"{shown[: longest // 2]}...{shown[-(longest // 2) :]}"
@@ -23,12 +23,12 @@ def printable(text: object, longest: int = LONGEST) -> str:
 
 
 def in_markdown(text: object, longest: int = LONGEST) -> str:
-    """Return the same for GitHub-flavoured markdown, where it stays text: no markup, no HTML, no cell border."""
+    """Return the text as one line that GitHub-flavoured markdown shows as is: no markup, no HTML, no cell border."""
     return printable(text, longest).translate(MARKDOWN)
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], style: str = "simple", **options: Any) -> str:
-    """Return rows as a table of `tabulate`'s, in which text stays in its cell and numbers are numbers."""
+    """Return rows as a `tabulate` table, in which text stays in its cell and numbers stay numbers."""
     shown = in_markdown if style == "github" else printable
     cells = [[shown(cell, LONGEST_CELL) if isinstance(cell, str) else cell for cell in row] for row in rows]
     texts = [column for column in range(len(headers)) if any(isinstance(row[column], str) for row in rows)]
@@ -40,5 +40,5 @@ def _escaped(character: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not empty, or else its class."""
+    """Return the first non-empty line of an exception's message, or else the name of its class."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Tensors that are split among processes: DTensors, and what FSDP1 makes of parameters."""
+"""Tensors that are split among processes: DTensors, and the flat parameters of FSDP1."""
 
 from typing import Any, cast
 
@@ -10,17 +10,17 @@ PLAIN = Tensor, nn.Parameter
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor."""
+    """Return whether `x` is a DTensor."""
     return type(x) not in PLAIN and hasattr(x, "device_mesh")
 
 
 def gathered(x: Tensor) -> Tensor:
-    """The whole of a DTensor, detached, for which every process has to call; any other tensor as it is."""
+    """Return a DTensor in full and detached, which every process has to call; return any other tensor unchanged."""
     return cast(Any, x).detach().full_tensor() if is_sharded(x) else x
 
 
 def like_shard(x: Tensor, weight: Any) -> Any:
-    """Return `x`, equal on all processes, as a DTensor placed like `weight`; nothing is sent."""
+    """Return `x`, equal on all processes, as a DTensor placed like `weight`; nothing is communicated."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = weight.device_mesh
@@ -35,15 +35,15 @@ FSDP1 = (
 
 
 def is_flat(parameter: Tensor) -> bool:
-    """Whether FSDP1 has made this parameter a part of a flat one, or has made it of others."""
+    """Return whether FSDP1 made this parameter part of a flat one, or made it from others."""
     return getattr(parameter, "_fsdp_flattened", False)
 
 
 def refuse_flat(name: str, weight: Tensor) -> None:
-    """Refuse what FSDP1 lets a layer see of a flat parameter.
+    """Refuse the view of a flat parameter that FSDP1 puts in a layer in place of its weight.
 
     Raises:
-        ConfigError: such a view.
+        ConfigError: the weight is such a view.
     """
     if getattr(weight._base, "_is_flat_param", False):
         raise ConfigError(f"{name}: its layer is in a {FSDP1}")

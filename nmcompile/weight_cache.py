@@ -1,7 +1,8 @@
-"""Caches of values that are derived from a weight, while a layer runs without training it.
+"""Caches of values computed from a weight, for layers that run without training it.
 
-A layer compares its weight's fingerprint in each such call, so a value is derived again after any write, by any means.
-On a GPU a comparison would have to wait for it: there values are cached only for frozen models, which compare nothing.
+In each such call a layer compares its weight's fingerprint, so a value is recomputed after any write, by any means. On
+a GPU the comparison would have to wait for the device, so values are cached there only for frozen models, which compare
+nothing.
 """
 
 import weakref
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nmcompile.sharded import PLAIN
 
 FROZEN: Final = "frozen"
-"""The content of weights whose owner has said that they stand still, see `nmcompile.freeze`."""
+"""Content of weights whose owner promises not to change them, see `nmcompile.freeze`."""
 
 
 Content = int | Literal["frozen"]
@@ -29,7 +30,7 @@ _content: ContextVar[Content | None] = ContextVar("_content", default=None)
 
 @contextmanager
 def weights_at_rest(content: Content = FROZEN) -> Iterator[None]:
-    """Inside, the weight of the layer that runs is at rest, and has this content (its fingerprint)."""
+    """Declare the weight of the running layer unchanging inside this context; `content` is its fingerprint."""
     token = _content.set(content)
     try:
         yield
@@ -38,7 +39,7 @@ def weights_at_rest(content: Content = FROZEN) -> Iterator[None]:
 
 
 def content_at_rest() -> Content | None:
-    """The content of the weight of the layer that runs; None where it may change."""
+    """Return the content of the running layer's weight; None if the weight may change."""
     return _content.get()
 
 
@@ -48,29 +49,29 @@ def are_weights_at_rest() -> bool:
 
 Value = TypeVar("Value")
 
-_all: "weakref.WeakSet[Kept[Any]]" = weakref.WeakSet()
+_all: "weakref.WeakSet[WeightCache[Any]]" = weakref.WeakSet()
 
 
 def forget(weights: Sequence[Tensor]) -> None:
-    """Free everything that is cached of these weights.
+    """Free everything that is cached for these weights.
 
-    Shards (DTensors) do not say which tensor they are a part of: with one among them, all caches are cleared.
+    A shard (DTensor) does not tell which tensor it is a part of, so a single one clears all caches.
     """
-    for kept in [kept for kept in _all if len(kept)]:
+    for cache in [cache for cache in _all if len(cache)]:
         if all(type(weight) in PLAIN for weight in weights):
             for weight in weights:
-                kept.forget(weight)
+                cache.forget(weight)
         else:
-            kept.clear()
+            cache.clear()
 
 
 def cached_weights() -> list[Tensor]:
-    """Return every weight of which a value is cached."""
-    return [weight for kept in list(_all) for weight in kept.weights()]
+    """Return every weight for which a value is cached."""
+    return [weight for cache in list(_all) for weight in cache.weights()]
 
 
 class _Seen(NamedTuple):
-    """What shows that a tensor of ours, such as a mask, is the same and was not written."""
+    """Evidence that a tensor of ours, such as a mask, is still the same tensor and was not written."""
 
     address: int
     version: int
@@ -92,8 +93,8 @@ class _Entry(NamedTuple):
         return all(starmap(_is_same, zip(self.others, others, strict=True)))
 
 
-class Kept(Generic[Value]):
-    """One cached value for each weight, which does not keep the weight alive."""
+class WeightCache(Generic[Value]):
+    """One cached value per weight. The cache does not keep the weight alive."""
 
     def __init__(self) -> None:
         self._entries = WeakTensorKeyDictionary()
@@ -103,7 +104,7 @@ class Kept(Generic[Value]):
         return len(self._entries)
 
     def weights(self) -> list[Tensor]:
-        """Return the weights that have a value."""
+        """Return the weights that have a cached value."""
         return list(self._entries)
 
     def get(
@@ -112,21 +113,22 @@ class Kept(Generic[Value]):
         """Return the cached value, or compute it with `derive`; the value must not reference the weight.
 
         Args:
-            weight, others: what the value depends on; see `can_keep`.
-            how: what else it depends on.
+            weight, others: tensors that the value depends on; see `is_cacheable`.
+            how: everything else that the value depends on.
+            derive: computes the value.
         """
         entry = self._find(weight, others, how)
         if entry is None:
             content = content_at_rest()
             assert content is not None
-            # What is made in inference mode has no version counter.
+            # Tensors made in inference mode have no version counter.
             with torch.inference_mode(False), torch.no_grad():
                 entry = self._entries[weight] = _Entry(content, tuple(map(_seen, others)), how, derive())
         value: Value = entry.value
         return value
 
     def has(self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable) -> bool:
-        """Whether `get` would derive nothing."""
+        """Return whether `get` would find a cached value."""
         return self._find(weight, others, how) is not None
 
     def __contains__(self, weight: Tensor) -> bool:
@@ -136,7 +138,7 @@ class Kept(Generic[Value]):
         self._entries.clear()
 
     def forget(self, weight: Tensor | None) -> None:
-        """Free what is cached of a weight, if anything is."""
+        """Free the cached value of a weight, if there is one."""
         if weight is not None:
             self._entries.pop(weight, None)
 
@@ -145,10 +147,10 @@ class Kept(Generic[Value]):
         return entry if entry is not None and entry.is_of(content_at_rest(), others, how) else None
 
 
-def can_keep(weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether values of a weight may be cached: it is at rest, and not a view, which lives for one call only.
+def is_cacheable(weight: Tensor, *others: Tensor | None) -> bool:
+    """Return whether values of a weight may be cached: it does not change and is not a view, which one call creates.
 
-    `others` are tensors of ours, whose writes a version counter shows.
+    `others` are tensors of ours, whose version counters show every write.
     """
     if torch.compiler.is_compiling() or content_at_rest() is None or type(weight) not in PLAIN or weight._is_view():
         return False

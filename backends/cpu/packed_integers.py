@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nmcompile.backends.cpu.gemm import masked
 from nmcompile.ir.operations import to_grid
 from nmcompile.quantization import Grid, integers
-from nmcompile.weight_cache import Kept, can_keep
+from nmcompile.weight_cache import WeightCache, is_cacheable
 
 if TYPE_CHECKING:
     from nmcompile._kernels import PackedIntegers
@@ -36,7 +36,7 @@ class Forms:
     packed: "list[PackedIntegers | None]" = field(default_factory=list)
 
 
-_kept: Kept[Forms] = Kept()
+_kept: WeightCache[Forms] = WeightCache()
 
 
 class GridInput(NamedTuple):
@@ -93,7 +93,7 @@ class GridWeight:
     def forms(self) -> Forms:
         """Where its forms are kept; of a weight that may change, nowhere."""
         others = self.mask, self.step
-        return _kept.get(self.weight, others, self.bits, Forms) if can_keep(self.weight, *others) else Forms()
+        return _kept.get(self.weight, others, self.bits, Forms) if is_cacheable(self.weight, *others) else Forms()
 
     def values(self) -> Tensor:
         """What a kernel without integers reads."""

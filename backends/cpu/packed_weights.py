@@ -4,17 +4,17 @@ from typing import Any
 
 from torch import Tensor
 
-from nmcompile.weight_cache import Kept, can_keep
+from nmcompile.weight_cache import WeightCache, is_cacheable
 
 Packs = list[Any]
 """The packed operands of the GEMMs that a layer's groups are; empty before the first of them runs."""
 
-_kept: Kept[Packs] = Kept()
+_kept: WeightCache[Packs] = WeightCache()
 
 
 def kept_packs(weight: Tensor, mask: Tensor | None, groups: int = 1) -> Packs | None:
     """Where the packed forms of a weight are kept; None where the weight is about to change."""
-    return _kept.get(weight, (mask,), groups, list) if can_keep(weight, mask) else None
+    return _kept.get(weight, (mask,), groups, list) if is_cacheable(weight, mask) else None
 
 
 def forget_packs(weight: Tensor | None) -> None:

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from nmcompile.backends.cusparselt.library import is_capturing
 from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.ir.operations import apply_mask
-from nmcompile.weight_cache import Kept, can_keep
+from nmcompile.weight_cache import WeightCache, is_cacheable
 
-_compressed: Kept[Tensor] = Kept()
-_masked: Kept[Tensor] = Kept()
+_compressed: WeightCache[Tensor] = WeightCache()
+_masked: WeightCache[Tensor] = WeightCache()
 _captured: list[Tensor] = []
 """What CUDA graphs read, which nobody frees."""
 
 
 def is_kept(weight: Tensor | None, mask: Tensor | None) -> bool:
     """Whether what is made of a weight is kept: of a parameter at rest. Others are made anew in each call."""
-    return isinstance(weight, nn.Parameter) and can_keep(weight, mask)
+    return isinstance(weight, nn.Parameter) and is_cacheable(weight, mask)
 
 
 def compressed_weight(
@@ -46,18 +46,20 @@ def only_the_chosen(weight: Tensor | None, call: str) -> Iterator[None]:
             kept.forget(weight)
 
 
-def _forms() -> tuple[tuple[str, Kept[Tensor]], ...]:
+def _forms() -> tuple[tuple[str, WeightCache[Tensor]], ...]:
     return ("sparse", _compressed), ("dense", _masked)
 
 
-def _get(kept: Kept[Tensor], weight: Tensor, mask: Tensor | None, how: Any, make: Callable[[], Tensor]) -> Tensor:
+def _get(
+    cache: WeightCache[Tensor], weight: Tensor, mask: Tensor | None, how: Any, make: Callable[[], Tensor]
+) -> Tensor:
     if not is_kept(weight, mask):
         return make()
     if not is_capturing(weight.device):
-        return kept.get(weight, (mask,), how, lambda: _finished(make()))
-    if not kept.has(weight, (mask,), how):
+        return cache.get(weight, (mask,), how, lambda: _finished(make()))
+    if not cache.has(weight, (mask,), how):
         return make()  # in each replay: what a capture makes is not there before one
-    form = kept.get(weight, (mask,), how, make)
+    form = cache.get(weight, (mask,), how, make)
     _captured.append(form)
     return form
 

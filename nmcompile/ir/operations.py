@@ -17,9 +17,9 @@ from nmcompile.ir.grouping import grouped
 from nmcompile.ir.layers import Layer
 from nmcompile.pruning import OPERATORS, NMPattern
 from nmcompile.quantization import Grid, integers
-from nmcompile.weight_cache import FROZEN, Kept, can_keep, content_at_rest
+from nmcompile.weight_cache import FROZEN, WeightCache, content_at_rest, is_cacheable
 
-_masked: Kept[Tensor] = Kept()
+_masked: WeightCache[Tensor] = WeightCache()
 KINDS = ("prune", "quantize", "gemm", "bias", "view")
 
 
@@ -28,7 +28,7 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 
     The result for the weight of a frozen model is cached.
     """
-    if not can_keep(x, mask) or content_at_rest() != FROZEN:
+    if not is_cacheable(x, mask) or content_at_rest() != FROZEN:
         return torch.where(mask, x, 0.0)
     return _masked.get(x, (mask,), (), lambda: torch.where(mask, x, 0.0))
 

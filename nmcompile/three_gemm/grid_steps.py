@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from nmcompile.errors import CalibrationError
 from nmcompile.ir.plan import PlanRow
 from nmcompile.quantization import Grid, positive_clip, sawb_scale
-from nmcompile.weight_cache import Kept, can_keep
+from nmcompile.weight_cache import WeightCache, is_cacheable
 
-_weight_steps: Kept[Tensor] = Kept()
+_weight_steps: WeightCache[Tensor] = WeightCache()
 
 
 class ActivationStep:
@@ -83,7 +83,7 @@ class GridSteps:
         if self.weight_grid is None:
             return None
         bits, dim = self.weight_grid.bits, self.weight_dim
-        if not can_keep(weight):
+        if not is_cacheable(weight):
             return sawb_scale(weight, bits, dim=dim)
         return _weight_steps.get(weight, (), (bits, dim), lambda: sawb_scale(weight, bits, dim=dim))
 

@@ -18,7 +18,7 @@ from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.operations import to_grid
 from nmcompile.training.find_masks import masks_of
-from nmcompile.weight_cache import Kept, weights_at_rest
+from nmcompile.weight_cache import WeightCache, weights_at_rest
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
@@ -37,7 +37,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
     monkeypatch.setattr(_kernels, "pack_integers", counted)
-    monkeypatch.setattr(packed_integers, "_kept", Kept())
+    monkeypatch.setattr(packed_integers, "_kept", WeightCache())
     return calls
 
 
@@ -74,7 +74,7 @@ def test_an_inference_graph_runs_from_integers(granularity: str, packed: list[in
 
 def test_inference_mode_keeps_them_too(packed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     (compiled, x), (reference, _) = model(), model(backend="reference")
-    monkeypatch.setattr(packed_integers, "_kept", Kept())
+    monkeypatch.setattr(packed_integers, "_kept", WeightCache())
     packed.clear()
     with torch.inference_mode():
         expected = reference(x)
@@ -97,7 +97,7 @@ def test_weights_without_a_version_are_kept_until_they_change() -> None:
 
 def test_with_gradients_nothing_is_kept(packed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, x = model()
-    monkeypatch.setattr(packed_integers, "_kept", Kept())
+    monkeypatch.setattr(packed_integers, "_kept", WeightCache())
     packed.clear()
     x = x.requires_grad_()
     torch.testing.assert_close(compiled(x), model(backend="reference")[0](x))

@@ -17,7 +17,7 @@ from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
 from nmcompile.training.find_masks import masks_of
-from nmcompile.weight_cache import Kept
+from nmcompile.weight_cache import WeightCache
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -44,7 +44,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return pack(*args)
 
     monkeypatch.setattr(_kernels, "pack_sparse", counted)
-    monkeypatch.setattr(packed_weights, "_kept", Kept())
+    monkeypatch.setattr(packed_weights, "_kept", WeightCache())
     return calls
 
 
@@ -191,7 +191,7 @@ def test_threads_that_pack_at_the_same_time_agree(monkeypatch: pytest.MonkeyPatc
 
     compiled, x = model("conv")
     expected, pack, meeting = compiled(x), _kernels.pack_sparse, threading.Barrier(2)
-    monkeypatch.setattr(packed_weights, "_kept", Kept())
+    monkeypatch.setattr(packed_weights, "_kept", WeightCache())
 
     def slow(*args: Any) -> Any:
         meeting.wait(60)

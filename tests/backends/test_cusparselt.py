@@ -41,7 +41,7 @@ from nmcompile.ir.choice import Choice
 from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS
-from nmcompile.weight_cache import Kept
+from nmcompile.weight_cache import WeightCache
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not cusparselt_support().ok, reason=cusparselt_support().reason)]
 RIGHT = Algorithm(3, 2)
@@ -131,7 +131,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
         return matrix.clone()
 
     for forms in ("_compressed", "_masked"):
-        monkeypatch.setattr(kept_weights, forms, Kept())
+        monkeypatch.setattr(kept_weights, forms, WeightCache())
     made: list[Problem] = []
     monkeypatch.setattr(StandIn, "made", made, raising=False)
     monkeypatch.setattr(operand, "compress", compress)

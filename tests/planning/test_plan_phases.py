@@ -293,7 +293,7 @@ def test_a_layer_named_exactly_gets_what_is_asked_or_an_error(
 
 
 def test_a_key_that_names_no_layer_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"'7' in CompileConfig\.layers is no layer"):
+    with pytest.raises(ConfigError, match=r"'7' in CompileConfig\.layers is not a layer"):
         plan(net(), "training", CompileConfig(layers={"7": None}))
 
 
