@@ -51,7 +51,7 @@ def check_floating(name: str, value: Any) -> None:
 
 
 def check_call(args: Any, kwargs: Any) -> None:
-    """Raise unless `args` is a tuple and `kwargs` a dict by name, or None; a bare tensor has a misleading truth value."""
+    """Raise unless `args` is a tuple and `kwargs` a dict, or None; a bare tensor has a misleading truth value."""
     check_kind("args", args, tuple | None, "a tuple of the model's positional inputs, args=(x,) for a single one")
     check_kind("kwargs", kwargs, Mapping | None, "a dict of the model's inputs by name")
     for key in kwargs or ():

@@ -184,7 +184,7 @@ def _example(text: str, generator: Any) -> Any:
 
 
 def main() -> None:
-    """Run the console script: an nmcompile error prints as one line, without a traceback; a wrong MODEL exits with 2."""
+    """Run the console script: print an nmcompile error as one line without traceback; exit with 2 for a wrong MODEL."""
     try:
         cli()
     except NMCompileError as error:

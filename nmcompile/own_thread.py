@@ -1,4 +1,4 @@
-"""Process-wide changes that fx and torch.export make, confined to the thread that traces; one thread traces at a time."""
+"""Process-wide changes of fx and torch.export, confined to the tracing thread; one thread traces at a time."""
 
 import functools
 import inspect
@@ -44,7 +44,7 @@ def tracing_alone() -> Iterator[None]:
 
 @contextmanager
 def exporting_alone() -> Iterator[None]:
-    """Do as `tracing_alone`, and also confine the flags by which `torch.export` says that the whole process compiles."""
+    """Do as `tracing_alone`, and confine the flags by which `torch.export` says that the whole process compiles."""
     from torch.export import _trace
 
     with tracing_alone(), _replaced(_trace, "_compiling_state_context", _compiling_here):
