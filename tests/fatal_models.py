@@ -98,10 +98,10 @@ FATAL = {
         "a weight without elements",
     ),
     "Loop of no count": (
-        f"{SIGNATURE} <int64[0] n = {{}}, bool c = {{1}}> {{ {RUNS.format(AGAIN, 'n, c')} }}", "no single element"
+        f"{SIGNATURE} <int64[0] n = {{}}, bool c = {{1}}> {{ {RUNS.format(AGAIN, 'n, c')} }}", "not a single element"
     ),
     "Loop on no answer": (
-        f"{SIGNATURE} <int64 n = {{3}}, bool[0] c = {{}}> {{ {RUNS.format(AGAIN, 'n, c')} }}", "no single element"
+        f"{SIGNATURE} <int64 n = {{3}}, bool[0] c = {{}}> {{ {RUNS.format(AGAIN, 'n, c')} }}", "not a single element"
     ),
     "Conv without channels": (
         f"{IMAGE} <float[0,4,3,3] w = {{}}> {{ y = Conv(x, w) }}", "a weight without elements"

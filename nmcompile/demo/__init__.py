@@ -1,1 +1,1 @@
-"""`nmcompile demo`: the same small network trained dense and sparse on real images."""
+"""`nmcompile demo`: one small network, trained dense and sparse on real images."""

@@ -1,4 +1,4 @@
-"""Quantize the trained sparse model, write it as ONNX, and run the file in ONNX Runtime."""
+"""Deployment of the trained sparse model: quantize it, write it as ONNX, and run the file in ONNX Runtime."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +16,7 @@ CALIBRATION = 512
 
 
 def deploy(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
-    """Return accuracy and file size of the dense model and of the sparse 4-bit one, from their files, as text."""
+    """Return a text on accuracy and file size of the dense and the sparse 4-bit model, measured from their files."""
     args = (images.test_images[:2],)
     calibration = images.train_images[:CALIBRATION].split(128)
     config = nmcompile.CompileConfig(outputs="int8")  # integers on both sides of every kernel
@@ -35,7 +35,7 @@ def deploy(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
 
 
 class _Session(nn.Module):
-    """A file behind a module's interface."""
+    """A module that runs an ONNX file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class Images:
 
 
 def load_images(folder: Path | None) -> Images:
-    """The images of `folder`, else Fashion-MNIST where Debian puts it, else the digits. Nothing is downloaded."""
+    """Load the images of `folder`, else Fashion-MNIST at Debian's path, else the digits. Download nothing."""
     if folder is None and FASHION_MNIST.is_dir():
         folder = FASHION_MNIST
     if folder is None:
@@ -58,7 +58,7 @@ def _images(name: str, *arrays: "np.ndarray[tuple[int, ...], np.dtype[np.generic
 
 
 def _read_idx(folder: Path, name: str, dims: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
-    """An IDX file of unsigned bytes, plain or gzipped; its header is checked against its size."""
+    """Read an IDX file of unsigned bytes, plain or gzipped; check its header against its size."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
     if path is None:
         raise ConfigError(f"{folder} has no {name} (or {name}.gz); give a folder with the four MNIST-style IDX files")
@@ -67,19 +67,19 @@ def _read_idx(folder: Path, name: str, dims: int) -> "np.ndarray[tuple[int, ...]
     start = _start(path, content, header)
     shape = tuple(int.from_bytes(start[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
     size = header + int(np.prod(shape, dtype=object))
-    # A byte more than the header promises is enough to see that there are more.
+    # One byte more than the header promises shows that the file is too long.
     data = _start(path, content, size + 1) if size <= LARGEST else b""
     if start[:4] != bytes((0, 0, 8, dims)) or len(data) != size:
-        raise ConfigError(f"{path} is no IDX file of {dims}-dimensional bytes: its header does not match its size")
+        raise ConfigError(f"{path} is not an IDX file of {dims}-dimensional bytes: its header does not match its size")
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
 def _start(path: Path, content: bytes, size: int) -> bytes:
-    """Return the first `size` bytes of a file, unpacked: gzip can blow up a thousandfold."""
+    """Return the first `size` bytes of a file, unpacked; gzip can expand a file a thousandfold."""
     if path.suffix != ".gz":
         return content[:size]
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
             return file.read(size)
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path} is no gzip file: {error}") from error
+        raise ConfigError(f"{path} is not a gzip file: {error}") from error

@@ -1,4 +1,4 @@
-"""Train dense and sparse from the same start on the same batches, deploy the sparse model, and show what came of it."""
+"""Train dense and sparse from the same weights on the same batches, deploy the sparse model, and show the results."""
 
 import copy
 import statistics
@@ -23,7 +23,7 @@ TURNS = 20
 
 
 def run_demo(data: Path | None, epochs: int | None, seed: int, train_images: int) -> bool:
-    """Train, compare, verify and deploy; returns whether every pattern held."""
+    """Train, compare, verify and deploy; return whether every pattern held."""
     images = load_images(data)
     count = min(train_images, len(images.train_images))
     epochs = epochs or (30 if count < 5000 else 4)
@@ -47,7 +47,7 @@ def run_demo(data: Path | None, epochs: int | None, seed: int, train_images: int
 
 
 def layers_table(report: Report) -> str:
-    """Show what is pruned in each layer and phase, and how fast its sparse kernel was; `inspect` has the reasons."""
+    """Return a table of what is pruned per layer and phase, and the sparse kernel's speed; `inspect` has reasons."""
     rows = [[layer.name, *(_pruned(layer, phase) for phase in Phase)] for layer in report.layers]
     shown = table(rows, ["pruned (sparse kernel against dense)", *(phase.value for phase in Phase)])
     return f"{shown}\nThe faster kernel runs. More of each layer, with the reasons: print(nmcompile.inspect(model))."
@@ -62,7 +62,7 @@ def _pruned(layer: LayerReport, phase: Phase) -> str:
 
 
 def summary(name: str, report: VerifyReport) -> str:
-    """Sum up the blocks that hold, and list the checks that fail."""
+    """Summarize the checked blocks, and list the checks that fail."""
     broken = VerifyReport(tuple(check for check in report.checks if check.violations))
     blocks = sum(check.blocks for check in report.checks)
     counted = f"{name}: {blocks:,} blocks in {len(report.checks)} checks"
@@ -70,7 +70,7 @@ def summary(name: str, report: VerifyReport) -> str:
 
 
 def step_times(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
-    """How long a training step takes, the models in turns, their state left as it is."""
+    """Time a training step of each model in turns, and return the medians as text; the models' state stays as it is."""
     x, y = images.train_images[:BATCH], images.train_labels[:BATCH]
     models = {"dense": copy.deepcopy(dense).train(), "sparse": copy.deepcopy(sparse).train()}
     paying = nmcompile.CompileConfig(where="pays")
@@ -94,7 +94,7 @@ def verify_all(sparse: nn.Module, images: Images) -> dict[str, VerifyReport]:
     """Check every pruned operand of one training step, then the finalized weights."""
     x, y = images.train_images[:BATCH], images.train_labels[:BATCH]
     sparse.train()
-    # A copy: the step must not move the batch statistics that were just evaluated.
+    # Run the step on a copy: it must not move the batch statistics that were just evaluated.
     probe = copy.deepcopy(sparse)
     step = nmcompile.verify(probe, step=lambda: F.cross_entropy(probe(x), y).backward())
     weights = nmcompile.verify(nmcompile.finalize(sparse))

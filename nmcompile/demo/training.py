@@ -1,4 +1,4 @@
-"""Train a model on images, and measure it."""
+"""Training of a model on images, and its evaluation."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ LEARNING_RATE = 0.1
 
 
 def train(model: nn.Module, images: Images, count: int, epochs: int, seed: int, name: str) -> None:
-    """SGD with momentum under a one-cycle schedule; `seed` fixes the order of the batches."""
+    """Train with momentum SGD under a one-cycle schedule; `seed` fixes the order of the batches."""
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
     steps = epochs * -(-count // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -37,7 +37,7 @@ def batches(images: Images, count: int, epochs: int, seed: int) -> Iterator[tupl
 
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
-    """Test accuracy in percent, and mean loss."""
+    """Return the test accuracy in percent, and the mean loss."""
     model.eval()
     scores = torch.cat([model(x) for x in images.test_images.split(1000)])
     accuracy = (scores.argmax(1) == images.test_labels).float().mean().item()

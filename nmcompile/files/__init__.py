@@ -1,1 +1,1 @@
-"""Files that are read and written: atomically, within limits, and without trust in their content."""
+"""Files are written atomically, and read within limits and without trust in their content."""

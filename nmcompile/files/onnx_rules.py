@@ -1,7 +1,7 @@
-"""Valid ONNX files at which runtimes die or never end: refused where a rule can see it.
+"""Rules that refuse valid ONNX files on which a runtime would crash or never end.
 
-The rules are what ONNX Runtime was found to die of. They see nodes, attributes and stored tensors, but not what a graph
-computes from its inputs: `SECURITY.md` says what that leaves.
+Each rule comes from a crash found in ONNX Runtime. The rules see nodes, attributes and stored tensors, but not the
+values that a graph computes from its inputs: `SECURITY.md` says what that leaves.
 """
 
 import math
@@ -19,8 +19,8 @@ from nmcompile.errors import FileError
 from nmcompile.files.open_onnx import OnnxFile, read_tensor
 
 MOST_CALLED = 2**15  # nodes that calls of functions add
-DEEPEST = 64  # graphs and functions inside each other
-MOST_TURNS = 2**24  # of a loop that nothing ends sooner, times those of the loops around it
+DEEPEST = 64  # nested graphs and functions
+MOST_TURNS = 2**24  # iterations of a loop that nothing ends sooner, times those of the loops around it
 WEIGHTS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "ConvInteger"), (1,)),
     **dict.fromkeys(("Gemm", "MatMul", "MatMulInteger"), (0, 1)),
@@ -33,9 +33,9 @@ WEIGHTS = {
     **dict.fromkeys(("FusedMatMul", "FusedGemm"), (0, 1)),
     "DequantizeLinear": (0,),
     "QGemm": (3,),
-}  # the inputs that are weights where they are stored tensors
-SINGLE = {"Loop": (0, 1), "If": (0,)}  # the inputs that are one number
-ABOVE_ZERO = {"STFT": (1, 3)}  # the inputs that ONNX Runtime divides by
+}  # inputs that are weights if they are stored tensors
+SINGLE = {"Loop": (0, 1), "If": (0,)}  # inputs that must be one number
+ABOVE_ZERO = {"STFT": (1, 3)}  # inputs that ONNX Runtime divides by
 SIGNED = (TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64)
 
 Option = OpSchema.FormalParameterOption
@@ -43,26 +43,26 @@ _Declared = tuple[tuple[Option, ...], tuple[Option, ...]]
 
 
 class _Missing:
-    """An input of a function that its call leaves out."""
+    """A function input that the call leaves out."""
 
 
 MISSING = _Missing()
 Known = ChainMap[str, TensorProto | _Missing | None]
-"""What a name stands for, in this graph and those around it: a stored tensor, nothing at all, or a computed value."""
+"""Meaning of each name, in this graph and those around it: a stored tensor, a missing input, or a computed value."""
 
 
 def check_runnable(file: OnnxFile) -> None:
-    """Check that no rule knows the model to kill ONNX Runtime.
+    """Check the model against every rule.
 
     Raises:
-        FileError: names the node, and what is wrong with it.
+        FileError: a node breaks a rule; names the node and the problem.
     """
     _Walk(file).graph(file.proto.graph, ChainMap({"": MISSING}), _Place(_opsets(file.proto.opset_import)))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a node is: the operators' versions there, its depth, how often it runs at least, whether a call adds it."""
+    """Context of a node: operator versions, nesting depth, least number of runs, and whether a call adds it."""
 
     opsets: dict[str, int]
     depth: int = 0
@@ -74,7 +74,7 @@ class _Place:
 
 
 class _Walk:
-    """Visits each node as often as it occurs once calls are replaced by the functions' bodies."""
+    """A walk over the nodes; it visits a function's body once per call."""
 
     def __init__(self, file: OnnxFile) -> None:
         self.file = file
@@ -94,7 +94,7 @@ class _Walk:
             if self.called > MOST_CALLED:
                 raise self._refused(node, f"calls of functions add more than {MOST_CALLED} nodes")
             if place.depth > DEEPEST:
-                raise self._refused(node, f"lies in more than {DEEPEST} graphs and functions")
+                raise self._refused(node, f"is nested in more than {DEEPEST} graphs and functions")
             self._node(node, known, place)
             known.update(dict.fromkeys(filter(None, node.output), _stored(node, known)))
 
@@ -120,7 +120,7 @@ class _Walk:
         self._nodes(function.node, ChainMap(given), inside)
 
     def _check_operands(self, node: NodeProto, known: Known, place: _Place) -> None:
-        """Operators of any number of operands read all of them, also those that are left out."""
+        """Check that no operand is left out of a variadic operator, which reads them all."""
         inputs, outputs = self._declared(node, place)
         for option, name in zip(_repeated(inputs), node.input, strict=False):
             if option != Option.Optional and known.get(name) is MISSING:
@@ -138,7 +138,7 @@ class _Walk:
         """Check counts, sizes and divisors that are stored in the file."""
         for tensor in _tensors(node, SINGLE.get(node.op_type, ()), known):
             if math.prod(tensor.dims) != 1:
-                raise self._refused(node, f"reads a number of shape {list(tensor.dims)}, which is no single element")
+                raise self._refused(node, f"reads a number of shape {list(tensor.dims)}, not a single element")
         for tensor in _tensors(node, ABOVE_ZERO.get(node.op_type, ()), known):
             if not (self._integers(tensor) > 0).all():
                 raise self._refused(node, "has a size or a step that is not above zero")
@@ -146,7 +146,7 @@ class _Walk:
             raise self._refused(node, "divides integers by -1, which the smallest of them cannot be; use Neg")
 
     def _has_minus_one(self, tensor: TensorProto) -> bool:
-        """Whether integers are divided by -1; remembered, since many nodes may read a large tensor."""
+        """Return whether integers contain -1; cached, since many nodes may read a large tensor."""
         if tensor.data_type not in SIGNED:
             return False
         if id(tensor) not in self.minus_one:
@@ -154,7 +154,7 @@ class _Walk:
         return self.minus_one[id(tensor)][1]
 
     def _turns(self, node: NodeProto, known: Known) -> int:
-        """How often the graphs in a node run at least, as far as the file says so."""
+        """Return the least number of times that the graphs in a node run, as far as the file tells."""
         if node.op_type != "Loop" or _domain(node.domain) or any(self._may_end(g, known) for g in _subgraphs(node)):
             return 1
         count = known.get(node.input[0] if node.input else "")
@@ -163,7 +163,7 @@ class _Walk:
         return max(1, self._number(count)) if isinstance(count, TensorProto) else 1
 
     def _may_end(self, body: GraphProto, known: Known) -> bool:
-        """Whether a loop's body decides if it runs again; a true constant, or the last answer, says yes for ever."""
+        """Return whether a loop's body can end the loop; a constant true, or the previous condition, never ends it."""
         own = known.new_child({tensor.name: tensor for tensor in body.initializer})
         last = body.input[1].name if len(body.input) > 1 else ""
         answers = {last}
@@ -176,16 +176,16 @@ class _Walk:
         return answer not in answers and not (isinstance(constant, TensorProto) and self._number(constant))
 
     def _number(self, tensor: TensorProto) -> int:
-        """The largest element; 0 where there is none."""
+        """Return the largest element; 0 for an empty tensor."""
         return int(self._integers(tensor).max(initial=0))
 
     def _integers(self, tensor: TensorProto) -> npt.NDArray[np.int64]:
-        """The elements as integers; none if they are not integers."""
+        """Return the elements as integers; an empty array if they are not integers."""
         values = read_tensor(self.file, tensor)
         return values.astype(np.int64) if values.dtype.kind in "biu" else np.zeros(0, np.int64)
 
     def _declared(self, node: NodeProto, place: _Place) -> "_Declared":
-        """Which inputs and outputs the operator has; none if only a runtime knows it."""
+        """Return the operator's declared inputs and outputs; none if only a runtime knows the operator."""
         key = _domain(node.domain), node.op_type, place.opsets.get(_domain(node.domain), 1)
         if key not in self.schemas:
             domain, name, version = key
@@ -211,14 +211,14 @@ def _opsets(imports: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
 
 
 def _repeated(options: Sequence[Option]) -> Iterator[Option]:
-    """Yield the options; the last as often as there are operands, if it is variadic."""
+    """Yield the options; repeat the last one without end if it is variadic."""
     yield from options
     while options and options[-1] == Option.Variadic:
         yield options[-1]
 
 
 def _tensors(node: NodeProto, operands: Iterable[int], known: Known) -> Iterator[TensorProto]:
-    """Yield those of a node's inputs that are stored tensors."""
+    """Yield the inputs of a node that are stored tensors."""
     for operand in operands:
         tensor = known.get(node.input[operand]) if operand < len(node.input) else None
         if isinstance(tensor, TensorProto):
@@ -226,7 +226,7 @@ def _tensors(node: NodeProto, operands: Iterable[int], known: Known) -> Iterator
 
 
 def _stored(node: NodeProto, known: Known) -> TensorProto | _Missing | None:
-    """The stored tensor that a node returns; None if it computes something."""
+    """Return the stored tensor that a node outputs; None if it computes its output."""
     if node.op_type == "Identity" and node.input:
         return known.get(node.input[0])
     for attribute in node.attribute if node.op_type == "Constant" else ():
@@ -236,7 +236,7 @@ def _stored(node: NodeProto, known: Known) -> TensorProto | _Missing | None:
 
 
 def _tensor(attribute: AttributeProto) -> TensorProto | None:
-    """The value of a Constant, if it is a tensor or integers."""
+    """Return the value of a Constant if it is a tensor or integers."""
     if attribute.type == AttributeProto.TENSOR:
         tensor: TensorProto = attribute.t
         return tensor

@@ -1,7 +1,7 @@
-"""ONNX files that are not trusted: everything about them is checked before a runtime opens them.
+"""Untrusted ONNX files, which are checked in full before a runtime opens them.
 
-Runtimes check less than this. ONNX Runtime follows a hard link to any file of the same disk, for one, and allocates
-what a tensor declares.
+Runtimes check less than this. ONNX Runtime, for example, follows a hard link to any file of the same disk, and
+allocates the size that a tensor declares.
 """
 
 import math
@@ -22,7 +22,7 @@ from nmcompile.errors import FileError
 from nmcompile.files.read_files import read_regular
 
 LARGEST = 2**31 - 1  # bytes; protobuf reads no more
-LARGEST_EXTERNAL = 2**36  # bytes of all tensors in files beside a model, as often as they are declared
+LARGEST_EXTERNAL = 2**36  # bytes of all tensors in files beside a model, counted once per declaration
 SUB_BYTE: dict[int, int] = {
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
@@ -38,10 +38,10 @@ class OnnxFile:
     """A checked model.
 
     Attributes:
-        name: what error messages call it.
+        name: its name in error messages.
         proto: the model; weights in files beside it are not loaded.
         content: the bytes that were checked; give a runtime these, not the path, unless `path` is set.
-        path: the file, if some weights lie in other files beside it, which only a path leads to.
+        path: the file, if some weights lie in other files beside it, which a runtime finds only by path.
     """
 
     name: str
@@ -54,8 +54,8 @@ def open_onnx(source: str | os.PathLike[str] | bytes) -> OnnxFile:
     """Read and check a model, given as a file or as its bytes.
 
     Raises:
-        FileError: no file, truncated, not ONNX, weights outside the file's folder or behind a link, or tensors that
-            declare another size than is stored, or more than 64 GiB outside the model.
+        FileError: the file is missing, truncated or not ONNX; weights lie outside the file's folder or are a link;
+            tensors declare another size than is stored, or more than 64 GiB outside the model.
     """
     if isinstance(source, bytes):
         return _checked("the model", source, None)
@@ -78,7 +78,7 @@ def _checked(name: str, content: bytes, path: Path | None) -> OnnxFile:
 
 
 def read_tensor(file: OnnxFile, tensor: TensorProto) -> npt.NDArray[np.generic]:
-    """Return a tensor's content, from the file beside the model where it lies there; the model keeps none of it.
+    """Return a tensor's content, read from the file beside the model if it lies there; the model does not cache it.
 
     Raises:
         FileError: it holds another number of elements than it declares, or its file has changed.
@@ -94,11 +94,11 @@ def read_tensor(file: OnnxFile, tensor: TensorProto) -> npt.NDArray[np.generic]:
 
 
 class _Refused(Exception):
-    """Why a tensor is refused."""
+    """Reason why a tensor is refused."""
 
 
 def _tensors(message: Message) -> Iterator[TensorProto]:
-    """Every tensor of a model, in subgraphs, functions and attributes too."""
+    """Yield every tensor of a model, also in subgraphs, functions and attributes."""
     if isinstance(message, TensorProto):
         yield message
         return
@@ -111,7 +111,7 @@ def _tensors(message: Message) -> Iterator[TensorProto]:
 
 
 def _check_tensors(proto: ModelProto, path: Path | None) -> bool:
-    """Check every tensor; whether any lies in another file."""
+    """Check every tensor; return whether any lies in another file."""
     external = [size for tensor in _tensors(proto) if (size := _check_tensor(tensor, path)) is not None]
     if sum(external) > LARGEST_EXTERNAL:
         raise _Refused(f"tensors of {sum(external)} bytes in other files; at most {LARGEST_EXTERNAL} are read")
@@ -119,11 +119,11 @@ def _check_tensors(proto: ModelProto, path: Path | None) -> bool:
 
 
 def _check_tensor(tensor: TensorProto, path: Path | None) -> int | None:
-    """Compare what the tensor declares with what is stored; return how much of that is in another file."""
+    """Compare a tensor's declared size with its stored size; return the bytes in another file, if any."""
     external = tensor.data_location == TensorProto.EXTERNAL
     declared = _declared_bytes(tensor)
     stored = _external_place(tensor, path)[2] if external else len(tensor.raw_data)
-    in_fields = not external and not tensor.HasField("raw_data")  # one number an entry; runtimes count the entries
+    in_fields = not external and not tensor.HasField("raw_data")  # one number per entry; runtimes count entries
     if declared != stored and not (in_fields and math.prod(tensor.dims) <= DENSEST * tensor.ByteSize()):
         raise _Refused(f"tensor {tensor.name!r} of shape {list(tensor.dims)} needs {declared} bytes and has {stored}")
     return stored if external else None
@@ -146,7 +146,7 @@ def _bits(tensor: TensorProto) -> int:
 
 
 def _external_place(tensor: TensorProto, path: Path | None) -> tuple[Path, int, int]:
-    """The file that a tensor lies in, where it starts there, and its length in bytes."""
+    """Return the file that a tensor lies in, its offset there, and its length in bytes."""
     fields = {entry.key: entry.value for entry in tensor.external_data}
     location = fields.get("location", "")
     file, size = _external_file(tensor.name, location, path)
@@ -165,7 +165,7 @@ def _external_content(tensor: TensorProto, path: Path | None) -> bytes:
 
 
 def _external_file(tensor: str, location: str, path: Path | None) -> tuple[Path, int]:
-    """A file that is really in the model's folder, and its size."""
+    """Return a file that is really in the model's folder, and its size."""
     parts = PureWindowsPath(location).parts  # splits at both separators and knows drives
     if path is None:
         raise _Refused(f"tensor {tensor!r} lies in another file, {location!r}; give the model's path, not its bytes")
@@ -179,5 +179,5 @@ def _external_file(tensor: str, location: str, path: Path | None) -> tuple[Path,
     except OSError as error:
         raise _Refused(f"tensor {tensor!r} lies in {location!r}, which cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise _Refused(f"tensor {tensor!r} lies in {location!r}, a hard link or no regular file")
+        raise _Refused(f"tensor {tensor!r} lies in {location!r}, a hard link or not a regular file")
     return steps[-1], status.st_size

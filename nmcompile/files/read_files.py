@@ -1,4 +1,4 @@
-"""Read files that somebody else may have written: regular ones of a bounded size, and JSON whose shape is checked."""
+"""Reading of files from others: regular files of a bounded size, and JSON whose shape is checked."""
 
 import json
 import math
@@ -13,18 +13,18 @@ from nmcompile.checks import described
 from nmcompile.errors import FileError, NMCompileError, nearest
 
 LARGEST_JSON = 2**20  # characters
-DEEPEST = 32  # lists and objects inside each other
-DIGITS = 20  # of an integer: 64 bits
+DEEPEST = 32  # nested lists and objects
+DIGITS = 20  # digits of a 64-bit integer
 OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
 T = TypeVar("T")
 
 
 def read_regular(path: str | os.PathLike[str], largest: int) -> bytes:
-    """Return the content of a regular file; nothing is waited for, and nothing larger is allocated.
+    """Return the content of a regular file, without ever blocking on it or allocating more than `largest` bytes.
 
     Raises:
-        FileError: the file is missing, not a regular one (a folder, FIFO or device), or larger than `largest` bytes.
+        FileError: the file is missing, not regular (a folder, FIFO or device), or larger than `largest` bytes.
     """
     try:
         descriptor = os.open(path, OPEN)
@@ -50,13 +50,13 @@ def read_regular(path: str | os.PathLike[str], largest: int) -> bytes:
 def parse_json(
     text: str | bytes, name: str, *, error: type[NMCompileError] = FileError, largest: int = LARGEST_JSON
 ) -> Any:
-    """Return what JSON text holds, read strictly: no key twice, no NaN or infinity, no endless number or depth.
+    """Return the content of JSON text, read strictly: no repeated key, NaN or infinity, and bounded digits and depth.
 
     Args:
-        text: UTF-8 where it is bytes.
-        name: of the text, for messages.
-        error: to raise.
-        largest: size of the text.
+        text: bytes are UTF-8.
+        name: what error messages call the text.
+        error: the error to raise.
+        largest: largest accepted length of the text.
     """
     if len(text) > largest:
         raise error(f"{name} is not JSON of at most {largest} characters: it has {len(text)}")
@@ -72,7 +72,7 @@ def parse_json(
 
 
 def read_record(kind: type[T], document: Any, name: str) -> T:
-    """Return a dataclass made of a JSON object that holds its fields, each of the declared type.
+    """Return a dataclass whose fields, each of its declared type, are those of a JSON object.
 
     Raises:
         FileError: fields are missing or unknown, or of another type.
@@ -94,7 +94,7 @@ def read_record(kind: type[T], document: Any, name: str) -> T:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a type: a scalar's, or a dict, list or union of such."""
+    """Return whether a JSON value is of a type: a scalar type, or a dict, list or union of such types."""
     parts = get_args(kind)
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in parts)
@@ -109,7 +109,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{key!r} stands twice in one object")
+            raise ValueError(f"{key!r} occurs twice in one object")
         found[key] = value
     return found
 
@@ -127,7 +127,7 @@ def _float(digits: str) -> float:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_depth(document: Any) -> None:
@@ -136,7 +136,7 @@ def _check_depth(document: Any) -> None:
         level = [item for one in level for item in _items(one)]
         if not level:
             return
-    raise ValueError(f"lists and objects lie more than {DEEPEST} deep inside each other")
+    raise ValueError(f"lists and objects are nested more than {DEEPEST} deep")
 
 
 def _items(value: Any) -> Iterable[Any]:

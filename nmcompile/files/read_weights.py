@@ -1,4 +1,4 @@
-"""The constant weights that an ONNX file multiplies by, as its runtimes see them, whoever wrote it."""
+"""Constant weights that an ONNX file multiplies by, read as its runtimes see them, whoever wrote the file."""
 
 import math
 from collections.abc import Iterator
@@ -20,16 +20,16 @@ SHAPE_ONLY = frozenset({"Transpose", "Reshape", "Flatten", "Identity"})
 PATTERNS = tuple(NMPattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8"))
 
 _Layout = tuple[int, tuple[int, ...], int]
-"""How a tensor is read: its identity, its axes in their order, and the one that is summed over."""
+"""How a node reads a tensor: the tensor's identity, its axes in their order, and the axis that is summed over."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A weight as (out-channels, *kernel, in-channels of one group), which all nodes that read it so share.
+    """A weight as (out-channels, *kernel, in-channels of one group), shared by all nodes that read it in this layout.
 
     Attributes:
         values: its elements.
-        counts: results of counting, by pattern and for non-zeros; these are remembered after the values are gone.
+        counts: cached counts, by pattern and for non-zeros; they outlive the values.
     """
 
     values: Array
@@ -42,7 +42,7 @@ class Rows:
         return self.counts[None]
 
     def violations(self, pattern: NMPattern) -> int:
-        """Count the blocks along in-channels with more than N non-zeros; a rest that fills no block counts as one."""
+        """Count the blocks along in-channels with more than N non-zeros; an incomplete last block counts as one."""
         if pattern not in self.counts:
             whole = self.values.shape[-1] // pattern.block * pattern.block
             blocks, rest = np.split(self.values != 0, [whole], axis=-1)
@@ -56,15 +56,15 @@ class OnnxWeight:
     """A GEMM node and its weight.
 
     Attributes:
-        node: its name.
+        node: the node's name.
         op: Conv, Gemm or MatMul.
         initializer: the name of the stored weight.
-        shape: as stored.
-        dtype: as stored, "INT8" for example.
-        content: the weight itself; empty where it is hidden.
-        groups: of a convolution.
-        precision: what the product is computed in, "INT8" or "FLOAT16" for example.
-        hidden_by: the operator that keeps runtimes from seeing the zeros, "Mul" for example; "" if none does.
+        shape: shape of the stored weight.
+        dtype: type of the stored weight, "INT8" for example.
+        content: the weight itself; empty if it is hidden.
+        groups: groups of the convolution.
+        precision: type in which the product is computed, "INT8" or "FLOAT16" for example.
+        hidden_by: the operator that hides the zeros from runtimes, "Mul" for example; "" if there is none.
     """
 
     node: str
@@ -79,7 +79,7 @@ class OnnxWeight:
 
     @property
     def rows(self) -> Array:
-        """The weight as (out-channels, *kernel, in-channels of one group)."""
+        """Return the weight as (out-channels, *kernel, in-channels of one group)."""
         return self.content.values
 
     @property
@@ -92,17 +92,17 @@ class OnnxWeight:
 
     @property
     def kernel(self) -> int:
-        """Positions of a convolution's kernel; 1 for Gemm and MatMul."""
+        """Return the number of positions of a convolution's kernel; 1 for Gemm and MatMul."""
         return math.prod(self.rows.shape[1:-1])
 
     @property
     def zeros(self) -> float:
-        """The fraction of zeros."""
+        """Return the fraction of zeros."""
         return 1 - self.content.nonzeros() / self.rows.size if self.rows.size else 0.0
 
     @property
     def patterns(self) -> tuple[NMPattern, ...]:
-        """The usual patterns that the weight obeys in whole blocks."""
+        """Return the usual patterns that the weight obeys in whole blocks."""
         fitting = (pattern for pattern in PATTERNS if self.rows.size and self.in_channels % pattern.block == 0)
         return tuple(pattern for pattern in fitting if not self.violations(pattern))
 
@@ -112,9 +112,9 @@ class OnnxWeight:
 
 
 def read_weights(file: OnnxFile) -> Iterator[OnnxWeight]:
-    """Yield every Conv, Gemm and MatMul of the main graph that multiplies by a constant, in its order.
+    """Yield every Conv, Gemm and MatMul of the main graph that multiplies by a constant, in graph order.
 
-    One weight is in memory at a time if the caller keeps none, and one array for all nodes that read the same.
+    If the caller drops each weight, only one is in memory at a time; nodes that read the same weight share its array.
 
     Raises:
         FileError: a weight that holds another number of elements than it declares.
@@ -124,10 +124,10 @@ def read_weights(file: OnnxFile) -> Iterator[OnnxWeight]:
 
 @dataclass(frozen=True)
 class _Constant:
-    """A value that a graph computes from stored tensors alone: the first of them, and what it went through."""
+    """A value computed from stored tensors alone: the first of these tensors, and the operators applied to it."""
 
     tensor: TensorProto
-    axes: tuple[int, ...]  # of the tensor, in their order now
+    axes: tuple[int, ...]  # the tensor's axes, in their present order
     hidden_by: str = ""
 
     @property
@@ -135,7 +135,7 @@ class _Constant:
         return str(TensorProto.DataType.Name(self.tensor.data_type))
 
     def behind(self, node: NodeProto) -> "_Constant":
-        """What the node makes of it."""
+        """Return the value after the node."""
         operator = _operator(node)
         if self.hidden_by or operator in TRANSPARENT:
             return self
@@ -146,12 +146,12 @@ class _Constant:
 
 
 class _Reader:
-    """Passes the nodes in their order, which is topological: graphs are deeper than Python's stack."""
+    """A walk over the nodes in their topological order; recursion would overflow the stack on deep graphs."""
 
     def __init__(self, file: OnnxFile) -> None:
         self.file = file
         self.constants = {tensor.name: _stored(tensor) for tensor in file.proto.graph.initializer}
-        self.dequantize: dict[str, NodeProto] = {}  # the DequantizeLinear that a value comes from
+        self.dequantize: dict[str, NodeProto] = {}  # DequantizeLinear by the value it produces
         self.arrays: WeakValueDictionary[int, Array] = WeakValueDictionary()  # by the identity of a tensor
         self.rows: WeakValueDictionary[_Layout, Rows] = WeakValueDictionary()
         self.counts: dict[_Layout, dict[NMPattern | None, int]] = {}
@@ -180,7 +180,7 @@ class _Reader:
         )
 
     def _content(self, node: NodeProto, constant: _Constant, operand: int) -> Rows:
-        """The constant as the node reads it."""
+        """Return the constant in the layout in which the node reads it."""
         contraction = 1 if node.op_type == "Conv" else _contraction(node, operand)
         layout = id(constant.tensor), constant.axes, contraction
         found = self.rows.get(layout)
@@ -192,12 +192,12 @@ class _Reader:
     def _array(self, tensor: TensorProto) -> Array:
         found = self.arrays.get(id(tensor))
         if found is None:
-            # A copy owns its memory, so every view of it keeps it in the dictionary.
+            # A copy owns its memory, so a view of it keeps its entry in the dictionary alive.
             found = self.arrays[id(tensor)] = read_tensor(self.file, tensor).copy()
         return found
 
     def _precision(self, node: NodeProto, operand: int) -> str:
-        """The integers' type where both operands are quantized; else the type that the weight is dequantized to."""
+        """Return the integer type if both operands are quantized, else the type that the weight is dequantized to."""
         dtype = self.constants[node.input[operand]].dtype
         dequantize, other = (self.dequantize.get(node.input[i]) for i in (operand, 1 - operand))
         if dequantize is None:
@@ -206,7 +206,7 @@ class _Reader:
         return scale if other is None else (*zero_point, dtype)[0]
 
     def _follow(self, node: NodeProto) -> None:
-        """Note what is known of the node's outputs."""
+        """Note the node's outputs that are constant or dequantized."""
         operator, sources = _operator(node), [name for name in node.input if name]
         if operator == "Constant":
             self.constants[node.output[0]] = _stored(_attribute(node, "value").t)
@@ -223,7 +223,7 @@ def _stored(tensor: TensorProto) -> _Constant:
 
 
 def _operator(node: NodeProto) -> str:
-    """Its name, with the domain where that is not ONNX's own."""
+    """Return the operator's name, prefixed with its domain unless that is ONNX's own."""
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
 
 
@@ -232,11 +232,11 @@ def _attribute(node: NodeProto, name: str, default: int = 0) -> AttributeProto:
 
 
 def _contraction(node: NodeProto, operand: int) -> int:
-    """The axis of a matrix, from its end, that is summed over."""
+    """Return the axis of a matrix, counted from the end, that is summed over."""
     return -1 if _attribute(node, "transB" if operand else "transA").i == operand else -2
 
 
 def _rows(weight: Array, contraction: int) -> Array:
-    """The weight as (out-channels, *kernel, in-channels)."""
+    """Return the weight as (out-channels, *kernel, in-channels)."""
     rows = np.moveaxis(weight, contraction, -1)
     return rows if contraction == 1 else rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])

@@ -1,7 +1,7 @@
-"""Private folders beside a file, in which its next content is made.
+"""Private folders beside a file, in which its next content is written.
 
-The name of a folder holds a hash of the file's name and a random part, so that it always fits, no two writers share
-one, and the next writer of the file recognizes what a killed one left. A living writer holds a lock on its folder.
+A folder's name holds a hash of the file's name and a random part. So the name always fits, no two writers share one,
+and the next writer of the file recognizes the folder of a killed one. A living writer holds a lock on its folder.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ if sys.platform != "win32":
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder that only this user can enter; remove it at the end, and at the start those of dead writers.
+    """Yield a new folder that only this user can enter, and remove it at the end; first remove those of dead writers.
 
     Raises:
         OSError: the folder of `path` does not exist, or cannot be read or written.
@@ -36,9 +36,9 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[bool]:
-    """Let one writer of `path` in at a time; False where the file system has no locks, and so lets all in.
+    """Let one writer of `path` in at a time; yield False if the file system has no locks and so lets all in.
 
-    The lock is a file beside `path`, and is removed by the writer that holds it.
+    The lock is a file beside `path`. The writer that holds it removes it.
     """
     lock = path.with_name(f"{_prefix(path)}lock")
     while True:
@@ -46,7 +46,7 @@ def one_at_a_time(path: Path) -> Iterator[bool]:
         try:
             is_locked = _lock(descriptor, wait=True)
             if is_locked and not _is_at(descriptor, lock):
-                continue  # its holder has removed it meanwhile
+                continue  # its previous holder has removed it
             try:
                 yield bool(is_locked)
             finally:
@@ -62,7 +62,7 @@ def _prefix(path: Path) -> str:
 
 
 def _locked_folder(path: Path) -> tuple[Path, int | None]:
-    """Make a folder and lock it; another writer may take it for a leftover before it is locked."""
+    """Make a folder and lock it; retry if another writer took it for a leftover before it was locked."""
     while True:
         folder = path.with_name(_prefix(path) + secrets.token_hex(8))
         folder.mkdir(mode=0o700)
@@ -101,7 +101,7 @@ def _open_folder(folder: Path) -> int:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool | None:
-    """Lock an open file; False: another has locked it; None: there are no locks in this file system."""
+    """Lock an open file; return False if another holds the lock, None if the file system has no locks."""
     if sys.platform == "win32":
         return None
     try:
@@ -114,7 +114,7 @@ def _lock(descriptor: int, *, wait: bool) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+    """Return whether the open file is still the one at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     return False

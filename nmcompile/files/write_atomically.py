@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing of files in full or not at all."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ REPLACED = "it is the new file, but may be the old one again after a power failu
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace the file at `path`: a reader finds the old content or the new one, even after a crash.
 
-    A link to a file is replaced, not followed. The mode is that of the old file, else what the process's umask gives.
+    A link is replaced, not followed. The new file gets the mode of the old one, or else the default of the umask.
 
     Raises:
         FileError: the file cannot be written, or `path` is a folder, a pipe or a device.
@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: all are on disk before the first is replaced; they are replaced in order."""
+    """Write files that belong together: put all on disk, then replace the old ones in order."""
     first, *_ = contents
     with staging(first) as folder:
         staged = [(folder / str(number), path) for number, path in enumerate(contents)]
@@ -42,13 +42,13 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
             check_target(path)
             write_synced(file, [content], path)
         for number, (file, path) in enumerate(staged):
-            move_file(file, path, f"{first} is new all the same" if number else UNCHANGED)
+            move_file(file, path, f"{first} is already the new file" if number else UNCHANGED)
         sync_folder(first, REPLACED)
 
 
 @contextlib.contextmanager
 def staging(path: Path) -> Iterator[Path]:
-    """Yield a private folder beside `path`, in which its next content is made; the folder is gone at the end.
+    """Yield a private folder beside `path` to write its next content in; remove the folder at the end.
 
     Raises:
         FileError: nothing can be written at `path`.
@@ -61,7 +61,7 @@ def staging(path: Path) -> Iterator[Path]:
 
 
 def check_target(path: Path) -> None:
-    """Refuse to replace anything but a regular file, or a link to one."""
+    """Refuse to replace anything other than a regular file or a link to one."""
     for state in (os.lstat, os.stat):
         with failing(path, UNCHANGED):
             try:
@@ -70,11 +70,11 @@ def check_target(path: Path) -> None:
                 return
         kind = next((kind for is_kind, kind in KINDS if is_kind(mode)), None)
         if kind is not None:
-            raise FileError(f"{path} is {kind}; give the path of a regular file, or of none; {UNCHANGED}")
+            raise FileError(f"{path} is {kind}; give the path of a regular file or a new one; {UNCHANGED}")
 
 
 def write_synced(staged: Path, parts: Iterable[bytes], path: Path) -> None:
-    """Make a file, and return when the disk has it; `path` is what error messages call it."""
+    """Write a new file and return once it is on disk; error messages call it `path`."""
     with failing(path, UNCHANGED), open(staged, "xb") as file:
         file.writelines(parts)
         file.flush()
@@ -82,10 +82,10 @@ def write_synced(staged: Path, parts: Iterable[bytes], path: Path) -> None:
 
 
 def move_file(staged: Path, path: Path, otherwise: str, like: Path | None = None) -> None:
-    """Move a synced file to `path`, with the mode of the file that is at `like`, which is `path` by default.
+    """Move a synced file to `path`, with the mode of the file at `like`, by default `path`.
 
     Args:
-        staged: on the same disk.
+        staged: a file on the same disk.
         path: replaced in one step.
         otherwise: what is true if this fails; the error says it.
         like: another file whose mode is taken.
@@ -100,7 +100,7 @@ def move_file(staged: Path, path: Path, otherwise: str, like: Path | None = None
 
 
 def sync_folder(path: Path, otherwise: str) -> None:
-    """Make the move of a file to `path` survive a crash, where folders can be opened (not on Windows)."""
+    """Make the move of a file to `path` survive a crash, if folders can be opened (not on Windows)."""
     if os.name == "nt":
         return
     with failing(path, otherwise, "synced"):
@@ -117,7 +117,7 @@ def sha256(content: bytes) -> str:
 
 @contextlib.contextmanager
 def failing(path: Path, otherwise: str, done: str = "written") -> Iterator[None]:
-    """Turn errors of the system into one that says what is true now."""
+    """Turn a system error into one that says what is true now."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -37,7 +37,7 @@ def packed_shapes(shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], tu
     size = shape[dim]
     if size % GROUP:
         raise OperandError(
-            f"dim {dim} of shape {tuple(shape)} cannot be packed as 2:4: its size {size} is no multiple of {GROUP}"
+            f"dim {dim} of shape {tuple(shape)} cannot be packed as 2:4: its size {size} is not a multiple of {GROUP}"
         )
     per_byte = GROUP * GROUPS_PER_BYTE
     before, after = tuple(shape[:dim]), tuple(shape[dim + 1 :])

@@ -1,4 +1,4 @@
-"""Quantize and dequantize with a straight-through gradient."""
+"""Quantization and dequantization with a straight-through gradient."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from nmcompile.quantization.grid import Grid, integers
 
 
 def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
-    """`scale` times the grid's integer next to `x / scale`.
+    """Round `x` to the grid: return `scale` times the grid's integer nearest to `x / scale`.
 
     The gradient passes straight through where `x` lies inside the grid and is zero outside; the scale gets none.
 
@@ -32,7 +32,7 @@ def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    # x + (quantized - x).detach() would be simpler, and off the grid by a rounding error.
+    # x + (quantized - x).detach() would be simpler, but off the grid by a rounding error.
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
         on_grid = (integers(x, scale, grid) * scale).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The integers that a quantized tensor can hold."""
+"""Grids: the integers that a quantized tensor can hold."""
 
 import sys
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ TINIEST = float(torch.finfo(torch.float32).tiny)
 class Grid:
     """Zero-aligned integers: [-(2^(bits-1) - 1), 2^(bits-1) - 1] if signed, [0, 2^bits - 1] if not.
 
-    A signed grid leaves the lowest two's complement value out, so that it is symmetric: the zeros of a pruned weight
-    stay zeros, and its zero-point is 0, which sparse integer kernels need.
+    A signed grid omits the lowest two's complement value to be symmetric. So the zeros of a pruned weight stay zeros,
+    and its zero-point is 0, which sparse integer kernels need.
 
     Raises:
         ConfigError: bits outside 2 to 8.
@@ -44,12 +44,12 @@ class Grid:
 
 
 def integers(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
-    """The grid's integer next to `x / scale`, ties to even, in the dtype that arithmetic uses.
+    """Return the grid's integer nearest to `x / scale`, ties to even, in the dtype of the arithmetic.
 
     Args:
         x: any shape, floating point.
         scale: the step between two grid points, positive, 0-d or broadcastable to `x`.
-        grid: what to round and clamp to.
+        grid: the integers to round and clamp to.
 
     Returns:
         A tensor of the shape of `x`, float64 for float64 and else float32. A NaN stays one.
@@ -72,7 +72,7 @@ def integers(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
 
 
 def absorbed_step(step: Tensor, gain: Tensor) -> Tensor:
-    """The step of channels once a norm's gain is absorbed: `step` times its size, but for gains that leave nothing.
+    """Return each channel's step after it absorbs a norm's gain: `step` × |gain|, or `step` where that would vanish.
 
     Runtimes divide by steps: a channel with gain 0, or next to it, holds zeros and keeps its step.
 
@@ -92,7 +92,7 @@ def absorbed_step(step: Tensor, gain: Tensor) -> Tensor:
 
 
 def _broadcasts(small: Tensor, large: Tensor) -> bool:
-    """Whether `small` broadcasts to the shape of `large`."""
+    """Return whether `small` broadcasts to the shape of `large`."""
     if small.dim() > large.dim():
         return False
     sizes = zip(reversed(small.shape), reversed(large.shape), strict=False)

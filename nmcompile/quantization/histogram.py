@@ -1,4 +1,4 @@
-"""Choose the clip of an activation grid from what was observed, in bounded memory."""
+"""Choice of the clip of an activation grid from observed values, in bounded memory."""
 
 import math
 from numbers import Real
@@ -15,7 +15,7 @@ CANDIDATES = 256
 
 
 class Histogram:
-    """Counts |x| in equal bins from 0 to a top that doubles as larger values come. Zeros are counted apart."""
+    """Counts of |x| in equal bins from 0 to a top, which doubles as larger values come. Zeros are counted apart."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
@@ -26,7 +26,7 @@ class Histogram:
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Add the elements of a tensor, any shape; what is not finite is only noted."""
+        """Add the elements of a tensor of any shape. Non-finite elements are not counted; `is_finite` notes them."""
         check_floating("x", x)
         magnitudes = x.detach().abs().flatten().to(torch.promote_types(x.dtype, torch.float32))
         finite = magnitudes.isfinite()
@@ -41,11 +41,11 @@ class Histogram:
         self.counts += torch.bincount(bins, minlength=BINS).cpu()
 
     def percentile(self, percent: float) -> float:
-        """The magnitude that `percent` of all elements do not exceed, to one bin; at least one bin.
+        """Return the magnitude that `percent` of all elements do not exceed, to one bin; at least one bin.
 
         Raises:
             ConfigError: not 0 < percent <= 100.
-            CalibrationError: nothing but zeros was observed, or a NaN or an infinity.
+            CalibrationError: only zeros or nothing was observed, or a NaN or an infinity.
         """
         check_number("percent", percent, Real, math.nextafter(0, 1), 100, "a percentage above 0, at most 100")
         self._check()
@@ -54,10 +54,10 @@ class Histogram:
         return min((index + 1) * self.top / BINS, self.largest)
 
     def best_clip(self, grid: Grid) -> float:
-        """The clip whose grid has the least mean squared error, each bin standing at its centre.
+        """Return the clip whose grid has the least mean squared error, with each bin represented by its centre.
 
         Raises:
-            CalibrationError: nothing but zeros was observed, or a NaN or an infinity.
+            CalibrationError: only zeros or nothing was observed, or a NaN or an infinity.
         """
         check_kind("grid", grid, Grid, "a Grid, as in Grid(4, signed=True)")
         self._check()
@@ -67,7 +67,7 @@ class Histogram:
         return float(clips[int(torch.stack(errors).argmin())])
 
     def _reach(self, largest: float) -> None:
-        """Double the top, two bins becoming one, until `largest` fits."""
+        """Double the top, and merge bins in pairs, until `largest` fits."""
         self.largest = max(self.largest, largest)
         if self.top == 0:
             self.top = largest

@@ -9,13 +9,13 @@ from nmcompile.checks import check_floating
 from nmcompile.errors import OperandError
 from nmcompile.quantization.grid import Grid, integers
 
-SMALLEST = 256 * torch.finfo(torch.float32).tiny  # so that the step, up to 255 times smaller, is still normal
+SMALLEST = 256 * torch.finfo(torch.float32).tiny  # the step, up to 255 times smaller, is still a normal number
 
 
 def positive_clip(clip: Tensor) -> Tensor:
-    """|clip|, and a positive number where that is zero, float32 at least: gradient steps may lead a clip anywhere.
+    """Return |clip| as at least float32, or a tiny positive number for zero: gradient steps may lead a clip anywhere.
 
-    dy/dclip is −1 below zero, else 1: even at zero, from where an optimizer can lift the clip.
+    dy/dclip is −1 below zero, else 1, also at zero: an optimizer can raise a clip of zero.
     """
     check_floating("clip", clip)
     wide = clip.to(torch.promote_types(clip.dtype, torch.float32))
@@ -23,10 +23,10 @@ def positive_clip(clip: Tensor) -> Tensor:
 
 
 def pact_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
-    """`x` clipped to [0, clip] and rounded to 2^bits − 1 steps.
+    """Clip `x` to [0, clip] and round it to 2^bits − 1 steps.
 
-    dy/dx is 1 inside [0, clip] and 0 outside; dy/dclip is 1 where x >= clip, else 0. A clip that is not positive is
-    taken as `positive_clip` says.
+    dy/dx is 1 inside [0, clip] and 0 outside; dy/dclip is 1 where x >= clip, else 0. `positive_clip` replaces a clip
+    that is not positive.
 
     Args:
         x: any shape, floating point.
@@ -63,5 +63,5 @@ class _Pact(torch.autograd.Function):
 
 
 def _sum(x: Tensor) -> Tensor:
-    """The sum, in float32 at least: many gradients of half precision would overflow."""
+    """Return the sum in at least float32: a sum of many half-precision gradients would overflow."""
     return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))

@@ -12,21 +12,24 @@ from nmcompile.quantization.fake_quantize import fake_quantize
 from nmcompile.quantization.grid import Grid
 
 COEFFICIENTS = {2: (2.6, 1.71), 3: (6.943, 6.304), 4: (12.035, 12.03), 8: (31.76, 35.04)}
-"""(c1, c2) by bits. For 2, 4 and 8 bits the published pairs of the zero-aligned grid; the widely quoted 4-bit pair
-(12.68, 12.80) belongs to a grid of 16 levels without a zero, which would fill every pruned position. So does the 3-bit
-pair (7.509, 6.892), to 8 levels, and none is published for the 7 that are used here: (6.943, 6.304) is the fit of
-`benchmarks/sawb_fit.py`, whose error is within half a percent of the least on each of its six laws."""
+"""(c1, c2) by bits, for zero-aligned grids; for 2, 4 and 8 bits they are the published pairs.
+
+The widely quoted 4-bit pair (12.68, 12.80) belongs to a grid of 16 levels without a zero, which would fill every pruned
+position. Likewise the 3-bit pair (7.509, 6.892) belongs to 8 levels, and none is published for the 7 that are used
+here: (6.943, 6.304) is the fit of `benchmarks/sawb_fit.py`, whose error is within half a percent of the least on each
+of its six laws.
+"""
 
 
 @torch.no_grad()
 def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
-    """The step of the symmetric grid: α / (2^(bits-1) - 1) with α = c1 √E[w²] − c2 E[|w|].
+    """Return the step of the symmetric grid: α / (2^(bits-1) - 1) with α = c1 √E[w²] − c2 E[|w|].
 
-    An α outside [E|w|, max|w|] becomes max|w|: the fit holds for bell shapes only. Take the *dense* weights: zeros of a
-    mask distort both moments.
+    An α outside [E|w|, max|w|] becomes max|w|, since the fit holds for bell shapes only. Give the *dense* weights: the
+    zeros of a mask distort both moments.
 
     Args:
-        w: any shape but empty, floating point. A NaN makes the step NaN, so that it cannot hide.
+        w: any shape but empty, floating point. A NaN makes the step NaN and so stays visible.
         bits: 2, 3, 4 or 8.
         dim: the dim of the out-channels for one step each, None for one step.
 
@@ -44,7 +47,7 @@ def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
     if dim is not None:
         _check_dim(w, dim)
     if not w.numel():
-        raise OperandError(f"a weight of shape {tuple(w.shape)} has no elements, and so no step")
+        raise OperandError(f"a weight of shape {tuple(w.shape)} has no elements and therefore no step")
     wide = w.to(torch.promote_types(w.dtype, torch.float32)).abs()
     dims = [] if dim is None else [d for d in range(w.dim()) if d != dim % w.dim()]
     keep = dim is not None
@@ -62,9 +65,9 @@ def _check_dim(w: Tensor, dim: Any) -> None:
 
 
 def sawb_quantize(w: Tensor, bits: int, *, mask: Tensor | None = None, dim: int | None = None) -> Tensor:
-    """`w` where `mask` holds, on SAWB's grid; the step is that of the dense `w`.
+    """Quantize `w` to SAWB's grid where `mask` holds, and zero it elsewhere; the step is that of the dense `w`.
 
-    The gradient passes straight through to what the mask keeps.
+    The gradient passes straight through to the weights that the mask keeps.
 
     Args:
         w: any shape, floating point.

@@ -90,7 +90,7 @@ NOT_JSON: dict[str, tuple[str | bytes, str]] = {
     "exponent": ("1e999", "too large"),
     "NaN": ("NaN", "NaN"),
     "infinity": ("-Infinity", "Infinity"),
-    "a key twice": ('{"a": 1, "a": 2}', "'a' stands twice"),
+    "a key twice": ('{"a": 1, "a": 2}', "'a' occurs twice"),
     "other bytes": (b'"\xff"', "utf-8"),
     "UTF-16": ('"a"'.encode("utf-16"), "utf-8"),
     "size": (" " * 2**20 + "1", "1048577"),
