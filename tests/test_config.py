@@ -38,7 +38,7 @@ BAD_JSON: dict[str, tuple[str, str]] = {
     "no layers": ('{"layers": 3}', "layers"),
     "no layer": ('{"layers": {"fc": 3}}', "LayerConfig"),
     "a key twice": ('{"refresh": 1, "refresh": 2}', "'refresh' occurs twice"),
-    "NaN": ('{"sr_ste": NaN}', "not a number"),
+    "NaN": ('{"sr_ste": NaN}', "not a JSON number"),
     "depth": ("[" * 10**5, "not JSON"),
     "digits": (f'{{"refresh": {"9" * 5000}}}', "5000 digits"),
     "truth": ('{"refresh": true}', "refresh is True"),

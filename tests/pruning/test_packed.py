@@ -29,7 +29,7 @@ def test_unpack_gives_the_pruned_tensor(dim: int, dtype: torch.dtype) -> None:
 
 def test_what_is_not_2_of_4_cannot_be_packed() -> None:
     x = torch.randn(4, 6)
-    with pytest.raises(OperandError, match="no multiple of 4"):
+    with pytest.raises(OperandError, match="not a multiple of 4"):
         pack(x, x > 0, 1)
     with pytest.raises(OperandError, match="does not keep 2 of every 4"):
         pack(x, x > 100, 0)
