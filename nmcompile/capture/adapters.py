@@ -1,10 +1,10 @@
-"""Adapters: small layers that PEFT and its like put beside the layers of a trained model, to be trained in their place.
+"""Adapters: small layers that PEFT and similar libraries add to a trained model and train in its place.
 
-They are found by structure, so no library needs to be there:
+They are found by structure, so none of these libraries needs to be installed:
 
-- under a tuner layer of PEFT (a module with `adapter_layer_names` and a child `base_layer`), all but the base layer;
+- under a PEFT tuner layer (a module with `adapter_layer_names` and a child `base_layer`), all but the base layer;
 - the `prompt_encoder` of a model with a `peft_config`;
-- what is named `lora_...`, as loralib, torchtune and LitGPT name theirs.
+- everything named `lora_...`, the names that loralib, torchtune and LitGPT use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ BASE = "base_layer"
 
 
 def find_adapters(model: nn.Module, found: Sequence[FoundSite]) -> frozenset[str]:
-    """The layers whose weights are computed from parameters of adapters alone."""
+    """Return the layers whose weights are computed from parameters of adapters alone."""
     adapters = {id(parameter) for parameter in _adapter_parameters(model)}
     return frozenset(one.site.layer.name for one in found if one.parameters and one.parameters <= adapters)
 
 
 def read_by_adapters(model: nn.Module) -> dict[str, str]:
-    """The base layers whose weight an adapter reads beside calling them, unmasked, with the reason."""
+    """Return, with the reason, the base layers whose unmasked weight an adapter reads in addition to calling them."""
     names = ((name, module) for name, module in model.named_modules() if _is_tuner(module))
     reason = "its weight is read by DoRA, which scales by its norm"
     return {join(name, BASE): reason for name, module in names if len(getattr(module, "lora_magnitude_vector", ()))}

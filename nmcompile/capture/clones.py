@@ -11,7 +11,7 @@ from nmcompile.three_gemm.unsharded import without_hooks
 
 
 def shallow_clone(module: nn.Module) -> nn.Module:
-    """A module of the same class with its own tables of the same parameters, buffers and children."""
+    """Return a module of the same class, with its own tables of the same parameters, buffers and children."""
     clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -20,7 +20,7 @@ def shallow_clone(module: nn.Module) -> nn.Module:
 
 
 def own_copy(graph: fx.Graph) -> fx.Graph:
-    """A copy that belongs to nobody, with defaults and calling convention kept and annotations dropped."""
+    """Return a copy without an owning module: keep defaults and calling convention, drop annotations."""
     result, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     output = result.graph_copy(graph, copies)
     if output is not None:
@@ -41,7 +41,7 @@ def shadow_tree(module: nn.Module, made: dict[int, nn.Module] | None = None) -> 
         made[id(module)] = clone
         clone.__dict__.update(without_hooks(module.__dict__))
         clone.__dict__["training"] = False
-        if forward_slot(module):  # bound to the module itself; the class has the same
+        if forward_slot(module):  # bound to the original module; the class has the same forward
             del clone.__dict__["forward"]
         for table in ("_parameters", "_buffers"):
             clone.__dict__[table] = dict(module.__dict__[table])
@@ -51,7 +51,7 @@ def shadow_tree(module: nn.Module, made: dict[int, nn.Module] | None = None) -> 
 
 
 def fake_clone(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The module tree with fake tensors in its place."""
+    """Return a copy of the module tree with fake tensors."""
     clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
     for table in ("_parameters", "_buffers"):

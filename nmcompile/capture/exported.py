@@ -1,4 +1,4 @@
-"""The whole model as `torch.export` sees it, mapped back to module names; used for analysis alone."""
+"""The whole model as seen by `torch.export`, mapped back to module names; used for analysis only."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,10 +29,10 @@ Arguments = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Exported:
-    """The whole graph and the positions at each layer, or why there is none.
+    """The whole graph and the number of positions at each layer, or the reason why there is no graph.
 
     Args:
-        called: the modules that the example called; None where it did not run.
+        called: the modules that the example called; None if it did not run.
         reads: by layer name, the class of the module that reads its weight in the example without calling it.
     """
 
@@ -50,7 +50,7 @@ def export_whole(model: nn.Module, found: list[FoundSite], args: Arguments, kwar
         CaptureError: the model itself refuses the arguments.
     """
     try:
-        # Export prints the graph that it could not finish; the reason that the report gives is enough.
+        # Export prints the graph that it could not finish; the report shows the reason, which is enough.
         with exporting_alone(), silent(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(_TensorOutputs(model), args, kwargs, strict=False)
@@ -62,7 +62,7 @@ def export_whole(model: nn.Module, found: list[FoundSite], args: Arguments, kwar
 
 
 class _TensorOutputs(nn.Module):
-    """The model with nothing but tensors as outputs: export refuses caches and other classes that it does not know."""
+    """The model with only its tensors as outputs: export refuses caches and other classes that it does not know."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _called_in_run(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> frozenset[str]:
-    """Run the model once as it is and return the modules that it calls; undo what it writes to its buffers."""
+    """Run the model once unchanged and return the modules that it calls; undo its writes to buffers."""
     called: set[str] = set()
     hooks = [module.register_forward_pre_hook(_noting(called, name)) for name, module in model.named_modules()]
     try:
@@ -111,7 +111,7 @@ def _noting(called: set[str], name: str) -> Callable[[nn.Module, Any], None]:
 
 
 def describe(value: Any) -> str:
-    """Arguments with tensors as their shapes."""
+    """Return arguments as text, with tensors as their shapes."""
     return str(pytree.tree_map(lambda leaf: _Shown(leaf) if isinstance(leaf, Tensor) else leaf, value))
 
 
@@ -124,7 +124,7 @@ class _Shown:
 
 
 class _Reader:
-    """Maps the nodes of an exported program to layers."""
+    """A mapping of an exported program's nodes to layers."""
 
     def __init__(self, model: nn.Module, program: ExportedProgram, found: list[FoundSite]) -> None:
         self.model = model
@@ -167,7 +167,7 @@ class _Reader:
         return frozenset(_path(entry) for stack in stacks for entry in stack.values())
 
     def _reads(self) -> Iterator[tuple[str, str]]:
-        """Layers whose weight an operator outside of them reads, with the class of the module that it stands in."""
+        """Yield layers whose weight is read by an operator outside of them, with the class of the operator's module."""
         owners = {next(iter(one.parameters)): one.site for one in self.found if self._is_plain_module(one)}
         elsewhere = {
             (one.site.module, parameter) for one in self.found if one.site.role for parameter in one.parameters
@@ -193,7 +193,7 @@ class _Reader:
         return self.index.of_call(module, self._parameters_behind(call.weight))
 
     def _held_by(self, node: fx.Node) -> tuple[str, ...]:
-        """The layers of a fused operator that takes their weights, such as attention's fast path."""
+        """Return the layers whose weights a fused operator takes, such as attention's fast path."""
         if node.op != "call_function" or "embedding" in operator_name(node) or not self._depends_on_input(node):
             return ()
         return self.index.given(self.ids.get(self.parameters.get(i.name, ""), 0) for i in node.all_input_nodes)
@@ -229,5 +229,5 @@ def _innermost(node: fx.Node) -> str:
 
 
 def _path(entry: tuple[str, Any]) -> str:
-    """A module's name from its entry in a node's stack; a later call of the same module has a number behind it."""
+    """Return a module's name from its entry in a node's stack, without the number that marks a later call."""
     return f"{entry[0].partition('@')[0]}.".removeprefix(PREFIX).rstrip(".")

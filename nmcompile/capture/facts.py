@@ -1,4 +1,4 @@
-"""What data flow says about each layer: first, last, fed by a non-negative input, positions."""
+"""Facts about each layer from data flow: whether it is first or last, its non-negative input, its positions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,9 +21,9 @@ IN_ROLES = ("in_proj", "q_proj", "k_proj", "v_proj")
 def facts_without_graph(
     model: nn.Module, sites: Sequence[Site], outline: WholeGraph | None, adapters: frozenset[str] = frozenset()
 ) -> dict[str, Facts]:
-    """Facts by layer name where nothing is proven of the data flow: the ends, by an outline or the order of modules.
+    """Return facts by layer name without a whole graph: only the ends, from an outline or the order of modules.
 
-    The layers named in `adapters` stand beside the model's own, and are not its ends.
+    The layers in `adapters` are not part of the model proper and are never its ends.
     """
     if outline is not None:
         seen = facts_from_graph(model, sites, outline, {}, adapters)
@@ -33,7 +33,7 @@ def facts_without_graph(
 
 
 def guessed_ends(sites: Sequence[Site]) -> tuple[str | None, str | None]:
-    """The first conv if it reads an image or a signal, and the last linear if it changes the width."""
+    """Return the first conv if it reads an image or a signal, and the last linear if it changes the width."""
     convs = [site.layer for site in sites if isinstance(site.layer, ConvLayer)]
     linears = [site.layer for site in sites if site.layer.kind == "linear"]
     few = convs and convs[0].in_features * convs[0].groups <= FEW_CHANNELS
@@ -48,7 +48,7 @@ def facts_from_graph(
     positions: Mapping[str, int],
     adapters: frozenset[str] = frozenset(),
 ) -> dict[str, Facts]:
-    """Facts by layer name from the whole graph; a layer stays the last one where `adapters` add to its result."""
+    """Return facts by layer name from the whole graph; adding an adapter's result leaves a layer the last one."""
     flow = _Flow(model, whole, adapters)
     by_name = {site.layer.name: site for site in sites}
     nodes: dict[str, list[fx.Node]] = {name: [] for name in by_name}
@@ -72,7 +72,7 @@ def facts_from_graph(
 
 
 def _readers(model: nn.Module, whole: WholeGraph, nodes: Sequence[fx.Node]) -> frozenset[str]:
-    """What reads the results of all calls of a layer; nothing if the model returns one of them."""
+    """Return the readers of the results of all calls of a layer; none if the model returns one of these results."""
     ends = [next(iter(node.users)) if norm_behind(whole, nodes) else node for node in nodes]
     found = [readers_behind(model, whole, node) for node in ends]
     return frozenset().union(*found) if all(found) else frozenset()
@@ -95,7 +95,7 @@ def _queries(node: fx.Node) -> list[Any]:
 
 
 class _Flow:
-    """Which layers stand before and after each node, as bit sets."""
+    """The layers before and after each node, as bit sets."""
 
     def __init__(self, model: nn.Module, whole: WholeGraph, adapters: frozenset[str]) -> None:
         self.model = model
@@ -112,7 +112,7 @@ class _Flow:
         self._backward()
 
     def _is_barrier(self, node: fx.Node) -> bool:
-        """A layer, or what stands for one: a functional call that is no site, an embedding."""
+        """Return whether a node is a layer or acts as one: a functional call that is not a site, or an embedding."""
         if node in self.whole.layers or node in self.whole.products or match_call(node) is not None:
             return True
         if node.op == "call_module":
@@ -124,14 +124,14 @@ class _Flow:
             inputs = node.all_input_nodes
             self.sources[node] = frozenset().union(*(self._source(i) for i in inputs))
             if _asks_metadata(node):
-                inputs = []  # A shape or a device carries nothing of what a layer computes.
+                inputs = []  # A shape or a device carries no value that a layer computes.
             self.before[node] = _union(self.before[i] | self.bits.get(i, 0) for i in inputs)
             is_input = node.op == "placeholder" and node.name not in self.whole.constants
             if is_input or any(i in self.fed for i in inputs):
                 self.fed.add(node)
 
     def _source(self, node: fx.Node) -> frozenset[str]:
-        """What a value comes from: the layer that computes it, what stands before, or `""` for anything else."""
+        """Return a value's sources: the layer that computes it, the sources before it, or `""` for anything else."""
         names = self.whole.layers.get(node, ())
         is_input = node.op == "placeholder" and node.name not in self.whole.constants
         if node in self.bits or is_input:
@@ -145,7 +145,7 @@ class _Flow:
                 self.reaches.add(node)
 
     def is_rectified(self, node: fx.Node) -> bool:
-        """Whether every reader of the node is a ReLU."""
+        """Return whether every reader of the node is a ReLU."""
         return bool(node.users) and all(self._is_relu(user) for user in node.users)
 
     def _is_relu(self, node: fx.Node) -> bool:
@@ -173,7 +173,7 @@ class _Flow:
         return not self._is_torch_nn_call(node) and site.layer.name == guessed_ends(inside)[1]
 
     def _is_merged(self, node: fx.Node) -> bool:
-        """Whether, on the way to the output, the node's result is added to another layer's."""
+        """Return whether, on the way to the output, the node's result is added to another layer's."""
         mine = {node}
         for later in self.nodes:
             inputs = later.all_input_nodes
@@ -185,7 +185,7 @@ class _Flow:
         return False
 
     def _is_others(self, node: fx.Node) -> bool:
-        """Whether a value is computed by layers other than adapters."""
+        """Return whether a value is computed by layers other than adapters."""
         return bool(self.before[node] | self.bits.get(node, 0)) and not self._source(node) <= self.adapters
 
     def _is_call_of(self, node: fx.Node, module: str) -> bool:

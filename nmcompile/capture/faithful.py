@@ -1,4 +1,4 @@
-"""Whether the graph of a module may stand for its forward, and why not."""
+"""Check of whether a module's graph may replace its forward, and the reason if not."""
 
 import inspect
 import pickle
@@ -27,7 +27,7 @@ DRAWING_IF_POSITIVE = {"scaled_dot_product_attention", "multi_head_attention_for
 
 @dataclass(frozen=True)
 class Trace:
-    """The graph of a module's forward and what its tracer complained of; only a part of it where tracing failed.
+    """The graph of a module's forward and the complaints of its tracer; an incomplete graph if tracing failed.
 
     `tested_for_none`: the arguments that the code tests for None.
     """
@@ -41,14 +41,14 @@ class Trace:
 def trace_module(
     module: nn.Module, protected: frozenset[int], bindings: Mapping[str, Any] | None = None, training: bool = False
 ) -> Trace:
-    """Trace a module's forward; never raises.
+    """Trace a module's forward; never raise.
 
-    The module that runs is a copy with its own attribute tables; its children and tensors are the module's.
+    The traced module is a copy with its own attribute tables; it shares the module's children and tensors.
 
     Args:
-        module: what to trace; a GraphModule is its own trace.
-        protected: the storages that nothing may write to.
-        bindings: values that stand for arguments, by name.
+        module: the module to trace; a GraphModule is its own trace.
+        protected: the storages that must not be written to.
+        bindings: values that replace arguments, by name.
         training: the copy's mode, and whether gradients are on.
     """
     if isinstance(module, fx.GraphModule):
@@ -70,7 +70,7 @@ def trace_module(
 
 
 def unfaithful(module: nn.Module, trace: Trace, protected: frozenset[int]) -> str:
-    """Why a trace made in eval mode may not replace a module's forward, or nothing."""
+    """Return why a trace made in eval mode may not replace a module's forward; "" if it may."""
     if foreign := foreign_forward(module):
         return foreign
     if isinstance(module, fx.GraphModule):
@@ -89,7 +89,7 @@ def _drawing(graph: fx.Graph) -> str:
 
 
 def draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers; a call of an `nn.Dropout` is the child's affair."""
+    """Return whether a node draws random numbers; a call of an `nn.Dropout` does not count, as the child decides."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = operator_name(node)
@@ -108,7 +108,7 @@ def _differing_mode(module: nn.Module, graph: fx.Graph, protected: frozenset[int
 
 
 def _differing_argument(module: nn.Module, trace: Trace, protected: frozenset[int]) -> str:
-    """Whether None or a flag sends the code down a branch that the proxy does not take."""
+    """Return how the code takes another branch for None or a flag than for the proxy; "" if it does not."""
     for probe in _probes(module):
         probed = trace_module(module, protected, {probe.name: probe.value})
         if probed.failure and not probe.is_default and probe.name not in trace.tested_for_none:
@@ -120,7 +120,7 @@ def _differing_argument(module: nn.Module, trace: Trace, protected: frozenset[in
 
 @dataclass(frozen=True)
 class _Probe:
-    """A value for one argument, whether it is the argument's default, and what it shows if the trace differs."""
+    """A value for one argument, whether it is the argument's default, and the conclusion if the trace differs."""
 
     name: str
     value: Any
@@ -139,7 +139,7 @@ def _probes(module: nn.Module) -> Iterator[_Probe]:
 
 
 def _same(graph: fx.Graph, other: fx.Graph, bindings: Mapping[str, Any]) -> bool:
-    """Whether two traces are equal once the bound arguments of the first have their values."""
+    """Return whether two traces are equal once the bound arguments of the first have their values."""
     return _shape_of(graph, bindings) == _shape_of(other, {})
 
 

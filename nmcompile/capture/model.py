@@ -1,4 +1,4 @@
-"""Capture a model: its layers, where they run, and what is known about them."""
+"""Capture of a model: its layers, where they run, and what is known about them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def capture_model(
 
     Args:
         model: any module; a `GraphModule` is captured from its own graph.
-        args: example inputs; with them `torch.export` gives the whole graph, also of models that fx cannot trace, and
+        args: example inputs. With them `torch.export` finds the whole graph, also of models that fx cannot trace, and
             the number of positions at each layer.
         kwargs: example inputs by name.
 
@@ -80,7 +80,7 @@ def capture_model(
 def _example(
     model: nn.Module, found: list[FoundSite], args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
 ) -> Exported | None:
-    """The example run as torch.export sees it, if one is given."""
+    """Run and export the example with torch.export, if one is given."""
     if any(map(is_sharded, model.parameters())):
         return Exported(None, failure="torch.export does not take weights that are split among processes")
     if args is None and not kwargs:
@@ -106,7 +106,7 @@ def _whole(
 def _judge_reads(
     layers: list[FoundSite], regions: Regions, reads: WeightReads, example: Exported | None
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The layers that other code reads in place of a call, and those of which only a run can tell."""
+    """Return the layers that other code reads instead of calling them, and those for which only a run can tell."""
     bypassed, suspected = {**reads.certain, **regions.bypassed}, dict(reads.possible)
     if example is not None and example.called is not None:
         modules = {one.site.layer.name: one.site.module for one in layers}
@@ -129,27 +129,27 @@ def _tied(model: nn.Module, found: Sequence[FoundSite]) -> dict[str, str]:
 
 
 def _still_python(model: nn.Module, layers: ModuleLayers, found: Sequence[FoundSite]) -> dict[str, str]:
-    """The modules with a forward of their own in which no layer was found after all."""
+    """Return the modules with their own forward in which no layer was found in the end."""
     captured = frozenset[int]().union(*(one.parameters for one in found))
     own = {name: own_matrices(model.get_submodule(name)) for name in layers.python}
     return {name: why for name, why in layers.python.items() if not own[name] or own[name] - captured}
 
 
 def _known_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name, without lazy ones that have no shape yet."""
+    """Return the parameters by name, without lazy ones that have no shape yet."""
     return {name: p for name, p in model.named_parameters() if not isinstance(p, nn.UninitializedParameter)}
 
 
 def _uncaptured(
     model: nn.Module, modules: Sequence[str], read: Mapping[str, frozenset[int]]
 ) -> dict[str, tuple[str, ...]]:
-    """By module name, the parameters that its code multiplies by: those seen in its trace, else its own matrices."""
+    """Return by module name the parameters that its code multiplies by: those in its trace, else its own matrices."""
     ids = {one: read[one] if one in read else own_matrices(model.get_submodule(one)) for one in modules}
     return _named(model, {one: found for one, found in ids.items() if found})
 
 
 def _named(model: nn.Module, ids: Mapping[str, frozenset[int]]) -> dict[str, tuple[str, ...]]:
-    """The names of the parameters with these ids, in order."""
+    """Return the sorted names of the parameters with these ids."""
     names = {id(parameter): name for name, parameter in _known_parameters(model).items()}
     return {key: tuple(sorted(names[one] for one in found if one in names)) for key, found in ids.items()}
 

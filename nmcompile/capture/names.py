@@ -1,4 +1,4 @@
-"""Names of classes, modules and operators as reports print them."""
+"""Names of classes, modules and operators, in the form that reports print."""
 
 import torch
 from torch import fx, nn
@@ -7,7 +7,7 @@ from nmcompile.three_gemm.instance_forward import foreign_forward
 
 
 def operator_name(node: fx.Node) -> str:
-    """The name of a function, method or operator, without overload and trailing underscore."""
+    """Return the name of a function, method or operator, without overload and trailing underscore."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         target = target._schema.name.split("::")[-1]
@@ -16,25 +16,25 @@ def operator_name(node: fx.Node) -> str:
 
 
 def summary(error: BaseException) -> str:
-    """An error's class and the first line of its message."""
+    """Return an error's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class as its author wrote it, without what parametrizations or FSDP2 derive from it."""
+    """Return the module's class as its author wrote it, not the one that parametrizations or FSDP2 derive from it."""
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(DERIVED))
 
 
 def is_torch_nn(module: nn.Module) -> bool:
-    """Whether the module's forward is that of a class of torch.nn."""
+    """Return whether the module's forward is that of a torch.nn class."""
     return own_class(module).__module__.startswith("torch.nn.") and not foreign_forward(module)
 
 
 def join(module: str, attribute: str) -> str:
-    """The full name of a module's attribute; the root has no name."""
+    """Return the full name of a module's attribute; the root has no name."""
     return f"{module}.{attribute}" if module else attribute
 
 
 DERIVED = "torch.nn.utils.parametrize", "torch.distributed.fsdp._fully_shard"
-"""Whose classes are derived from the modules' own."""
+"""Modules whose classes are derived from the classes of the user's modules."""

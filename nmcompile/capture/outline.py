@@ -1,7 +1,7 @@
-"""A guess at the whole graph of a model that fx cannot trace: which layers come first and last, and nothing else.
+"""A guess at the whole graph of a model that fx cannot trace, used only to find the first and last layers.
 
-Tests of values go one way: false, unless the code then raises, as it does in checks of shapes. Modules that stay
-untraceable are one call. Such a graph proves nothing, so it serves where the alternative is a guess by names.
+Tests of values are false, unless the code then raises, as checks of shapes do. Modules that stay untraceable are one
+call. Such a graph proves nothing, so it is used only where the alternative is a guess by names.
 """
 
 import inspect
@@ -18,15 +18,15 @@ from nmcompile.capture.tracer import ModuleTracer
 from nmcompile.ir.captured import WholeGraph
 
 MAIN_INPUTS = ("input_ids", "decoder_input_ids", "pixel_values", "input_features", "input_values")
-"""What Hugging Face models cannot do without, although all of their arguments are optional."""
+"""The inputs that Hugging Face models require, although all of their arguments are optional."""
 MOST_INPUTS = 8
-MOST_TRIES = 40  # for the whole model: another try may trace all of it again
-MOST_DECISIONS = 50  # in one call of a module: a loop that waits for a value would never end
+MOST_TRIES = 40  # per model: another try may trace all of it again
+MOST_DECISIONS = 50  # per call of a module: a loop that waits for a value would never end
 ENTRY = "model"
 
 
 def outline(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) -> WholeGraph | None:
-    """Trace a model along the likely branches; None where even that fails."""
+    """Trace a model along the likely branches; return None if even that fails."""
     names = _input_names(model)
     if not 0 < len(names) <= MOST_INPUTS:
         return None
@@ -44,7 +44,7 @@ def outline(model: nn.Module, sites: list[FoundSite], protected: frozenset[int])
 
 
 def _input_names(model: nn.Module) -> tuple[str, ...]:
-    """The arguments that a plain call passes."""
+    """Return the arguments that a plain call passes."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p.name for p in named if p.default is p.empty]
@@ -56,7 +56,7 @@ def _inner(path: str) -> str:
 
 
 class _Entry(nn.Module):
-    """Calls the model by names: fx can then trace it behind decorators, which change the signature."""
+    """A call of the model by argument names, which fx can trace through decorators that change the signature."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _Entry(nn.Module):
 
 
 class OutlineTracer(StitchTracer):
-    """Decides tests of values, and decides otherwise where a module then fails."""
+    """A tracer that decides tests of values, and reverses decisions where a module then fails."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -123,7 +123,7 @@ class OutlineTracer(StitchTracer):
         return self.create_proxy("call_module", name, args, kwargs)
 
     def _decide_otherwise(self, start: int) -> bool:
-        """Turn the last decision since `start` that can be turned, and say whether that is worth another try."""
+        """Reverse the last decision since `start` that is still False; return whether another try is worthwhile."""
         self.tries += 1
         while len(self.decisions) > start and self.decisions[-1]:
             self.decisions.pop()

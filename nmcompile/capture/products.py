@@ -1,4 +1,4 @@
-"""Products with a parameter: rewritten as the linear layers that they are, or named with the reason why not.
+"""Products with a parameter: rewritten as linear layers where they are such, else named with the reason why not.
 
 x @ W.T, torch.inner(x, W), einsum("...i,oi->...o", x, W)  ->  F.linear(x, W)
 x @ W, torch.mm(x, W), einsum("...i,io->...o", x, W)       ->  linear_in_out(x, W)
@@ -22,7 +22,7 @@ LAYOUT = {
     "squeeze", "view", "reshape", "flatten", "unflatten", "contiguous", "clone", "to", "type_as", "float", "half",
     "bfloat16", "repeat", "getitem", "select", "index_select", "narrow", "numpy_T",
 }  # fmt: skip
-"""Operators whose result holds elements of their first argument and nothing else."""
+"""Operators whose result holds only elements of their first argument."""
 TRANSPOSITIONS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "numpy_T"}
 MATMUL_NAMES = {"input": "input", "self": "input", "other": "weight", "mat2": "weight", "tensor2": "weight"}
 ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "where"}
@@ -33,16 +33,16 @@ OTHERS = {
     "linalg_multi_dot", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward",
     "scaled_dot_product_attention", "grouped_mm", "_grouped_mm",
 }  # fmt: skip
-"""Products that are none."""
+"""Products that cannot be a linear layer."""
 ADDING = ("addmm", "baddbmm", "addbmm", "addmv")
-"""Products whose first argument is added to them."""
+"""Products that add their first argument."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A product with a parameter that is not a linear layer: its node, the operand that holds the parameter, and why.
+    """A product with a parameter that is not a linear layer: its node, the operand with the parameter, and the reason.
 
-    `label` is the product as its author would know it.
+    `label` names the product in the words of the model's code.
     """
 
     node: fx.Node
@@ -57,16 +57,16 @@ def rewrite_products(
     """Rewrite in place the products with a parameter that are linear layers, and return the others.
 
     Args:
-        graph: of a module or of the whole model.
+        graph: the graph of a module or of the whole model.
         is_input: whether a node without inputs is an activation.
-        weight_dims: the number of dims of a node's value; None where no parameter is in it.
+        weight_dims: the number of dims of a node's value; None if no parameter is in it.
     """
     finder = _Finder(_varying(graph, is_input), weight_dims)
     return [refused for node in list(graph.nodes) for refused in finder.visit(node)]
 
 
 def _varying(graph: fx.Graph, is_input: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """The nodes that depend on an activation."""
+    """Return the nodes that depend on an activation."""
     varying: set[fx.Node] = set()
     for node in graph.nodes:
         if is_input(node) or any(source in varying for source in node.all_input_nodes):
@@ -80,7 +80,7 @@ class _Finder:
     weight_dims: Callable[[fx.Node], int | None]
 
     def visit(self, node: fx.Node) -> Iterator[Refused]:
-        """Rewrite a node that is a linear layer; yield it where it reads a parameter and is none."""
+        """Rewrite a node that is a linear layer; yield it if it reads a parameter but is not one."""
         name = _plain_name(node)
         if node not in self.varying:
             return
@@ -97,7 +97,7 @@ class _Finder:
             yield from (Refused(node, weight, label, reason) for weight in weights if reason)
 
     def _within(self, operand: Any, through: set[str]) -> list[fx.Node]:
-        """The matrices that an operand is made of, each computed from parameters alone."""
+        """Return the matrices that an operand consists of, each computed from parameters alone."""
         if not isinstance(operand, fx.Node):
             return []
         if operand not in self.varying:
@@ -109,7 +109,7 @@ class _Finder:
         return [weight for source in sources for weight in self._within(source, through)]
 
     def _rewrite(self, name: str, node: fx.Node, weights: list[fx.Node]) -> str:
-        """Make a product the linear layer that it is; else say why it is none."""
+        """Rewrite a product as a linear layer and return ""; else return why it is not one."""
         product = _einsum(node, weights) if name == "einsum" else _matmul(name, node) if name in CANDIDATES else None
         if product is None:
             return "it is not a linear layer"
@@ -126,14 +126,14 @@ class _Finder:
         return ""
 
     def _adds_bias(self, addmm: fx.Node, bias: Any) -> bool:
-        """Whether an addmm adds a vector, and scales nothing."""
+        """Return whether an addmm adds a vector and scales nothing."""
         call = match_call(addmm)
         is_vector = isinstance(bias, fx.Node) and bias not in self.varying and self.weight_dims(bias) == 1
         return call is not None and not call.refusal() and is_vector
 
 
 def _factors(name: str, node: fx.Node) -> list[fx.Node]:
-    """The nodes that a product multiplies, without what it adds."""
+    """Return the nodes that a product multiplies, without its addend."""
     added = {"scaled_dot_product_attention": ("attn_mask", 3)} | dict.fromkeys(ADDING, ("input", 0))
     key, position = added.get(name, ("", len(node.args)))
     operands = [*node.args[:position], *node.args[position + 1 :]]
@@ -145,7 +145,7 @@ def _factors(name: str, node: fx.Node) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class _Product:
-    """What a product multiplies; `is_out_in` where the weight's first dim is the layer's output."""
+    """The factors of a product; `is_out_in` if the weight's first dim is the layer's output."""
 
     input: Any
     weight: Any
@@ -175,7 +175,7 @@ def _einsum(node: fx.Node, weights: list[fx.Node]) -> _Product | None:
 
 
 def _transposed(node: fx.Node) -> fx.Node | None:
-    """The matrix that a node is the transpose of."""
+    """Return the matrix of which a node is the transpose; None if it is not a transpose."""
     name = _plain_name(node)
     source = node.args[0] if node.args else None
     if name not in TRANSPOSITIONS or not isinstance(source, fx.Node):
@@ -189,7 +189,7 @@ def _transposed(node: fx.Node) -> fx.Node | None:
 
 
 def _plain_name(node: fx.Node) -> str:
-    """What a function or method does, or the attribute that is read."""
+    """Return the name of the function, the method, or the attribute that is read."""
     if node.op not in ("call_function", "call_method"):
         return ""
     return str(node.args[1]) if node.target is getattr else operator_name(node)

@@ -1,4 +1,4 @@
-"""Which nodes of a graph are proven non-negative, from the operators alone."""
+"""Nodes of a graph that are proven non-negative, from the operators alone."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import fx, nn
 from nmcompile.capture.names import is_torch_nn, operator_name, own_class
 from nmcompile.capture.writes import SharedMemory, is_torch_function, written
 
-# Names are compared without underscores and in lower case, so that one entry covers nn.AdaptiveAvgPool2d,
+# Names are compared without underscores and in lower case: one entry covers nn.AdaptiveAvgPool2d,
 # F.adaptive_avg_pool2d, Tensor methods and ATen operators.
 ALWAYS = {
     "relu", "relu6", "sigmoid", "logsigmoidbackward", "softmax", "softmax2d", "hardsigmoid", "abs", "absolute",
@@ -29,10 +29,10 @@ KEEPS = {
 
 
 def nonnegative_nodes(model: nn.Module, graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose every element is at least 0 whatever the inputs are, and stays so.
+    """Return the nodes whose every element is at least 0 whatever the inputs are, and stays so.
 
-    What a node writes in place it also returns: an operator that is proven keeps the memory proven that it writes to,
-    any other takes the proof from all that may share that memory, before the write and after.
+    A node also returns the memory that it writes in place. A proven operator therefore leaves this memory proven. Any
+    other operator removes the proof from every node that may share this memory, before the write and after.
     """
     proven, memory = set[fx.Node](), SharedMemory(model)
     for node in graph.nodes:
@@ -45,7 +45,7 @@ def nonnegative_nodes(model: nn.Module, graph: fx.Graph) -> set[fx.Node]:
 
 
 def is_nonnegative(value: Any, proven: set[fx.Node]) -> bool:
-    """Whether an argument is proven: a node, a number, or a sequence of such."""
+    """Return whether an argument is proven: a node, a number, or a sequence of these."""
     if isinstance(value, fx.Node):
         return value in proven
     if isinstance(value, tuple | list):
@@ -54,7 +54,7 @@ def is_nonnegative(value: Any, proven: set[fx.Node]) -> bool:
 
 
 def plain_name(model: nn.Module, node: fx.Node) -> str:
-    """What a node computes, as the sets above name it; `""` for what torch does not define."""
+    """Return the operator of a node as named in the sets above; `""` if torch does not define it."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         name = own_class(module).__name__ if is_torch_nn(module) else ""
@@ -78,7 +78,7 @@ def _is_nonnegative(model: nn.Module, node: fx.Node, proven: set[fx.Node]) -> bo
 
 
 def _operands(name: str, node: fx.Node) -> Iterable[Any]:
-    """The arguments that hold values; others hold shapes, dims and indices."""
+    """Return the arguments that hold values; the others hold shapes, dims and indices."""
     if name in ("add", "iadd", "mul", "imul", "maximum"):
         factors = [node.kwargs[key] for key in ("other", "alpha") if key in node.kwargs]
         return [*node.args, *factors]
@@ -88,7 +88,7 @@ def _operands(name: str, node: fx.Node) -> Iterable[Any]:
 
 
 class _Bounds:
-    """Reads a number that a function takes as an argument and a module keeps as an attribute."""
+    """A reader of numbers that a function takes as an argument and a module stores as an attribute."""
 
     def __init__(self, node: fx.Node, module: nn.Module | None) -> None:
         self.node = node

@@ -1,4 +1,4 @@
-"""What reads a layer's output: a batch norm that export absorbs, layers that take integers, or anything else."""
+"""Readers of a layer's output: a batch norm that export absorbs, layers that take integers, or anything else."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from nmcompile.capture.ranges import plain_name
 from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import WholeGraph
 
-# What integers pass through as they are: zero stays zero, an order stays an order, elements move.
+# Operators that leave integers on their grid: zero stays zero, order is preserved, elements only move.
 TRANSPARENT = {
     "relu", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "featuredropout", "flatten", "unflatten",
     "view", "reshape", "permute", "transpose", "t", "contiguous", "squeeze", "unsqueeze", "clone", "alias", "detach",
@@ -17,7 +17,7 @@ TRANSPARENT = {
 
 
 def norm_behind(whole: WholeGraph, nodes: Sequence[fx.Node]) -> str:
-    """The batch norm that alone reads a layer's output, each called once; `""` if there is none."""
+    """Return the batch norm that alone reads a layer's output, if each is called once; else `""`."""
     if len(nodes) != 1 or len(nodes[0].users) != 1:
         return ""
     norm = next(iter(nodes[0].users))
@@ -27,13 +27,16 @@ def norm_behind(whole: WholeGraph, nodes: Sequence[fx.Node]) -> str:
 
 
 def readers_behind(model: nn.Module, whole: WholeGraph, node: fx.Node) -> frozenset[str]:
-    """The layers that read a value through operators that keep integers, `""` for any other; none if it is returned."""
+    """Return the layers that read a value through operators that preserve integers, `""` for any other reader.
+
+    The result is empty if the model returns the value.
+    """
     found = list(_readers(model, whole, node))
     return frozenset() if None in found else frozenset(name for name in found if name is not None)
 
 
 def _readers(model: nn.Module, whole: WholeGraph, node: fx.Node) -> Iterator[str | None]:
-    """None stands for the model's output."""
+    """Yield the readers by name, `""` if it is not a layer; None is the model's output."""
     waiting, seen = [node], {node}
     while waiting:
         for user in waiting.pop().users:

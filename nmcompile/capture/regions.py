@@ -20,7 +20,7 @@ from nmcompile.ir.expression import expression_of
 from nmcompile.three_gemm.instance_forward import foreign_forward
 
 GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "addmm", "convolution"}
-# What takes no element of a weight: an embedding owns it, the others take its type or its shape.
+# Operators that do not compute with a layer's weight: an embedding owns it, the others take its type or its shape.
 ELSEWHERE = {"embedding"}
 LIKE_SECOND = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 HANDED_ON = {"data", "detach", "alias"}
@@ -29,7 +29,7 @@ METADATA = {"dtype", "device", "shape", "ndim", "requires_grad", "size", "dim", 
 
 @dataclass
 class Regions:
-    """What tracing every module by itself found."""
+    """Findings from tracing every module by itself."""
 
     found: list[FoundSite] = field(default_factory=list)
     traces: dict[str, fx.Graph] = field(default_factory=dict)
@@ -47,8 +47,8 @@ def find_regions(
     Args:
         model: the model.
         layers: the layers that are modules.
-        protected: the storages that nothing may write to.
-        differing: by module name, why a forward that would be generated must not be.
+        protected: the storages that must not be written to.
+        differing: by module name, why no forward may be generated for it.
     """
     finder = _Finder(model, layers, protected, differing)
     for name, module in model.named_modules():
@@ -59,7 +59,7 @@ def find_regions(
 
 
 def is_traceable(module: nn.Module) -> bool:
-    """Whether a module's forward is code of its own that could call layers."""
+    """Return whether a module's forward is its own code, which could call layers."""
     if is_layer(module) or is_attention(module) or is_torch_nn(module) or isinstance(module, torch.jit.ScriptModule):
         return False
     return type(module).forward is not nn.Module.forward
@@ -140,7 +140,7 @@ class _Finder:
         self.regions.uncaptured[name] = self.regions.uncaptured.get(name, frozenset()) | parameters
 
     def _note_uses(self, module: nn.Module, graph: fx.Graph, inside: set[fx.Node]) -> None:
-        """Remember which layers the module calls, and whose weight it reads outside of nodes of its own layers."""
+        """Note which layers the module calls, and whose weight it reads outside the nodes of its own layers."""
         for node in graph.nodes:
             if node.op not in ("get_attr", "call_module"):
                 continue
@@ -159,7 +159,7 @@ class _Finder:
         return str(self.names.get(id(module.get_submodule(path)), path))
 
     def judge_readers(self) -> None:
-        """A layer whose weight is read is bypassed, unless it is called and all that reads it is masked too."""
+        """Mark a layer whose weight is read as bypassed, unless it is called and all readers are masked too."""
         sites = {found.site.weight: found.site.layer.name for found in self.regions.found}
         for weight, reader in self.readers.items():
             owner = self.owners[weight]
@@ -170,7 +170,7 @@ class _Finder:
 
 
 def reads_value(weight: fx.Node, user: fx.Node) -> bool:
-    """Whether a node computes with the elements of a weight, and not only with its shape or type."""
+    """Return whether a node computes with the elements of a weight, and not only with its shape or type."""
     is_attribute = user.op == "call_function" and user.target is getattr
     name = str(user.args[1]) if is_attribute else operator_name(user)
     if name in HANDED_ON:
@@ -181,13 +181,13 @@ def reads_value(weight: fx.Node, user: fx.Node) -> bool:
 
 
 def _weight_name(call: Call, weight: Weight, is_only: bool) -> str:
-    """The attribute that is the weight, or the only one that the only call computes it from, else the call."""
+    """Return the weight's attribute, else the one parameter that the only call uses, else the call's name."""
     single = weight.names[0] if is_only and len(weight.names) == 1 else ""
     return weight.attribute or single or call.node.name
 
 
 def _silence(module: nn.Module, trace: Trace, graph: fx.Graph) -> str:
-    """Why a trace without layers does not tell that there are none, or nothing."""
+    """Return why a trace without layers does not prove that there are none; "" if it does."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     seen = {id(parameter) for name, parameter in module.named_parameters() if name in read}
     complaint = next(iter(trace.complaints), "") if own_matrices(module) - seen else ""
@@ -196,7 +196,7 @@ def _silence(module: nn.Module, trace: Trace, graph: fx.Graph) -> str:
 
 def _bias_refusal(module: nn.Module, call: Call, weight: Weight) -> str:
     width = weight.shape[1 if call.transposed else 0]
-    return "" if adds_bias(module, call, width) else "what it adds is not a bias, one number for each output"
+    return "" if adds_bias(module, call, width) else "its addend is not a bias, one number for each output"
 
 
 def _listed(calls: list[tuple[Call, Weight]]) -> str:
@@ -207,7 +207,7 @@ def _listed(calls: list[tuple[Call, Weight]]) -> str:
 
 
 def might_call(module: nn.Module) -> bool:
-    """Whether code that cannot be traced might hold functional layers: it names one, or owns a matrix."""
+    """Return whether code that cannot be traced might hold functional layers: it names one, or owns a matrix."""
     if own_matrices(module):
         return True
     written = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.") and cls is not object]

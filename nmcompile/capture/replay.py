@@ -1,4 +1,4 @@
-"""Run every generated forward beside its original, on the example that the model was compiled with."""
+"""Comparison of every generated forward with its original, on the example that the model is compiled with."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ def differing_forwards(
 ) -> dict[str, str]:
     """Run the model once in eval mode and compare the forwards that its traces would generate with its own.
 
-    The forwards call plain layers, so they have to give the very same bits; only a product that became a linear layer
+    The forwards call plain layers, so they must return exactly the same bits; only a product that became a linear layer
     may round differently. Modules that the run does not reach are not compared.
 
     Returns:
@@ -44,14 +44,14 @@ def differing_forwards(
 
 
 class _Comparison:
-    """The modules whose generated forward was found to differ; a module inside a run that is compared is just run."""
+    """The modules whose generated forward was found to differ. Modules inside one that is being compared just run."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         self.is_comparing = False
 
     def of(self, name: str, module: nn.Module, generated: Forward, is_exact: bool) -> Forward:
-        """The module's forward, which runs the generated one before itself."""
+        """Return a forward that runs the generated forward, then the module's own."""
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -75,13 +75,13 @@ def _reason(run: Callable[[Forward], Any], original: Forward, generated: Forward
     except Exception as error:
         return f"fails: {summary(error)}"
     reason = next(_differences(expected, found, is_exact), "")
-    # Code that differs from itself (atomic additions on a GPU) is no measure.
+    # Code whose runs differ (atomic additions on a GPU) cannot be compared with.
     is_known = reason and not any(_differences(expected, run(original), is_exact))
     return f"differs: {reason}" if is_known else ""
 
 
 def _run_aside(module: nn.Module, forward: Forward, given: Any) -> tuple[Any, Any]:
-    """What a forward returns and what it leaves in its inputs, without a trace in the module or in random states."""
+    """Return a forward's result and its inputs afterwards, with module and random states left as they were."""
     args, kwargs = _copied(given)
     with unchanged(module) as memory, contents_unchanged(memory):
         return forward(*args, **kwargs), (args, kwargs)
@@ -89,11 +89,11 @@ def _run_aside(module: nn.Module, forward: Forward, given: Any) -> tuple[Any, An
 
 def _differences(expected: tuple[Any, Any], found: tuple[Any, Any], is_exact: bool) -> Iterator[str]:
     yield from differences(expected[0], found[0], "its output", is_exact)
-    yield from differences(expected[1], found[1], "what it leaves in its inputs", is_exact)
+    yield from differences(expected[1], found[1], "the content of its inputs after the call", is_exact)
 
 
 def _copied(value: Any) -> Any:
-    """Copies of all tensors and containers; one tensor that is given twice stays one."""
+    """Copy all tensors and containers; a tensor that is given twice stays one."""
     leaves = pytree.tree_leaves(value)
     memo: dict[int, Any] = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
     return copy.deepcopy(value, memo | {id(leaf): leaf for leaf in leaves if isinstance(leaf, nn.Module)})
@@ -102,7 +102,7 @@ def _copied(value: Any) -> Any:
 def differences(
     expected: Any, found: Any, name: str, is_exact: bool = True, seen: frozenset[int] = frozenset()
 ) -> Iterator[str]:
-    """Say how two results differ: in structure, or in any bit (`is_exact`) or by more than rounding."""
+    """Yield how two results differ: in structure, in any bit (`is_exact`), or by more than rounding."""
     if type(expected) is not type(found):
         yield f"{name} is of class {type(found).__name__}, not {type(expected).__name__}"
     elif isinstance(expected, Tensor):
@@ -120,7 +120,7 @@ def differences(
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """The items of a container, the attributes of a plain object."""
+    """Yield the items of a container or the attributes of a plain object."""
     if isinstance(value, Mapping):
         yield from value.items()
     elif isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""Which modules are layers: those that inherit a conv or linear forward, and attention with its projections."""
+"""Modules that are layers: those that inherit a conv or linear forward, and attention with its projections."""
 
 import sys
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class FoundSite:
 
 @dataclass
 class ModuleLayers:
-    """The layers that are modules, and the modules that look like layers but are none."""
+    """The modules that are layers, and the modules that look like layers but are not."""
 
     found: list[FoundSite] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class ModuleLayers:
 
 
 def find_module_layers(model: nn.Module) -> ModuleLayers:
-    """The layers among a model's modules, each module once, in `named_modules` order."""
+    """Return the layers among a model's modules, each module once, in `named_modules` order."""
     result = ModuleLayers()
     inside: set[int] = set()
     for name, module in model.named_modules():
@@ -64,20 +64,20 @@ def find_module_layers(model: nn.Module) -> ModuleLayers:
 
 
 def norm_names(model: nn.Module) -> frozenset[str]:
-    """The modules that are one of torch's batch norms with running statistics."""
+    """Return the names of the modules that are one of torch's batch norms with running statistics."""
     norms = ((name, m) for name, m in model.named_modules() if own_class(m) in NORMS and not foreign_forward(m))
     return frozenset(name for name, m in norms if m.running_mean is not None)
 
 
 def layer_base(module: nn.Module) -> type[nn.Module] | None:
-    """The conv or linear class that a module derives from, whether or not it inherits the forward."""
+    """Return the conv or linear class that a module derives from, whether or not it inherits the forward."""
     transformers = sys.modules.get("transformers.pytorch_utils")
     bases = (nn.Linear, *CONVS, *((transformers.Conv1D,) if transformers else ()))
     return next((base for base in bases if isinstance(module, base)), None)
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether the module is a conv or linear that inherits its forward."""
+    """Return whether the module is a conv or linear that inherits its forward."""
     base = layer_base(module)
     if base is None or not _inherits(module, base, "forward"):
         return False
@@ -85,7 +85,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the module is an `nn.MultiheadAttention` that inherits its forward."""
+    """Return whether the module is an `nn.MultiheadAttention` that inherits its forward."""
     return isinstance(module, nn.MultiheadAttention) and _inherits(module, nn.MultiheadAttention, "forward")
 
 
@@ -120,7 +120,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def weight_parameters(module: nn.Module, attribute: str) -> tuple[frozenset[int], bool]:
-    """Ids of the parameters behind a weight, and whether it is computed from them rather than a parameter itself."""
+    """Return the ids of the parameters behind a weight, and whether it is computed from them."""
     plain = module._parameters.get(attribute)
     if plain is not None:
         return frozenset({id(plain)}), False
@@ -132,7 +132,7 @@ def weight_parameters(module: nn.Module, attribute: str) -> tuple[frozenset[int]
 
 
 def own_matrices(module: nn.Module) -> frozenset[int]:
-    """Ids of a module's own parameters that are more than a vector, in parametrizations and lists too."""
+    """Return the ids of a module's own parameters with two or more dims, also in parametrizations and lists."""
     held: list[nn.Module] = [m for m in module.children() if isinstance(m, nn.ParameterList | nn.ParameterDict)]
     held += [module.get_submodule("parametrizations")] if parametrize.is_parametrized(module) else []
     owned = [*module.parameters(recurse=False), *(parameter for child in held for parameter in child.parameters())]
@@ -166,7 +166,7 @@ def _layer(name: str, module: nn.Module) -> Layer:
 
 
 def _stored_shape(module: nn.Module, attribute: str) -> tuple[int, ...] | None:
-    """The shape of a weight that can be read without computing it."""
+    """Return the shape of a weight that can be read without computing it."""
     stored = module._parameters.get(attribute)
     stored = module.__dict__.get(attribute) if stored is None else stored
     return tuple(stored.shape) if isinstance(stored, Tensor) else None

@@ -1,4 +1,4 @@
-"""What capture must leave as it was: random states, and everything that hangs on the modules."""
+"""State that capture must leave unchanged: random states, and every attribute of the modules."""
 
 import random
 import sys
@@ -15,7 +15,7 @@ CONTAINERS = (list, dict, OrderedDict, defaultdict, set, deque)
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator["Memory"]:
-    """Undo, at the end and also after an error, what was done to random states and to the model's attributes."""
+    """Undo all changes to random states and to the model's attributes at the end, also after an error."""
     drawn, memory = random_states(), Memory(model)
     try:
         yield memory
@@ -25,7 +25,7 @@ def unchanged(model: nn.Module) -> Iterator["Memory"]:
 
 
 def random_states() -> dict[str, Any]:
-    """The state of every global generator in use: torch's, Python's and NumPy's."""
+    """Return the state of every global generator in use: torch's, Python's and NumPy's."""
     states: dict[str, Any] = {"torch": torch.random.get_rng_state(), **python_states()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -33,7 +33,7 @@ def random_states() -> dict[str, Any]:
 
 
 def python_states() -> dict[str, Any]:
-    """Those of the generators whose numbers no trace sees: Python's and NumPy's."""
+    """Return the states of the generators that a trace does not see: Python's and NumPy's."""
     states: dict[str, Any] = {"python": random.getstate()}
     if numpy := sys.modules.get("numpy.random"):
         states["numpy"] = numpy.get_state()
@@ -52,7 +52,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 @contextmanager
 def contents_unchanged(memory: "Memory") -> Iterator[None]:
-    """Undo, at the end and also after an error, what was written to tensors that are not parameters."""
+    """Undo all writes to tensors that are not parameters at the end, also after an error."""
     states = [one for one in memory.tensors.values() if not isinstance(one, nn.Parameter) and one.device.type != "meta"]
     copies = [tensor.detach().clone() for tensor in states]
     try:
@@ -88,15 +88,15 @@ class Memory:
             for item in value:
                 self._keep(item, into_objects)
         elif into_objects and _is_plain_object(value):
-            # No further: what hangs on an object's objects (a trainer, a process group) can be the whole program.
+            # Go no deeper: the objects of an object (a trainer, a process group) can reach the whole program.
             self._keep(value.__dict__, into_objects=False)
 
     def changed(self) -> list[Any]:
-        """The containers that no longer hold the very same things."""
+        """Return the containers that no longer hold the very same objects."""
         return [value for value, copy in self.kept.values() if not _holds_same(value, copy)]
 
     def restore(self) -> None:
-        """Put back what the containers held."""
+        """Restore the contents of the changed containers."""
         for value in self.changed():
             copy = self.kept[id(value)][1]
             value.clear()
@@ -104,7 +104,7 @@ class Memory:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """An object with attributes of its own that is neither code, nor a module (those are visited by themselves)."""
+    """Return whether a value has its own attributes and is neither code nor a module; modules are visited anyway."""
     if isinstance(value, nn.Module | type) or callable(value) or type(value).__module__.startswith("torch."):
         return False
     return isinstance(getattr(value, "__dict__", None), dict)

@@ -1,4 +1,4 @@
-"""The whole model as one fx graph: module graphs inlined into their callers, for analysis alone.
+"""The whole model as one fx graph, with module graphs inlined into their callers; used for analysis only.
 
 A module that cannot be traced is rolled back and stays one call; so do torch.nn's own modules, layers and attention.
 """
@@ -26,7 +26,7 @@ SCOPE = "module"
 
 
 def stitch(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) -> tuple[WholeGraph | None, str]:
-    """The stitched graph, or the reason why there is none."""
+    """Return the stitched graph, or the reason why there is none."""
     try:
         graph = _graph_of(model, protected)
     except Exception as error:
@@ -53,7 +53,7 @@ def _graph_of(model: nn.Module, protected: frozenset[int]) -> fx.Graph:
 
 
 def _optional(model: nn.Module) -> dict[str, Any]:
-    """The defaults of root arguments that have one, if others have none: what a plain call passes."""
+    """Return the defaults of the root's optional arguments if it has required ones too: a plain call uses them."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     if not any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters):
         return {}
@@ -68,7 +68,7 @@ def _scoped(graph: fx.Graph, scopes: Mapping[str, tuple[str, Any]]) -> fx.Graph:
 
 
 class StitchTracer(ModuleTracer):
-    """Traces through the children whose code can be traced."""
+    """A tracer that traces through the children whose code can be traced."""
 
     def __init__(self, model: nn.Module, bindings: Mapping[str, Any], protected: frozenset[int]) -> None:
         super().__init__(bindings, protected)
@@ -100,7 +100,7 @@ class StitchTracer(ModuleTracer):
             return self.create_proxy("call_module", name, args, kwargs)
 
     def _roll_back(self, length: int) -> None:
-        """Drop the nodes that a failed call has made."""
+        """Remove the nodes that a failed call has made."""
         for node in list(self.graph.nodes)[length:][::-1]:
             for name in [name for name, proxy in self.cache.items() if proxy.node is node]:
                 del self.cache[name]
@@ -108,7 +108,7 @@ class StitchTracer(ModuleTracer):
 
 
 def _weights_given(node: fx.Node) -> list[fx.Node]:
-    """The attributes that a function takes beside activations; an embedding may share its weight with a layer."""
+    """Return the attributes that a function takes beside activations; not an embedding's, which a layer may share."""
     inputs = node.all_input_nodes
     given = [i for i in inputs if i.op == "get_attr"]
     takes_both = node.op == "call_function" and 0 < len(given) < len(inputs)
@@ -116,7 +116,7 @@ def _weights_given(node: fx.Node) -> list[fx.Node]:
 
 
 def layers_of(model: nn.Module, graph: fx.Graph, index: SiteIndex) -> dict[fx.Node, tuple[str, ...]]:
-    """The nodes that are, or hold, layers, with their names."""
+    """Return the nodes that are, or hold, layers, with the layers' names."""
     layers: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         call = match_call(node)

@@ -1,4 +1,4 @@
-"""Trace one module with fx, its children being calls, and note what makes the trace differ from the code."""
+"""Tracing of one module with fx, with its children as calls. Notes where the trace may differ from the code."""
 
 import dis
 import gc
@@ -21,7 +21,7 @@ from nmcompile.capture.unseen import unseen_tests
 from nmcompile.capture.writes import AUGMENTED, storage_key, written_arguments
 from nmcompile.own_thread import tracing_alone
 
-# Frames that pass a type test on; the code that asks stands behind them.
+# Modules whose frames only relay a type test; the frame that asks is further up the stack.
 RELAYS = {"abc", "_abc", "typing", "_collections_abc", "torch.nn.parameter"}
 PLAIN_CONTAINERS = (dict, list, tuple, torch.Size, immutable_dict, immutable_list)
 TRUSTED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", __name__)
@@ -29,11 +29,11 @@ CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 
 
 class ModuleTracer(fx.Tracer):
-    """An fx tracer to which every child is a call.
+    """An fx tracer that records every child as a call.
 
     Args:
-        bindings: values that stand for arguments instead of a proxy, by argument name.
-        protected: the storages that nothing may write to.
+        bindings: values that replace the proxies of arguments, by argument name.
+        protected: the storages that must not be written to.
     """
 
     proxy_buffer_attributes = True
@@ -46,7 +46,7 @@ class ModuleTracer(fx.Tracer):
         self.tested_for_none: set[str] = set()
 
     def complain(self, reason: str) -> None:
-        """Note why the trace may not stand for the code."""
+        """Note why the trace may not replace the code."""
         self.complaints[reason] = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -85,9 +85,9 @@ class ModuleTracer(fx.Tracer):
 
 
 class WatchedProxy(fx.Proxy):
-    """A proxy that notices questions that it answers for itself: the answer sends the code down one branch unseen.
+    """A proxy that notices the questions that it answers itself: the answer silently sends the code down one branch.
 
-    `x += y` and `x.data = y` are noted as what they are for tensors, writes; fx notes `x + y` and nothing.
+    `x += y` and `x.data = y` are recorded as writes, which they are for tensors; fx would record `x + y` and nothing.
     """
 
     tracer: ModuleTracer
@@ -161,7 +161,7 @@ for _name in AUGMENTED:
 
 
 def _is_asker(frame: FrameType | None) -> bool:
-    """Whether the frame that asks something of a proxy is the model's own code."""
+    """Return whether the frame that asks something of a proxy is the model's own code."""
     while frame is not None and _module_of(frame) in RELAYS:
         frame = frame.f_back
     return frame is not None and not _module_of(frame).startswith(TRUSTED)
@@ -175,7 +175,7 @@ def _is_model_code(frame: FrameType) -> bool:
 
 
 def _is_aside(frame: FrameType | None) -> bool:
-    """Whether the frame runs for an import or a finalizer, which can happen anywhere and sees no proxies."""
+    """Return whether the frame runs for an import or a finalizer, which can happen anywhere and sees no proxies."""
     while frame is not None and frame.f_code is not ModuleTracer.trace.__code__:
         if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -237,7 +237,7 @@ def _watch_calls(tracer: ModuleTracer) -> Iterator[None]:
 
 
 class Guard(TorchDispatchMode):
-    """Watches what runs for real during a trace: no tensor of the model may change, no number be drawn unseen."""
+    """A watch over the real operators in a trace: they may not write the model's tensors or draw random numbers."""
 
     def __init__(self, tracer: ModuleTracer, protected: frozenset[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

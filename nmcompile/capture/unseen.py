@@ -1,7 +1,7 @@
-"""Find tests in bytecode that fx proxies cannot record: for identity, for a type, for an exception.
+"""Tests in bytecode that fx proxies cannot record: for identity, for a type, for an exception.
 
-`h is None` is False of a proxy, whatever `h` would be: a trace follows one branch, and nobody notices. The operands say
-whether the outcome is fixed. An attribute of a module is fixed; a value that is computed from an input is not.
+`h is None` is False for a proxy, whatever `h` would be: the trace silently follows one branch. The operands tell
+whether the outcome is fixed. An attribute of a module is fixed; a value computed from an input is not.
 """
 
 import dis
@@ -28,7 +28,7 @@ LONGEST_CHAIN = 8
 class Operand:
     """A value that bytecode reads: a chain of attributes of a local variable, or (without one) a constant or a global.
 
-    `is_known=False` stands for any other expression.
+    `is_known=False` represents any other expression.
     """
 
     local: str = ""
@@ -47,7 +47,7 @@ COMPUTED = Operand(is_known=False)
 
 @dataclass(frozen=True)
 class Test:
-    """A test whose outcome a trace fixes, and all that its operands may be.
+    """A test whose outcome a trace fixes, and all values that its operands may have.
 
     `is_for_none`: it is a test for None, which is probed for named arguments.
     """
@@ -60,7 +60,7 @@ class Test:
 
 @dataclass(frozen=True)
 class _Step:
-    """One instruction; those that Python fuses are taken apart."""
+    """One instruction; an instruction that Python fuses becomes two steps."""
 
     name: str
     value: Any
@@ -69,11 +69,11 @@ class _Step:
 
 
 def unseen_tests(frame: types.FrameType, probed: set[str]) -> Iterator[str]:
-    """Name the tests in the code of a frame, which just started, whose outcome may depend on the model's inputs.
+    """Yield the tests in the code of a frame, which just started, whose outcome may depend on the model's inputs.
 
     Args:
-        frame: of the model's own code.
-        probed: takes the named arguments of the model that are tested for None.
+        frame: a frame of the model's own code.
+        probed: receives the named arguments of the model that are tested for None.
     """
     for test in _tests_in(frame.f_code):
         unknown = [operand for operand in test.operands if not _is_fixed(operand, frame.f_locals)]
@@ -100,7 +100,7 @@ def _is_fixed(operand: Operand, entry: Mapping[str, Any]) -> bool:
 
 
 def _argument_name(operand: Operand, entry: Mapping[str, Any]) -> str:
-    """The model's argument that an operand is, or nothing."""
+    """Return the model's argument that an operand is, or ""."""
     value = entry.get(operand.local) if operand.is_known and not operand.attributes else None
     if not isinstance(value, fx.Proxy) or value.node.op != "placeholder":
         return ""
@@ -113,7 +113,7 @@ def _tests_in(code: types.CodeType) -> tuple[Test, ...]:
 
 
 class _Code:
-    """The steps of a code object, and what is stored in its local variables."""
+    """The steps of a code object, and the values stored in its local variables."""
 
     def __init__(self, code: types.CodeType) -> None:
         self.steps: list[_Step] = []
@@ -151,7 +151,7 @@ class _Code:
         return Test(self.steps[index].line, self.origins(index, operands), is_for_none)
 
     def operand(self, end: int) -> tuple[Operand, int]:
-        """What the expression before `end` reads, and where it starts."""
+        """Return the operand of the expression before `end`, and the index where the expression starts."""
         step = self.steps[end - 1]
         if self.steps[end].is_target or end == 0:
             return COMPUTED, end - 1
@@ -172,7 +172,7 @@ class _Code:
         return self.steps[index].name == "LOAD_GLOBAL" and self.steps[index].value in ASKS_TYPE
 
     def argument_after(self, index: int) -> Operand:
-        """What `type(...)` is asked about, where that is one variable, attribute or global."""
+        """Return the argument of `type(...)` if it is one variable, attribute or global."""
         call = next((i for i in range(index, len(self.steps)) if self.steps[i].name.startswith("CALL")), None)
         if call is None or self.steps[call].value != 1:
             return COMPUTED
@@ -180,7 +180,7 @@ class _Code:
         return operand if start == index + 1 else COMPUTED
 
     def origins(self, index: int, operands: list[Operand]) -> frozenset[Operand]:
-        """All that operands may be at `index`, whichever branches were taken before."""
+        """Return all values that operands may have at `index`, whichever branches were taken before."""
         found, waiting = set[Operand](), list(operands)
         while waiting:
             one = waiting.pop()
@@ -192,7 +192,7 @@ class _Code:
 
 
 def _taken_apart(one: dis.Instruction) -> list[tuple[str, Any]]:
-    """`LOAD_FAST_LOAD_FAST (x, y)` and its like as two steps."""
+    """Split a fused instruction such as `LOAD_FAST_LOAD_FAST (x, y)` into two steps."""
     if not isinstance(one.argval, tuple) or "_FAST" not in one.opname:
         return [(one.opname, one.argval)]
     first = one.opname[: one.opname.index("_FAST")] + "_FAST"

@@ -1,6 +1,6 @@
-"""Layers whose weight is read by other code than their own, found in the bytecode of the modules around them.
+"""Layers whose weight is read by code outside them, found in the bytecode of the modules around them.
 
-A trace shows one way through a forward, or none; bytecode names all of them, and says less of each.
+A trace shows one path through a forward, or none; bytecode shows all paths, but less about each.
 """
 
 import dis
@@ -19,10 +19,10 @@ from nmcompile.three_gemm.modules import FAST_PATHS
 
 @dataclass
 class WeightReads:
-    """What the code around layers does with them.
+    """Reads of layers' weights by the code around the layers.
 
     Args:
-        certain: by layer name, the code that reads its weight, where no code can call the layer.
+        certain: by layer name, the code that reads its weight, if no code can call the layer.
         possible: by layer name, the code that may read its weight; other code may call the layer.
     """
 
@@ -31,7 +31,7 @@ class WeightReads:
 
 
 def find_weight_reads(model: nn.Module, layers: list[FoundSite], called: set[str]) -> WeightReads:
-    """Look through the code of every module that is not torch's own.
+    """Search the code of every module that is not torch's own.
 
     Args:
         model: the model.
@@ -60,14 +60,14 @@ def find_weight_reads(model: nn.Module, layers: list[FoundSite], called: set[str
 
 @dataclass(frozen=True)
 class Chain:
-    """Names as in `a.b.c`: what follows `self`, or another value."""
+    """Names as in `a.b.c`: the attributes of `self`, or of another value."""
 
     of_self: bool
     names: tuple[str, ...]
 
 
 def attribute_chains(code: types.CodeType) -> Iterator[Chain]:
-    """Every chain of attributes that a function reads, those of its inner functions too."""
+    """Yield every chain of attributes that a function and its inner functions read."""
     yield from _chains(code, "self" if code.co_varnames[:1] == ("self",) else "")
 
 
@@ -92,7 +92,7 @@ def _chains(code: types.CodeType, owner: str) -> Iterator[Chain]:
 
 
 def reachable_functions(module: nn.Module) -> list[types.FunctionType]:
-    """The functions that a call of the module may run, as far as names tell: its methods, and plain functions."""
+    """Return the functions that a call of the module may run, judged by name: its methods, and plain functions."""
     found: dict[types.CodeType, types.FunctionType] = {}
     waiting = [module.__dict__.get("forward", type(module).forward)]
     while waiting:
@@ -108,7 +108,7 @@ def reachable_functions(module: nn.Module) -> list[types.FunctionType]:
 
 
 def _plain_function(value: Any) -> types.FunctionType | None:
-    """The Python function behind a method, a property or a decorator, if it is not torch's own machinery."""
+    """Return the Python function behind a method, a property or a decorator, unless it is torch's own machinery."""
     value = getattr(value, "fget", None) or getattr(value, "__func__", value)
     value = inspect.unwrap(value) if callable(value) else value
     if not isinstance(value, types.FunctionType):
@@ -118,7 +118,7 @@ def _plain_function(value: Any) -> types.FunctionType | None:
 
 
 def _is_model_code(cls: type) -> bool:
-    # The forward of torch's encoders reads weights on a path that is closed in compiled models.
+    # The forward of torch's encoders reads weights on a path that compiled models never take.
     return cls not in (object, nn.Module, *FAST_PATHS)
 
 
@@ -130,7 +130,7 @@ def _has_contents(cell: types.CellType) -> bool:
 
 
 def _resolve(module: nn.Module, chain: Chain, names: dict[int, str]) -> tuple[str | None, tuple[str, ...]]:
-    """The layer that a chain leads to, and the names behind it; nothing where it leads to another module."""
+    """Return the layer that a chain leads to, and the names after it; None if it leads to no layer."""
     current: Any = module
     for index, name in enumerate(chain.names if chain.of_self else ()):
         if name == "weight":
@@ -144,7 +144,7 @@ def _resolve(module: nn.Module, chain: Chain, names: dict[int, str]) -> tuple[st
 
 
 def _reads_weight(names: tuple[str, ...]) -> bool:
-    """Whether `.weight` is among the names, and more is asked of it than its shape or type."""
+    """Return whether `.weight` is among the names, and more than its shape or type is read."""
     if "weight" not in names:
         return False
     behind = [name for name in names[names.index("weight") + 1 :] if name != "data"]

@@ -1,4 +1,4 @@
-"""The weight of a functional call: a parameter, or an expression of nothing but parameters and buffers."""
+"""The weight of a functional call: a parameter, or an expression of parameters and buffers only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,15 +17,15 @@ from nmcompile.ir.expression import expression_of
 
 @dataclass(frozen=True)
 class Weight:
-    """What a call's weight is.
+    """The weight of a call.
 
     Args:
-        names: of the parameters that it is computed from, relative to the module.
+        names: the parameters that it is computed from, relative to the module.
         parameters: their ids.
-        shape: of the weight as it is given to the call.
-        is_expression: it is not the parameter itself.
-        refusal: why the call can be no layer, or nothing.
-        attribute: that holds the weight, a parameter or what a parametrization or a hook computes; `""` if none does.
+        shape: the shape of the weight passed to the call.
+        is_expression: whether it is not the parameter itself.
+        refusal: why the call cannot be a layer, or "".
+        attribute: holds the weight, as a parameter or as the result of a parametrization or a hook; "" if none does.
     """
 
     names: tuple[str, ...]
@@ -37,9 +37,9 @@ class Weight:
 
 
 def find_weight(module: nn.Module, call: Call, measure: bool = True) -> Iterator[Weight]:
-    """The call's weight, or nothing where it depends on activations.
+    """Yield the call's weight, or nothing if it depends on activations.
 
-    `measure=False` leaves the shape out.
+    `measure=False` omits the shape.
     """
     weight = weight_at(module, call.weight, measure) if isinstance(call.weight, fx.Node) else None
     if weight is None:
@@ -50,14 +50,14 @@ def find_weight(module: nn.Module, call: Call, measure: bool = True) -> Iterator
 
 
 def parameters_behind(module: nn.Module, call: Call) -> frozenset[int]:
-    """Ids of the parameters that a call's weight is computed from; none where it depends on activations."""
+    """Return the ids of the parameters that a call's weight is computed from; none if it depends on activations."""
     return next((weight.parameters for weight in find_weight(module, call, measure=False)), frozenset())
 
 
 def weight_at(module: nn.Module, node: fx.Node, measure: bool = True) -> Weight | None:
-    """What a node of a module's graph holds, or None where it depends on activations.
+    """Return a node's value as a weight, or None if it depends on activations.
 
-    `measure=False` leaves the shape out.
+    `measure=False` omits the shape.
     """
     expression = expression_of(node)
     named = dict(item for one in expression for item in _parameters_of(module, one))
@@ -69,7 +69,7 @@ def weight_at(module: nn.Module, node: fx.Node, measure: bool = True) -> Weight 
 
 
 def matrix_dims(module: nn.Module, node: fx.Node) -> int | None:
-    """The number of dims of a weight; None for activations, what other layers compute, and what has no parameter."""
+    """Return the number of dims of a weight; None for activations, results of layers, and without a parameter."""
     called = [one for one in expression_of(node) if one.op == "call_module"]
     if any(is_layer(m) for one in called for m in module.get_submodule(str(one.target)).modules()):
         return None
@@ -78,7 +78,7 @@ def matrix_dims(module: nn.Module, node: fx.Node) -> int | None:
 
 
 def adds_bias(module: nn.Module, call: Call, width: int) -> bool:
-    """Whether the call adds a vector with one element for each output, and not a matrix as `addmm` may."""
+    """Return whether the call adds a vector with one element per output, and not a matrix as `addmm` may."""
     bias = call.arguments.get("bias")
     if call.function != "addmm" or not isinstance(bias, fx.Node):
         return True
@@ -90,7 +90,7 @@ def _weight(module: nn.Module, expression: list[fx.Node], named: dict[str, Tenso
     names, ids = tuple(named), frozenset(id(tensor) for tensor in named.values())
     is_expression = _is_expression(module, expression[-1])
     if not named:
-        return Weight((), ids, (), is_expression, "its weight is no parameter, nor computed from one")
+        return Weight((), ids, (), is_expression, "its weight is neither a parameter nor computed from one")
     try:
         tensor = _fake_value(module, expression) if is_expression else next(iter(named.values()))
     except Exception as error:
@@ -101,7 +101,7 @@ def _weight(module: nn.Module, expression: list[fx.Node], named: dict[str, Tenso
 
 
 def _is_expression(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node is anything but a stored tensor; what a hook computes for each call is stored in between only."""
+    """Return whether a node is not a stored tensor; the result of a hook is stored only during a call."""
     return node.op != "get_attr" or bool(_hooked_parameters(module, str(node.target)))
 
 
@@ -114,7 +114,7 @@ def _attribute(module: nn.Module, node: fx.Node) -> str:
 
 
 def _hooked_parameters(module: nn.Module, target: str) -> list[tuple[str, Tensor]]:
-    """The parameters from which a hook computes an attribute: `weight_g` and `weight_v`, `weight_orig`."""
+    """Return the parameters from which a hook computes an attribute: `weight_g` and `weight_v`, `weight_orig`."""
     path, _, name = target.rpartition(".")
     owner = module.get_submodule(path)
     if name not in owner.__dict__ or not owner._forward_pre_hooks:
@@ -124,7 +124,7 @@ def _hooked_parameters(module: nn.Module, target: str) -> list[tuple[str, Tensor
 
 
 def read_attribute(module: nn.Module, target: str) -> Any:
-    """What a get_attr node reads, without running properties such as a parametrized weight."""
+    """Return the value of a get_attr node, without running properties such as a parametrized weight."""
     path, _, name = target.rpartition(".")
     owner = module.get_submodule(path)
     for table in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
@@ -150,10 +150,10 @@ def _is_constant(module: nn.Module, node: fx.Node) -> bool:
 
 
 def _fake_value(module: nn.Module, expression: list[fx.Node]) -> Tensor:
-    """The expression's value without data: no arithmetic, no random numbers, no change to a buffer."""
+    """Return the expression's value without data: no arithmetic, no random numbers, no change to a buffer."""
     values: dict[fx.Node, Any] = {}
     reads = [node for node in expression if node.op == "get_attr"]
-    # What a hook has computed is no leaf, of which torch warns.
+    # The result of a hook is not a leaf, which torch would warn about.
     stored = {node: read_attribute(module, str(node.target)).detach() for node in reads}
     with FakeTensorMode() as mode:
         for node in expression:

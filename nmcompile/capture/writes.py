@@ -1,4 +1,4 @@
-"""Which nodes of a graph may share memory, and what they write to: fx and torch.export keep what code does in place."""
+"""Memory that nodes of a graph may share or write to: fx and torch.export preserve in-place operations."""
 
 import inspect
 import types
@@ -16,7 +16,7 @@ ORIGINS = {"torch", "_operator", "builtins", "math"}
 
 
 def is_torch_function(target: Any) -> bool:
-    """Whether a function does what its name says: torch's or Python's own, and none that runs a graph of its own."""
+    """Return whether a function does what its name says: it is torch's or Python's, and runs no graph of its own."""
     if target is linear_in_out:
         return True
     if isinstance(target, OpOverload):
@@ -28,7 +28,7 @@ def is_torch_function(target: Any) -> bool:
 
 
 def written(model: nn.Module, node: fx.Node) -> list[fx.Node]:
-    """The nodes whose memory a node may write to; any input of code that is not known."""
+    """Return the nodes whose memory a node may write to; all inputs if its code is unknown."""
     if node.op == "call_module":
         return [] if _only_reads(model.get_submodule(str(node.target))) else node.all_input_nodes
     if node.op == "call_method":
@@ -70,7 +70,7 @@ def _nodes(value: Any) -> list[fx.Node]:
     return found
 
 
-# Names as in `ranges`. What is not here, views above all, may return the memory of any input.
+# Names as in `ranges`. Operators not listed here, above all views, may return the memory of any input.
 FRESH = {
     "linear", "linearinout", "addmm", "mm", "bmm", "baddbmm", "matmul", "conv1d", "conv2d", "conv3d", "convolution",
     "embedding",
@@ -87,7 +87,7 @@ FRESH = {
     *(f"{kind}pad{dims}d" for kind in ("zero", "constant", "reflection", "replication") for dims in (1, 2, 3)),
     *(f"{kind}pool{dims}d" for kind in ("max", "avg", "adaptivemax", "adaptiveavg") for dims in (1, 2, 3)),
 }  # fmt: skip
-"""Operators whose result is new memory, or where they work in place the memory that they write to."""
+"""Operators whose result is new memory or, in place, the memory that they write to."""
 
 
 class SharedMemory:
@@ -99,7 +99,7 @@ class SharedMemory:
         self.attributes: dict[str, fx.Node] = {}
 
     def add(self, node: fx.Node, name: str) -> None:
-        """Take in the next node; `name` is that of its operator, as in `FRESH`."""
+        """Add the next node; `name` is the name of its operator, as in `FRESH`."""
         group = self.groups[node] = {node}
         for other in self._sources(node, name):
             small, large = sorted((group, self.groups[other]), key=len)
@@ -109,7 +109,7 @@ class SharedMemory:
             group = large
 
     def behind(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-        """Every node that may share memory with one of `nodes`."""
+        """Return every node that may share memory with one of `nodes`."""
         return set[fx.Node]().union(*(self.groups[node] for node in nodes))
 
     def _sources(self, node: fx.Node, name: str) -> list[fx.Node]:
@@ -123,18 +123,18 @@ AUGMENTED = {
     "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
     "ixor",
 }  # fmt: skip
-"""What Python calls for `x += y` and its like."""
+"""Methods that Python calls for `x += y` and its like."""
 
 
 def written_arguments(function: OpOverload, args: Any, kwargs: Any) -> list[Any]:
-    """Those that an operator writes to, by its schema."""
+    """Return the arguments that an operator writes to, by its schema."""
     arguments = function._schema.arguments
     given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
     return [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def storage_key(tensor: Tensor) -> int:
-    """What tells storages apart; views of one tensor have the same."""
+    """Return a key that identifies a tensor's storage; views of one tensor have the same key."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, ValueError):

@@ -186,7 +186,7 @@ def test_expressions_of_parameters_are_weights_and_activations_are_not(args: tup
     assert second.is_expression
     assert captured.whole is not None
     assert sorted(captured.whole.layers.values()) == [("linear",), ("linear_1",)]
-    assert captured.python == {"": "F.conv1d (conv1d): its weight is no parameter, nor computed from one"}
+    assert captured.python == {"": "F.conv1d (conv1d): its weight is neither a parameter nor computed from one"}
 
 
 def test_linear_on_a_childs_weight_is_a_site_and_the_child_is_bypassed() -> None:
