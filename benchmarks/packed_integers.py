@@ -36,6 +36,7 @@ from nmcompile import CompileConfig, Phase, presets
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.packed_integers import GridInput
+from nmcompile.native import INSTRUCTION_SETS, kernels
 from nmcompile.quantization import Grid
 
 SHAPES = (4096, 4096), (11008, 4096)  # out and in
@@ -76,9 +77,7 @@ class Row:
 
 def forms_of(integers: Tensor, step: float, x: Tensor, reach: int, threads: int) -> dict[str, Form]:
     """Each form in so many copies that they take more than `reach` bytes."""
-    from nmcompile import _kernels
-
-    best, dense = _kernels.INSTRUCTION_SETS[0], integers.float() * step
+    isa, dense = INSTRUCTION_SETS[0], integers.float() * step
     rows, tokens = integers.shape[0], x.shape[0]
     input = GridInput(x, torch.tensor(INPUT_STEP), Grid(4, signed=False))
     y, steps = x.new_empty(tokens, rows), torch.full((rows,), step * INPUT_STEP)
@@ -86,7 +85,7 @@ def forms_of(integers: Tensor, step: float, x: Tensor, reach: int, threads: int)
     def packed_product(packed: Any) -> Tensor:
         codes = input.codes()
         assert codes is not None
-        _kernels.multiply_integers(packed, codes, 0, steps, None, y, best, threads)
+        kernels.multiply_integers(packed, codes, 0, steps, None, y, isa, threads)
         return y
 
     def sparse_product(packs: list[Any]) -> Tensor:
@@ -100,7 +99,7 @@ def forms_of(integers: Tensor, step: float, x: Tensor, reach: int, threads: int)
 
     ours = partial(form, weights=integers.numel(), reach=reach)
     return {
-        OURS: ours(packed_product, lambda: _kernels.pack_integers(integers, threads), lambda packed: packed.bytes),
+        OURS: ours(packed_product, lambda: kernels.pack_integers(integers, threads), lambda packed: packed.bytes),
         "F.linear": ours(partial(F.linear, x), dense.clone, lambda weight: weight.numel() * 4),
         "sparse fp32": ours(sparse_product, packed_values, lambda packs: packs[0].bytes),
     } | {name: nbits_form(integers, step, x, reach, threads, level) for name, level in LEVELS.items()}

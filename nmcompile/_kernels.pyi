@@ -11,7 +11,7 @@ def memory(bytes: int) -> Tensor:
     """Bytes of any values, uint8, in memory that dropped ones have left if it fits."""
 
 def fingerprint(address: int, bytes: int, threads: int) -> int:
-    """Compute a number that changes with the bytes at that address, see `nmcompile.ir.fingerprint`."""
+    """Compute a number that changes with the bytes at that address, see `nmcompile.fingerprint`."""
 
 def prune(
     op: str,

@@ -5,13 +5,11 @@ word changes or two words swap places. Each row's sum is mixed with the row's nu
 native kernel and torch's operators compute the same number, so it also holds on another device and in another process.
 """
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmcompile.native import MISSING, kernels
 from nmcompile.sharded import PLAIN
 
 WORDS = 1024
@@ -31,11 +29,10 @@ def fingerprint(x: Tensor) -> int | None:
     reach = x.numel() if x.is_contiguous() else _reach(x)
     if reach > x.numel():  # the gaps between its elements are not part of it
         x, reach = x.contiguous(), x.numel()
-    native = _native() if x.device.type == "cpu" else None
-    if native is None:
-        found = _by_torch(x.as_strided((reach,), (1,)).view(torch.uint8))
+    if x.device.type == "cpu" and not MISSING:
+        found = kernels.fingerprint(x.data_ptr(), reach * x.element_size(), torch.get_num_threads())
     else:
-        found = native(x.data_ptr(), reach * x.element_size(), torch.get_num_threads())
+        found = _by_torch(x.as_strided((reach,), (1,)).view(torch.uint8))
     # The same bytes in another layout are another matrix.
     return found if x.is_contiguous() else found ^ hash((x.shape, x.stride()))
 
@@ -51,16 +48,6 @@ def _is_readable(x: Tensor) -> bool:
 def _reach(x: Tensor) -> int:
     """Return the number of elements of memory between a tensor's first and last element, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-
-
-@cache
-def _native() -> Callable[[int, int, int], int] | None:
-    try:
-        from nmcompile._kernels import fingerprint as native
-    except ImportError:  # a pure installation
-        return None
-    found: Callable[[int, int, int], int] = native
-    return found
 
 
 @torch.no_grad()

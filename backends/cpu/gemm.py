@@ -16,6 +16,7 @@ from nmcompile.backends.cpu.contraction import Contraction, Pair, Window
 from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.backends.cpu.prune import word_of
 from nmcompile.ir.operations import apply_mask
+from nmcompile.native import isa_and_threads, kernels
 from nmcompile.pruning import NMPattern
 
 
@@ -116,14 +117,10 @@ def sparse_pruned_update(
         grad_weight: `(out, in)`, written.
         operator, pattern, key: as for `nmcompile.backends.cpu.prune.cpu_prune`, which takes them.
     """
-    from nmcompile import _kernels
-
     geometry = Geometry()
     dy, x, dw = geometry.images(grad_output), geometry.images(input), geometry.kernels(grad_weight)
     rule = operator, pattern.n_keep, pattern.block, word_of(operator, key)
-    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
-    fits: bool = _kernels.gemm_pruned(*contraction.update(dy, x, dw, geometry.window, 1), *rule, best, threads)
-    return fits
+    return kernels.gemm_pruned(*contraction.update(dy, x, dw, geometry.window, 1), *rule, *isa_and_threads())
 
 
 def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -161,28 +158,22 @@ def _chunks(x: Tensor | None, groups: int) -> Sequence[Tensor | None]:
 
 
 def _run(contractions: Iterable[Contraction], mask: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    from nmcompile import _kernels
-
-    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
-    return all(_kernels.gemm(*one, mask, bias, best, threads) for one in contractions)
+    return all(kernels.gemm(*one, mask, bias, *isa_and_threads()) for one in contractions)
 
 
 def _run_packed(
     contractions: Sequence[Contraction], masks: Sequence[Tensor | None], biases: Sequence[Tensor | None], packs: Packs
 ) -> bool:
-    from nmcompile import _kernels
-
-    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
     if not packs:
         # Another thread may have begun to do the same.
         packs[:] = [
-            _kernels.pack_sparse(*one[:4], ms, best, threads) for one, ms in zip(contractions, masks, strict=True)
+            kernels.pack_sparse(*one[:4], ms, *isa_and_threads()) for one, ms in zip(contractions, masks, strict=True)
         ]
-    packed = tuple(packs)
-    if None in packed:
+    packed = [pack for pack in packs if pack is not None]
+    if len(packed) < len(contractions):
         return False
     for one, pack, bs in zip(contractions, packed, biases, strict=True):
-        _kernels.gemm_packed(pack, *one[4:], bs, best, threads)
+        kernels.gemm_packed(pack, *one[4:], bs, *isa_and_threads())
     return True
 
 

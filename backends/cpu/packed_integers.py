@@ -6,7 +6,7 @@ the integers of the input: sums are exact, and an instruction multiplies four ti
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from torch.nn import functional as F
 
 from nmcompile.backends.cpu.gemm import masked
 from nmcompile.ir.operations import to_grid
+from nmcompile.native import isa_and_threads, kernels
 from nmcompile.quantization import Grid, integers
 from nmcompile.weight_cache import WeightCache, is_cacheable
-
-if TYPE_CHECKING:
-    from nmcompile._kernels import PackedIntegers
 
 BITS = 4
 
@@ -33,7 +31,7 @@ class Forms:
     """
 
     values: Tensor | None = None
-    packed: "list[PackedIntegers | None]" = field(default_factory=list)
+    packed: "list[kernels.PackedIntegers | None]" = field(default_factory=list)
 
 
 _kept: WeightCache[Forms] = WeightCache()
@@ -57,13 +55,11 @@ class GridInput(NamedTuple):
 
         None where a value, such as a NaN, is not on the grid.
         """
-        from nmcompile import _kernels
-
         found = integers(self.values, self.step, self.grid)
         if not torch.equal(found * self.step, self.values):
             return None
         codes = (found - self.grid.low).to(torch.uint8).reshape(-1, self.values.shape[-1])
-        return F.pad(codes, (0, -codes.shape[1] % _kernels.INTEGERS_DEPTH)).contiguous()
+        return F.pad(codes, (0, -codes.shape[1] % kernels.INTEGERS_DEPTH)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,6 @@ class GridWeight:
 
     def multiply(self, input: GridInput, bias: Tensor | None, output: Tensor) -> bool:
         """Write X Wᵀ + b to a contiguous `output`; False where one of the operands has no such integers."""
-        from nmcompile import _kernels
-
         forms, out_features = self.forms, self.shape[0]
         forms.packed = forms.packed or [self._pack()]
         (packed,), codes = forms.packed, input.codes()
@@ -118,17 +112,14 @@ class GridWeight:
             return False
         steps = (self.step * input.step).reshape(-1).expand(out_features).contiguous()
         bias = None if bias is None else bias.contiguous()
-        best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
         rows = output.view(-1, out_features)
-        _kernels.multiply_integers(packed, codes, -input.grid.low, steps, bias, rows, best, threads)
+        kernels.multiply_integers(packed, codes, -input.grid.low, steps, bias, rows, *isa_and_threads())
         return True
 
-    def _pack(self) -> "PackedIntegers | None":
+    def _pack(self) -> "kernels.PackedIntegers | None":
         """The integers in three bits for each weight; None where a NaN is no integer, or some four keep three."""
-        from nmcompile import _kernels
-
         found = integers(masked(self.weight, self.mask), self.step, Grid(self.bits, signed=True))
         if not bool(found.isfinite().all()):
             return None
         matrix = found.t() if self.transposed else found
-        return _kernels.pack_integers(matrix.to(torch.int8).contiguous(), torch.get_num_threads())
+        return kernels.pack_integers(matrix.to(torch.int8).contiguous(), torch.get_num_threads())

@@ -1,12 +1,11 @@
 """Packed weights that are kept between calls, while a layer runs without gradients."""
 
-from typing import Any
-
 from torch import Tensor
 
+from nmcompile.native import kernels
 from nmcompile.weight_cache import WeightCache, is_cacheable
 
-Packs = list[Any]
+Packs = list["kernels.PackedSparse | None"]
 """The packed operands of the GEMMs that a layer's groups are; empty before the first of them runs."""
 
 _kept: WeightCache[Packs] = WeightCache()

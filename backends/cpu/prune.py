@@ -13,6 +13,7 @@ from nmcompile.errors import OperandError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.operations import like
 from nmcompile.ir.protocols import Support
+from nmcompile.native import isa_and_threads, kernels
 from nmcompile.pruning import OPERATORS, NMPattern, check
 
 WORD = 2**64 - 1  # a key as an unsigned number
@@ -25,14 +26,12 @@ def prune_support(operator: str, n_keep: int, block: int) -> Support:
     support = kernel_support()
     if not support.ok:
         return support
-    from nmcompile import _kernels
-
     if operator not in NATIVE:
         return Support(False, f"no native kernel for operator {operator!r}, only for {', '.join(sorted(NATIVE))}")
     if operator == "mvue_approx" and (n_keep, block) != (2, 4):
         return Support(False, f"the kernel of 'mvue_approx' takes 2:4, not {n_keep}:{block}")
-    if block > _kernels.MAX_BLOCK:
-        return Support(False, f"blocks of {block} elements; the kernel takes at most {_kernels.MAX_BLOCK}")
+    if block > kernels.MAX_BLOCK:
+        return Support(False, f"blocks of {block} elements; the kernel takes at most {kernels.MAX_BLOCK}")
     return support
 
 
@@ -136,12 +135,9 @@ def call_kernel(
     indices: Tensor | None = None,
 ) -> None:
     """Run the kernel on operands that it takes."""
-    from nmcompile import _kernels
-
-    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
     dense = x.detach().resolve_neg()
     n_keep, block = pattern.n_keep, pattern.block
-    _kernels.prune(
+    kernels.prune(
         operator,
         dense,
         out.detach(),
@@ -151,8 +147,7 @@ def call_kernel(
         block,
         relu,
         word_of(operator, key),
-        best,
-        threads,
+        *isa_and_threads(),
     )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import takes
+from nmcompile.native import kernels
 
 LARGE = 1 << 22  # bytes; the C library gives more than that back to the system, or takes long to find it
 
@@ -17,7 +18,5 @@ def empty(x: Tensor, shape: Tensor) -> Tensor:
     """A tensor with dtype and device of `x`, and sizes and strides of `shape`, in spare memory where it is large."""
     if not takes(x) or shape.numel() * x.itemsize < LARGE:
         return torch.empty_strided(shape.shape, shape.stride(), dtype=x.dtype, device=x.device)
-    from nmcompile import _kernels
-
-    memory = _kernels.memory(shape.numel() * x.itemsize)
+    memory = kernels.memory(shape.numel() * x.itemsize)
     return x.new_empty(0).set_(memory.untyped_storage(), 0, shape.shape, shape.stride())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import DTYPES, kernel_support
 from nmcompile.errors import OperandError
+from nmcompile.native import isa_and_threads, kernels
 from nmcompile.pruning import NMPattern, check, transposable_mask
 from nmcompile.pruning.packed import pack, packed_shapes
 
@@ -114,10 +115,7 @@ def _write(w: Tensor, out_dim: int, in_dim: int, outputs: Outputs) -> None:
 
 
 def _write_by_kernel(w: Tensor, rows: int, columns: int, outputs: Outputs) -> None:
-    from nmcompile import _kernels
-
-    best, threads = _kernels.INSTRUCTION_SETS[0], torch.get_num_threads()
-    _kernels.transposable(w.detach().resolve_neg(), rows, columns, *outputs, best, threads)
+    kernels.transposable(w.detach().resolve_neg(), rows, columns, *outputs, *isa_and_threads())
 
 
 def _write_by_reference(w: Tensor, rows: int, columns: int, outputs: Outputs) -> None:
@@ -138,11 +136,7 @@ def _kernel_takes(w: Tensor, rows: int, columns: int, outputs: Outputs) -> bool:
     """False also for operands that are wrong: the reference says what is wrong with them."""
     on_cpu = w.device.type == "cpu" and w.dtype in DTYPES and w.layout == torch.strided
     plain = not any(out is not None and out.is_neg() for out in outputs)
-    if not (on_cpu and plain and rows != columns and kernel_support().ok):
-        return False
-    from nmcompile import _kernels
-
-    return w.dim() - 2 <= _kernels.MAX_BATCH_DIMS
+    return on_cpu and plain and rows != columns and kernel_support().ok and w.dim() - 2 <= kernels.MAX_BATCH_DIMS
 
 
 def _check_outputs(w: Tensor, rows: int, columns: int, outputs: Outputs) -> None:

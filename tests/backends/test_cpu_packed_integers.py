@@ -17,6 +17,7 @@ from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.operations import to_grid
+from nmcompile.native import kernels
 from nmcompile.training.find_masks import masks_of
 from nmcompile.weight_cache import WeightCache, weights_at_rest
 
@@ -26,17 +27,15 @@ pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support()
 @pytest.fixture(autouse=True)
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every GEMM takes the kernel that has a choice; the list has an entry for each weight that was packed."""
-    from nmcompile import _kernels
-
     calls: list[int] = []
-    pack = _kernels.pack_integers
+    pack = kernels.pack_integers
 
     def counted(matrix: Tensor, threads: int) -> object:
         calls.append(1)
         return pack(matrix, threads)
 
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
-    monkeypatch.setattr(_kernels, "pack_integers", counted)
+    monkeypatch.setattr(kernels, "pack_integers", counted)
     monkeypatch.setattr(packed_integers, "_kept", WeightCache())
     return calls
 
@@ -56,7 +55,7 @@ def model(granularity: str = "tensor", backend: str = "cpu", bits: int = 4) -> t
     return compiled.eval(), x
 
 
-def kernels(compiled: nn.Module) -> list[str]:
+def kernels_of(compiled: nn.Module) -> list[str]:
     return [layer.choices[Phase.FORWARD].kernel for layer in nmcompile.inspect(compiled).layers]
 
 
@@ -68,7 +67,7 @@ def test_an_inference_graph_runs_from_integers(granularity: str, packed: list[in
     packed.clear()
     for _ in range(3):
         torch.testing.assert_close(compiled(x), expected(x))
-    assert kernels(compiled) == ["integers", "integers"] and len(packed) == 2
+    assert kernels_of(compiled) == ["integers", "integers"] and len(packed) == 2
     assert compiled.state_dict().keys() == expected.state_dict().keys()
 
 
@@ -186,7 +185,7 @@ def test_parts_of_a_weight_are_not_packed_anew_in_each_call(mode: type, packed: 
 def test_what_eight_bits_hold_is_not_packed(packed: list[int]) -> None:
     compiled, x = model(bits=8)
     torch.testing.assert_close(compiled(x), model(backend="reference", bits=8)[0](x))
-    assert not packed and kernels(compiled) == ["sparse", "sparse"]
+    assert not packed and kernels_of(compiled) == ["sparse", "sparse"]
 
 
 @torch.no_grad()
@@ -195,7 +194,7 @@ def test_a_nan_stays_one() -> None:
     weight = compiled[2].weight
     assert isinstance(weight, Tensor)
     weight[1, 2] = torch.nan
-    assert compiled(x)[:, 1].isnan().all() and kernels(compiled) == ["integers", "dense"]
+    assert compiled(x)[:, 1].isnan().all() and kernels_of(compiled) == ["integers", "dense"]
 
 
 @torch.no_grad()

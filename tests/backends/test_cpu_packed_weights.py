@@ -16,6 +16,7 @@ from nmcompile.backends.cpu import packed_weights
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
+from nmcompile.native import kernels
 from nmcompile.training.find_masks import masks_of
 from nmcompile.weight_cache import WeightCache
 
@@ -33,17 +34,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 @pytest.fixture(autouse=True)
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every GEMM runs sparse; the list has an entry for each operand that was packed to be kept."""
-    from nmcompile import _kernels
-
     calls: list[int] = []
-    pack = _kernels.pack_sparse
+    pack = kernels.pack_sparse
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return pack(*args)
 
-    monkeypatch.setattr(_kernels, "pack_sparse", counted)
+    monkeypatch.setattr(kernels, "pack_sparse", counted)
     monkeypatch.setattr(packed_weights, "_kept", WeightCache())
     return calls
 
@@ -187,17 +186,15 @@ def test_an_expanded_weight_is_kept_too() -> None:
 
 @torch.no_grad()
 def test_threads_that_pack_at_the_same_time_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nmcompile import _kernels
-
     compiled, x = model("conv")
-    expected, pack, meeting = compiled(x), _kernels.pack_sparse, threading.Barrier(2)
+    expected, pack, meeting = compiled(x), kernels.pack_sparse, threading.Barrier(2)
     monkeypatch.setattr(packed_weights, "_kept", WeightCache())
 
     def slow(*args: Any) -> Any:
         meeting.wait(60)
         return pack(*args)
 
-    monkeypatch.setattr(_kernels, "pack_sparse", slow)
+    monkeypatch.setattr(kernels, "pack_sparse", slow)
     run = torch.inference_mode()(compiled.forward)
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, [x, x]))

@@ -16,6 +16,7 @@ from nmcompile.backends.cpu.prune import WORD, cpu_prune, cpu_prune_out, prune_n
 from nmcompile.backends.cpu.prune_packed import cpu_prune_packed, cpu_prune_packed_out
 from nmcompile.errors import ConfigError, OperandError
 from nmcompile.ir import operations as ops
+from nmcompile.native import INSTRUCTION_SETS, kernels
 from nmcompile.pruning import OPERATORS, draw_key, mvue
 from nmcompile.pruning.packed import Packed, pack, two_of_four, unpack
 from tests.backends.operands import LAYOUTS, values
@@ -45,12 +46,6 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     )
 
 
-def instruction_sets() -> tuple[str, ...]:
-    from nmcompile import _kernels
-
-    return _kernels.INSTRUCTION_SETS
-
-
 def key_of(operator: str, seed: int) -> Tensor | None:
     return torch.tensor(seed) if OPERATORS[operator].needs_key else None
 
@@ -73,13 +68,11 @@ def run_kernel(
     threads: int = 1,
 ) -> Packed | Tensor:
     """In tensors of the strides of `like` that hold other values before."""
-    from nmcompile import _kernels
-
     n_keep, block = map(int, pattern.split(":"))
     outputs = [torch.empty_like(one).copy_(one == 0) for one in (like if isinstance(like, Packed) else (like,))]
     indices = outputs[1] if isinstance(like, Packed) else None
     word = 0 if key is None else int(key) & WORD
-    _kernels.prune(operator, x, outputs[0], indices, dim % x.dim(), n_keep, block, relu, word, isa, threads)
+    kernels.prune(operator, x, outputs[0], indices, dim % x.dim(), n_keep, block, relu, word, isa, threads)
     return Packed(*outputs) if isinstance(like, Packed) else outputs[0]
 
 
@@ -133,7 +126,7 @@ def test_equals_the_reference(
     expected = expected_result(x, operator, pattern, dim, key, relu)
     n_keep, block = map(int, pattern.split(":"))
     assert_same_bits(cpu_prune(x, operator, n_keep, block, dim, key, relu), expected)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         assert_same(run_kernel(x, operator, pattern, dim, key, relu, expected, isa), expected)
     torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
 
@@ -173,7 +166,7 @@ def test_packed_equals_the_reference(
     expected = packed_by_reference(pruned, dim)
     n_keep, block = map(int, pattern.split(":"))
     assert_same(Packed(*cpu_prune_packed(x, operator, n_keep, block, dim, key, relu)), expected)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         assert_same(run_kernel(x, operator, pattern, dim, key, relu, expected, isa), expected)
     torch.testing.assert_close(unpack(expected, dim), pruned.contiguous(), rtol=0, atol=0, equal_nan=True)
 
@@ -190,7 +183,7 @@ def test_equals_the_reference_on_a_large_tensor(dtype: torch.dtype, operator: st
     x = x.to(memory_format=torch.channels_last) if dim == 1 else x
     key = draw_key(torch.Generator().manual_seed(2)) if OPERATORS[operator].needs_key else None
     expected = expected_result(x, operator, pattern, dim, key, relu=False)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         assert_same(run_kernel(x, operator, pattern, dim, key, False, expected, isa, threads=2), expected)
 
 
@@ -201,7 +194,7 @@ def test_equals_the_reference_on_every_half_precision_value(dtype: torch.dtype, 
     x = (words - 2**15).to(torch.int16).view(dtype).view(-1, 16)
     key, relu = key_of(operator, 4), operator.startswith("greedy")
     expected = expected_result(x, operator, "2:4", -1, key, relu)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         assert_same(run_kernel(x, operator, "2:4", -1, key, relu, expected, isa), expected)
 
 
@@ -213,7 +206,7 @@ def test_equals_the_reference_where_rounding_moves_a_threshold(pattern: str) -> 
     x[1::3] *= 2.0**-149  # few units of the smallest number
     key = torch.tensor(6)
     expected = mvue.prune(x, pattern, -1, key)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         assert_same(run_kernel(x, "mvue", pattern, -1, key, False, expected, isa), expected)
 
 
@@ -223,7 +216,7 @@ def test_any_number_of_threads_gives_the_same_bits(operator: str, dim: int) -> N
     x, key = values((1024, 512), "normal", torch.float32, seed=6), key_of(operator, 7)
     pruned = expected_result(x, operator, "2:4", dim, key, relu=False)
     wanted: list[Packed | Tensor] = [pruned, packed_by_reference(pruned, dim)]
-    for like, isa, threads in product(wanted, instruction_sets(), (1, 2, 4)):
+    for like, isa, threads in product(wanted, INSTRUCTION_SETS, (1, 2, 4)):
         assert_same(run_kernel(x, operator, "2:4", dim, key, False, like, isa, threads), like)
 
 
@@ -307,8 +300,6 @@ def test_what_has_no_kernel_runs_as_the_reference() -> None:
 
 
 def test_the_module_refuses_what_would_leave_its_buffers() -> None:
-    from nmcompile import _kernels
-
     x = torch.randn(4, 4)
     out, indices = torch.empty(4, 4), torch.empty(1, 4, dtype=torch.uint8)
     halves = torch.empty(2, 4)
@@ -324,12 +315,12 @@ def test_the_module_refuses_what_would_leave_its_buffers() -> None:
         ((halves, indices.int()), 0, 2, 4),
         ((halves, indices), 0, 4, 8),
     ]:
-        for isa in instruction_sets():
+        for isa in INSTRUCTION_SETS:
             with pytest.raises(ValueError):
-                _kernels.prune("mvue", x, *outputs, dim, n_keep, block, False, 0, isa, 1)
+                kernels.prune("mvue", x, *outputs, dim, n_keep, block, False, 0, isa, 1)
     for operator, relu, isa in [("sdgp", False, "baseline"), ("mvue", True, "baseline"), ("mvue", False, "v0")]:
         with pytest.raises(ValueError):
-            _kernels.prune(operator, x, out, None, 0, 2, 4, relu, 0, isa, 1)
+            kernels.prune(operator, x, out, None, 0, 2, 4, relu, 0, isa, 1)
 
 
 def prune_node(*args: Any) -> fx.Node:

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward, sparse_update
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.native import INSTRUCTION_SETS
 from nmcompile.pruning import OPERATORS, NMPattern
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
-INSTRUCTION_SETS: tuple[str, ...] = ()
-if kernel_support().ok:
-    from nmcompile._kernels import INSTRUCTION_SETS
 FEW = 16
 PATTERN = NMPattern(2, 4)
 

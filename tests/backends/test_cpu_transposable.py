@@ -18,6 +18,7 @@ from nmcompile.backends.cpu.transposable import (
     cpu_transposable_pack,
 )
 from nmcompile.errors import OperandError
+from nmcompile.native import INSTRUCTION_SETS, kernels
 from nmcompile.pruning import transposable_mask
 from nmcompile.pruning.packed import Packed, pack, packed_shapes, unpack
 from nmcompile.training.find_masks import masks_of
@@ -45,10 +46,8 @@ def expected_outputs(w: Tensor, rows: int, columns: int) -> Outputs:
 
 def run_kernel(w: Tensor, rows: int, columns: int, like: Outputs, isa: str, threads: int = 1) -> Outputs:
     """All that `like` holds, in tensors of its strides that hold other values before."""
-    from nmcompile import _kernels
-
     outputs = Outputs(*(None if one is None else torch.empty_like(one).copy_(one == 0) for one in like))
-    _kernels.transposable(w, rows, columns, *outputs, isa, threads)
+    kernels.transposable(w, rows, columns, *outputs, isa, threads)
     return outputs
 
 
@@ -56,12 +55,6 @@ def assert_same_outputs(actual: Outputs, expected: Outputs) -> None:
     for name, one, other in zip(Outputs._fields, actual, expected, strict=True):
         if other is not None:
             assert one is not None and bits(one).equal(bits(other)), name
-
-
-def instruction_sets() -> tuple[str, ...]:
-    from nmcompile import _kernels
-
-    return _kernels.INSTRUCTION_SETS
 
 
 @settings(deadline=None, max_examples=300)
@@ -90,7 +83,7 @@ def test_equals_the_reference(
     w = LAYOUTS[layout](w) if w.numel() else w
     before = bits(w).clone()
     expected = expected_outputs(w, rows, columns)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         assert_same_outputs(run_kernel(w, rows, columns, expected, isa), expected)
     mask = cpu_transposable_mask(w, rows - len(shape), columns)
     assert expected.mask is not None
@@ -103,7 +96,7 @@ def test_equals_the_reference_on_every_half_precision_value(dtype: torch.dtype) 
     words = torch.randperm(2**16, generator=torch.Generator().manual_seed(3))
     w = (words - 2**15).to(torch.int16).view(dtype).view(256, 256)
     expected = expected_outputs(w, 0, 1)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         assert_same_outputs(run_kernel(w, 0, 1, expected, isa), expected)
 
 
@@ -113,7 +106,7 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype, memory_format
     """Convolution weights, with partial panels on both sides."""
     w = values((72, 136, 3, 3), "normal", dtype, seed=4).to(memory_format=memory_format)
     expected = expected_outputs(w, 0, 1)
-    for isa, threads in product(instruction_sets(), (1, 2, 4)):
+    for isa, threads in product(INSTRUCTION_SETS, (1, 2, 4)):
         assert_same_outputs(run_kernel(w, 0, 1, expected, isa, threads), expected)
 
 
@@ -123,7 +116,7 @@ def test_a_weight_too_large_for_the_caches_gets_the_same_bits(dtype: torch.dtype
     large = values((1024, 4096 + 64 + 1), "normal", dtype, seed=5)
     for w in (large[:, : 4096 + 64].contiguous(), large[:, : 4096 + 64]):
         expected = expected_outputs(w, 0, 1)
-        for isa in instruction_sets():
+        for isa in INSTRUCTION_SETS:
             assert_same_outputs(run_kernel(w, 0, 1, expected, isa, 2), expected)
 
 
@@ -146,7 +139,7 @@ def test_keeps_as_much_as_the_best_of_all_patterns(seed: int, bound: int, dtype:
     sums = (patterns.double().flatten(1) @ tiles.flatten(1).T).T
     best = (sums == sums.amax(1, keepdim=True)).int().argmax(1)
     expected = patterns[best].transpose(0, 1).reshape(4, -1)
-    for isa in instruction_sets():
+    for isa in INSTRUCTION_SETS:
         outputs = run_kernel(w, 0, 1, Outputs(mask=expected), isa)
         assert outputs.mask is not None and outputs.mask.equal(expected)
 
@@ -215,9 +208,7 @@ def test_wrong_operands_are_named() -> None:
 
 
 def test_the_module_refuses_what_would_leave_its_buffers() -> None:
-    from nmcompile import _kernels
-
-    w, best = torch.randn(8, 8), instruction_sets()[0]
+    w, best = torch.randn(8, 8), INSTRUCTION_SETS[0]
     empty = torch.empty
     for dims, outputs, isa in [
         ((0, 2), Outputs(), best),
@@ -230,7 +221,7 @@ def test_the_module_refuses_what_would_leave_its_buffers() -> None:
         ((0, 1), Outputs(backward_values=empty(4, 8), backward_indices=empty(1, 8)), best),
     ]:
         with pytest.raises(ValueError):
-            _kernels.transposable(w, *dims, *outputs, isa, 1)
+            kernels.transposable(w, *dims, *outputs, isa, 1)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmcompile.backends.cpu import CpuBackend
-from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.config import LayerConfig, Phase, Pruning
@@ -14,6 +13,7 @@ from nmcompile.ir import operations as ops
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
 from nmcompile.ir.protocols import Backend
+from nmcompile.native import INSTRUCTION_SETS
 from nmcompile.pruning import NMPattern
 from tests.conformance.gemms import assert_within_rounding, lowered_graphs, operands, run
 
@@ -34,9 +34,6 @@ LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
     "conv2d, large": (conv_layer("a", (68, 36, 3, 3), True, padding=1), (4, 36, 19, 23)),
 }
 BACKENDS: tuple[Backend, ...] = ReferenceBackend(), CpuBackend()
-INSTRUCTION_SETS: tuple[str, ...] = ()
-if kernel_support().ok:
-    from nmcompile._kernels import INSTRUCTION_SETS
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 PATTERNS = "2:4", "1:2", "1:4"
 
@@ -130,7 +127,7 @@ def test_blocks_across_samples_or_along_positions(samples: int, backend: Backend
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_instruction_set(name: str, isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     layer, shape = LAYERS[name]
     check(layer, cpu, "2:4", operands(layer, shape))
 
@@ -138,14 +135,14 @@ def test_every_instruction_set(name: str, isa: str, cpu: Backend, monkeypatch: p
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_bfloat16(name: str, isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     layer, shape = LAYERS[name]
     check(layer, cpu, "2:4", tuple(tensor.bfloat16() for tensor in operands(layer, shape)))
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_pair_of_places(isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     layer = LinearLayer("a", (16, 4), False)
     weight = torch.tensor([[float(place + 1) * (kept >> place & 1) for place in range(4)] for kept in range(16)])
     few = (weight != 0).sum(1) <= 2

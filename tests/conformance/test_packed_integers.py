@@ -10,13 +10,11 @@ from torch import Tensor
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
 from nmcompile.ir.operations import apply_mask, to_grid
+from nmcompile.native import INSTRUCTION_SETS, kernels
 from nmcompile.quantization import Grid
 from tests.conformance.gemms import UNIT
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
-INSTRUCTION_SETS: tuple[str, ...] = ()
-if kernel_support().ok:
-    from nmcompile._kernels import INSTRUCTION_SETS
 SHAPES = [(1, 4), (3, 8), (4, 128), (5, 132), (13, 124), (33, 260), (130, 516)]  # out and in
 TOKENS = [1, 2, 3, 4, 5, 7, 8, 9, 17, 21]
 STEPS = "tensor", "channel"
@@ -65,7 +63,7 @@ def check(weight: GridWeight, x: GridInput, bias: Tensor | None) -> None:
 @pytest.mark.parametrize("granularity", STEPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_size(shape: tuple[int, int], granularity: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     weight = grid_weight(*shape, granularity)
     for tokens in TOKENS:
         x = grid_input(tokens, shape[1], signed=tokens % 3 == 0)
@@ -75,7 +73,7 @@ def test_any_size(shape: tuple[int, int], granularity: str, isa: str, monkeypatc
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("granularity", STEPS)
 def test_transposed_and_many_dims(granularity: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     weight = grid_weight(12, 20, granularity, transposed=True)
     for shape in ((2, 3, 20), (20,), (0, 20)):
         check(weight, grid_input(*shape, signed=True), torch.randn(12))
@@ -86,7 +84,7 @@ def test_transposed_and_many_dims(granularity: str, isa: str, monkeypatch: pytes
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_integer_in_every_place(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of integers have no rounding: each weight meets an input that no other meets."""
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     rows, depth = 15, 256
     weight = torch.zeros(rows, depth)
     for row in range(rows):
@@ -102,7 +100,7 @@ def test_every_integer_in_every_place(isa: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_the_largest_sums(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     depth = 2**17
     weight = torch.tensor([[-7.0], [7.0]]) * torch.tensor([0, 1, 1, 0]).repeat(depth // 4)
     on_grid = GridWeight(weight, weight != 0, torch.tensor(1.0), 4, False)
@@ -127,7 +125,7 @@ def test_the_weights_are_those_of_the_graph() -> None:
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_results_do_not_depend_on_the_number_of_threads(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmcompile._kernels.INSTRUCTION_SETS", (isa,))
+    monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     weight, x, threads = grid_weight(203, 132, "tensor"), grid_input(5, 132, signed=True), torch.get_num_threads()
     results = []
     for count in (1, 2, 5):
@@ -138,19 +136,15 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str, monkeypatch: p
 
 
 def test_three_bits_for_each_weight() -> None:
-    from nmcompile._kernels import pack_integers
-
-    packed = pack_integers(torch.zeros(64, 256, dtype=torch.int8), 1)
+    packed = kernels.pack_integers(torch.zeros(64, 256, dtype=torch.int8), 1)
     assert packed is not None and packed.bytes == 64 * 256 * 3 / 8
 
 
 @pytest.mark.parametrize("row", [[1, 2, 3, 0], [8, 0, 0, 0], [0, 0, -8, 0]])
 def test_what_does_not_fit_is_not_packed(row: list[int]) -> None:
-    from nmcompile._kernels import pack_integers
-
     integers = torch.zeros(5, 132, dtype=torch.int8)
     integers[4, -4:] = torch.tensor(row, dtype=torch.int8)
-    assert pack_integers(integers, 2) is None
+    assert kernels.pack_integers(integers, 2) is None
 
 
 @pytest.mark.parametrize("what", ["a NaN", "three of four"])
@@ -164,9 +158,7 @@ def test_a_weight_that_has_no_packed_integers(what: str) -> None:
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    from nmcompile._kernels import INSTRUCTION_SETS, multiply_integers, pack_integers
-
-    packed = pack_integers(torch.zeros(5, 8, dtype=torch.int8), 1)
+    packed = kernels.pack_integers(torch.zeros(5, 8, dtype=torch.int8), 1)
     assert packed is not None
     codes = torch.zeros(2, 128, dtype=torch.uint8)
     good: dict[str, Any] = {"input": codes, "input_zero": 0, "steps": torch.zeros(5), "bias": None}
@@ -174,6 +166,6 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     bad = {"input": codes[:, :8].clone(), "steps": torch.zeros(4), "bias": torch.zeros(4)}
     for name, tensor in bad.items():
         with pytest.raises(ValueError, match="do not fit"):
-            multiply_integers(packed, **good | {name: tensor})
+            kernels.multiply_integers(packed, **good | {name: tensor})
     with pytest.raises(ValueError, match="multiple of four"):
-        pack_integers(torch.zeros(5, 6, dtype=torch.int8), 1)
+        kernels.pack_integers(torch.zeros(5, 6, dtype=torch.int8), 1)

@@ -1,0 +1,19 @@
+"""The compiled module, imported here alone. A pure installation lacks it, and `MISSING` gives the reason, else ""."""
+
+import torch
+
+__all__ = ["INSTRUCTION_SETS", "MISSING", "isa_and_threads", "kernels"]
+
+try:
+    from nmcompile import _kernels as kernels
+    from nmcompile._kernels import INSTRUCTION_SETS
+except ImportError as error:
+    kernels, INSTRUCTION_SETS = None, ()  # type: ignore[assignment]
+    MISSING = str(error)
+else:
+    MISSING = ""
+
+
+def isa_and_threads() -> tuple[str, int]:
+    """Return this machine's best instruction set and torch's number of threads, the last two arguments of kernels."""
+    return INSTRUCTION_SETS[0], torch.get_num_threads()
