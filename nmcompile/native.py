@@ -1,4 +1,4 @@
-"""The compiled module, imported here alone. A pure installation lacks it, and `MISSING` gives the reason, else ""."""
+"""The native kernels, imported in this file alone. A pure installation has none; `MISSING` is then the reason."""
 
 import torch
 
