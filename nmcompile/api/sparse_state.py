@@ -19,7 +19,6 @@ from nmcompile.three_gemm.record import record_of
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.find_masks import masks_among
-from nmcompile.training.refresh_mask import STALE
 
 LOADED = "pruning did not pay where the loaded state was decided (where='pays')"
 
@@ -68,7 +67,7 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
     state = {"format": torch.tensor(FORMAT), "seed": torch.tensor(layers[0].stream.seed if layers else 0)}
     for name, mask in masks_among(layers).items():
         state[f"{name}.mask"] = mask.tensor.detach().clone(memory_format=torch.contiguous_format)
-        state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, int(mask.clock[STALE])])
+        state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, int(mask.is_stale)])
     for triple in layers:
         state[f"{triple.layer.name}{DRAW}"] = triple.stream.draw.cpu().clone()
         for step in triple.steps.activations:
@@ -85,7 +84,7 @@ def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
         mask.tensor.copy_(state[f"{name}.mask"])
         mask.steps, mask.is_resumed = steps, False
         mask.accept_content()
-        mask.clock[STALE] = stale
+        mask.clock.is_stale = bool(stale)
     for triple in layers:
         triple.thaw()
         triple.stream.seed = int(state["seed"])

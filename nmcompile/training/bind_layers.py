@@ -16,7 +16,6 @@ from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.earlier import Earlier
 from nmcompile.training.masks import WeightMask
-from nmcompile.training.refresh_mask import CONTENT, STALE
 
 
 class TripleFactory:
@@ -93,7 +92,7 @@ class TripleFactory:
         inside = not site.module or site.weight.startswith(f"{site.module}.")
         path = site.weight.removeprefix(f"{site.module}.") if site.module else site.weight
         mask.owners[owner if inside else self.model] = None if weight is None else path if inside else site.weight
-        mask.accept_version(int(mask.clock[CONTENT]))
+        mask.accept_version(mask.clock.content)
         return mask
 
     def _new_mask(self, site: Site, row: PlanRow, weight: Tensor | None) -> WeightMask:
@@ -107,10 +106,10 @@ class TripleFactory:
             site.weight, site.layer, row.operator, row.pattern, config.refresh, config.sr_ste, weight, kernel
         )
         earlier = self.earlier.masks.get(site.weight)
-        if earlier is not None and not int(earlier.clock[STALE]) and _meets(earlier.tensor, mask):
+        if earlier is not None and not earlier.is_stale and _meets(earlier.tensor, mask):
             mask.tensor.copy_(earlier.tensor)
             mask.steps = earlier.steps
-            mask.clock[STALE], mask.clock[CONTENT] = 0, earlier.clock[CONTENT]
+            mask.clock.is_stale, mask.clock.content = False, earlier.clock.content
         return mask
 
 

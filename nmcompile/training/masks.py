@@ -4,7 +4,7 @@ import copy
 import itertools
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any
@@ -18,22 +18,11 @@ from nmcompile.printable import printable
 from nmcompile.pruning import NMPattern
 from nmcompile.sharded import gathered, is_sharded, refuse_flat
 from nmcompile.training.optimizer_hooks import live_masks, watch_optimizers
-from nmcompile.training.refresh_mask import (
-    ADDRESS,
-    CONTENT,
-    FOLLOWED,
-    NEVER,
-    NEVER_SEEN,
-    STALE,
-    UNKNOWN,
-    VERSION,
-    compute_mask,
-    refresh_mask,
-    when_compared,
-)
+from nmcompile.training.refresh_mask import NEVER, compute_mask, refresh_mask, when_compared
+from nmcompile.training.step_count import StepCount
+from nmcompile.training.weight_clock import UNKNOWN, WeightClock
 from nmcompile.weight_cache import FROZEN, Content
 
-PENDING = 100  # results of fused optimizers that are held until they are read
 SILENT_BACKWARDS = 1000  # without an optimizer step between them; then calls compare the weight again
 
 _serials = itertools.count()
@@ -78,18 +67,15 @@ class WeightMask:
         self.sr_ste = sr_ste
         self.kernel = kernel
         self.serial = next(_serials)  # A later compilation of the same weight has a higher one.
-        self.counted = 0
-        self.notes = 0  # of optimizer steps, those included that `pending` may still take back
-        self.pending: list[Tensor] = []
+        self.counted = StepCount()
+        self.notes = 0  # of optimizer steps, those included that turn out to have been skipped
         self.backwards = 0
         self.is_decayed = False  # by SR-STE, for the step that is being made
         self.is_resumed = False  # with weights that sparse training may have made, and without its state
-        self.accepted: int | None = None  # The id of the parameter whose version and address the clock has.
         # Whole also where the weight is a shard; else with its strides.
         like = torch.empty(weight.shape, device=weight.device) if is_sharded(weight) else weight
         self.tensor = torch.zeros_like(like, dtype=torch.bool, requires_grad=False)
-        # On the CPU, and a tensor: a compiled step reads and resets it without being compiled again.
-        self.clock = torch.tensor([1, NEVER_SEEN, 0, UNKNOWN, 0], device="cpu")
+        self.clock = WeightClock()
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
         live_masks.add(self)
 
@@ -101,7 +87,8 @@ class WeightMask:
         how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups, self.kernel
         if torch.compiler.is_compiling():
             self._fit(weight)
-            refresh_mask(gathered(weight), self.tensor, self.clock, *how, when_compared(weight, content, is_trained))
+            compares = when_compared(weight, content, is_trained)
+            refresh_mask(gathered(weight), self.tensor, self.clock.hands, *how, compares)
             return self.tensor
         if type(weight) is not nn.Parameter:
             refuse_flat(self.name, weight)
@@ -110,10 +97,10 @@ class WeightMask:
         self._fit(weight)
         if content != FROZEN:
             self._notice(content)
-        # Not for nothing: a call counts as a write to a mask that an earlier forward may have saved for its backward.
-        if int(self.clock[STALE]):
-            refresh_mask(gathered(weight), self.tensor, self.clock, *how, NEVER)
-            self.clock[CONTENT] = UNKNOWN if content is None or content == FROZEN else content
+        # Only when the mask is stale: each call counts as a write to a mask that an earlier forward may have saved.
+        if self.clock.is_stale:
+            refresh_mask(gathered(weight), self.tensor, self.clock.hands, *how, NEVER)
+            self.clock.content = UNKNOWN if content is None or content == FROZEN else content
         return self.tensor
 
     def _fit(self, weight: Tensor) -> None:
@@ -124,19 +111,17 @@ class WeightMask:
         with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
             if self.tensor.is_meta:
                 self.tensor = torch.zeros(self.tensor.shape, dtype=torch.bool, device=weight.device)
-                self.clock[STALE] = 1
+                self.clock.is_stale = True
             else:
                 self.tensor = self.tensor.to(weight.device)
 
     def _is_another(self, weight: Tensor, content: Content | None) -> bool:
         """Whether `torch.func.functional_call` or the like has put other values in the weight's place."""
-        if content == FROZEN or self.accepted is None or id(weight) == self.accepted:
-            return False
-        if weight.data_ptr() == int(self.clock[ADDRESS]):  # `weight.detach()`
+        if content == FROZEN or self.clock.is_of(weight):
             return False
         if any(getattr(owner, "_is_fsdp_managed_module", False) for owner in self.owners):
             return False  # FSDP2 gathers the weight anew for each call
-        return (fingerprint(weight) if content is None else content) != int(self.clock[CONTENT])
+        return not self.clock.has_content(weight, content)
 
     @torch.no_grad()
     def _own_mask(self, weight: Tensor) -> Tensor:
@@ -149,7 +134,7 @@ class WeightMask:
     def preview(self, weight: Tensor) -> Tensor:
         """Compute the mask that `current` would return, and leave the state as it is."""
         content = fingerprint(weight)
-        if int(self.clock[STALE]) or self._is_another(weight, content) or self._is_written(content):
+        if self.clock.is_stale or self._is_another(weight, content) or self.clock.is_written(self.weight(), content):
             return self._own_mask(weight)
         return self.tensor.to(weight.device)
 
@@ -161,23 +146,15 @@ class WeightMask:
         self._notice(None if weight is None else fingerprint(weight))
 
     def _notice(self, content: int | None) -> None:
-        is_written, known = self._is_written(content), int(self.clock[CONTENT])
-        if is_written:
+        if self.clock.notice(self.weight(), content):
             if self.backwards:
                 self._warn("its weight changed after backward")
-            self.clock[STALE] = 1
-        if is_written or (content is not None and (content != known or self.was_moved())):
-            self._accept(None if self.accepted is None else self.weight(), content or UNKNOWN)
-
-    def _is_written(self, content: int | None) -> bool:
-        """Whether the weight, with this fingerprint if it is known, differs from what was last accepted."""
-        known = int(self.clock[CONTENT])
-        return self.was_moved() if content is None or known == UNKNOWN else content != known
+            self.clock.is_stale = True
 
     def note_assignment(self) -> None:
         """Become stale if another parameter was put in the weight's place."""
         weight = self.weight()
-        if weight is not None and id(weight) != self.accepted:
+        if weight is not None and id(weight) != self.clock.accepted:
             self.mark_stale()
 
     def note_backward(self) -> None:
@@ -185,7 +162,7 @@ class WeightMask:
         self.backwards += 1
         self.is_decayed = False
         if self.backwards == SILENT_BACKWARDS:
-            self.clock[FOLLOWED] = 0
+            self.clock.is_followed = False
 
     def note_load(self, steps: int) -> None:
         """Become stale, since `load_state_dict` has written the weight, which `steps` steps of sparse training made."""
@@ -203,7 +180,7 @@ class WeightMask:
 
     def mark_stale(self) -> None:
         """Have the next forward rebuild the mask from the weight as it is then."""
-        self.clock[STALE] = 1
+        self.clock.is_stale = True
         self.accept_version()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -226,63 +203,33 @@ class WeightMask:
     @property
     def is_stale(self) -> bool:
         """Whether the next `current` rebuilds the mask."""
-        return bool(self.clock[STALE])
+        return self.clock.is_stale
 
     @property
     def is_followed(self) -> bool:
         """Whether an optimizer is known to step the weight: then calls that train it need no fingerprint."""
-        return bool(self.clock[FOLLOWED])
+        return self.clock.is_followed
 
     def accept_version(self, content: int = UNKNOWN) -> None:
-        """Take the weight as it is now for known: a later write that no step explains makes the mask stale.
-
-        Without its fingerprint, the next call that compares one takes that for known.
-        """
-        self._accept(self.weight(), content)
+        """Take the weight as it is now for known; see `WeightClock.accept`."""
+        self.clock.accept(self.weight(), content)
 
     def accept_content(self) -> None:
         """Take the weight as it is now for known, down to the last bit."""
-        weight = self.weight()
-        self._accept(weight, UNKNOWN if weight is None else fingerprint(weight) or UNKNOWN)
-
-    def _accept(self, weight: nn.Parameter | None, content: int) -> None:
-        # A sharded parameter is not the tensor that forward sees, so its version says nothing.
-        if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
-            self.accepted = None
-            self._put({VERSION: NEVER_SEEN, CONTENT: content})
-        else:
-            self.accepted = id(weight)
-            self._put({VERSION: weight._version, ADDRESS: weight.data_ptr(), CONTENT: content})
-
-    def _put(self, values: Mapping[int, int]) -> None:
-        """Set hands of the clock; most of them are there already, and to look takes less time."""
-        now = self.clock.tolist()
-        for hand, value in values.items():
-            if now[hand] != value:
-                self.clock[hand] = value
+        self.clock.accept_content(self.weight())
 
     def was_moved(self) -> bool:
         """Whether the weight has another version or address than was last accepted."""
-        weight = self.weight()
-        # A shard, or what FSDP2 gathers from shards, is not the tensor whose version was accepted.
-        if weight is None or id(weight) != self.accepted:
-            return False
-        # `weight.data = ...` changes the address and no version.
-        return [weight._version, weight.data_ptr()] != self.clock[VERSION:CONTENT].tolist()
+        return self.clock.was_moved(self.weight())
 
     @property
     def steps(self) -> int:
         """Optimizer steps that may have changed the weight."""
-        if self.pending:
-            made = torch.stack([found_inf.reshape(()) for found_inf in self.pending]) == 0
-            self.pending.clear()
-            self.counted += int(made.sum())
-        return self.counted
+        return self.counted.read()
 
     @steps.setter
     def steps(self, count: int) -> None:
-        self.counted = count
-        self.pending.clear()
+        self.counted = StepCount(count)
 
     def after_step(self, found_inf: Tensor | None = None) -> None:
         """Count an optimizer step that may have changed the weight.
@@ -290,29 +237,15 @@ class WeightMask:
         `found_inf` is not zero if a GradScaler had a fused optimizer skip the step. On a GPU it is read only where the
         step may make the mask stale.
         """
-        weight = self.weight()
-        is_replaced = self.accepted is not None and type(weight) is nn.Parameter and id(weight) != self.accepted
+        weight, accepted = self.weight(), self.clock.accepted
+        is_replaced = accepted is not None and type(weight) is nn.Parameter and id(weight) != accepted
         self.backwards = 0
         self.is_decayed = False
         self.notes += 1
-        self._accept(weight, UNKNOWN)
-        self._put({FOLLOWED: 1})
-        if self._reaches_refresh(found_inf) or is_replaced:
-            self.clock[STALE] = 1
-
-    def _reaches_refresh(self, found_inf: Tensor | None) -> bool:
-        before = self.counted
-        if found_inf is None:
-            self.counted += 1
-        else:
-            self.pending.append(found_inf)
-        if len(self.pending) == PENDING:
-            self.steps  # noqa: B018 - which reads them
-        most = self.counted + len(self.pending)
-        if self.refresh is None or most // self.refresh == before // self.refresh:
-            return False
-        # Where every step counts, computing the same mask once more is cheaper than to wait for a GPU.
-        return self.refresh == 1 or self.steps // self.refresh > before // self.refresh
+        self.clock.accept(weight)
+        self.clock.is_followed = True
+        if self.counted.add(found_inf, self.refresh) or is_replaced:
+            self.clock.is_stale = True
 
     def move(self, tensor: Tensor) -> None:
         """Put another tensor in the mask's place: the module moved to another device, or took another dtype.
@@ -323,7 +256,7 @@ class WeightMask:
             moved = tensor.to(torch.bool)
             if self.tensor.is_meta:
                 moved.zero_()
-                self.clock[STALE] = 1
+                self.clock.is_stale = True
             elif moved is not self.tensor:
                 moved.copy_(self.tensor)
             self.tensor = moved
@@ -335,8 +268,7 @@ class WeightMask:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
-        self.clock[VERSION], self.clock[FOLLOWED] = NEVER_SEEN, 0
-        self.accepted = None
+        self.clock.start_anew()
         live_masks.add(self)
         watch_optimizers()  # in a process that has compiled nothing
 
@@ -345,5 +277,5 @@ class WeightMask:
         memo[id(self)] = replica
         replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         # The module that owns the copied parameter may not be complete yet.
-        replica._accept(copy.deepcopy(self.weight(), memo), int(replica.clock[CONTENT]))
+        replica.clock.accept(copy.deepcopy(self.weight(), memo), replica.clock.content)
         return replica

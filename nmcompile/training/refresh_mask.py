@@ -1,4 +1,4 @@
-"""The operator that rebuilds a mask inside and outside compiled graphs, and the clock that says when."""
+"""The operator that rebuilds a mask inside and outside compiled graphs."""
 
 import torch
 from torch import Tensor, nn
@@ -6,14 +6,18 @@ from torch import Tensor, nn
 from nmcompile import pruning
 from nmcompile.fingerprint import fingerprint
 from nmcompile.pruning import NMPattern
+from nmcompile.training.weight_clock import (
+    ADDRESS,
+    CONTENT,
+    FOLLOWED,
+    STALE,
+    UNKNOWN,
+    VERSION,
+    is_outdated,
+    tells_writes,
+)
 from nmcompile.weight_cache import FROZEN, Content
 
-STALE, VERSION, ADDRESS, CONTENT, FOLLOWED = range(5)
-"""The hands of a mask's clock: whether it is stale; version, address and fingerprint of the weight that was last
-accepted; whether an optimizer is known to step the weight.
-"""
-NEVER_SEEN = -1  # a version
-UNKNOWN = 0  # a fingerprint
 NEVER, UNTIL_FOLLOWED, ALWAYS = range(3)
 """When a compiled call compares the weight's fingerprint."""
 
@@ -46,30 +50,15 @@ def refresh_mask(
     if is_outdated(weight, clock, content):
         mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
         clock[STALE], clock[CONTENT] = 0, UNKNOWN
-        if _tells_writes(weight, clock):
+        if tells_writes(weight, clock):
             clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
     if content is not None:
         clock[CONTENT] = content
-        if _tells_writes(weight, clock):
+        if tells_writes(weight, clock):
             clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
 
 
 refresh_mask.register_fake(lambda *args, **kwargs: None)
-
-
-def is_outdated(weight: Tensor, clock: Tensor, content: int | None) -> bool:
-    """Whether the clock of a mask says that it is stale, or that the weight was written unseen."""
-    stale, version, address, known, _ = clock.tolist()
-    if content is not None and known != UNKNOWN:
-        return bool(stale) or content != known
-    return bool(stale) or (_tells_writes(weight, clock) and (version, address) != (weight._version, weight.data_ptr()))
-
-
-def _tells_writes(weight: Tensor, clock: Tensor) -> bool:
-    """Whether version and address of this tensor tell of writes: inductor may hand a copy over, which counts from 0."""
-    if weight.is_inference() or int(clock[VERSION]) == NEVER_SEEN:
-        return False
-    return weight._version > 0 or int(clock[ADDRESS]) == weight.data_ptr()
 
 
 def compute_mask(

@@ -11,7 +11,8 @@ import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.training import masks
 from nmcompile.training.find_masks import masks_of
-from nmcompile.training.masks import PENDING, WeightMask
+from nmcompile.training.masks import WeightMask
+from nmcompile.training.step_count import PENDING
 
 MANY = 30
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -89,7 +90,7 @@ def test_a_step_that_a_scaler_had_skipped_does_not_count(kind: Callable[..., tor
         scaler.update()
         is_same = all(torch.equal(one, p) for one, p in zip(before, model.parameters(), strict=True))
         assert is_same != is_finite
-        stale.append(int(mask_of(model).clock[0]))
+        stale.append(int(mask_of(model).is_stale))
         steps.append(mask_of(model).steps)
     assert steps == [0, 1, 1, 1, 2] and stale == [0, 0, 0, 0, 1]
 
@@ -113,9 +114,9 @@ def test_results_are_read_only_where_they_decide(refresh: int | None) -> None:
     mask, unread = mask_of(model), skipped(0.0).as_subclass(NotRead)
     for _ in range(3):
         mask.after_step(unread)
-    assert int(mask.clock[0]) == (refresh == 1)
-    mask.pending = [skipped(0.0), skipped(1.0), skipped(0.0)]
-    assert mask.steps == 2 and mask.notes == 3 and not mask.pending
+    assert mask.is_stale == (refresh == 1)
+    mask.counted.pending = [skipped(0.0), skipped(1.0), skipped(0.0)]
+    assert mask.steps == 2 and mask.notes == 3 and not mask.counted.pending
 
 
 def test_the_refresh_period_counts_steps_that_were_made() -> None:
@@ -124,8 +125,8 @@ def test_the_refresh_period_counts_steps_that_were_made() -> None:
     mask = mask_of(model)
     for by in (0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0):
         mask.after_step(skipped(by))
-        clock.append(int(mask.clock[0]))
-        mask.clock[0] = 0
+        clock.append(int(mask.is_stale))
+        mask.clock.is_stale = False
     assert clock == [0, 0, 0, 1, 0, 0, 0, 0, 1] and mask.steps == 6
 
 
@@ -133,5 +134,5 @@ def test_results_do_not_pile_up() -> None:
     mask = mask_of(compiled(refresh=None))
     for index in range(2 * PENDING):
         mask.after_step(skipped(float(index % 2)))
-        assert len(mask.pending) < PENDING
+        assert len(mask.counted.pending) < PENDING
     assert mask.steps == PENDING
