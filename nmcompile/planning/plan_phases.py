@@ -6,12 +6,15 @@ machine and every resumed run plans the same.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from nmcompile.config import DEFAULT, CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.errors import PreconditionError
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import LayerPlan, Plan, PlanRow
+from nmcompile.planning.operand_rows import OperandPlanner, dense_row
+from nmcompile.planning.output_rows import OutputPlanner
 from nmcompile.quantization import Grid
 
 NOT_ASKED = "the mode leaves this GEMM dense"
@@ -23,7 +26,6 @@ UNREACHED = "calibration ran the model without calling it"
 CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it anew"
 DROPPED = "the mask that an earlier compilation gave it is dropped"
 STORED = Grid(8, signed=True)
-ARRIVES = "its input is pruned and quantized where it arises"
 
 
 def plan_phases(captured: Captured, default: LayerConfig, config: CompileConfig) -> Plan:
@@ -59,37 +61,42 @@ class _LayerPlanner:
     def layer(self) -> Layer:
         return self.site.layer
 
+    @cached_property
+    def outputs(self) -> OutputPlanner:
+        return OutputPlanner(self.captured, self.default, self.config)
+
+    @cached_property
+    def operands(self) -> OperandPlanner:
+        is_nonnegative = self.captured.facts[self.layer.name].nonnegative
+        return OperandPlanner(self.layer, is_nonnegative, self.outputs.reach(self.layer))
+
     def plan(self) -> LayerPlan:
-        key, given = self._asked(self.site)
+        key, given = self.outputs.asked(self.site)
         asked, reason = self._judge(key, given)
         # Of the pruned modes only those that quantize have something to store.
         is_stored = self.config.ends == "int8" and reason in (FIRST, LAST) and given is not None and given.weight_bits
         stored = PlanRow(self.layer.name, Phase.FORWARD, "weight", "sawb", grid=STORED, reason=reason)
         if asked is None:
-            rows = [self._dense(phase, reason) for phase in Phase]
+            rows = [dense_row(self.layer, phase, reason) for phase in Phase]
             if is_stored:
                 rows[0] = stored
         else:
             assert given is not None
             rows = [row for phase in Phase for row in self._phase_rows(phase, asked, given, reason)]
-            rows += self._grid_rows(asked)
+            rows += self.operands.grid_rows(asked, self.config.clip)
             if is_stored and asked.weight_bits is None:
                 rows.append(stored)
-        rows = self._mention_mask(given, asked, reason, rows) + list(self._output_rows(self.site))
+        rows = self._mention_mask(given, asked, reason, rows) + list(self.outputs.rows(self.site))
         self._check_exact(key, asked or given, rows)
         is_integer = {"weight", "input"} <= {row.operand for row in rows if row.is_quantized}
-        if is_integer:
-            rows += self._result_rows(rows)
+        if is_integer and self.config.outputs == "int8" and not self._is_read_as_integers():
+            rows += self.outputs.result_rows(self.layer, rows)
         rewrites_all = asked == LayerConfig()
         changed = any(row.is_sparse or row.is_quantized for row in rows)
         # Export finds integer kernels for modules; a functional call or attention keeps what it adds.
         is_module = is_integer and not self.site.role
         norm = self.captured.facts[self.layer.name].norm if is_module else ""
         return LayerPlan(self.layer, tuple(rows), rewrites_all or changed, norm, is_module and self.layer.has_bias)
-
-    def _asked(self, site: Site) -> tuple[str | None, LayerConfig | None]:
-        """What a layer is to get, and the key of the config that says so."""
-        return self.config.lookup(site.layer.name, site.weight) or (None, self.default)
 
     def _judge(self, key: str | None, given: LayerConfig | None) -> tuple[LayerConfig | None, str]:
         """Return what the layer really gets, None if it stays as it is, and the reason that speaks for that."""
@@ -165,96 +172,12 @@ class _LayerPlanner:
 
     def _phase_rows(self, phase: Phase, asked: LayerConfig, given: LayerConfig, reason: str) -> Iterator[PlanRow]:
         """At least one row; `reason` is why the layer does not get all that it was given."""
-        why = reason if reason and any(self._operand_rows(phase, given)) else NOT_ASKED
-        yield from list(self._operand_rows(phase, asked)) or [self._dense(phase, why)]
+        why = reason if reason and any(self.operands.rows(phase, given)) else NOT_ASKED
+        yield from list(self.operands.rows(phase, asked)) or [dense_row(self.layer, phase, why)]
 
-    def _operand_rows(self, phase: Phase, asked: LayerConfig) -> Iterator[PlanRow]:
-        """A row for each operand that is asked for, dense ones included."""
-        rows = {Phase.FORWARD: self._forward_rows, Phase.BACKWARD: self._backward_rows, Phase.UPDATE: self._update_rows}
-        return rows[phase](asked)
-
-    def _forward_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
-        facts = self.captured.facts[self.layer.name]
-        for operand, pruning in (("weight", asked.weight), ("input", asked.input)):
-            if pruning is None:
-                continue
-            if not self.layer.fits_forward(pruning.pattern):
-                yield self._dense(Phase.FORWARD, _misfit("in", self.layer, pruning))
-            elif operand == "input" and self._input_arrives():
-                yield self._dense(Phase.FORWARD, ARRIVES)
-            elif operand == "input" and pruning.operator == "greedy_by_value" and not facts.nonnegative:
-                yield self._dense(Phase.FORWARD, "its input is not proven non-negative, so it is not pruned by value")
-            else:
-                yield self._sparse(Phase.FORWARD, operand, self._weight_operator(pruning), "in")
-
-    def _weight_operator(self, pruning: Pruning) -> Pruning:
-        """Row-wise where the out-channels do not take tiles: the forward GEMM is sparse, the backward GEMM is not."""
-        if pruning.operator.startswith("transposable") and not self.layer.fits_backward(pruning.pattern):
-            return Pruning("greedy", pruning.pattern)
-        return pruning
-
-    def _backward_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
-        gradient, weight = asked.backward_gradient, asked.weight
-        if gradient is not None:
-            if self.layer.fits_backward(gradient.pattern):
-                yield self._sparse(Phase.BACKWARD, "grad_output", gradient, "out")
-            else:
-                yield self._dense(Phase.BACKWARD, _misfit("out", self.layer, gradient))
-        if weight is not None:
-            if not self.layer.fits_forward(weight.pattern):
-                yield self._dense(Phase.BACKWARD, _misfit("in", self.layer, weight))
-            elif not weight.operator.startswith("transposable"):
-                yield self._dense(Phase.BACKWARD, "a row-wise mask is not N:M along out: dense on the masked weight")
-            elif not self.layer.fits_backward(weight.pattern):
-                yield self._dense(Phase.BACKWARD, f"{_misfit('out', self.layer, weight)}; the mask is row-wise")
-            else:
-                yield self._sparse(Phase.BACKWARD, "weight", weight, "out")
-
-    def _update_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
-        gradient = asked.update_gradient
-        if gradient is not None:
-            yield self._sparse(Phase.UPDATE, "grad_output", gradient, gradient.group)
-
-    def _grid_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
-        name, is_unsigned = self.layer.name, self.captured.facts[self.layer.name].nonnegative
-        if asked.weight_bits is not None:
-            yield PlanRow(name, Phase.FORWARD, "weight", "sawb", grid=Grid(asked.weight_bits, signed=True))
-        if asked.input_bits is not None and not self._input_arrives():
-            grid = Grid(asked.input_bits, signed=not is_unsigned)
-            yield PlanRow(name, Phase.FORWARD, "input", self.config.clip, grid=grid)
-
-    def _output_rows(self, site: Site) -> Iterator[PlanRow]:
-        """What is pruned and quantized at the ReLU behind a layer, which may itself be dense."""
-        layer, (_, asked) = site.layer, self._asked(site)
-        facts = self.captured.facts[layer.name]
-        if self.config.placement == "operand" or asked is None or not facts.rectified:
-            return
-        if layer.name in self.captured.bypassed:
-            return
-        pruning = asked.input
-        if pruning is not None and layer.out_features % pruning.pattern.block:
-            reason = (
-                f"its output is not pruned: {layer.out_features} channels are no multiple of {pruning.pattern.block}"
-            )
-            yield PlanRow(layer.name, Phase.FORWARD, reason=reason)
-        elif pruning is not None:
-            yield PlanRow(layer.name, Phase.FORWARD, "output", pruning.operator, pruning.pattern, "out")
-        if asked.input_bits is not None:
-            grid = Grid(asked.input_bits, signed=False)
-            yield PlanRow(layer.name, Phase.FORWARD, "output", self.config.clip, grid=grid)
-
-    def _result_rows(self, rows: list[PlanRow]) -> Iterator[PlanRow]:
-        """The 8-bit grid of a result that something else than quantized layers reads: behind the ReLU that directly
-        follows, where it takes half of a signed grid, so that one grid serves runtimes with and without unsigned
-        integers; else behind the norm.
-        """
-        facts = self.captured.facts[self.layer.name]
-        if self.config.outputs == "float" or any(row.operand == "output" for row in rows):
-            return
-        if facts.readers and not all(self._takes_integers(name) for name in facts.readers):
-            grid = Grid(7, signed=False) if facts.rectified else Grid(8, signed=True)
-            operator = "mse" if self.config.clip == "pact" else self.config.clip  # 8 bits hold what there is
-            yield PlanRow(self.layer.name, Phase.FORWARD, "output", operator, grid=grid)
+    def _is_read_as_integers(self) -> bool:
+        """Whether nothing but quantized layers is known to read the result."""
+        return all(self._takes_integers(name) for name in self.captured.facts[self.layer.name].readers)
 
     def _takes_integers(self, name: str) -> bool:
         """Whether the layer of that name puts what it reads on a grid as it comes, with no pruning between."""
@@ -262,24 +185,10 @@ class _LayerPlanner:
         if site is None:
             return False
         reader = replace(self, site=site)
-        asked, _ = reader._judge(*reader._asked(site))
+        asked, _ = reader._judge(*self.outputs.asked(site))
         if asked is None or asked.input_bits is None:
             return False
-        return not any(row.operand == "input" for row in reader._forward_rows(asked))
-
-    def _input_arrives(self) -> bool:
-        """Whether all that the input is computed from is pruned and quantized at its ReLU."""
-        sources = self.captured.facts[self.layer.name].sources
-        sites = [site for site in self.captured.sites if site.layer.name in sources]
-        if not sources or len(sites) != len(sources):
-            return False
-        return all(any(row.operand == "output" for row in self._output_rows(site)) for site in sites)
-
-    def _sparse(self, phase: Phase, operand: str, pruning: Pruning, axis: str) -> PlanRow:
-        return PlanRow(self.layer.name, phase, operand, pruning.operator, pruning.pattern, axis)
-
-    def _dense(self, phase: Phase, reason: str) -> PlanRow:
-        return PlanRow(self.layer.name, phase, reason=reason)
+        return not any(row.operand == "input" for row in reader.operands.rows(Phase.FORWARD, asked))
 
     def _check_exact(self, key: str | None, asked: LayerConfig | None, rows: list[PlanRow]) -> None:
         """A layer that is named exactly gets what was asked, or an error: no silent dense."""
@@ -294,18 +203,11 @@ class _LayerPlanner:
         for phase, operand, pruning in wanted:
             if pruning is None or any(row.phase is phase and row.operand == operand for row in rows):
                 continue
-            if operand == "input" and self._input_arrives():
+            if operand == "input" and self.operands.arrives:
                 continue
-            candidates = (*rows, *self._operand_rows(phase, asked))
+            candidates = (*rows, *self.operands.rows(phase, asked))
             reason = next(row.reason for row in candidates if row.phase is phase and row.reason)
             raise PreconditionError(
                 f"layer {self.layer.name!r} (weight {self.layer.weight_shape}) cannot be pruned as CompileConfig"
                 f".layers[{key!r}] asks in the {phase.value} GEMM: {reason}; give another pattern or None"
             )
-
-
-def _misfit(axis: str, layer: Layer, pruning: Pruning) -> str:
-    size = layer.in_features if axis == "in" else layer.out_features // layer.groups
-    kind = "features" if layer.kind == "linear" else "channels"
-    per_group = " per group" if layer.groups > 1 else ""
-    return f"{size} {axis}-{kind}{per_group} are no multiple of {pruning.pattern.block}"

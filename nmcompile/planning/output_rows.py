@@ -1,0 +1,62 @@
+"""Decide what is pruned and quantized where a result arises: at the ReLU or the norm behind a layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nmcompile.config import CompileConfig, LayerConfig, Phase
+from nmcompile.ir.captured import Captured, Site
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.plan import PlanRow
+from nmcompile.quantization import Grid
+
+
+@dataclass(frozen=True)
+class OutputPlanner:
+    """Rows for the results of layers, which may themselves be dense."""
+
+    captured: Captured
+    default: LayerConfig
+    config: CompileConfig
+
+    def asked(self, site: Site) -> tuple[str | None, LayerConfig | None]:
+        """Return the key of the config that holds for a layer, and what the layer is to get."""
+        return self.config.lookup(site.layer.name, site.weight) or (None, self.default)
+
+    def rows(self, site: Site) -> Iterator[PlanRow]:
+        """Plan what `placement="activation"` prunes and quantizes at the ReLU behind a layer."""
+        layer, (_, asked) = site.layer, self.asked(site)
+        if self.config.placement == "operand" or asked is None or not self.captured.facts[layer.name].rectified:
+            return
+        if layer.name in self.captured.bypassed:
+            return
+        pruning = asked.input
+        if pruning is not None and layer.out_features % pruning.pattern.block:
+            reason = (
+                f"its output is not pruned: {layer.out_features} channels are no multiple of {pruning.pattern.block}"
+            )
+            yield PlanRow(layer.name, Phase.FORWARD, reason=reason)
+        elif pruning is not None:
+            yield PlanRow(layer.name, Phase.FORWARD, "output", pruning.operator, pruning.pattern, "out")
+        if asked.input_bits is not None:
+            grid = Grid(asked.input_bits, signed=False)
+            yield PlanRow(layer.name, Phase.FORWARD, "output", self.config.clip, grid=grid)
+
+    def reach(self, layer: Layer) -> bool:
+        """Whether all that the layer's input is computed from is pruned and quantized at its ReLU."""
+        sources = self.captured.facts[layer.name].sources
+        sites = [site for site in self.captured.sites if site.layer.name in sources]
+        if not sources or len(sites) != len(sources):
+            return False
+        return all(any(row.operand == "output" for row in self.rows(site)) for site in sites)
+
+    def result_rows(self, layer: Layer, planned: list[PlanRow]) -> Iterator[PlanRow]:
+        """Plan the 8-bit grid of a quantized layer whose result something else than quantized layers reads.
+
+        It lies behind the ReLU that directly follows, where it takes half of a signed grid, so that one grid serves
+        runtimes with and without unsigned integers; else behind the norm.
+        """
+        if any(row.operand == "output" for row in planned):
+            return
+        grid = Grid(7, signed=False) if self.captured.facts[layer.name].rectified else Grid(8, signed=True)
+        operator = "mse" if self.config.clip == "pact" else self.config.clip  # 8 bits hold what there is
+        yield PlanRow(layer.name, Phase.FORWARD, "output", operator, grid=grid)
