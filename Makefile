@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt backends/cpu/csrc/*.* backends/cpu/csrc/*/*)
 
-.PHONY: help demo test slow lint types asan wheel clean
+.PHONY: help demo test slow lint types docs diagram asan wheel clean
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -24,6 +24,11 @@ lint: $(VENV)/.lint  ## ruff, rules and format
 types: $(VENV)/.lint  ## mypy, strict
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs  ## build the site into site/; a warning is an error
+	$(BIN)/mkdocs build --strict
+
+diagram: docs/architecture.svg  ## draw the picture of docs/architecture.md again; needs Graphviz
+
 asan: $(VENV)/.test  ## the tests of the native kernels under AddressSanitizer
 	$(BIN)/pip install -q -c constraints.txt nanobind
 	cmake -S . -B build/asan -DNMCOMPILE_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
@@ -37,7 +42,10 @@ wheel: $(VENV)/.venv  ## build a wheel into dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
+
+docs/%.svg: docs/%.dot
+	dot -Tsvg -o $@ $<
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
@@ -58,4 +66,8 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test,lint]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,docs]'
 	touch $@
