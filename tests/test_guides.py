@@ -1,5 +1,6 @@
 """The Python blocks of each guide are one program that runs and keeps its own assertions."""
 
+import html
 import re
 import runpy
 from pathlib import Path
@@ -24,6 +25,15 @@ def test_every_kind_of_extension_has_a_guide() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
-        for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+    for page in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]:
+        for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_picture_of_the_architecture_is_drawn_from_its_source() -> None:
+    source, picture = ((DOCS / f"architecture.{suffix}").read_text() for suffix in ("dot", "svg"))
+    labels = re.findall(r'label=(?:"([^"]*)"|<(.*?)>[\];,])', source)
+    lines = [line for label in labels for line in re.split(r"<.*?>|\\n", "".join(label)) if line]
+    assert len(lines) > 20
+    drawn = [html.unescape(text) for text in re.findall(r"<text[^>]*>(.*?)</text>", picture)]
+    assert sorted(line.strip() for line in lines) == sorted(text.strip() for text in drawn)
