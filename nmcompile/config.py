@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from operator import methodcaller
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from nmcompile.checks import check_choice, check_kind, check_number
 from nmcompile.errors import ConfigError, nearest
@@ -19,12 +19,15 @@ from nmcompile.pruning.pattern import NMPattern
 DEFAULT = "_default"
 REGEX = "re:"
 MOST_STEPS = 2**53
-WEIGHT_OPERATORS = frozenset({"greedy", "transposable", "transposable_greedy"})
+TRANSPOSABLE = frozenset({"transposable", "transposable_greedy"})
+"""The operators whose masks are N:M along both axes of a weight."""
+WEIGHT_OPERATORS = TRANSPOSABLE | {"greedy"}
 GRADIENT_OPERATORS = frozenset(
     {"greedy", "mvue", "mvue_one_of_two", "mvue_pairs", "mvue_approx", "biased", "uniform", "unbiased", "sdgp"}
 )
 INPUT_OPERATORS = frozenset({"greedy", "greedy_by_value"})
-GROUPS = ("auto", "batch", "flat")
+Group = Literal["auto", "batch", "flat"]
+GROUPS: tuple[Group, ...] = get_args(Group)
 BITS = (2, 3, 4, 8)
 ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
@@ -53,12 +56,17 @@ class Pruning:
 
     operator: str
     pattern: NMPattern
-    group: str = "auto"
+    group: Group = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", NMPattern.parse(self.pattern))
         check_choice("Pruning.operator", self.operator, WEIGHT_OPERATORS | GRADIENT_OPERATORS | INPUT_OPERATORS)
         check_choice("group", self.group, GROUPS)
+
+    @property
+    def is_transposable(self) -> bool:
+        """Whether the operator finds masks that are N:M along both axes of a weight."""
+        return self.operator in TRANSPOSABLE
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import LayerPlan
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
@@ -45,12 +46,12 @@ def expand(plan: LayerPlan) -> ThreeGraphs:
 def _forward(layer: Layer) -> fx.Graph:
     graph = fx.Graph()
     operands = graph.placeholder("input"), graph.placeholder("weight")
-    output = ops.add_node(graph, "gemm", layer, Phase.FORWARD, "gemm_forward", ops.gemm_forward, operands)
+    output = ops.add_node(graph, NodeMeta("gemm", layer, Phase.FORWARD), "gemm_forward", ops.gemm_forward, operands)
     if layer.has_bias:
         # Placeholders come first; this one is the last of them.
         with graph.inserting_after(operands[1]):
             bias = graph.placeholder("bias")
-        output = ops.add_node(graph, "bias", layer, Phase.FORWARD, "add_bias", ops.add_bias, (output, bias))
+        output = ops.add_node(graph, NodeMeta("bias", layer, Phase.FORWARD), "add_bias", ops.add_bias, (output, bias))
     graph.output((output,))
     return graph
 
@@ -59,7 +60,8 @@ def _backward(layer: Layer) -> fx.Graph:
     graph = fx.Graph()
     names = ["grad_output", "weight"] + (["input"] if isinstance(layer, ConvLayer) else [])
     operands = tuple(graph.placeholder(name) for name in names)
-    gradient = ops.add_node(graph, "gemm", layer, Phase.BACKWARD, "gemm_backward", ops.gemm_backward, operands)
+    meta = NodeMeta("gemm", layer, Phase.BACKWARD)
+    gradient = ops.add_node(graph, meta, "gemm_backward", ops.gemm_backward, operands)
     graph.output((gradient,))
     return graph
 
@@ -68,9 +70,9 @@ def _update(layer: Layer) -> fx.Graph:
     graph = fx.Graph()
     names = ["grad_output", "input"] + (["weight"] if isinstance(layer, ConvLayer) else [])
     operands = tuple(graph.placeholder(name) for name in names)
-    gradients = [ops.add_node(graph, "gemm", layer, Phase.UPDATE, "gemm_update", ops.gemm_update, operands)]
+    gemm, bias = NodeMeta("gemm", layer, Phase.UPDATE), NodeMeta("bias", layer, Phase.UPDATE)
+    gradients = [ops.add_node(graph, gemm, "gemm_update", ops.gemm_update, operands)]
     if layer.has_bias:
-        args = (operands[0],)
-        gradients.append(ops.add_node(graph, "bias", layer, Phase.UPDATE, "bias_gradient", ops.bias_gradient, args))
+        gradients.append(ops.add_node(graph, bias, "bias_gradient", ops.bias_gradient, (operands[0],)))
     graph.output(tuple(gradients))
     return graph

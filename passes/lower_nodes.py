@@ -10,17 +10,16 @@ from typing import ClassVar
 from torch import fx
 
 from nmcompile.errors import LoweringError
+from nmcompile.ir.node_meta import Refusal, meta_of, nodes_of_kind, update_meta
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend, PassResult
-
-LOWERED = ("gemm", "prune", "bias")
 
 
 @dataclass(frozen=True)
 class LowerNodes:
-    """Hand each node to the first of `backends` that supports it; `node.meta["backend"]` names the one that took it.
+    """Hand each node to the first of `backends` that supports it; `NodeMeta.backend` names the one that took it.
 
-    The last backend has to take everything. What the others said is kept in `node.meta["refusals"]`.
+    The last backend has to take everything. What the others said is kept in `NodeMeta.refusals`.
     """
 
     backends: tuple[Backend, ...]
@@ -34,24 +33,23 @@ class LowerNodes:
 
 
 def _lower(module: fx.GraphModule, backends: Sequence[Backend]) -> None:
-    # GEMMs first: a backend may fuse the bias node that follows into its GEMM.
-    nodes = sorted(module.graph.nodes, key=lambda node: node.meta.get("kind") != "gemm")
-    for node in nodes:
-        if node.meta.get("kind") in LOWERED and not node._erased:
+    # GEMMs first: a backend may fuse the nodes around them.
+    for node in (*nodes_of_kind(module.graph, "gemm"), *nodes_of_kind(module.graph, "prune", "bias")):
+        if not node._erased:
             _choose(node, backends).lower(node)
     module.graph.lint()
     module.recompile()
 
 
 def _choose(node: fx.Node, backends: Sequence[Backend]) -> Backend:
-    refusals: dict[str, str] = {}
+    meta, refusals = meta_of(node), list[Refusal]()
     for backend in backends:
         support = backend.supports(node)
         if support.ok:
-            node.meta.update(backend=backend.name, refusals=refusals)
+            update_meta(node, backend=backend.name, refusals=tuple(refusals))
             return backend
-        refusals[backend.name] = support.reason
+        refusals.append(Refusal(meta.kind, backend.name, support.reason))
     raise LoweringError(
-        f"layer {node.meta['layer'].name!r}: no backend takes its {node.meta['phase'].value} node {node.name!r} "
-        f"({'; '.join(f'{name}: {reason}' for name, reason in refusals.items())}); add the reference backend last"
+        f"layer {meta.layer.name!r}: no backend takes its {meta.phase.value} node {node.name!r} "
+        f"({'; '.join(f'{one.backend}: {one.reason}' for one in refusals)}); add the reference backend last"
     )

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
@@ -42,5 +43,6 @@ def _prune_gradient(three: ThreeGraphs, phase: Phase, row: PlanRow) -> None:
     dense = placeholder(graph, "grad_output")
     key = (placeholder(graph, "key"),) if OPERATORS[row.operator].needs_key else ()
     args = (dense, *options, *key)
-    prune_operand(three, phase, "grad_output", "prune", "grad_output_pruned", ops.prune, args, row)
+    meta = NodeMeta("prune", three.layer, phase, row)
+    prune_operand(three, meta, "grad_output", "grad_output_pruned", ops.prune, args)
     three[phase].recompile()

@@ -5,11 +5,12 @@ gemm_update(grad_output, input)  ->  gemm_update(grad_output, input_pruned)
 dX = gemm_backward(...)          ->  apply_mask(gemm_backward(...), input_mask)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
@@ -39,12 +40,12 @@ class PruneInputs:
 def _prune_forward(three: ThreeGraphs, row: PlanRow) -> None:
     graph = three[Phase.FORWARD].graph
     assert row.pattern is not None
-    dense = placeholder(graph, "input")
+    dense, meta = placeholder(graph, "input"), NodeMeta("prune", three.layer, Phase.FORWARD, row)
     args = dense, row.operator, row.pattern.n_keep, row.pattern.block, three.layer.channel_dim
     with graph.inserting_before(gemm_node(three, Phase.FORWARD)):
-        mask = ops.add_node(graph, "prune", three.layer, Phase.FORWARD, "input_mask", ops.prune_mask, args, row)
+        mask = ops.add_node(graph, meta, "input_mask", ops.prune_mask, args)
     masked = (dense, mask)
-    pruned = prune_operand(three, Phase.FORWARD, "input", "view", "input_pruned", ops.apply_mask, masked, row)
+    pruned = prune_operand(three, replace(meta, kind="view"), "input", "input_pruned", ops.apply_mask, masked)
     output = graph.output_node()
     output.args = ((*output.args[0], pruned, mask),)  # type: ignore[misc]
     three.saved = (*three.saved, "input_pruned", "input_mask")
@@ -53,10 +54,9 @@ def _prune_forward(three: ThreeGraphs, row: PlanRow) -> None:
 
 def _mask_gradient(three: ThreeGraphs) -> None:
     graph, gemm = three[Phase.BACKWARD].graph, gemm_node(three, Phase.BACKWARD)
-    mask = placeholder(graph, "input_mask")
+    mask, meta = placeholder(graph, "input_mask"), NodeMeta("view", three.layer, Phase.BACKWARD)
     with graph.inserting_after(gemm):
-        args = (gemm, mask)
-        masked = ops.add_node(graph, "view", three.layer, Phase.BACKWARD, "grad_input_masked", ops.apply_mask, args)
+        masked = ops.add_node(graph, meta, "grad_input_masked", ops.apply_mask, (gemm, mask))
     gemm.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
     three[Phase.BACKWARD].recompile()
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import placeholder, prune_operand
@@ -36,6 +37,6 @@ class PruneWeights:
 def _mask_weight(three: ThreeGraphs, phase: Phase) -> None:
     graph, row = three[phase].graph, three.plan.find(phase, "weight")
     args = placeholder(graph, "weight"), placeholder(graph, "weight_mask")
-    kind = "prune" if row else "view"
-    prune_operand(three, phase, "weight", kind, "weight_pruned", ops.apply_mask, args, row)
+    meta = NodeMeta("prune" if row else "view", three.layer, phase, row)
+    prune_operand(three, meta, "weight", "weight_pruned", ops.apply_mask, args)
     three[phase].recompile()

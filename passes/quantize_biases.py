@@ -11,6 +11,7 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import gemm_node, placeholder
@@ -40,7 +41,7 @@ def _round_bias(three: ThreeGraphs) -> None:
         )
     args = bias, placeholder(graph, "input_step"), placeholder(graph, "weight_step")
     with graph.inserting_before(gemm):  # a backend may fuse the bias into the GEMM
-        name, target = "bias_rounded", ops.to_accumulator
-        rounded = ops.add_node(graph, "view", three.layer, Phase.FORWARD, name, target, args)
+        meta = NodeMeta("view", three.layer, Phase.FORWARD)
+        rounded = ops.add_node(graph, meta, "bias_rounded", ops.to_accumulator, args)
     add.update_arg(1, rounded)
     three[Phase.FORWARD].recompile()

@@ -12,6 +12,7 @@ from torch import fx
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
@@ -83,4 +84,4 @@ def _grid_args(graph: fx.Graph, row: PlanRow) -> tuple[fx.Node, int, bool]:
 
 
 def _view(three: ThreeGraphs, phase: Phase, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    return ops.add_node(three[phase].graph, "view", three.layer, phase, name, target, args)
+    return ops.add_node(three[phase].graph, NodeMeta("view", three.layer, phase), name, target, args)

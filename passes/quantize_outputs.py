@@ -15,6 +15,7 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import Kind, NodeMeta, row_of
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import PassResult
@@ -99,7 +100,7 @@ def _return_step_gradient(three: ThreeGraphs, args: tuple[Any, ...]) -> None:
 
 
 def _refuse_twice(three: ThreeGraphs, result: fx.Node) -> None:
-    row = result.meta.get("row")
+    row = row_of(result)
     if row is not None and row.operand == "output":
         raise PreconditionError(
             f"layer {three.layer.name!r}: the GEMM of its forward graph has a pruned or quantized output already; run "
@@ -113,6 +114,12 @@ def _grid_args(graph: fx.Graph, row: PlanRow) -> tuple[fx.Node, int, bool]:
 
 
 def _add(
-    three: ThreeGraphs, phase: Phase, kind: str, name: str, target: Any, args: tuple[Any, ...], row: Any = None
+    three: ThreeGraphs,
+    phase: Phase,
+    kind: Kind,
+    name: str,
+    target: Any,
+    args: tuple[Any, ...],
+    row: PlanRow | None = None,
 ) -> fx.Node:
-    return ops.add_node(three[phase].graph, kind, three.layer, phase, name, target, args, row)
+    return ops.add_node(three[phase].graph, NodeMeta(kind, three.layer, phase, row), name, target, args)

@@ -7,7 +7,8 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.node_meta import NodeMeta, kind_of
+from nmcompile.ir.plan import Operand, PlanRow
 from nmcompile.ir.program import ThreeGraphs
 
 GEMMS = (ops.gemm_forward, ops.gemm_backward, ops.gemm_update)
@@ -36,29 +37,29 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def prune_operand(
-    three: ThreeGraphs, phase: Phase, operand: str, kind: str, name: str, target: Any, args: tuple[Any, ...], row: Any
+    three: ThreeGraphs, meta: NodeMeta, operand: Operand, name: str, target: Any, args: tuple[Any, ...]
 ) -> fx.Node:
     """Insert `target(*args)` before the GEMM and let it stand for the placeholder `operand` in the GEMM's arguments."""
-    graph, gemm = three[phase].graph, gemm_node(three, phase)
+    graph, gemm = three[meta.phase].graph, gemm_node(three, meta.phase)
     dense = placeholder(graph, operand)
     if dense not in gemm.all_input_nodes:
         raise PreconditionError(
-            f"layer {three.layer.name!r}: the GEMM of its {phase.value} graph does not read the dense {operand}; "
+            f"layer {three.layer.name!r}: the GEMM of its {meta.phase.value} graph does not read the dense {operand}; "
             "run each pruning pass once"
         )
     with graph.inserting_before(gemm):
-        pruned = ops.add_node(graph, kind, three.layer, phase, name, target, args, row)
+        pruned = ops.add_node(graph, meta, name, target, args)
     gemm.replace_input_with(dense, pruned)
     return pruned
 
 
-def quantize_operand(three: ThreeGraphs, phase: Phase, operand: str, row: PlanRow) -> tuple[fx.Node, fx.Node]:
+def quantize_operand(three: ThreeGraphs, phase: Phase, operand: Operand, row: PlanRow) -> tuple[fx.Node, fx.Node]:
     """Put what the GEMM reads as `operand`, pruned or not, on its grid; returns it as it was and as it is then."""
     gemm = gemm_node(three, phase)
     position = ("input", "weight").index(operand) if phase is Phase.FORWARD else 1
     before = gemm.args[position]
     assert isinstance(before, fx.Node) and row.grid is not None
-    if before.meta.get("kind") == "quantize":
+    if kind_of(before) == "quantize":
         raise PreconditionError(
             f"layer {three.layer.name!r}: the GEMM of its {phase.value} graph reads a quantized {operand} already; run "
             "each quantization pass once"
@@ -66,6 +67,7 @@ def quantize_operand(three: ThreeGraphs, phase: Phase, operand: str, row: PlanRo
     graph = three[phase].graph
     args = before, placeholder(graph, f"{operand}_step"), row.grid.bits, row.grid.signed
     with graph.inserting_before(gemm):
-        after = ops.add_node(graph, "quantize", three.layer, phase, f"{operand}_quantized", ops.to_grid, args, row)
+        meta = NodeMeta("quantize", three.layer, phase, row)
+        after = ops.add_node(graph, meta, f"{operand}_quantized", ops.to_grid, args)
     gemm.update_arg(position, after)
     return before, after

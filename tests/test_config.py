@@ -219,7 +219,7 @@ def test_operators_belong_to_operands(operand: str, operator: str) -> None:
 
 def test_unknown_group_is_an_error() -> None:
     with pytest.raises(ConfigError, match="'batch'"):
-        Pruning("mvue", NMPattern(2, 4), group="bacth")
+        Pruning("mvue", NMPattern(2, 4), group="bacth")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("frozen", [CompileConfig(), A, Pruning("greedy", NMPattern(2, 4)), NMPattern(2, 4)])

@@ -15,6 +15,7 @@ import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, presets
 from nmcompile.config import Pruning
 from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.node_meta import kind_of, meta_of
 from nmcompile.ir.plan import PlanRow
 from nmcompile.three_gemm.triple import GemmTriple
 
@@ -127,11 +128,11 @@ class Recorder(fx.Interpreter):
         self.operands: tuple[Any, ...] = ()
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.meta.get("kind") == "gemm":
+        if kind_of(n) == "gemm":
             self.operands = self.fetch_args_kwargs_from_env(n)[0]
-            if "fused" in n.meta:
-                pruned = n.meta["fused_operand"](*self.operands)
-                is_update = n.meta["phase"] is Phase.UPDATE
+            if (fused := meta_of(n).fused) is not None:
+                pruned = fused.operand(*self.operands)
+                is_update = meta_of(n).phase is Phase.UPDATE
                 self.operands = (pruned, self.operands[1]) if is_update else (self.operands[0], pruned)
         return super().run_node(n)
 

@@ -21,6 +21,7 @@ from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_p
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer
+from nmcompile.ir.node_meta import meta_of, row_of, update_meta
 from nmcompile.ir.protocols import Support
 
 SPARSE: dict[Any, Any] = {
@@ -59,7 +60,7 @@ class CpuBackend:
     def lower(self, node: fx.Node) -> None:
         if node.target is ops.apply_mask:
             # The graph only applies the mask. It is computed when it is refreshed, outside the graph.
-            node.meta["mask_kernel"] = MASK_KERNEL
+            update_meta(node, mask_kernel=MASK_KERNEL)
         elif node.target is ops.prune:
             ops.replace_node(node, prune_natively, node.args)
         else:
@@ -68,7 +69,7 @@ class CpuBackend:
 
 def gemm_support(node: fx.Node) -> Support:
     """Whether there is a sparse kernel for a GEMM node that is not lowered yet."""
-    layer, support = node.meta["layer"], operand_support(node)
+    layer, support = meta_of(node).layer, operand_support(node)
     if isinstance(layer, ConvLayer) and layer.spatial_dims > 2:
         return Support(False, f"no sparse kernel for {layer.kind}")
     return kernel_support() if support.ok else support
@@ -76,7 +77,8 @@ def gemm_support(node: fx.Node) -> Support:
 
 def _lower_gemm(node: fx.Node) -> None:
     """The reference backend's node, with a choice of the kernel."""
-    row, name = pruned_row(node), f"{node.meta['layer'].name} {node.meta['phase'].value} {next(_numbers)}"
+    row, meta = pruned_row(node), meta_of(node)
+    name = f"{meta.layer.name} {meta.phase.value} {next(_numbers)}"
     is_update = node.target is ops.gemm_update
     ReferenceBackend().lower(node)
     target = SPARSE[node.target]
@@ -90,7 +92,7 @@ def _lower_gemm(node: fx.Node) -> None:
     else:
         first, *rest = node.args
         ops.replace_node(node, target, (first, *_weight_and_mask(node), *rest[1:], name))
-    node.meta["choice"] = partial(latest, name)
+    update_meta(node, choice=partial(latest, name))
 
 
 def _operator_support(node: fx.Node) -> Support:
@@ -149,13 +151,13 @@ def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     assert isinstance(pruned, fx.Node)
     weight, mask = take_mask(node)
     if mask is not None and mask_support(pruned).ok:
-        node.meta["mask_kernel"] = MASK_KERNEL
+        update_meta(node, mask_kernel=MASK_KERNEL)
     return weight, mask
 
 
 def mask_support(node: fx.Node) -> Support:
     """Whether there is a kernel for the mask that a node applies to a weight."""
-    row = node.meta.get("row")
+    row = row_of(node)
     if row is None or (row.operator, row.pattern) != ("transposable", PATTERN):
         return Support(False, "no native kernel for masks but exact transposable ones of 2:4")
     return kernel_support()

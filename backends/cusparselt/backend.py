@@ -17,6 +17,7 @@ from nmcompile.backends.triton import mask_kernel, prune
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.node_meta import meta_of, update_meta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.protocols import Support
 
@@ -48,12 +49,12 @@ class CusparseltBackend:
         if node.target not in OPERAND:
             return Support(False, "cuSPARSELt only multiplies")
         found = operand_support(node)
-        return _layer_support(node.meta["layer"], node.target is ops.gemm_update) if found.ok else found
+        return _layer_support(meta_of(node).layer, node.target is ops.gemm_update) if found.ok else found
 
     def lower(self, node: fx.Node) -> None:
         """The reference backend's node, with a choice of the kernel."""
-        name = f"{node.meta['layer'].name} {node.meta['phase'].value} cusparselt {next(_numbers)}"
-        row = pruned_row(node)
+        meta, row = meta_of(node), pruned_row(node)
+        name = f"{meta.layer.name} {meta.phase.value} cusparselt {next(_numbers)}"
         assert row is not None
         ReferenceBackend().lower(node)
         if node.target is linear.linear_weight_gradient:
@@ -61,7 +62,7 @@ class CusparseltBackend:
         else:
             arguments = _weight_arguments(node)
         ops.replace_node(node, SPARSE[node.target], (*arguments, name))
-        node.meta["choice"] = partial(latest, name)
+        update_meta(node, choice=partial(latest, name))
 
 
 def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -69,10 +70,10 @@ def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:
     pruned: Any = node.args[1]
     weight, mask = take_mask(node)
     if mask is not None:
-        node.meta.update(mask_kernel(pruned))
+        update_meta(node, mask_kernel=mask_kernel(pruned))
     first, _, *rest = node.args
     # Linear layers keep whether their weight is transposed; the geometry of a 1x1 convolution says nothing.
-    return first, weight, mask, *(rest[:1] if isinstance(node.meta["layer"], ConvLayer) else rest)
+    return first, weight, mask, *(rest[:1] if isinstance(meta_of(node).layer, ConvLayer) else rest)
 
 
 def _update_arguments(node: fx.Node, row: PlanRow) -> tuple[Any, ...]:

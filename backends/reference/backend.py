@@ -1,7 +1,7 @@
 """The reference backend: dense PyTorch math on pruned operands, on any device. Slow, obvious and trusted."""
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -10,6 +10,7 @@ from nmcompile.backends.reference import conv, linear
 from nmcompile.errors import LoweringError
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, LinearLayer
+from nmcompile.ir.node_meta import KEY, meta_of
 from nmcompile.ir.protocols import Support
 
 
@@ -33,15 +34,16 @@ class ReferenceBackend:
             ops.add_bias: _lower_add_bias,
             ops.bias_gradient: _lower_bias_gradient,
         }
-        if node.meta["kind"] == "prune":
+        meta = meta_of(node)
+        if meta.kind == "prune":
             return
         if node.target not in lowerings:
-            raise LoweringError(f"layer {node.meta['layer'].name!r}: node {node.name!r} is no operation of the IR")
+            raise LoweringError(f"layer {meta.layer.name!r}: node {node.name!r} is no operation of the IR")
         lowerings[node.target](node)
 
 
 def _geometry(node: fx.Node) -> tuple[Any, ...]:
-    layer = node.meta["layer"]
+    layer = meta_of(node).layer
     if isinstance(layer, LinearLayer):
         return (layer.transposed,)
     assert isinstance(layer, ConvLayer)
@@ -49,7 +51,7 @@ def _geometry(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _is_conv(node: fx.Node) -> bool:
-    return isinstance(node.meta["layer"], ConvLayer)
+    return isinstance(meta_of(node).layer, ConvLayer)
 
 
 def _lower_forward(node: fx.Node) -> None:
@@ -95,14 +97,14 @@ def _fuse_parameter_gradients(node: fx.Node, bias: fx.Node) -> None:
     for user in users:
         user.replace_input_with(node, weight_gradient)
     for item in (weight_gradient, bias_gradient):
-        item.meta.update(node.meta, kind="view", row=None)
+        item.meta[KEY] = replace(meta_of(node), kind="view")
     bias.replace_all_uses_with(bias_gradient)
     node.graph.erase_node(bias)
 
 
 def _lower_add_bias(node: fx.Node) -> None:
     """A bias whose GEMM another backend took."""
-    ops.replace_node(node, add_channels, (*node.args, node.meta["layer"].channel_dim))
+    ops.replace_node(node, add_channels, (*node.args, meta_of(node).layer.channel_dim))
 
 
 def _lower_bias_gradient(node: fx.Node) -> None:

@@ -1,15 +1,16 @@
 """Nodes that a GEMM takes into itself: what masks its weight, and what prunes its gradient.
 
-`node.meta["fused"]` then is the plan row of the node that is gone, and `node.meta["fused_operand"]` gives what it gave.
+`NodeMeta.fused` then has the plan row of the node that is gone, and computes what it computed.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import Fused, row_of, update_meta
 
 Rule = tuple[Any, ...]
 """Operator, N, M, axis and key of a prune node."""
@@ -21,7 +22,7 @@ def take_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     assert isinstance(pruned, fx.Node)
     if pruned.target is not ops.apply_mask or len(pruned.users) > 1:
         return pruned, None
-    node.meta.update(fused=pruned.meta["row"], fused_operand=_masked_weight)
+    _fuse(node, pruned, _masked_weight)
     weight, mask = pruned.args
     assert isinstance(weight, fx.Node) and isinstance(mask, fx.Node)
     node.args = (node.args[0], weight, *node.args[2:])
@@ -36,7 +37,7 @@ def pruned_alone(node: fx.Node) -> fx.Node | None:
     return pruned if pruned.target is ops.prune and len(pruned.users) == 1 else None
 
 
-def take_pruning(node: fx.Node, pruned: fx.Node, prune: Callable[..., Any]) -> tuple[fx.Node, Rule]:
+def take_pruning(node: fx.Node, pruned: fx.Node, prune: Callable[..., Tensor]) -> tuple[fx.Node, Rule]:
     """The gradient that `pruned` would prune, and how.
 
     Args:
@@ -46,16 +47,22 @@ def take_pruning(node: fx.Node, pruned: fx.Node, prune: Callable[..., Any]) -> t
     """
     dense, operator, n_keep, block, axis, _, *key = pruned.args
     assert isinstance(dense, fx.Node)
-    node.meta.update(fused=pruned.meta["row"], fused_operand=partial(_pruned_gradient, prune))
+    _fuse(node, pruned, partial(_pruned_gradient, prune))
     node.args = (dense, *node.args[1:])
     node.graph.erase_node(pruned)
     return dense, (operator, n_keep, block, axis, *(key or (None,)))
 
 
-def _masked_weight(_: Any, weight: Any, mask: Any, *rest: Any) -> Any:
+def _fuse(node: fx.Node, pruned: fx.Node, operand: Callable[..., Tensor]) -> None:
+    row = row_of(pruned)
+    assert row is not None
+    update_meta(node, fused=Fused(row, operand))
+
+
+def _masked_weight(_: Tensor, weight: Tensor, mask: Tensor, *rest: object) -> Tensor:
     return ops.apply_mask(weight, mask)
 
 
-def _pruned_gradient(prune: Callable[..., Any], gradient: Any, _: Any, *rule_and_rest: Any) -> Any:
+def _pruned_gradient(prune: Callable[..., Tensor], gradient: Tensor, _: Tensor, *rule_and_rest: Any) -> Tensor:
     operator, n_keep, block, axis, key = rule_and_rest[:5]
     return prune(gradient, operator, n_keep, block, axis, -1, key)

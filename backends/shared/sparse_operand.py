@@ -5,12 +5,13 @@ from typing import Any
 from torch import fx
 
 from nmcompile.ir import operations as ops
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.node_meta import kind_of, row_of
+from nmcompile.ir.plan import Axis, PlanRow
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import NMPattern
 
 # Its position in the node's arguments, and the axes along which its blocks may run.
-OPERAND: dict[Any, tuple[int, frozenset[str]]] = {
+OPERAND: dict[Any, tuple[int, frozenset[Axis]]] = {
     ops.gemm_forward: (1, frozenset({"in"})),
     ops.gemm_backward: (1, frozenset({"out"})),
     ops.gemm_update: (0, frozenset({"auto", "batch", "flat"})),
@@ -20,10 +21,9 @@ OPERAND: dict[Any, tuple[int, frozenset[str]]] = {
 def pruned_row(node: fx.Node) -> PlanRow | None:
     """The plan row that pruned the operand of a GEMM node that is not lowered yet, on a grid or not."""
     operand: Any = node.args[OPERAND[node.target][0]]
-    while operand.meta.get("kind") == "quantize":
+    while kind_of(operand) == "quantize":
         operand = operand.args[0]
-    row: PlanRow | None = operand.meta.get("row")
-    return row
+    return row_of(operand)
 
 
 def operand_support(node: fx.Node) -> Support:

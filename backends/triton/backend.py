@@ -8,6 +8,7 @@ from nmcompile.backends.triton.operators import MASK_KERNEL, triton_prune
 from nmcompile.backends.triton.support import operator_support, triton_support
 from nmcompile.ir import operations as ops
 from nmcompile.ir.grouping import grouped
+from nmcompile.ir.node_meta import row_of, update_meta
 from nmcompile.ir.protocols import Support
 from nmcompile.pruning import NMPattern
 
@@ -35,22 +36,22 @@ class TritonBackend:
 
     def lower(self, node: fx.Node) -> None:
         if node.target is ops.apply_mask:
-            node.meta.update(mask_kernel(node))
+            update_meta(node, mask_kernel=mask_kernel(node))
         else:
             ops.replace_node(node, prune, node.args)
 
 
 def mask_support(node: fx.Node) -> Support:
     """Whether there is a kernel for the mask that a node applies to a weight."""
-    row = node.meta.get("row")
+    row = row_of(node)
     if row is None or (row.operator, row.pattern) != ("transposable", NMPattern(2, 4)):
         return Support(False, "no Triton kernel for masks but exact transposable ones of 2:4")
     return Support(True)
 
 
-def mask_kernel(node: fx.Node) -> dict[str, str]:
-    """For the meta of what applies that mask: the kernel that computes it, outside the graph, when it is refreshed."""
-    return {"mask_kernel": MASK_KERNEL} if mask_support(node).ok and triton_support().ok else {}
+def mask_kernel(node: fx.Node) -> str:
+    """Name the kernel that computes the mask that a node applies; empty where the reference does."""
+    return MASK_KERNEL if mask_support(node).ok and triton_support().ok else ""
 
 
 def prune(

@@ -17,6 +17,7 @@ from nmcompile.checks import check_compiled
 from nmcompile.config import Phase
 from nmcompile.errors import CalibrationError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.node_meta import row_of
 from nmcompile.quantization import Histogram
 from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.three_gemm.find_triples import triples_of
@@ -179,7 +180,7 @@ class _Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.target is ops.to_accumulator:
             return self.env[n.all_input_nodes[0]]
-        row = n.meta.get("row")
+        row = row_of(n)
         if row is None or not row.is_quantized or row.operand not in self.steps:
             return super().run_node(n)
         x = self.env[n.all_input_nodes[0]]

@@ -18,7 +18,8 @@ from nmcompile.files.open_onnx import open_onnx
 from nmcompile.files.read_weights import read_weights
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.node_meta import find_meta
+from nmcompile.ir.plan import Axis, Operand, PlanRow
 from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
 from nmcompile.three_gemm.effective_weight import effective_weight
@@ -39,8 +40,8 @@ class TensorCheck:
     """One tensor along one axis: how many of its blocks hold more than N non-zeros."""
 
     name: str
-    operand: str
-    axis: str
+    operand: Operand
+    axis: Axis
     pattern: NMPattern
     blocks: int
     violations: int
@@ -165,12 +166,12 @@ def mask_checks(weight: Tensor, mask: WeightMask) -> Iterator[TensorCheck]:
     """Check a tensor of a weight's shape for what the mask promises: its pattern along in, or along both."""
     layer: Layer = mask.layer
     yield _check(mask.name, "weight", "in", weight.detach(), mask.pattern, layer.in_dim)
-    if mask.operator.startswith("transposable"):
+    if mask.is_transposable:
         by_group = weight.detach().unflatten(layer.out_dim, (layer.groups, -1))
         yield _check(mask.name, "weight", "out", by_group, mask.pattern, layer.out_dim + 1)
 
 
-def _check(name: str, operand: str, axis: str, x: Tensor, pattern: NMPattern, dim: int) -> TensorCheck:
+def _check(name: str, operand: Operand, axis: Axis, x: Tensor, pattern: NMPattern, dim: int) -> TensorCheck:
     blocks = -(-x.shape[dim] // pattern.block) * (x.numel() // max(1, x.shape[dim]))
     return TensorCheck(name, operand, axis, pattern, blocks, count_violations(x, pattern, dim))
 
@@ -194,13 +195,15 @@ class _Checker(fx.Interpreter):
         self.checks = checks
 
     def run_node(self, n: fx.Node) -> Any:
-        result, row = super().run_node(n), n.meta.get("row")
-        if "fused" in n.meta:
+        result, meta = super().run_node(n), find_meta(n)
+        if meta is None or meta.planned is None or not meta.planned.is_sparse:
+            return result
+        if meta.fused is not None:
             # The GEMM prunes the operand while it reads it.
-            self._look_at(n.meta["fused"], n.meta["fused_operand"](*self.fetch_args_kwargs_from_env(n)[0]))
+            self._look_at(meta.planned, meta.fused.operand(*self.fetch_args_kwargs_from_env(n)[0]))
         # The mask of an input carries the row too, but is no operand.
-        elif row is not None and row.is_sparse and isinstance(result, Tensor) and result.dtype != torch.bool:
-            self._look_at(row, result)
+        elif isinstance(result, Tensor) and result.dtype != torch.bool:
+            self._look_at(meta.planned, result)
         return result
 
     def _look_at(self, row: PlanRow, operand: Tensor) -> None:
@@ -209,7 +212,7 @@ class _Checker(fx.Interpreter):
         self.checks.append(_check(self.where, row.operand, row.axis, view, row.pattern, dim))
 
 
-def _along(x: Tensor, operand: str, axis: str, layer: Layer, pattern: NMPattern) -> tuple[Tensor, int]:
+def _along(x: Tensor, operand: Operand, axis: Axis, layer: Layer, pattern: NMPattern) -> tuple[Tensor, int]:
     if operand != "weight":
         view, dim, _ = grouped(x, "channels" if axis in ("in", "out") else axis, layer.channel_dim, pattern.block)
         return view, dim

@@ -7,6 +7,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import ExportError, PassError
 from nmcompile.export.deployed_layer import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.captured import Site
+from nmcompile.ir.plan import Operand
 from nmcompile.pruning import NMPattern
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
@@ -65,7 +66,7 @@ def _plain(model: nn.Module, site: Site) -> DeployedLayer:
     return DeployedLayer(site.layer, DeployedWeight(site.weight, None, weight.detach()))
 
 
-def _activation(triple: GemmTriple, operand: str, step: ActivationStep | None) -> DeployedActivation:
+def _activation(triple: GemmTriple, operand: Operand, step: ActivationStep | None) -> DeployedActivation:
     pattern = _pattern(triple, operand)
     if step is None:
         return DeployedActivation(pattern)
@@ -73,6 +74,6 @@ def _activation(triple: GemmTriple, operand: str, step: ActivationStep | None) -
     return DeployedActivation(pattern, step.grid, float(step.current()))
 
 
-def _pattern(triple: GemmTriple, operand: str) -> NMPattern | None:
+def _pattern(triple: GemmTriple, operand: Operand) -> NMPattern | None:
     row = triple.graphs.plan.find(Phase.FORWARD, operand)
     return None if row is None else row.pattern

@@ -1,9 +1,7 @@
 """The targets of the nodes in the three graphs.
 
 `apply_mask`, `prune` and `to_grid` compute; the GEMM and bias operations only name what is to be computed, and a
-backend replaces them (`LoweringError` if it did not). `node.meta` holds the `kind` (`gemm`, `prune`, `quantize`,
-`bias`, `view`), the `layer`, the `phase`, and for a prune or quantize node the plan `row`. A GEMM that masks its second
-argument itself, with its third, has that row as `fused`.
+backend replaces them (`LoweringError` if it did not). Every node carries a `NodeMeta`.
 """
 
 from typing import Any
@@ -11,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nmcompile.config import Phase
 from nmcompile.errors import LoweringError
 from nmcompile.ir.grouping import grouped
-from nmcompile.ir.layers import Layer
+from nmcompile.ir.node_meta import KEY, NodeMeta
 from nmcompile.pruning import OPERATORS, NMPattern
 from nmcompile.quantization import Grid, integers
 from nmcompile.weight_cache import FROZEN, WeightCache, content_at_rest, is_cacheable
 
 _masked: WeightCache[Tensor] = WeightCache()
-KINDS = ("prune", "quantize", "gemm", "bias", "view")
 
 
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
@@ -129,19 +125,10 @@ def bias_gradient(grad_output: Tensor) -> Tensor:
     raise LoweringError("a bias_gradient node was executed, but no backend has lowered it")
 
 
-def add_node(
-    graph: fx.Graph,
-    kind: str,
-    layer: Layer,
-    phase: Phase,
-    name: str,
-    target: Any,
-    args: tuple[Any, ...],
-    row: Any = None,
-) -> fx.Node:
-    """Append a node with the meta that later passes, backends and reports read."""
+def add_node(graph: fx.Graph, meta: NodeMeta, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """Append a node with the record that later passes, backends and reports read."""
     node = graph.create_node("call_function", target, args, {}, name=name)
-    node.meta.update(kind=kind, layer=layer, phase=phase, row=row)
+    node.meta[KEY] = meta
     return node
 
 

@@ -2,31 +2,35 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from nmcompile.config import Phase
+from nmcompile.config import TRANSPOSABLE, Phase
 from nmcompile.ir.layers import Layer
 from nmcompile.printable import printable
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.quantization import Grid
 
-READ = ("weight", "input", "grad_output")
+Operand = Literal["weight", "input", "grad_output", "output"]
+READ: tuple[Operand, ...] = ("weight", "input", "grad_output")
 """The operands that a GEMM reads."""
+
+Axis = Literal["in", "out", "batch", "flat", "auto"]
+"""Along what blocks run: channels or features (in, out), the batch, or the flattened tokens or positions."""
 
 
 @dataclass(frozen=True)
 class PlanRow:
     """One operator on one operand of a GEMM, or the reason why that GEMM runs dense (`operand` is then None).
 
-    A pruning row has a `pattern` and an `axis`, which says along what the blocks run: `in` or `out` (channels or
-    features), `batch`, `flat` or `auto`. A quantization row has a `grid`.
+    A pruning row has a `pattern` and an `axis`, a quantization row has a `grid`.
     """
 
     layer: str
     phase: Phase
-    operand: str | None = None
+    operand: Operand | None = None
     operator: str | None = None
     pattern: NMPattern | None = None
-    axis: str | None = None
+    axis: Axis | None = None
     grid: Grid | None = None
     reason: str = ""
 
@@ -37,6 +41,11 @@ class PlanRow:
     @property
     def is_quantized(self) -> bool:
         return self.grid is not None
+
+    @property
+    def is_transposable(self) -> bool:
+        """Whether the row's mask is N:M along both axes of the weight."""
+        return self.operator in TRANSPOSABLE
 
     def __str__(self) -> str:
         if self.operand is None:
@@ -64,11 +73,11 @@ class LayerPlan:
     def rows_of(self, phase: Phase) -> tuple[PlanRow, ...]:
         return tuple(row for row in self.rows if row.phase is phase)
 
-    def find(self, phase: Phase, operand: str) -> PlanRow | None:
+    def find(self, phase: Phase, operand: Operand) -> PlanRow | None:
         """The row that prunes `operand` (`weight`, `input`, `grad_output`) in a phase, if there is one."""
         return next((row for row in self.rows_of(phase) if row.operand == operand and row.is_sparse), None)
 
-    def grid_row(self, operand: str) -> PlanRow | None:
+    def grid_row(self, operand: Operand) -> PlanRow | None:
         """The row that quantizes `weight` or `input` in the forward GEMM, if there is one."""
         rows = self.rows_of(Phase.FORWARD)
         return next((row for row in rows if row.operand == operand and row.is_quantized), None)

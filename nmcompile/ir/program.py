@@ -13,6 +13,7 @@ from nmcompile.config import Phase
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
+from nmcompile.ir.node_meta import NodeMeta, find_meta
 from nmcompile.ir.plan import LayerPlan, Plan
 
 
@@ -36,24 +37,25 @@ class ThreeGraphs:
     def __getitem__(self, phase: Phase) -> fx.GraphModule:
         return self.graphs[phase]
 
+    def metas(self, phase: Phase) -> Iterator[NodeMeta]:
+        """Yield the record of each call node, in the order of the graph."""
+        found = (find_meta(node) for node in self[phase].graph.nodes)
+        return (meta for meta in found if meta is not None)
+
     def kernels(self) -> dict[Phase, str]:
         """Which backend runs which kind of node, phase by phase: `"prune: cpu, gemm: reference"`."""
-        marked = {phase: [node.meta for node in graph.graph.nodes if "backend" in node.meta] for phase, graph in self}
         return {
-            phase: ", ".join(kernel for meta in metas for kernel in _kernels(meta)) for phase, metas in marked.items()
+            phase: ", ".join(name for meta in self.metas(phase) for name in _kernels(meta)) for phase in self.graphs
         }
 
     def choices(self) -> dict[Phase, Choice]:
         """The kernel that each GEMM ran last, where a backend chose one and the GEMM ran."""
-        asked = {
-            phase: node.meta["choice"]() for phase, graph in self for node in graph.graph.nodes if "choice" in node.meta
-        }
+        asked = {phase: meta.choice() for phase in self.graphs for meta in self.metas(phase) if meta.choice is not None}
         return {phase: choice for phase, choice in asked.items() if choice is not None}
 
     def mask_kernel(self) -> str:
         """The operator that a backend computes the weight's mask with, `"namespace::name"`; empty for the reference."""
-        metas = (node.meta for node in self[Phase.FORWARD].graph.nodes)
-        return next((meta["mask_kernel"] for meta in metas if "mask_kernel" in meta), "")
+        return next((meta.mask_kernel for meta in self.metas(Phase.FORWARD) if meta.mask_kernel), "")
 
     def __iter__(self) -> Iterator[tuple[Phase, fx.GraphModule]]:
         return iter(self.graphs.items())
@@ -68,10 +70,11 @@ class ThreeGraphs:
         self.__dict__.update(state | {"graphs": modules})
 
 
-def _kernels(meta: dict[str, Any]) -> Iterator[str]:
-    if "fused" in meta:
-        yield f"prune: {meta['backend']}"
-    yield f"{meta['kind']}: {meta['backend']}"
+def _kernels(meta: NodeMeta) -> Iterator[str]:
+    if meta.fused is not None:
+        yield f"prune: {meta.backend}"
+    if meta.backend:
+        yield f"{meta.kind}: {meta.backend}"
 
 
 @dataclass

@@ -52,4 +52,4 @@ class Backend(Protocol):
         """Whether `lower` can take this node (kind `gemm`, `prune` or `bias`)."""
 
     def lower(self, node: fx.Node) -> None:
-        """Replace the node in its graph; kind and plan row in `node.meta` move to the replacement."""
+        """Replace the node in its graph; its `NodeMeta` moves to the replacement."""

@@ -8,29 +8,29 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.errors import PostconditionError
 from nmcompile.ir import operations as ops
-from nmcompile.ir.operations import KINDS
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.node_meta import find_meta, kind_of, nodes_of_kind, row_of
+from nmcompile.ir.plan import READ, Operand, PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 
+Operands = tuple[Operand, ...]
 CALLER = {"input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step"}
-OPERANDS = ("weight", "input", "grad_output")
-PRUNED = {"expand-gemms": (), "prune-weights": ("weight",), "prune-inputs": ("weight", "input")}
+PRUNED: dict[str, Operands] = {"expand-gemms": (), "prune-weights": ("weight",), "prune-inputs": ("weight", "input")}
 """The operands that are pruned once a pass has run; after every later pass all are."""
 BEFORE = ("expand-gemms", "prune-weights", "prune-inputs", "prune-gradients")
-QUANTIZED = dict.fromkeys(BEFORE, ()) | {"quantize-weights": ("weight",)}
+QUANTIZED: dict[str, Operands] = dict.fromkeys(BEFORE, ()) | {"quantize-weights": ("weight",)}
 """The same of quantized operands."""
 BIASES = ("quantize-biases", "quantize-outputs", "lower-nodes")
 """The passes after which the biases are rounded too."""
 OUTPUTS = ("quantize-outputs", "lower-nodes")
 """The passes after which the outputs are pruned and quantized too."""
-READS = {Phase.FORWARD: ("weight", "input"), Phase.BACKWARD: ("weight",), Phase.UPDATE: ()}
+READS: dict[Phase, Operands] = {Phase.FORWARD: ("weight", "input"), Phase.BACKWARD: ("weight",), Phase.UPDATE: ()}
 """What the GEMM of each phase quantizes by itself; the update GEMM is handed the quantized input."""
 
 
 def verify_graphs(program: Program, after: str) -> None:
     """Check every graph of a program.
 
-    1. fx's own lint passes, and every call node says what kind it is and of which layer.
+    1. fx's own lint passes, and every call node carries a `NodeMeta` of its layer and phase.
     2. There is exactly one GEMM in each graph.
     3. A placeholder of forward comes from the caller; one of backward or update is `grad_output`, `key`, something
        that forward was given, or something that forward saved.
@@ -59,10 +59,10 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
     except RuntimeError as error:
         return f"fx's lint fails: {error}"
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    unmarked = [node.name for node in calls if node.meta.get("kind") not in KINDS or "layer" not in node.meta]
-    if unmarked:
-        return f"node {unmarked[0]!r} has no kind or layer"
-    gemms = sum(node.meta["kind"] == "gemm" for node in calls)
+    strange = [node.name for node in calls if not _belongs(node, three, phase)]
+    if strange:
+        return f"node {strange[0]!r} carries no NodeMeta of this layer and phase"
+    gemms = sum(kind_of(node) == "gemm" for node in calls)
     if gemms != 1:
         return f"{gemms} GEMM nodes, expected 1"
     known = CALLER if phase is Phase.FORWARD else CALLER | {"grad_output", "key", *three.saved}
@@ -78,28 +78,36 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
     return "" if returned == expected else f"{returned} outputs, expected {expected}"
 
 
+def _belongs(node: fx.Node, three: ThreeGraphs, phase: Phase) -> bool:
+    meta = find_meta(node)
+    return meta is not None and (meta.layer, meta.phase) == (three.layer, phase)
+
+
 def _plan_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, after: str) -> str:
     if phase is Phase.FORWARD:
         is_rounded = any(node.target is ops.to_accumulator for node in graph.nodes)
         if is_rounded != (three.plan.rounds_bias and after in BIASES):
             return f"its bias is {'' if is_rounded else 'not '}rounded, which is not what is planned"
-    gemm = next(node for node in graph.nodes if node.meta.get("kind") == "gemm")
+    gemm = next(nodes_of_kind(graph, "gemm"))
     results: Any = graph.output_node().args[0]
     marked = _marked(gemm)
     if phase is Phase.FORWARD:
         marked += [node for node in _marked(results[0]) if node not in marked]
     planned = set(_planned(three, phase, after))
-    found = {node.meta["row"] for node in marked}
+    found = {row for node in marked if (row := row_of(node)) is not None}
     for row in planned - found:
         return f"the GEMM does not read what is planned: {row}"
     for row in found - planned:
         return f"the GEMM reads what is not planned: {row}"
-    different = [node for node in marked if _options(node) not in (None, _planned_options(node.meta["row"]))]
-    return f"node {different[0].name!r} is not what is planned: {different[0].meta['row']}" if different else ""
+    for node in marked:
+        row = row_of(node)
+        if row is not None and _options(node) not in (None, _planned_options(row)):
+            return f"node {node.name!r} is not what is planned: {row}"
+    return ""
 
 
 def _planned(three: ThreeGraphs, phase: Phase, after: str) -> Iterator[PlanRow]:
-    pruned, quantized = PRUNED.get(after, OPERANDS), QUANTIZED.get(after, OPERANDS)
+    pruned, quantized = PRUNED.get(after, READ), QUANTIZED.get(after, READ)
     yield from (row for row in three.plan.rows_of(phase) if row.is_sparse and row.operand in pruned)
     grids = (three.plan.grid_row(operand) for operand in READS[phase] if operand in quantized)
     yield from (row for row in grids if row is not None)
@@ -109,7 +117,7 @@ def _planned(three: ThreeGraphs, phase: Phase, after: str) -> Iterator[PlanRow]:
 
 def _marked(node: fx.Node) -> list[fx.Node]:
     """The prune and quantize nodes that a node depends on, itself included."""
-    return [n for n in {node, *_sources(node)} if n.meta.get("kind") in ("prune", "quantize")]
+    return [n for n in {node, *_sources(node)} if kind_of(n) in ("prune", "quantize")]
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:

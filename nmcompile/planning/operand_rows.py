@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from nmcompile.config import LayerConfig, Phase, Pruning
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.plan import Axis, Operand, PlanRow
 from nmcompile.quantization import Grid
 
 ARRIVES = "its input is pruned and quantized where it arises"
@@ -40,7 +40,8 @@ class OperandPlanner:
             yield PlanRow(name, Phase.FORWARD, "input", clip, grid=grid)
 
     def _forward_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
-        for operand, pruning in (("weight", asked.weight), ("input", asked.input)):
+        operands: tuple[tuple[Operand, Pruning | None], ...] = ("weight", asked.weight), ("input", asked.input)
+        for operand, pruning in operands:
             if pruning is None:
                 continue
             if not self.layer.fits_forward(pruning.pattern):
@@ -54,7 +55,7 @@ class OperandPlanner:
 
     def _weight_operator(self, pruning: Pruning) -> Pruning:
         """Row-wise where the out-channels do not take tiles: the forward GEMM is sparse, the backward GEMM is not."""
-        if pruning.operator.startswith("transposable") and not self.layer.fits_backward(pruning.pattern):
+        if pruning.is_transposable and not self.layer.fits_backward(pruning.pattern):
             return Pruning("greedy", pruning.pattern)
         return pruning
 
@@ -68,7 +69,7 @@ class OperandPlanner:
         if weight is not None:
             if not self.layer.fits_forward(weight.pattern):
                 yield self._dense(Phase.BACKWARD, _misfit("in", self.layer, weight))
-            elif not weight.operator.startswith("transposable"):
+            elif not weight.is_transposable:
                 yield self._dense(Phase.BACKWARD, "a row-wise mask is not N:M along out: dense on the masked weight")
             elif not self.layer.fits_backward(weight.pattern):
                 yield self._dense(Phase.BACKWARD, f"{_misfit('out', self.layer, weight)}; the mask is row-wise")
@@ -80,7 +81,7 @@ class OperandPlanner:
         if gradient is not None:
             yield self._sparse(Phase.UPDATE, "grad_output", gradient, gradient.group)
 
-    def _sparse(self, phase: Phase, operand: str, pruning: Pruning, axis: str) -> PlanRow:
+    def _sparse(self, phase: Phase, operand: Operand, pruning: Pruning, axis: Axis) -> PlanRow:
         return PlanRow(self.layer.name, phase, operand, pruning.operator, pruning.pattern, axis)
 
     def _dense(self, phase: Phase, reason: str) -> PlanRow:

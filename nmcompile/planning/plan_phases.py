@@ -167,8 +167,7 @@ class _LayerPlanner:
 
     def _fits_both_axes(self, pruning: Pruning) -> bool:
         pattern = pruning.pattern
-        is_transposable = pruning.operator.startswith("transposable")
-        return is_transposable and self.layer.fits_forward(pattern) and self.layer.fits_backward(pattern)
+        return pruning.is_transposable and self.layer.fits_forward(pattern) and self.layer.fits_backward(pattern)
 
     def _phase_rows(self, phase: Phase, asked: LayerConfig, given: LayerConfig, reason: str) -> Iterator[PlanRow]:
         """At least one row; `reason` is why the layer does not get all that it was given."""

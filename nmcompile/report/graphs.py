@@ -5,6 +5,7 @@ from typing import Any
 from torch import fx
 
 from nmcompile.config import Phase
+from nmcompile.ir.node_meta import meta_of
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.printable import printable
 
@@ -23,8 +24,8 @@ def _format(phase: Phase, graph: fx.Graph) -> str:
     for node in graph.nodes:
         if node.op == "call_function":
             call = f"{getattr(node.target, '__name__', node.target)}({', '.join(map(str, node.args))})"
-            row = node.meta.get("row") or node.meta.get("fused")
-            lines.append(f"  {node.name:<20} {node.meta.get('kind', ''):<6} {call}" + (f"    # {row}" if row else ""))
+            meta = meta_of(node)
+            lines.append(f"  {node.name:<20} {meta.kind:<6} {call}" + (f"    # {meta.planned}" if meta.planned else ""))
     return "\n".join(printable(line, LONGEST_LINE) for line in lines)
 
 

@@ -13,7 +13,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.plan import READ, LayerPlan, PlanRow, Reverted
+from nmcompile.ir.plan import READ, LayerPlan, Operand, PlanRow, Reverted
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.printable import in_markdown, printable, table
 from nmcompile.report.coverage import all_parameters, covered_parameters, uncaptured_parameters
@@ -22,7 +22,7 @@ from nmcompile.report.graphs import format_three_graphs, inline_forward
 SCHEMA_VERSION = 1
 BITS = 32
 LONGEST_REASON = 1000  # characters
-OPERANDS = {"weight": "W", "input": "X", "output": "Y", "grad_output": "dY"}
+OPERANDS: dict[Operand, str] = {"weight": "W", "input": "X", "output": "Y", "grad_output": "dY"}
 
 
 @dataclass(frozen=True)
@@ -261,8 +261,8 @@ class Report:
         """What the choice of kernels gained, or that there was none."""
         choices = [choice for layer in self.layers for choice in layer.choices.values()]
         measured = [choice for choice in choices if choice.speedup is not None]
-        nodes = (node for layer in self.layers for _, graph in layer.graphs.three for node in graph.graph.nodes)
-        if not choices and any("choice" in node.meta for node in nodes):
+        metas = (meta for layer in self.layers for phase in Phase for meta in layer.graphs.three.metas(phase))
+        if not choices and any(meta.choice is not None for meta in metas):
             return "Sparse or dense kernels are chosen when their GEMM first runs; no speed-up is claimed before."
         sparse = [choice for choice in choices if choice.kernel != "dense"]
         if not sparse:
@@ -314,7 +314,7 @@ def _note(layer: LayerReport) -> str:
 
 
 def _cell(rows: tuple[PlanRow, ...]) -> str:
-    cells: dict[str, str] = {}
+    cells: dict[Operand, str] = {}
     for row in rows:
         if row.operand is not None:
             cell = cells.get(row.operand, OPERANDS[row.operand])

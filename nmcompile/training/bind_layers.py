@@ -81,7 +81,7 @@ class TripleFactory:
         if key not in self.masks:
             self.masks[key] = self._new_mask(site, row, weight)
         mask = self.masks[key]
-        fits = mask.layer.in_dim == site.layer.in_dim or mask.operator.startswith("transposable")
+        fits = mask.layer.in_dim == site.layer.in_dim or row.is_transposable
         if (mask.operator, mask.pattern) != (row.operator, row.pattern) or not fits:
             raise ConfigError(
                 f"layers {mask.layer.name!r} and {site.layer.name!r} share one weight, but are to be pruned as "
@@ -124,7 +124,7 @@ def _meets(kept: Tensor, mask: WeightMask) -> bool:
     if kept.shape != mask.tensor.shape:
         return False
     layer = mask.layer
-    dims = [layer.in_dim] + ([layer.out_dim] if mask.operator.startswith("transposable") else [])
+    dims = [layer.in_dim] + ([layer.out_dim] if mask.is_transposable else [])
     return all(count_violations(kept, mask.pattern, dim) == 0 for dim in dims)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmcompile.config import TRANSPOSABLE
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.layers import Layer
 from nmcompile.printable import printable
@@ -78,6 +79,11 @@ class WeightMask:
         self.clock = WeightClock()
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
         live_masks.add(self)
+
+    @property
+    def is_transposable(self) -> bool:
+        """Whether the mask is N:M along out too."""
+        return self.operator in TRANSPOSABLE
 
     def current(self, weight: Tensor, content: Content | None, is_trained: bool = False) -> Tensor:
         """Return the mask, rebuilt from `weight` (bool, its shape) if it is stale; see `MaskSource`.

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import nmcompile
 from nmcompile import CompileConfig, Phase, ThreeGemm, presets
+from nmcompile.ir.node_meta import meta_of, nodes_of_kind
 
 ALL = CompileConfig(ends="sparse")
 
@@ -191,8 +192,7 @@ def test_three_graph_modules(net: Net) -> None:
     }
     for phase, module in graphs.items():
         assert isinstance(module, fx.GraphModule)
-        gemms = [node for node in module.graph.nodes if node.meta.get("kind") == "gemm"]
-        assert [node.meta["phase"] for node in gemms] == [phase]
+        assert [meta_of(node).phase for node in nodes_of_kind(module.graph, "gemm")] == [phase]
 
 
 def test_optimizer_made_before_trains_the_result(net: Net, x: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Which GEMM nodes the CPU backend takes, and what it says of the others."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from nmcompile.backends.cpu.linear import linear_forward
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.node_meta import meta_of, nodes_of_kind
 from nmcompile.pruning import NMPattern
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
@@ -19,20 +22,18 @@ def gemm_backends(config: LayerConfig, layer: nn.Module) -> dict[Phase, str]:
     """The backend of each phase's GEMM."""
     compiled = nmcompile.compile(layer, "dense", config=CompileConfig(layers={"_default": config}, ends="sparse"))
     graphs = nmcompile.inspect(compiled).layers[0].graphs
-    nodes = {phase: graphs[phase].graph.nodes for phase in Phase}
-    return {
-        phase: next(n.meta["backend"] for n in found if n.meta.get("kind") == "gemm") for phase, found in nodes.items()
-    }
+    return {phase: meta_of(next(nodes_of_kind(graphs[phase].graph, "gemm"))).backend for phase in Phase}
 
 
-def refusals(config: LayerConfig, layer: nn.Module, phase: Phase) -> str:
+def refusal_of(config: LayerConfig, layer: nn.Module, phase: Phase) -> str:
     compiled = nmcompile.compile(layer, "dense", config=CompileConfig(layers={"_default": config}, ends="sparse"))
     graph = nmcompile.inspect(compiled).layers[0].graphs[phase].graph
-    reason: str = next(n.meta["refusals"]["cpu"] for n in graph.nodes if n.meta.get("kind") == "gemm")
-    return reason
+    (refusal,) = meta_of(next(nodes_of_kind(graph, "gemm"))).refusals
+    assert refusal.backend == "cpu"
+    return refusal.reason
 
 
-def pruning(operator: str, pattern: str, group: str = "auto") -> Pruning:
+def pruning(operator: str, pattern: str, group: Literal["auto", "batch", "flat"] = "auto") -> Pruning:
     return Pruning(operator, NMPattern.parse(pattern), group)
 
 
@@ -64,7 +65,7 @@ def test_a_row_wise_mask_is_sparse_forward_only() -> None:
     ],
 )
 def test_refusals_say_why(config: LayerConfig, layer: nn.Module, phase: Phase, words: str) -> None:
-    assert words in refusals(config, layer, phase)
+    assert words in refusal_of(config, layer, phase)
 
 
 def test_the_mask_is_applied_by_the_gemm_itself() -> None:

@@ -14,8 +14,11 @@ from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.prune import WORD, cpu_prune, cpu_prune_out, prune_natively
 from nmcompile.backends.cpu.prune_packed import cpu_prune_packed, cpu_prune_packed_out
+from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, OperandError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.layers import LinearLayer
+from nmcompile.ir.node_meta import KEY, NodeMeta, meta_of
 from nmcompile.native import INSTRUCTION_SETS, kernels
 from nmcompile.pruning import OPERATORS, draw_key, mvue
 from nmcompile.pruning.packed import Packed, pack, two_of_four, unpack
@@ -329,7 +332,7 @@ def prune_node(*args: Any) -> fx.Node:
     x, key = graph.placeholder("x"), graph.placeholder("key")
     node = graph.call_function(ops.prune, (x, *args, key))
     graph.output(node)
-    node.meta["kind"] = "prune"
+    node.meta[KEY] = NodeMeta("prune", LinearLayer("a", (8, 8), has_bias=False), Phase.UPDATE)
     return node
 
 
@@ -345,7 +348,7 @@ def test_lowered_nodes_compute_the_same(axis: str, shape: tuple[int, ...], chann
     expected = ops.prune(x, operator, 2, 4, axis, channel_dim, drawn)
     assert backend.supports(node).ok
     backend.lower(node)
-    assert node.target is prune_natively and node.meta["kind"] == "prune"
+    assert node.target is prune_natively and meta_of(node).kind == "prune"
     module = fx.GraphModule({}, node.graph)
     assert_same_bits(module(x, drawn), expected)
     assert_same_bits(copy.deepcopy(module)(x, drawn), expected)

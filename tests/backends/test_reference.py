@@ -13,6 +13,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import LoweringError
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import conv_layer
+from nmcompile.ir.node_meta import kind_of, meta_of
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.ir.protocols import Support
 from tests.conformance.gemms import LAYERS, assert_within_rounding, lowered_graphs, operands, run, sums
@@ -98,7 +99,7 @@ def test_it_takes_every_node_on_any_machine_and_says_that_nothing_is_gained() ->
 
 
 def test_what_is_no_operation_of_the_ir_is_refused() -> None:
-    node = next(node for node in nodes(lowered_graphs(LAYERS["linear"][0])) if node.meta["kind"] == "gemm")
+    node = next(node for node in nodes(lowered_graphs(LAYERS["linear"][0])) if kind_of(node) == "gemm")
     with pytest.raises(LoweringError, match="layer 'a': node 'gemm_forward' is no operation of the IR"):
         ReferenceBackend().lower(node)
 
@@ -116,7 +117,7 @@ class TakesForward:
         return Support(node.target is ops.gemm_forward, "only forward")
 
     def lower(self, node: fx.Node) -> None:
-        layer = node.meta["layer"]
+        layer = meta_of(node).layer
         ops.replace_node(node, lambda x, w: sums(layer, x, w, torch.zeros(layer.out_features)), node.args)
 
 

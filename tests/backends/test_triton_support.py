@@ -9,7 +9,10 @@ from torch import fx
 from nmcompile.backends.triton import TritonBackend
 from nmcompile.backends.triton import operators as triton_operators
 from nmcompile.backends.triton.layout import BlockLayout, block_layout
+from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.layers import LinearLayer
+from nmcompile.ir.node_meta import KEY, NodeMeta
 from nmcompile.pruning import mvue, transposable_mask
 from nmcompile.pruning.packed import Packed, unpack
 
@@ -20,7 +23,7 @@ def prune_node(*args: Any) -> fx.Node:
     x, key = graph.placeholder("x"), graph.placeholder("key")
     node = graph.call_function(ops.prune, (x, *args, key))
     graph.output(node)
-    node.meta["kind"] = "prune"
+    node.meta[KEY] = NodeMeta("prune", LinearLayer("a", (8, 8), has_bias=False), Phase.UPDATE)
     return node
 
 

@@ -12,6 +12,8 @@ from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, LayerConfig, Phase, preset, presets
 from nmcompile.errors import LoweringError, PostconditionError, PreconditionError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.layers import LinearLayer
+from nmcompile.ir.node_meta import KEY, Kind, Refusal, kind_of, meta_of, nodes_of_kind, row_of, update_meta
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Pass, Support
 from nmcompile.ir.verify_graphs import verify_graphs
@@ -62,9 +64,8 @@ def test_after_each_pass_the_rules_hold(default: LayerConfig, placement: str) ->
     assert len(program.layers) == 5
 
 
-def node_of(graph: fx.Graph, kind: str) -> fx.Node:
-    found: fx.Node = next(node for node in graph.nodes if node.meta.get("kind") == kind)
-    return found
+def node_of(graph: fx.Graph, kind: Kind) -> fx.Node:
+    return next(nodes_of_kind(graph, kind))
 
 
 def read_the_dense_operand(graph: fx.Graph) -> None:
@@ -88,7 +89,7 @@ def group_across_the_batch(graph: fx.Graph) -> None:
 
 def claim_another_axis(graph: fx.Graph) -> None:
     prune = node_of(graph, "prune")
-    prune.meta["row"] = replace(prune.meta["row"], axis="flat")
+    update_meta(prune, row=replace(row_of(prune), axis="flat"))  # type: ignore[type-var]
 
 
 def drop_the_gemm(graph: fx.Graph) -> None:
@@ -108,12 +109,16 @@ def ask_for_what_nobody_has(graph: fx.Graph) -> None:
         graph.placeholder("scale")
 
 
-def forget_the_kind(graph: fx.Graph) -> None:
-    del node_of(graph, "prune").meta["kind"]
+def forget_the_meta(graph: fx.Graph) -> None:
+    del node_of(graph, "prune").meta[KEY]
 
 
-def forget_the_layer(graph: fx.Graph) -> None:
-    del node_of(graph, "gemm").meta["layer"]
+def claim_another_layer(graph: fx.Graph) -> None:
+    update_meta(node_of(graph, "gemm"), layer=LinearLayer("other", (8, 8), has_bias=True))
+
+
+def claim_another_phase(graph: fx.Graph) -> None:
+    update_meta(node_of(graph, "gemm"), phase=Phase.FORWARD)
 
 
 def return_too_much(graph: fx.Graph) -> None:
@@ -136,8 +141,9 @@ BROKEN: list[tuple[Phase, Callable[[fx.Graph], None], str]] = [
     *((phase, drop_the_gemm, "0 GEMM nodes") for phase in Phase),
     *((phase, repeat_the_gemm, "2 GEMM nodes") for phase in Phase),
     *((phase, ask_for_what_nobody_has, "nothing provides placeholder 'scale'") for phase in Phase),
-    (Phase.BACKWARD, forget_the_kind, "'weight_pruned' has no kind or layer"),
-    (Phase.UPDATE, forget_the_layer, "'gemm_update' has no kind or layer"),
+    (Phase.BACKWARD, forget_the_meta, "'weight_pruned' carries no NodeMeta of this layer and phase"),
+    (Phase.UPDATE, claim_another_layer, "'gemm_update' carries no NodeMeta of this layer and phase"),
+    (Phase.UPDATE, claim_another_phase, "'gemm_update' carries no NodeMeta of this layer and phase"),
     (Phase.FORWARD, return_too_much, "2 outputs, expected 1"),
     (Phase.UPDATE, return_too_much, "3 outputs, expected 2"),
     (Phase.UPDATE, prune_after_the_gemm, "lint fails"),
@@ -165,9 +171,8 @@ def test_a_removed_input_mask_is_found_in_every_kind_of_layer(layer: str) -> Non
 
 def test_pruning_that_is_not_planned_is_found() -> None:
     program = program_of(preset("weights"), [EXPAND, *PRUNES])
-    node_of(program.layers["8"][Phase.BACKWARD].graph, "view").meta.update(
-        kind="prune", row=program.layers["8"].plan.rows_of(Phase.FORWARD)[0]
-    )
+    three = program.layers["8"]
+    update_meta(node_of(three[Phase.BACKWARD].graph, "view"), kind="prune", row=three.plan.rows_of(Phase.FORWARD)[0])
     with pytest.raises(PostconditionError, match="layer '8', backward graph: the GEMM reads what is not planned"):
         verify_graphs(program, "prune-gradients")
 
@@ -218,9 +223,9 @@ def test_unlowered_graphs_do_not_run() -> None:
 def test_lowered_nodes_name_their_backend_and_who_refused_them() -> None:
     program = program_of(preset("training"), [EXPAND, *PRUNES, LowerNodes((Refuses(), ReferenceBackend()))])
     nodes = [node for three in program.layers.values() for _, graph in three for node in graph.graph.nodes]
-    lowered = [node for node in nodes if node.meta.get("kind") in ("gemm", "prune", "bias")]
-    assert {node.meta["backend"] for node in lowered} == {"reference"}
-    assert all(node.meta["refusals"] == {"picky": "not my kind"} for node in lowered)
+    lowered = [meta_of(node) for node in nodes if kind_of(node) in ("gemm", "prune", "bias")]
+    assert {meta.backend for meta in lowered} == {"reference"}
+    assert all(meta.refusals == (Refusal(meta.kind, "picky", "not my kind"),) for meta in lowered)
     abstract = (ops.gemm_forward, ops.gemm_backward, ops.gemm_update, ops.add_bias, ops.bias_gradient)
     assert not any(node.target in abstract for node in nodes)
 

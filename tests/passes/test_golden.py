@@ -8,6 +8,7 @@ from torch import fx, nn
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.capture import capture_model
 from nmcompile.config import CompileConfig, Phase, preset
+from nmcompile.ir.node_meta import kind_of
 from nmcompile.ir.program import Program
 from nmcompile.passes import compile_passes
 from nmcompile.planning.plan_phases import plan_phases
@@ -192,7 +193,7 @@ def written(phase: Phase, graph: fx.Graph) -> list[str]:
         if node.op == "call_function":
             arguments = ", ".join(names[arg] if isinstance(arg, fx.Node) else str(arg) for arg in node.args)
             names[node] = f"#{len(lines)}"
-            lines.append(f"  {node.meta['kind']} {target_name(node)}({arguments})")
+            lines.append(f"  {kind_of(node)} {target_name(node)}({arguments})")
     returned: tuple[fx.Node, ...] = graph.output_node().args[0]  # type: ignore[assignment]
     return [*lines, f"  return {', '.join(names[node] for node in returned)}"]
 

@@ -1,6 +1,7 @@
 """What the plan prunes by default, what it leaves dense and why, and what a configuration changes."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -259,7 +260,7 @@ def test_the_default_key_replaces_the_mode_but_names_no_layer() -> None:
 
 
 @pytest.mark.parametrize("group", ["batch", "flat"])
-def test_the_update_gradient_is_grouped_as_asked(group: str) -> None:
+def test_the_update_gradient_is_grouped_as_asked(group: Literal["batch", "flat"]) -> None:
     asked = LayerConfig(update_gradient=Pruning("mvue", NMPattern(2, 4), group))
     assert rows(plan(net(), asked)["2"])["update"] == f"grad_output 2:4 mvue along {group}"
 

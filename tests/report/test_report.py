@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, Pruning, presets
 from nmcompile.errors import ConfigError
+from nmcompile.ir.node_meta import find_meta
 from nmcompile.report.report import Report
 
 BATCH, SIZE = 2, 6
@@ -164,9 +165,9 @@ def test_whole_graph_holds_the_nodes_of_every_rewritten_layer(x: Tensor) -> None
     assert isinstance(graph, fx.Graph)
     graph.lint()
     # Each weight is pruned by a node of its own or by its GEMM.
-    pruned = [node for node in graph.nodes if node.meta.get("kind") == "prune" or "fused" in node.meta]
+    pruned = [meta for meta in map(find_meta, graph.nodes) if meta is not None and (meta.kind == "prune" or meta.fused)]
     assert len(pruned) == len(MIDDLE)
-    assert {node.meta["layer"].name for node in graph.nodes if "layer" in node.meta} == set(MIDDLE)
+    assert {meta.layer.name for meta in map(find_meta, graph.nodes) if meta is not None} == set(MIDDLE)
 
 
 @pytest.mark.parametrize("style", [str, Report.to_markdown])
