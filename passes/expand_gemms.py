@@ -17,7 +17,6 @@ from nmcompile.ir.layers import ConvLayer, Layer
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import LayerPlan
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.ir.protocols import PassResult
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,9 @@ class ExpandGemms:
 
     name: ClassVar[str] = "expand-gemms"
 
-    def run(self, program: Program) -> PassResult:
+    def run(self, program: Program) -> None:
         for plan in program.plan:
             program.layers[plan.layer.name] = expand(plan)
-        return PassResult(modified=bool(program.layers))
 
 
 def expand(plan: LayerPlan) -> ThreeGraphs:

@@ -12,7 +12,7 @@ from torch import fx
 from nmcompile.errors import LoweringError
 from nmcompile.ir.node_meta import Refusal, meta_of, nodes_of_kind, update_meta
 from nmcompile.ir.program import Program
-from nmcompile.ir.protocols import Backend, PassResult
+from nmcompile.ir.protocols import Backend
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,10 @@ class LowerNodes:
     backends: tuple[Backend, ...]
     name: ClassVar[str] = "lower-nodes"
 
-    def run(self, program: Program) -> PassResult:
+    def run(self, program: Program) -> None:
         for three in program.layers.values():
             for _, module in three:
                 _lower(module, self.backends)
-        return PassResult(modified=bool(program.layers))
 
 
 def _lower(module: fx.GraphModule, backends: Sequence[Backend]) -> None:

@@ -11,7 +11,6 @@ from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import placeholder, prune_operand
 from nmcompile.pruning import OPERATORS
 
@@ -25,14 +24,11 @@ class PruneGradients:
 
     name: ClassVar[str] = "prune-gradients"
 
-    def run(self, program: Program) -> PassResult:
-        modified = False
+    def run(self, program: Program) -> None:
         for three in program.layers.values():
             for phase in (Phase.BACKWARD, Phase.UPDATE):
                 if row := three.plan.find(phase, "grad_output"):
                     _prune_gradient(three, phase, row)
-                    modified = True
-        return PassResult(modified=modified)
 
 
 def _prune_gradient(three: ThreeGraphs, phase: Phase, row: PlanRow) -> None:

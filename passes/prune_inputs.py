@@ -13,7 +13,6 @@ from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import gemm_node, placeholder, prune_operand
 
 
@@ -26,15 +25,13 @@ class PruneInputs:
 
     name: ClassVar[str] = "prune-inputs"
 
-    def run(self, program: Program) -> PassResult:
-        rows = [(three, three.plan.find(Phase.FORWARD, "input")) for three in program.layers.values()]
-        sparse = [(three, row) for three, row in rows if row is not None]
-        for three, row in sparse:
-            _prune_forward(three, row)
-            _mask_gradient(three)
-            _rename_input(three, Phase.BACKWARD)
-            _rename_input(three, Phase.UPDATE)
-        return PassResult(modified=bool(sparse))
+    def run(self, program: Program) -> None:
+        for three in program.layers.values():
+            if row := three.plan.find(Phase.FORWARD, "input"):
+                _prune_forward(three, row)
+                _mask_gradient(three)
+                _rename_input(three, Phase.BACKWARD)
+                _rename_input(three, Phase.UPDATE)
 
 
 def _prune_forward(three: ThreeGraphs, row: PlanRow) -> None:

@@ -11,7 +11,6 @@ from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import placeholder, prune_operand
 
 
@@ -26,12 +25,11 @@ class PruneWeights:
 
     name: ClassVar[str] = "prune-weights"
 
-    def run(self, program: Program) -> PassResult:
-        sparse = [three for three in program.layers.values() if three.plan.find(Phase.FORWARD, "weight")]
-        for three in sparse:
-            _mask_weight(three, Phase.FORWARD)
-            _mask_weight(three, Phase.BACKWARD)
-        return PassResult(modified=bool(sparse))
+    def run(self, program: Program) -> None:
+        for three in program.layers.values():
+            if three.plan.find(Phase.FORWARD, "weight"):
+                _mask_weight(three, Phase.FORWARD)
+                _mask_weight(three, Phase.BACKWARD)
 
 
 def _mask_weight(three: ThreeGraphs, phase: Phase) -> None:

@@ -13,7 +13,6 @@ from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import gemm_node, placeholder
 
 
@@ -23,11 +22,10 @@ class QuantizeBiases:
 
     name: ClassVar[str] = "quantize-biases"
 
-    def run(self, program: Program) -> PassResult:
-        rounded = [three for three in program.layers.values() if three.plan.rounds_bias]
-        for three in rounded:
-            _round_bias(three)
-        return PassResult(modified=bool(rounded))
+    def run(self, program: Program) -> None:
+        for three in program.layers.values():
+            if three.plan.rounds_bias:
+                _round_bias(three)
 
 
 def _round_bias(three: ThreeGraphs) -> None:

@@ -15,7 +15,6 @@ from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import gemm_node, placeholder, quantize_operand
 
 
@@ -28,15 +27,13 @@ class QuantizeInputs:
 
     name: ClassVar[str] = "quantize-inputs"
 
-    def run(self, program: Program) -> PassResult:
-        rows = [(three, three.plan.grid_row("input")) for three in program.layers.values()]
-        quantized = [(three, row) for three, row in rows if row is not None]
-        for three, row in quantized:
-            _quantize_forward(three, row)
-            _clip_gradient(three, row)
-            _reread_input(three, Phase.BACKWARD)
-            _reread_input(three, Phase.UPDATE)
-        return PassResult(modified=bool(quantized))
+    def run(self, program: Program) -> None:
+        for three in program.layers.values():
+            if row := three.plan.grid_row("input"):
+                _quantize_forward(three, row)
+                _clip_gradient(three, row)
+                _reread_input(three, Phase.BACKWARD)
+                _reread_input(three, Phase.UPDATE)
 
 
 def _quantize_forward(three: ThreeGraphs, row: PlanRow) -> None:

@@ -18,7 +18,6 @@ from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import Kind, NodeMeta, row_of
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import gemm_node, placeholder
 
 
@@ -33,17 +32,14 @@ class QuantizeOutputs:
 
     name: ClassVar[str] = "quantize-outputs"
 
-    def run(self, program: Program) -> PassResult:
-        modified = False
+    def run(self, program: Program) -> None:
         for three in program.layers.values():
             prune, grid = three.plan.find(Phase.FORWARD, "output"), three.plan.grid_row("output")
             if three.plan.norm or (prune is None and grid is None):
                 continue
-            modified = True
             _rewrite_forward(three, prune, grid)
-            for phase in (Phase.BACKWARD, Phase.UPDATE):
-                _rewrite_gradient(three, phase, prune, grid)
-        return PassResult(modified)
+            _rewrite_gradient(three, Phase.BACKWARD, prune, grid)
+            _rewrite_gradient(three, Phase.UPDATE, prune, grid)
 
 
 def _rewrite_forward(three: ThreeGraphs, prune: PlanRow | None, grid: PlanRow | None) -> None:

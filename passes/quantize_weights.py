@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from nmcompile.config import Phase
 from nmcompile.ir.program import Program
-from nmcompile.ir.protocols import PassResult
 from nmcompile.passes.rewriting import quantize_operand
 
 
@@ -22,11 +21,9 @@ class QuantizeWeights:
 
     name: ClassVar[str] = "quantize-weights"
 
-    def run(self, program: Program) -> PassResult:
-        rows = [(three, three.plan.grid_row("weight")) for three in program.layers.values()]
-        quantized = [(three, row) for three, row in rows if row is not None]
-        for three, row in quantized:
-            for phase in (Phase.FORWARD, Phase.BACKWARD):
-                quantize_operand(three, phase, "weight", row)
-                three[phase].recompile()
-        return PassResult(modified=bool(quantized))
+    def run(self, program: Program) -> None:
+        for three in program.layers.values():
+            if row := three.plan.grid_row("weight"):
+                for phase in (Phase.FORWARD, Phase.BACKWARD):
+                    quantize_operand(three, phase, "weight", row)
+                    three[phase].recompile()

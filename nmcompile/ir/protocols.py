@@ -1,6 +1,6 @@
 """The two contracts that others implement: a pass and a backend."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import fx
@@ -16,21 +16,13 @@ class Support:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class PassResult:
-    """What a pass did: whether it changed anything, and what it left alone with the reason, by layer name."""
-
-    modified: bool
-    skipped: dict[str, str] = field(default_factory=dict)
-
-
 class Pass(Protocol):
     """One rewrite of a `Program`. Fields of the frozen dataclass are its options."""
 
     name: ClassVar[str]
 
-    def run(self, program: Program) -> PassResult:
-        """Rewrite the program in place.
+    def run(self, program: Program) -> None:
+        """Rewrite the program in place, as its plan says; `verify_graphs` holds the result against the plan.
 
         Raises:
             PreconditionError: the program is not in the state that the pass needs.
