@@ -203,6 +203,6 @@ def test_export_refuses_to_quantize_behind_a_relu_that_is_not_there(net: nn.Modu
     model = compiled(net, x)
     layers = deployed_layers(model)
     layers["conv3"] = replace(layers["conv3"], output=layers["conv1"].output)
-    with pytest.raises(ExportError, match="layer 'conv3': its output is to be pruned and quantized behind a ReLU"):
+    with pytest.raises(ExportError, match="layer 'conv3': its output is to be pruned and quantized after a ReLU"):
         write_onnx(nmcompile.finalize(model), layers, tmp_path / "m.onnx", (x,))
     assert not (tmp_path / "m.onnx").exists()

@@ -86,7 +86,7 @@ class IsolatedSession:
             return tuple(_tensor(value, kind, content) for value, kind, content in pairs)
         except (worker.Malformed, ValueError) as error:
             self.close()
-            raise LoweringError(f"{self._name}: its process returned something else than its outputs") from error
+            raise LoweringError(f"{self._name}: its process did not return its outputs") from error
 
     def _ask(self, parts: Sequence[Any], kind: type[NMCompileError], doing: str) -> list[bytearray]:
         """Send a message and return the answer to it; any failure of the process ends it."""
@@ -119,7 +119,7 @@ class IsolatedSession:
         if self._expired.is_set():
             return f"it did not end within {self._limits.seconds:g} seconds"
         if not isinstance(error, OSError | EOFError):
-            return "its process sent something else than an answer"
+            return "its process did not send an answer"
         code = self._process.wait()
         if code < 0:
             return f"its process died of {signal.Signals(-code).name} (it may have {self._limits.memory} bytes)"

@@ -1,4 +1,4 @@
-"""The ONNX writer, and what checks its files."""
+"""The ONNX writer, and the checks of its files."""
 
 from nmcompile.export.check.example import Example as Example
 from nmcompile.export.check.verify_onnx import Verification as Verification

@@ -1,4 +1,4 @@
-"""Collect from a compiled model what exporters write: layer by layer its weight, and what happens to its input."""
+"""Collection of what exporters write from a compiled model: each layer's weight, and the steps on its activations."""
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 @torch.no_grad()
 def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
-    """Every layer of a compiled model by name, those that the plan left as they were too.
+    """Return every layer of a compiled model by name, including those that the plan left unchanged.
 
     Raises:
         CalibrationError: an input is to be quantized, but not calibrated.
@@ -42,7 +42,7 @@ def _check_input(triple: GemmTriple, nonnegative: bool) -> None:
     if row is not None and row.operator != "greedy_by_value" and not nonnegative:
         raise ExportError(
             f"layer {triple.layer.name!r}: its input, which may be negative, is pruned {row.pattern} {row.operator}, "
-            "and files prune by value; give the layer an input that is behind a ReLU, or LayerConfig(input=None)"
+            "and files prune by value; give the layer an input that follows a ReLU, or LayerConfig(input=None)"
         )
 
 
@@ -51,7 +51,7 @@ def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
     values, dense = effective_weight(model, triple), stored_weight(model, triple.site)
     if values is None or dense is None or is_computed_in_forward(model, triple.site):
         raise PassError(
-            f"layer {triple.layer.name!r}: its weight is computed in forward, so that no file can hold it; leave it "
+            f"layer {triple.layer.name!r}: its weight is computed in forward, so no file can hold it; leave it "
             f"dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
     weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))

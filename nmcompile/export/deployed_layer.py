@@ -1,4 +1,4 @@
-"""One layer as it is deployed: what an exporter needs to write its node, and nothing of how it was trained."""
+"""One layer as it is deployed: everything that an exporter needs to write its node, and nothing about its training."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from nmcompile.quantization import Grid
 
 @dataclass(frozen=True)
 class DeployedWeight:
-    """A weight with its pruning and quantization made real.
+    """A weight whose pruning and quantization are applied to its values.
 
     Args:
-        name: of the parameter in the plain model.
-        pattern: N:M along in-channels, or None where it is dense.
-        values: of the layer's weight shape, zero where pruned; on the grid where there is one.
-        grid: of the integers `values / scale`, or None for full precision.
+        name: name of the parameter in the plain model.
+        pattern: N:M along in-channels, or None if it is dense.
+        values: in the shape of the layer's weight, zero where pruned; on the grid if there is one.
+        grid: grid of the integers `values / scale`, or None for full precision.
         scale: the step, float32, 0-d or broadcastable to `values` (one for each out-channel).
     """
 
@@ -30,10 +30,10 @@ class DeployedWeight:
 
 @dataclass(frozen=True)
 class DeployedActivation:
-    """What happens to an activation: pruned by value along channels, per sample, then quantized.
+    """Steps on an activation: pruned by value along channels, per sample, then quantized.
 
-    At the input it happens in front of the GEMM; at the output behind the ReLU that reads it where it is pruned or its
-    grid unsigned, else behind the GEMM, its bias and its norm.
+    At the input they come before the GEMM. At the output they come after the ReLU that reads it if it is pruned or its
+    grid is unsigned, else after the GEMM, its bias and its norm.
     """
 
     pattern: NMPattern | None = None
@@ -47,7 +47,7 @@ class DeployedLayer:
 
     Args:
         layer: its geometry and name.
-        weight, input, output: what became of them.
+        weight, input, output: the weight and the activations as deployed.
         norm: the batch norm that the layer absorbs, and whose shift is whole steps of its accumulator; `""` if none.
     """
 

@@ -1,4 +1,4 @@
-"""The tensors that a model returns, which are the outputs of its file."""
+"""Tensors that a model returns, which are the outputs of its file."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -11,18 +11,18 @@ CONSTANTS = (bool, int, float, complex, str, bytes)
 
 
 def outputs_of(result: Any) -> list[Any]:
-    """The tensors, and the constants, that a model returns in any structure; caches and other objects are left out."""
+    """Return the tensors and constants in a model's result of any structure, without caches and other objects."""
     return [leaf for _, leaf in _leaves(result, "") if isinstance(leaf, (Tensor, *CONSTANTS))]
 
 
 def left_out(result: Any) -> list[str]:
-    """What `outputs_of` leaves out, by place and class."""
+    """Return what `outputs_of` leaves out, by place and class."""
     others = ((path, leaf) for path, leaf in _leaves(result, "") if not isinstance(leaf, (Tensor, *CONSTANTS)))
     return [f"{path or 'the result'} ({type(leaf).__name__})" for path, leaf in others if leaf is not None]
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The leaves with their places; structures that torch's pytree does not know are opened too."""
+    """Yield the leaves with their places; structures that torch's pytree does not know are opened too."""
     for keys, leaf in pytree.tree_flatten_with_path(value)[0]:
         place = path + pytree.keystr(keys)
         inside = _inside(leaf)
@@ -33,7 +33,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _inside(leaf: Any) -> Any:
-    """What a mapping, a list or a dataclass of a class of its own holds; None for a leaf."""
+    """Return the items of a mapping, a list or a dataclass unknown to pytree; None for a leaf."""
     if isinstance(leaf, Mapping):
         return dict(leaf)
     if isinstance(leaf, list | tuple):

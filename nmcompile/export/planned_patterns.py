@@ -1,4 +1,4 @@
-"""What an ONNX file says of its weights: which patterns it was written with, and a table of those that they obey."""
+"""Patterns in an ONNX file: those it was written with, and a table of those that its weights obey."""
 
 from collections.abc import Iterable
 
@@ -10,15 +10,15 @@ from nmcompile.printable import table
 from nmcompile.pruning import NMPattern
 
 PLANNED = "nmcompile.patterns"
-"""The key of a file's metadata that says which node was written with which pattern, as JSON."""
+"""Key of a file's metadata that maps each node to the pattern it was written with, as JSON."""
 LARGEST_METADATA = 2**24  # characters
 
 
 def planned_patterns(file: OnnxFile) -> dict[str, NMPattern] | None:
-    """Which pattern each node was written with, where one was; None for files of other writers.
+    """Return the pattern that each pruned node was written with; None for files of other writers.
 
     Raises:
-        FileError: metadata that no writer of ours has made.
+        FileError: metadata that our writer cannot have written.
     """
     text = next((entry.value for entry in file.proto.metadata_props if entry.key == PLANNED), None)
     if text is None:
@@ -34,7 +34,7 @@ def planned_patterns(file: OnnxFile) -> dict[str, NMPattern] | None:
 
 
 def weights_table(weights: Iterable[OnnxWeight]) -> str:
-    """Return the weights as text, a row each."""
+    """Return the weights as a text table with one row each."""
     rows = [
         [
             w.node,

@@ -178,10 +178,10 @@ def test_an_interrupted_call_ends_the_process(tiled: OnnxRuntimeModel, monkeypat
 
 ANSWERS = {
     "nothing": (b"", "ended with status 0"),
-    "text": (b"Traceback (most recent call last):" * 9, "something else"),
-    "a pickle": (b"\x80\x04\x95" + b"N" * 99, "something else"),
-    "no end": (b"\x01\x00\x00\x00" + b"\xff" * 8, "something else"),
-    "no parts": (b"\x00" * 4, "something else"),
+    "text": (b"Traceback (most recent call last):" * 9, "did not send an answer"),
+    "a pickle": (b"\x80\x04\x95" + b"N" * 99, "did not send an answer"),
+    "no end": (b"\x01\x00\x00\x00" + b"\xff" * 8, "did not send an answer"),
+    "no parts": (b"\x00" * 4, "did not send an answer"),
 }
 
 
@@ -223,7 +223,7 @@ def test_an_answer_without_the_outputs_ends_the_process(
     tiled: OnnxRuntimeModel, monkeypatch: pytest.MonkeyPatch, parts: list[bytes]
 ) -> None:
     monkeypatch.setattr(worker, "receive", lambda *_: [worker.OK, *parts])
-    with pytest.raises(LoweringError, match="something else than its outputs"):
+    with pytest.raises(LoweringError, match="did not return its outputs"):
         tiled(torch.ones(1, 1), torch.tensor([1, 1]))
     assert process_of(tiled).returncode is not None
 

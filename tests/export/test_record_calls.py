@@ -85,5 +85,5 @@ def test_damage_to_such_a_layer_is_found_at_the_layer(tmp_path: Path) -> None:
         [tensor] = [t for t in proto.graph.initializer if t.name == damaged]
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.1), damaged))
         onnx.save(proto, tmp_path / "damaged.onnx")
-        with pytest.raises(ExportError, match=f"layer '{damaged[0]}' computes something else than torch"):
+        with pytest.raises(ExportError, match=f"layer '{damaged[0]}' does not compute the same as torch"):
             verify_onnx(replace(report, path=tmp_path / "damaged.onnx"), deployed_layers(model), model, [Example((X,))])

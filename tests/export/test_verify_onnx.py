@@ -39,11 +39,11 @@ def written(net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path
         (
             "conv.weight_quantized",
             some_integers_off,
-            "layer 'conv' computes something else .* quantization steps apart",
+            "layer 'conv' does not compute the same .* quantization steps apart",
         ),
-        ("token.weight_scale", lambda scale: scale * np.float32(1.5), "layer 'token' computes something else"),
-        ("stem.input_scale", lambda scale: scale * np.float32(1.1), "layer 'stem' computes something else"),
-        ("stem.input_high", lambda high: high - np.int8(4), "layer 'stem' computes something else"),
+        ("token.weight_scale", lambda scale: scale * np.float32(1.5), "layer 'token' does not compute the same"),
+        ("stem.input_scale", lambda scale: scale * np.float32(1.1), "layer 'stem' does not compute the same"),
+        ("stem.input_high", lambda high: high - np.int8(4), "layer 'stem' does not compute the same"),
         ("head.weight_quantized", np.ones_like, "layer 'head': .* blocks of 'head.weight_quantized' break 2:4"),
     ],
 )
@@ -62,7 +62,7 @@ def test_difference_between_layers_is_named_after_the_next_one(written: tuple[An
     [relu] = [node for node in proto.graph.node if node.output[0] == "relu_2"]
     relu.op_type = "Abs"
     onnx.save(proto, report.path)
-    with pytest.raises(ExportError, match="layer 'token' reads something else in the file than in torch: up to"):
+    with pytest.raises(ExportError, match="layer 'token' reads other values in the file than in torch: up to"):
         verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
@@ -73,7 +73,7 @@ def test_difference_behind_the_last_layer_is_found_end_to_end(written: tuple[Any
     proto.graph.node.append(onnx.helper.make_node("Abs", ["signed"], [last.output[0]]))
     last.output[0] = "signed"
     onnx.save(proto, report.path)
-    with pytest.raises(ExportError, match="ONNX Runtime computes something else than torch: relative L2"):
+    with pytest.raises(ExportError, match="ONNX Runtime does not compute the same as torch: relative L2"):
         verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 
@@ -86,7 +86,7 @@ def test_a_channel_that_all_but_vanishes_hides_no_damage_to_others(
     report = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
     verify_onnx(report, model.layers, model.reference, [Example((images,))])
     damage(report.path, "conv.weight_quantized", some_integers_off)
-    with pytest.raises(ExportError, match="layer 'conv' computes something else"):
+    with pytest.raises(ExportError, match="layer 'conv' does not compute the same"):
         verify_onnx(report, model.layers, model.reference, [Example((images,))])
 
 

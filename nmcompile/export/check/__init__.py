@@ -1,1 +1,1 @@
-"""Checks of a written file against the module that it came from."""
+"""Checks of a written file against the module that it was written from."""

@@ -1,4 +1,4 @@
-"""How far two arrays are apart where values need not be finite."""
+"""Difference of two arrays whose values need not be finite."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ Doubles = npt.NDArray[np.float64]
 
 
 def difference(got: Array, want: Array) -> Doubles:
-    """`got - want`; 0 where both are the same infinity, as masks of logits are, or both are NaN.
+    """Return `got - want`; 0 where both are the same infinity, as in masks of logits, or both are NaN.
 
-    What only one of them has is infinite or NaN here, and passes no limit.
+    Where only one of them is infinite or NaN, the difference is too, and so exceeds every limit.
     """
     x, y = got.astype(np.float64), want.astype(np.float64)
     is_same = (x == y) | (np.isnan(x) & np.isnan(y))
@@ -20,5 +20,5 @@ def difference(got: Array, want: Array) -> Doubles:
 
 
 def finite(x: Array) -> Doubles:
-    """The values with 0 in place of infinities and NaN."""
+    """Return the values with 0 in place of infinities and NaN."""
     return np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,4 +1,4 @@
-"""Does each layer of an exported file compute what it computes in torch, given the same input?"""
+"""Comparison of each layer of an exported file with the same layer in torch, given the same input."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +26,15 @@ EQUAL = 0.999
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One node against its module.
+    """One node compared with its module.
 
     Attributes:
-        node: its name.
-        most_steps: the difference in steps that exceeds rounding the most, for layers in floating point the relative L2
-            difference. A step is the accumulator's, input scale times weight scale, or that of an output which is
-            quantized. Where an output is pruned, what only one side keeps (a tie but for rounding) is no difference in
-            steps.
-        equal: the fraction of outputs less than half a step apart, or than `rounding` where that is more.
-        outputs: how many there are. Of fewer than 1000, one may differ: a value next to the middle of two steps.
+        node: the node's name.
+        most_steps: the difference in steps that exceeds rounding the most; for layers in floating point the relative L2
+            difference. The step is the accumulator's, input scale times weight scale, or a quantized output's.
+            If an output is pruned, elements that only one side keeps (a tie but for rounding) do not count.
+        equal: the fraction of outputs less than half a step apart, or less than `rounding` if that is more.
+        outputs: the number of outputs. Of fewer than 1000, one may differ: a value next to the middle of two steps.
         rounding: steps by which two float32 sums may differ there: as much as one rounding of the channel's largest
             result, times the square root of the sum's length (after N. Higham and T. Mary's probabilistic bound).
     """
@@ -63,15 +62,15 @@ def check_layers(
     run: Callable[[], Any],
     target: str,
 ) -> tuple[LayerCheck, ...]:
-    """Feed each layer's part of the file the input that its module has in torch.
+    """Feed each layer's part of the file the input that its module has in torch, and compare the outputs.
 
     Args:
         proto: the file, weights included.
-        nodes: what the writer says that it wrote.
+        nodes: the nodes that the writer reports.
         layers: by name.
-        model: computes in torch what the file should; its modules have the layers' names.
+        model: computes in torch what the file should compute; its modules have the layers' names.
         run: calls the model once.
-        target: what the file was written for.
+        target: the runtime that the file was written for.
 
     Returns:
         A check of every layer that is a module and was called once, in the file's order.
@@ -95,9 +94,9 @@ def check_layers(
 
 def _explained(check: LayerCheck) -> str:
     if not check.is_quantized:
-        return f"layer {check.node!r} computes something else than torch: relative L2 {check.most_steps:.2g}"
+        return f"layer {check.node!r} does not compute the same as torch: relative L2 {check.most_steps:.2g}"
     return (
-        f"layer {check.node!r} computes something else than torch from the same input: up to {check.most_steps:.3g} "
+        f"layer {check.node!r} does not compute the same as torch from the same input: up to {check.most_steps:.3g} "
         f"quantization steps apart (at most {MOST_STEPS:g}), {check.equal:.2%} equal (at least {EQUAL:.1%})"
     )
 

@@ -1,4 +1,4 @@
-"""Does an exported file compute what the torch model computes? End to end, in several runtimes."""
+"""End-to-end comparison of an exported file with the torch model, in several runtimes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,13 +27,13 @@ Batches = Sequence[Example]
 
 @dataclass(frozen=True)
 class RuntimeCheck:
-    """A runtime against torch.
+    """A runtime compared with torch.
 
     Attributes:
         runtime: its name.
         relative_l2: |difference| / |torch| over all outputs and batches.
-        same_top1: the fraction of samples with the same largest class; 1 where no output has shape (batch, classes).
-        taken_over: how many integers torch took over from the runtime in lockstep; None where they agree without.
+        same_top1: the fraction of samples with the same largest class; 1 if no output has shape (batch, classes).
+        taken_over: number of integers that torch took over from the runtime in lockstep; None if they agree without.
     """
 
     runtime: str
@@ -58,14 +58,14 @@ def compare_runtime(
     reference: Callable[[Example, Arrays], Any],
     batches: Iterable[Example],
 ) -> RuntimeCheck:
-    """Run both on the same batches.
+    """Run the torch model and a runtime on the same batches and compare the outputs.
 
     Args:
-        name: of the runtime.
-        run: the exported model.
+        name: name of the runtime.
+        run: runs the exported model.
         inputs: the dtypes of its inputs by name, in the order of forward's tensors.
-        outputs: how many of the first results are the model's outputs.
-        reference: gives the torch model's outputs of a batch, and may look at what the runtime has found.
+        outputs: the number of leading results that are the model's outputs.
+        reference: returns the torch model's outputs for a batch, and may use the runtime's results.
         batches: arguments for the torch model.
 
     Raises:
@@ -98,26 +98,26 @@ def _feeds(inputs: Mapping[str, np.dtype[Any]], batch: Example) -> dict[str, np.
 
 
 def _check_finite(outputs: Sequence[np.ndarray[Any, Any]]) -> None:
-    """Outputs that are nowhere a number are equal whatever the weights are."""
+    """Raise if no output is finite: such outputs are equal whatever the weights are."""
     if any(x.size for x in outputs) and not any(np.isfinite(x).any() for x in outputs):
         raise ExportError(
-            "the model returns nothing but NaN and infinities for these args, so that nothing can be compared; give an "
-            "example of its inputs for which it returns numbers"
+            "the model returns only NaN and infinities for these args, so nothing can be compared; give an example of "
+            "its inputs for which it returns numbers"
         )
 
 
 def check_runtimes(
     file: OnnxFile, target: str, model: nn.Module, batches: Batches, lockstep: Callable[[], Lockstep]
 ) -> tuple[tuple[RuntimeCheck, ...], tuple[str, ...]]:
-    """ONNX Runtime on all batches, and ONNX's own evaluator, which is slow, on one sample.
+    """Check ONNX Runtime on all batches, and ONNX's own evaluator, which is slow, on one sample.
 
-    Where one differs from torch, the two run once more in lockstep, except for files with weights beside them.
+    If one differs from torch, the two run once more in lockstep, except for files with weights beside them.
 
     Returns:
         The checks, and why a runtime was not compared: the evaluator does not support every file.
 
     Raises:
-        ExportError: a runtime computes something else.
+        ExportError: a runtime differs from torch.
     """
     types = ((value.name, value.type.tensor_type.elem_type) for value in file.proto.graph.input)
     inputs = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in types}
@@ -156,23 +156,21 @@ def _compare(
         check = replace(check, taken_over=both.taken_over)
     if not check.ok:
         raise ExportError(
-            f"{name} computes something else than torch: relative L2 {check.relative_l2:.2g} (at most "
+            f"{name} does not compute the same as torch: relative L2 {check.relative_l2:.2g} (at most "
             f"{RELATIVE_L2:g}), the same top-1 on {check.same_top1:.1%} (at least {SAME_TOP1:.0%})"
         )
     return check
 
 
 def _same_outputs(exposed: Runner, run: Runner) -> Runner:
-    """`exposed`, which has to compute the outputs that the file itself has."""
+    """Return `exposed` with a check that it computes the same outputs as the file itself."""
 
     def checked(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
         found = exposed(feeds)
         for mine, alone in zip(found, run(feeds), strict=False):
             distance = float(np.linalg.norm(difference(mine, alone)))
             if not distance <= RELATIVE_L2 * float(np.linalg.norm(finite(alone))):
-                raise ExportError(
-                    "it computes something else where its integers are looked at, which prove nothing then"
-                )
+                raise ExportError("its outputs change when its integers are exposed, so these integers prove nothing")
         return found
 
     return checked

@@ -1,4 +1,4 @@
-"""What a model is called with when a file is compared with it."""
+"""Arguments with which a file is compared with its model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ class Example:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """In the order of the file's inputs: those in `args`, then those in `kwargs` as they were given."""
+        """Return the tensors in the order of the file's inputs: those in `args`, then those in `kwargs`."""
         return [x for x in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(x, Tensor)]
 
     def run(self, model: nn.Module) -> Any:
-        """What a model returns for it."""
+        """Return the model's result for these arguments."""
         return model(*self.args, **self.kwargs)
 
     def changed(self, tensors: Iterable[Tensor]) -> "Example":
-        """The same call with other tensors, in the order of `tensors`."""
+        """Return the same call with other tensors, in the order of `tensors`."""
         given = iter(tensors)
         return Example(*pytree.tree_map_only(Tensor, lambda _: next(given), (self.args, dict(self.kwargs))))

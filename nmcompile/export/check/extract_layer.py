@@ -1,4 +1,4 @@
-"""The part of an exported file that belongs to one layer."""
+"""Extraction of the part of an exported file that belongs to one layer."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ STEPPED = frozenset({"DequantizeLinear", "Mul"})  # their second input is a scal
 
 
 def _kind(node: NodeProto) -> str:
-    """What a node of the writer's does: the end of its name."""
+    """Return the step that one of the writer's nodes performs: the end of its name."""
     return node.name.rpartition(".")[2]
 
 
@@ -22,16 +22,16 @@ class LayerPart:
     """The part of a file that belongs to one layer, as a model of its own.
 
     Attributes:
-        model: from the layer's input, before pruning and quantization, to its output with the bias, and with what
-            prunes and quantizes it behind its ReLU.
-        input: its name.
-        step: of the accumulator, a number or one for each out-channel, or of the quantized output; None if neither is
-            quantized.
-        is_pruned: whether the output is.
-        dtype: of its floats.
-        integers: the tensor that quantizes its input, in front of the DequantizeLinear; `""` if there is none.
-        input_scale, input_zero: of that tensor.
-        input_model, unpruned_model: from the layer's input to what it dequantizes; the second does not prune.
+        model: the part from the layer's input, before pruning and quantization, to its output with the bias, and with
+            the nodes that prune and quantize it after its ReLU.
+        input: name of the input.
+        step: the step of the accumulator, a number or one for each out-channel, or of the quantized output; None if
+            neither is quantized.
+        is_pruned: whether the output is pruned.
+        dtype: dtype of its floats.
+        integers: the tensor that quantizes its input, before the DequantizeLinear; `""` if there is none.
+        input_scale, input_zero: scale and zero point of that tensor.
+        input_model, unpruned_model: from the layer's input to the dequantized input; the second does not prune.
     """
 
     def __init__(self, proto: onnx.ModelProto, name: str) -> None:
@@ -70,7 +70,7 @@ class LayerPart:
         )
 
     def _unpruned(self, front: Sequence[NodeProto]) -> list[NodeProto]:
-        """The same nodes without those that prune."""
+        """Return copies of the nodes without those that prune."""
         nodes = []
         for node in front:
             if _kind(node) != "prune":
@@ -80,7 +80,7 @@ class LayerPart:
         return nodes
 
     def _front(self, name: str) -> list[NodeProto]:
-        """What prunes and quantizes an input, nearest to the GEMM first; the writer names it after a layer."""
+        """Return the nodes that prune and quantize an input, nearest to the GEMM first, found by their names."""
         front = []
         node = self.producers.get(name)
         while node is not None and _kind(node) in INPUT_SIDE:
@@ -93,9 +93,7 @@ class LayerPart:
         return [] if node is None else [*(n for source in node.input for n in self._sources(source)), node]
 
     def _behind(self, nodes: Sequence[NodeProto], gemm: NodeProto) -> list[NodeProto]:
-        """The bias, if it is a node of its own, or the Sum that keeps a weight, then the ReLU and what
-        prunes and quantizes its result.
-        """
+        """Return the nodes after the GEMM: a bias or Sum node, then the ReLU and what prunes and quantizes it."""
         behind: list[NodeProto] = []
         users = [node for node in nodes if gemm.output[0] in node.input]
         if len(users) == 1 and self._belongs(users[0]):

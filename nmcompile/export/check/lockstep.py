@@ -1,9 +1,9 @@
-"""The torch model in lockstep with a runtime: at each quantized layer it goes on from the integers of the runtime.
+"""The torch model in lockstep with a runtime: each quantized layer continues from the integers of the runtime.
 
-A value next to the middle of two steps is rounded up behind one float32 sum and down behind another. Both are right.
-But each such step moves the sums that read it, more of them are then rounded otherwise, and after a few layers of four
-bits two correct runs differ as much as quantization itself does. In lockstep differences are judged where they arise,
-and go no further.
+A value next to the middle of two steps may be rounded up after one float32 sum and down after another. Both are right.
+But each such step changes the sums that read it, more of them are then rounded differently, and after a few layers of
+four bits two correct runs differ as much as quantization itself does. Lockstep judges differences where they arise, and
+keeps them from spreading.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,18 +30,18 @@ DIGITS = 1e-4  # steps: multiples of a step in float32 are not quite a whole num
 
 
 class Lockstep:
-    """Of one file and the torch model that it was made from.
+    """A lockstep of one file and the torch model that it was made from.
 
     Args:
         proto: the file, weights included.
-        nodes: of layers that run once.
+        nodes: nodes of layers that run once.
         layers: by name.
-        model: computes in torch what the file should; its modules have the layers' names.
-        target: what the file was written for.
+        model: computes in torch what the file should compute; its modules have the layers' names.
+        target: the runtime that the file was written for.
 
     Attributes:
         proto: the file with the integers that its layers read as further outputs.
-        taken_over: how many integers differed so far, those of which pruning kept another one included.
+        taken_over: the number of integers that differed so far, including those where pruning kept another element.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Lockstep:
             self.proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
 
     def run(self, batch: Example, found: Arrays) -> Any:
-        """What the torch model makes of a batch with the integers among the outputs `found` of the exposed file.
+        """Run the torch model on a batch with the integers among the outputs `found` of the exposed file.
 
         Raises:
             ExportError: names the first layer whose input in torch is another one.
         """
         integers = dict(zip(self._tensors, found[self._outputs :], strict=True))
-        differing: dict[str, int] = {}  # by tensor: once, however many layers read it
+        differing: dict[str, int] = {}  # by tensor, so each counts once, however many layers read it
         undo = [x.place.follow(partial(self._take_over, x, integers, differing)) for x in self._inputs]
         try:
             return batch.run(self._model)
@@ -90,14 +90,14 @@ class Lockstep:
         check, differing[input.part.integers] = input.check(x, theirs)
         if not check.ok:
             raise ExportError(
-                f"layer {check.node!r} reads something else in the file than in torch: up to {check.most_steps:.3g} "
+                f"layer {check.node!r} reads other values in the file than in torch: up to {check.most_steps:.3g} "
                 f"quantization steps apart, {check.equal:.2%} equal"
             )
         return input.unprepared(theirs, x)
 
 
 class _Input:
-    """What one layer reads."""
+    """The input of one layer."""
 
     def __init__(self, name: str, place: Place, layer: DeployedLayer, part: LayerPart, target: str) -> None:
         self.name, self.place, self.part = name, place, part
@@ -111,10 +111,10 @@ class _Input:
         return result
 
     def check(self, x: Tensor, theirs: np.ndarray[Any, Any]) -> tuple[LayerCheck, int]:
-        """`x`, the layer's input in torch, put on the grid as the file does, beside what the file reads.
+        """Put `x`, the layer's input in torch, on the grid as the file does, and compare it with the file's input.
 
-        Of two elements that are all but equal pruning may keep either: what it keeps of each block is compared in order
-        of size, and each element that the file keeps with what torch has in its place.
+        Of two almost equal elements pruning may keep either. So the kept elements of each block are compared in order
+        of size, and each element that the file keeps with torch's element in its place.
         """
         prepared, _ = self.layer.prepare(x)
         feed = {self.part.input: prepared.detach().reshape(theirs.shape).to(self.part.dtype).numpy()}
@@ -130,7 +130,7 @@ class _Input:
         return LayerCheck(self.name, most, equal, True, theirs.size, DIGITS), differing
 
     def unprepared(self, theirs: np.ndarray[Any, Any], x: Tensor) -> Tensor:
-        """In the shape of the module's own input: the file pads in front of the quantizer, the module behind."""
+        """Return the file's input in the module's shape: the file pads before the quantizer, the module after it."""
         result = torch.from_numpy(theirs)
         pads = getattr(self.layer, "pad_before", ())
         return F.pad(result, [-pad for pad in pads]).reshape(x.shape).to(x)

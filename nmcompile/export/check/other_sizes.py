@@ -1,4 +1,4 @@
-"""A second example for files that leave sizes open."""
+"""A second example, for files that leave sizes open."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,27 +12,27 @@ from nmcompile.export.outputs import outputs_of
 from nmcompile.printable import first_line
 
 Dims = Sequence[Sequence[str]]
-"""For each input its dims: the name of an open size, or "" where the size is fixed."""
+"""Dims of each input: the name of an open size, or "" for a fixed one."""
 Range = tuple[float, float]
 NAMED = re.compile(r"(?:(\d+)\*)?([A-Za-z_]\w*)")  # also a multiple, as in 2*height
 CHANGES: tuple[Callable[[int], int], ...] = (lambda n: n // 2, lambda n: n - 1, lambda n: n + 1, lambda n: 2 * n)
-SMALLEST = 2  # torch.export takes smaller sizes for constants, or for empty
+SMALLEST = 2  # torch.export takes a size of 1 for a constant, and 0 for an empty tensor
 
 
 def dims_of(graph: onnx.GraphProto) -> Dims:
-    """The open dims of a file's inputs."""
+    """Return the open dims of a file's inputs."""
     return [[dim.dim_param for dim in value.type.tensor_type.shape.dim] for value in graph.input]
 
 
 def one_sample(dims: Dims, example: Example, model: nn.Module) -> Example:
-    """The example with a batch of one, or as it is where the model gives no number for that."""
+    """Return the example with a batch of one, or unchanged if the model then returns no finite number."""
     if not dims or not dims[0] or not dims[0][0]:
         return example
     sample = resized(example, dims, {dims[0][0]: 1})
     try:
         with torch.no_grad():
             has_numbers = any(bool(x.isfinite().any()) for x in outputs_of(sample.run(model)) if isinstance(x, Tensor))
-    except Exception:  # the model's own: it may need more samples than one
+    except Exception:  # raised by the model, which may need more than one sample
         return example
     return sample if has_numbers else example
 
@@ -40,7 +40,7 @@ def one_sample(dims: Dims, example: Example, model: nn.Module) -> Example:
 def other_sizes(
     dims: Dims, ranges: Mapping[str, Range], example: Example, model: nn.Module
 ) -> tuple[list[Example], list[str]]:
-    """An example with another size in every open dim, if there is one besides the batch's, and what to say of it.
+    """Return an example with another size in every open dim besides the batch, if there is one, and a note about it.
 
     The first sizes at which the model runs are taken: half of those in `example`, one less, one more, and twice.
     """
@@ -58,7 +58,7 @@ def other_sizes(
             try:
                 with torch.no_grad():
                     other.run(model)
-            except Exception as error:  # the model's own
+            except Exception as error:  # raised by the model
                 reason = f"the model does not run at {_shown(changed)}: {first_line(error)}"
             else:
                 return [other], [f"compared at {_shown(sizes)} and at {_shown(changed)}"]
@@ -66,7 +66,7 @@ def other_sizes(
 
 
 def resized(example: Example, dims: Dims, sizes: Mapping[str, int]) -> Example:
-    """The example with open dims of other sizes: cut, or begun again from the front."""
+    """Return the example with other sizes in open dims: cut, or repeated from the front."""
 
     def change(x: Tensor, names: Sequence[str]) -> Tensor:
         for dim, text in enumerate(names):
@@ -80,7 +80,7 @@ def resized(example: Example, dims: Dims, sizes: Mapping[str, int]) -> Example:
 
 
 def _sizes(dims: Dims, example: Example) -> dict[str, int] | None:
-    """The sizes in the example by name; None where a dim is computed in a way that is not undone here."""
+    """Return the sizes in the example by name; None if a dim is computed in a way that cannot be undone here."""
     found: dict[str, int] = {}
     for x, names in zip(example.tensors, dims, strict=True):
         for size, text in zip(x.shape, names, strict=True):

@@ -13,13 +13,13 @@ from nmcompile.printable import first_line
 
 Arrays = list[np.ndarray[Any, Any]]
 Runner = Callable[[Mapping[str, np.ndarray[Any, Any]]], Arrays]
-"""From inputs by name to all outputs."""
+"""A function from inputs by name to all outputs."""
 
 
 def onnxruntime_runner(proto: onnx.ModelProto | str, target: str) -> Runner:
-    """Run a model in ONNX Runtime: as users run it if it was written for ONNX Runtime, else without its optimizations.
+    """Load a model in ONNX Runtime: with its optimizations if it was written for ONNX Runtime, else without.
 
-    ONNX Runtime's optimizations may change the results of files for other runtimes: it rounds biases, for one.
+    The optimizations may change the results of files for other runtimes: they round biases, for one.
 
     Raises:
         ExportError: ONNX Runtime refuses the file, here or when it runs.
@@ -33,7 +33,7 @@ def onnxruntime_runner(proto: onnx.ModelProto | str, target: str) -> Runner:
     def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
         try:
             return list(session.run(None, dict(feeds)))
-        except Exception as error:  # its exceptions have no common class
+        except Exception as error:  # ONNX Runtime's exceptions have no common class
             raise ExportError(f"ONNX Runtime cannot run the file: {first_line(error)}") from error
 
     try:
@@ -44,7 +44,7 @@ def onnxruntime_runner(proto: onnx.ModelProto | str, target: str) -> Runner:
 
 
 def reference_runner(proto: onnx.ModelProto) -> Runner:
-    """Run a model in ONNX's own evaluator.
+    """Load a model in ONNX's own evaluator.
 
     Raises:
         LibraryError: the evaluator fails, here or when it runs. It implements some operators in part only.
@@ -54,7 +54,7 @@ def reference_runner(proto: onnx.ModelProto) -> Runner:
         try:
             with np.errstate(all="ignore"):
                 return list(evaluator.run(None, dict(feeds)))
-        except Exception as error:  # whatever NumPy and its own code raise
+        except Exception as error:  # anything that NumPy and the evaluator raise
             raise LibraryError(f"{type(error).__name__}: {first_line(error)}") from error
 
     try:

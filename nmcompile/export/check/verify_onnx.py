@@ -1,4 +1,4 @@
-"""The written file, read back and compared with torch."""
+"""Verification of the written file: it is read back and compared with torch."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from nmcompile.files.read_weights import read_weights
 
 @dataclass(frozen=True)
 class Verification:
-    """How close a file is to its model, layer by layer and in each runtime; notes say what was not compared and why."""
+    """Distance of a file from its model, per layer and per runtime; notes say what was not compared and why."""
 
     layers: tuple[LayerCheck, ...]
     runtimes: tuple[RuntimeCheck, ...]
@@ -41,9 +41,9 @@ def verify_onnx(
     """Compare a file with the model it was made from: zeros, then layer by layer, then end to end.
 
     Args:
-        report: of the writer.
-        layers: that it was given.
-        model: computes in torch what the file should: weights and inputs pruned and quantized, in eval mode.
+        report: the writer's report.
+        layers: the layers that the writer was given.
+        model: computes in torch what the file should compute: weights and inputs pruned and quantized, in eval mode.
         batches: arguments of the model.
 
     Raises:

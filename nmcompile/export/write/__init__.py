@@ -1,1 +1,1 @@
-"""From a deployable module to an ONNX file."""
+"""Writing of a deployable module as an ONNX file."""

@@ -1,4 +1,4 @@
-"""BatchNormalization behind a layer -> a gain and a shift per out-channel, for the weight's scale and the bias.
+"""BatchNormalization after a layer -> a gain and a shift per out-channel, for the weight's scale and the bias.
 
     BatchNorm(W x + b)  ->  gain ∘ W x + (gain ∘ (b - mean) + beta),    gain = gamma / sqrt(variance + epsilon)
 
@@ -15,7 +15,7 @@ from nmcompile.export.write.find_layers import Doubles, LayerNode, module_of
 
 @dataclass(frozen=True)
 class Affine:
-    """What follows a GEMM without bias, float64 `(out-channels,)` each, and the module that it came from."""
+    """An affine map after a GEMM without bias, float64 `(out-channels,)` each, and the module that it came from."""
 
     gain: Doubles
     shift: Doubles
@@ -23,7 +23,7 @@ class Affine:
 
 
 def absorb_norm(site: LayerNode) -> Affine | None:
-    """Take the norm that alone reads the layer's output out of the graph, in place; None where there is none.
+    """Remove the norm that alone reads the layer's output from the graph, in place; None if there is none.
 
     A norm that reads an output on its grid stays.
     """
@@ -52,7 +52,7 @@ def _norm_behind(output: ir.Value) -> ir.Node | None:
 
 
 def _channels_fit(site: LayerNode) -> bool:
-    """Whether the dim that a norm takes for channels, 1, is the layer's."""
+    """Return whether dim 1, which a norm takes for channels, is the layer's channel dim."""
     shape = site.node.outputs[0].shape
     return site.node.op_type in ("Conv", "Gemm") or (shape is not None and len(shape) == 2)
 

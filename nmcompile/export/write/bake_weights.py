@@ -1,4 +1,4 @@
-"""Parameters -> what the runtime multiplies by: zeros and integers in initializers.
+"""Parameters -> the constants that the runtime multiplies by: zeros and integers in initializers.
 
     Conv(x, w)  ->  Conv(x, DequantizeLinear(int8 w, scale))
 
@@ -23,11 +23,11 @@ OFF_GRID = 1e-3  # steps; float32 rounding of an integer times a step is below 1
 
 
 def bake_weights(model: ir.Model, sites: Sequence[LayerNode], affines: Sequence[Affine | None], container: str) -> None:
-    """Write every layer's weight, and the norm behind it, into the graph, in place.
+    """Write every layer's weight, and the norm after it, into the graph, in place.
 
     Args:
         sites: in the graph's order.
-        affines: what each site absorbed.
+        affines: the norm that each site absorbed.
         container: "int4" packs grids of at most 4 bits in INT4; others are INT8.
 
     Raises:
@@ -37,7 +37,7 @@ def bake_weights(model: ir.Model, sites: Sequence[LayerNode], affines: Sequence[
         weight.name = f"{weight.name}.dense"
     shared: dict[tuple[ir.Value | None, int | None], ir.Value] = {}
     for site, affine in zip(sites, affines, strict=True):
-        key = site.node.inputs[1], _rank(site.node.inputs[0])  # by rank: weights may get another dim for three dims
+        key = site.node.inputs[1], _rank(site.node.inputs[0])  # by rank: a 3-d input may give the weight a dim
         operand = None if affine is not None else shared.get(key)
         if operand is None:
             operand = _baked(model, site, affine, container)
@@ -61,7 +61,7 @@ def _baked(model: ir.Model, site: LayerNode, affine: Affine | None, container: s
 
 
 def _quantized(model: ir.Model, site: LayerNode, values: Doubles, affine: Affine | None, container: str) -> ir.Value:
-    """Integers and a step: one step if the layer has one and absorbed nothing, else one for each out-channel."""
+    """Return integers and a step: one step if the layer has one and absorbed nothing, else one for each out-channel."""
     scale = site.deployed.weight.scale
     assert scale is not None
     is_single = scale.numel() == 1
@@ -87,7 +87,7 @@ def _absorbed(steps: Doubles, gain: Doubles) -> Doubles:
 
 
 def _rounded_shift(site: LayerNode, affine: Affine) -> Doubles:
-    """What the norm adds, in whole steps of the accumulator where the model in torch rounds it so."""
+    """Return the norm's shift, in whole steps of the accumulator if the model in torch rounds it so."""
     weight, input = site.deployed.weight, site.deployed.input
     if weight.scale is None or input.scale is None or not site.absorbs(affine.module):
         return affine.shift
@@ -142,7 +142,7 @@ def _set_bias(node: ir.Node, bias: ir.Value) -> None:
 
 
 def _dtype(site: LayerNode) -> np.dtype[np.generic]:
-    """The graph's floating dtype."""
+    """Return the graph's floating dtype."""
     assert site.weight.dtype is not None
     return site.weight.dtype.numpy()
 
@@ -152,7 +152,7 @@ def _rank(x: ir.Value | None) -> int | None:
 
 
 def _along(site: LayerNode, channels: Doubles) -> Doubles:
-    """Something per out-channel as it broadcasts to the weight that the node reads."""
+    """Return per-out-channel values in a shape that broadcasts to the weight that the node reads."""
     behind = len(site.deployed.layer.weight_shape) - 1 if site.out_dim == 0 else 0
     return channels.reshape(-1, *[1] * behind)
 

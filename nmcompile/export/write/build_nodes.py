@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 
 def add_initializer(model: ir.Model, name: str, content: npt.NDArray[Any] | np.generic) -> ir.Value:
-    """A constant of the graph; a name that is taken gets a number."""
+    """Add a constant to the graph; a name that is taken gets a number."""
     taken = model.graph.initializers
     unique = next(n for n in (name, *(f"{name}.{count}" for count in range(2, len(taken) + 3))) if n not in taken)
     tensor = ir.tensor(content, name=unique)
@@ -23,7 +23,7 @@ def add_initializer(model: ir.Model, name: str, content: npt.NDArray[Any] | np.g
 def insert_before(
     node: ir.Node, op_type: str, inputs: Sequence[ir.Value], name: str, *, domain: str = "", axis: int | None = None
 ) -> ir.Value:
-    """The output of a new node in front of another one."""
+    """Insert a new node before another one and return its output."""
     new = ir.Node(domain, op_type, inputs, [] if axis is None else [ir.AttrInt64("axis", axis)], name=name)
     new.outputs[0].name = name
     node.prepend(new)
@@ -31,7 +31,7 @@ def insert_before(
 
 
 def insert_behind(node: ir.Node, op_type: str, others: Sequence[ir.Value], name: str) -> None:
-    """A new node that reads a node's output, and others, in front of all that read it; it takes over the name."""
+    """Insert a node between a node's output and all its readers; it also reads `others`, and takes over the name."""
     output = node.outputs[0]
     new = ir.Node("", op_type, [output, *others], name=name)
     result = new.outputs[0]

@@ -1,8 +1,8 @@
-"""Constants computed in the graph -> initializers; what nothing reads is gone.
+"""Constants computed in the graph -> initializers; unread nodes and initializers are removed.
 
     Conv(x, w, Expand(CastLike(0, x), Shape(w)))  ->  Conv(x, w)
 
-BatchNormalization stays a node: once folded into a weight, it would not fit an integer grid any more.
+BatchNormalization stays a node: folded into a weight, it would no longer fit an integer grid.
 """
 
 from collections.abc import Collection

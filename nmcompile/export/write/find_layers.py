@@ -1,4 +1,4 @@
-"""Each layer's GEMM node, found by the weight that it reads."""
+"""Lookup of each layer's GEMM node by the weight that it reads."""
 
 import ast
 from collections.abc import Collection, Iterator, Mapping
@@ -28,7 +28,7 @@ class LayerNode:
         deployed: the layer.
         node: Conv, Gemm or MatMul; input 1 is the weight.
         weight: the initializer.
-        layout: the values between it and the node: transposed, split, ...
+        layout: the values between the initializer and the node: transposed, split, ...
     """
 
     name: str
@@ -39,17 +39,17 @@ class LayerNode:
 
     @property
     def out_dim(self) -> int:
-        """The dim of the weight, as the node reads it, that holds out-channels."""
+        """Return the dim of the weight, as the node reads it, that holds out-channels."""
         if self.node.op_type == "Conv":
             return 0
         return 0 if self.node.op_type == "Gemm" and _is_transposed(self.node) else -1
 
     def absorbs(self, module: str) -> bool:
-        """Whether the model in torch computes as if the layer had absorbed that norm."""
+        """Return whether the model in torch computes as if the layer had absorbed that norm."""
         return bool(module) and module == self.deployed.norm
 
     def lay_out(self, weight: Doubles) -> Doubles:
-        """A tensor of the stored weight's shape as the node reads it."""
+        """Return a tensor of the stored weight's shape in the layout that the node reads."""
         for value in self.layout:
             weight = _evaluated(value, weight)
         return weight
@@ -58,7 +58,7 @@ class LayerNode:
 def find_layers(
     model: ir.Model, layers: Mapping[str, DeployedLayer], aliases: Mapping[str, Collection[str]]
 ) -> list[LayerNode]:
-    """The nodes of all layers, in the graph's order.
+    """Return the nodes of all layers, in the graph's order.
 
     Args:
         model: cleaned up.
@@ -80,7 +80,7 @@ def _is_transposed(gemm: ir.Node) -> bool:
 
 
 def module_of(node: ir.Node) -> str:
-    """The innermost module whose forward the node belongs to."""
+    """Return the innermost module whose forward the node belongs to."""
     scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
@@ -109,7 +109,7 @@ def _sites(name: str, layer: DeployedLayer, weights: Mapping[str, ir.Value]) -> 
 
 
 def _reads(value: ir.Value, layout: tuple[ir.Value, ...]) -> Iterator[tuple[ir.Node, tuple[ir.Value, ...]]]:
-    """The GEMMs that read a constant, and what lies between."""
+    """Yield the GEMMs that read a constant, and the values between it and them."""
     for node, operand in value.uses():
         if node.op_type in GEMMS and operand == 1:
             yield node, layout

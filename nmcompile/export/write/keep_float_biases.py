@@ -3,8 +3,8 @@
     Conv(x, w, b) -> Relu -> QuantizeLinear   ->   Add(Conv(x, w), b) -> Relu -> QuantizeLinear
 
 ONNX Runtime rounds the float bias of a quantized layer to whole steps of its accumulator, input scale times weight
-scale, where a QuantizeLinear follows. With 4-bit scales that is coarse: a ResNet-18 came out 17 % off. A bias that is
-a whole number of steps already stays where it is, and the layer becomes one integer kernel.
+scale, if a QuantizeLinear follows. With 4-bit scales that is coarse: a ResNet-18 came out 17 % off. A bias that already
+is a whole number of steps stays where it is, and the layer becomes one integer kernel.
 """
 
 import numpy as np
@@ -13,13 +13,13 @@ import onnx_ir as ir
 from nmcompile.export.write.build_nodes import add_initializer, insert_behind
 from nmcompile.export.write.find_layers import Doubles, LayerNode
 
-# What may lie between: fused with the layer, or indifferent to where values are quantized.
+# Operators that may lie between: fused with the layer, or indifferent to where values are quantized.
 BETWEEN = frozenset({"Relu", "Clip", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
 WHOLE = 1e-3  # steps
 
 
 def keep_bias(model: ir.Model, site: LayerNode) -> None:
-    """Take a layer's bias out of its node if ONNX Runtime would change it, in place."""
+    """Move a layer's bias out of its node if ONNX Runtime would change it, in place."""
     node = site.node
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None or bias.const_value is None or not feeds_quantizer(node.outputs[0]):
@@ -36,7 +36,7 @@ def keep_bias(model: ir.Model, site: LayerNode) -> None:
 
 
 def is_read_in_floats(value: ir.Value) -> bool:
-    """Whether anything but a QuantizeLinear reads a value, seen through what runtimes fuse or move."""
+    """Return whether anything but a QuantizeLinear reads a value, through operators that runtimes fuse or move."""
     return any(
         user.op_type != "QuantizeLinear" and (user.op_type not in BETWEEN or is_read_in_floats(user.outputs[0]))
         for user in value.consumers()
@@ -44,7 +44,7 @@ def is_read_in_floats(value: ir.Value) -> bool:
 
 
 def feeds_quantizer(value: ir.Value) -> bool:
-    """Whether a QuantizeLinear reads a value, seen through what runtimes fuse or move."""
+    """Return whether a QuantizeLinear reads a value, through operators that runtimes fuse or move."""
     return any(
         user.op_type == "QuantizeLinear" or (user.op_type in BETWEEN and feeds_quantizer(user.outputs[0]))
         for user in value.consumers()

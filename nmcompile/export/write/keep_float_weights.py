@@ -1,9 +1,9 @@
-"""Weights in floating point that ONNX Runtime would round -> a Sum of one behind their layer.
+"""Float weights that ONNX Runtime would round -> a Sum of one input after their layer.
 
     Conv(dequantized x, w) -> Relu -> QuantizeLinear   ->   Sum(Conv(dequantized x, w)) -> Relu -> QuantizeLinear
 
-Between a DequantizeLinear and a QuantizeLinear ONNX Runtime 1.32 rounds the float weight of a Conv or Gemm to 8 bits on
-its own account: up to 2 % off in one layer. A Sum of one input computes nothing, and no rule takes it out again.
+Between a DequantizeLinear and a QuantizeLinear ONNX Runtime 1.32 itself rounds the float weight of a Conv or Gemm to 8
+bits: up to 2 % off in one layer. A Sum of one input computes nothing, and no optimization removes it.
 """
 
 from nmcompile.export.write.build_nodes import insert_behind
@@ -14,7 +14,7 @@ ROUNDED = frozenset({"Conv", "Gemm"})
 
 
 def keep_weight(site: LayerNode) -> None:
-    """Keep ONNX Runtime from rounding a layer's weight, in place, where it would."""
+    """Keep ONNX Runtime from rounding a layer's weight where it would, in place."""
     node = site.node
     x, weight = node.inputs[:2]
     is_float = weight is not None and weight.const_value is not None

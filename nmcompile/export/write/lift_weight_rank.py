@@ -2,9 +2,9 @@
 
     MatMul(x, DequantizeLinear(w (in, out)))  ->  MatMul(x, DequantizeLinear(w (1, in, out)))
 
-The product is the same. With a weight of two dims and a float input ONNX Runtime 1.32 makes a MatMulNBits, which
-rounds the *input* to 8 bits on its own account: 0.5 % off in one layer. With a signed input of a fixed shape it makes
-a Gemm and then fails to load: "output_dtype INT8 does not match y_zero_point type UINT8". Three dims avoid both.
+The product is the same. With a weight of two dims and a float input ONNX Runtime 1.32 makes a MatMulNBits, which itself
+rounds the *input* to 8 bits: 0.5 % off in one layer. With a signed input of a fixed shape it makes a Gemm and then
+fails to load: "output_dtype INT8 does not match y_zero_point type UINT8". Three dims avoid both.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from nmcompile.export.write.find_layers import LayerNode
 
 
 def lift_weight(model: ir.Model, site: LayerNode) -> None:
-    """Add the dim where it is needed, in place; where the input has two dims too, a Gemm keeps the numbers."""
+    """Add the dim if it is needed, in place; for an input of two dims, a Gemm computes the same numbers instead."""
     dequantize = _producer(site.node.inputs[1])
     if site.node.op_type != "MatMul" or dequantize is None or dequantize.op_type != "DequantizeLinear":
         return
@@ -40,7 +40,7 @@ def _is_unsigned(x: ir.Value | None) -> bool:
 
 
 def _rank(x: ir.Value | None) -> int | None:
-    """The rank, seen through what quantizes the value."""
+    """Return the rank of a value, looking through the nodes that quantize it."""
     while x is not None and x.shape is None:
         node = x.producer()
         x = None if node is None else node.inputs[0]

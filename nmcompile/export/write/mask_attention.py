@@ -2,9 +2,9 @@
 
     Softmax(scores + Where(mask, 0, -3.4e38))  ->  Softmax(scores + Where(mask, 0, -inf)), with 0 in place of NaN
 
-torch's `scaled_dot_product_attention` returns zeros for such rows, which padding in front of a prompt makes. torch.onnx
-writes the average of all values there for a boolean mask, and NaN for a mask of infinities, which spreads from then on:
-a probability of 0 times NaN is NaN.
+torch's `scaled_dot_product_attention` returns zeros for such rows, which padding before a prompt makes. For them
+torch.onnx writes the average of all values for a boolean mask, and NaN for a mask of infinities. The NaN spreads from
+then on: a probability of 0 times NaN is NaN.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ HIERARCHY = "pkg.torch.onnx.class_hierarchy"  # where torch.onnx notes the opera
 
 
 def mask_attention(model: ir.Model) -> None:
-    """Let masked attention compute what it does in torch, in place."""
+    """Make masked attention compute the same as in torch, in place."""
     for node in list(model.graph):
         if node.op_type == "Softmax" and ATTENTION in node.metadata_props.get(HIERARCHY, ""):
             scores = node.inputs[0]
@@ -36,7 +36,7 @@ def _mask(model: ir.Model, softmax: ir.Node, addition: ir.Node) -> None:
 
 
 def _write_infinities(model: ir.Model, addition: ir.Node) -> None:
-    """Put an infinity in place of the least finite number of a boolean mask, which may be folded to a constant."""
+    """Replace the least finite number of a boolean mask, which may be folded to a constant, by -infinity."""
     mask = addition.inputs[1]
     choice = None if mask is None else mask.producer()
     reader, operand = (choice, 2) if choice is not None and choice.op_type == "Where" else (addition, 1)

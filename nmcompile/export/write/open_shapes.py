@@ -1,4 +1,4 @@
-"""Which sizes a file leaves open, in the form of torch.export's `dynamic_shapes`."""
+"""Sizes that a file leaves open, in the form of torch.export's `dynamic_shapes`."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,11 @@ from nmcompile.errors import ConfigError, ExportError, nearest
 
 BATCH = "batch"
 Shapes = dict[str, Any]
-"""By name of forward's arguments: for a tensor a dict from dims to `Dim`s, or None where all are fixed."""
+"""Open dims by name of forward's arguments: for a tensor a dict from dims to `Dim`s, or None if all are fixed."""
 
 
 def open_batch(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
-    """Dim 0 of every input that has the first input's batch size."""
+    """Open dim 0 of every input that has the first input's batch size."""
     tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim()]
     size, batch = tensors[0].shape[0] if tensors else None, Dim(BATCH)
 
@@ -30,10 +30,10 @@ def open_batch(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def open_as_asked(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Any) -> Shapes:
-    """The user's `dynamic_shapes`, checked, by name, with None for arguments that it leaves out.
+    """Return the user's `dynamic_shapes`, checked, by name, with None for arguments that it leaves out.
 
     Raises:
-        ConfigError: an argument, a dim or a size that there is not.
+        ConfigError: an argument, a dim or a size that does not exist.
     """
     arguments = _arguments(plain, args, kwargs)
     if isinstance(asked, tuple | list):
@@ -54,7 +54,7 @@ def open_as_asked(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def enlarged(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes) -> Any:
-    """`args` and `kwargs` with 2 in place of 1 in open dims: torch.export takes a size of 1 for a constant."""
+    """Return `args` and `kwargs` with 2 in place of 1 in open dims: torch.export takes a size of 1 for a constant."""
     by_tensor = _by_tensor(plain, args, kwargs, shapes)
 
     def grown(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def enlarged(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 def names_of(
     plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes, inputs: Sequence[Iterable[Any]]
 ) -> dict[str | ir.SymbolicDim, str]:
-    """Return the name of its `Dim` for each name that torch.export gave an open size; `inputs` are the graph's dims."""
+    """Map torch.export's name of each open size to the name of its `Dim`; `inputs` are the graph's dims."""
     by_tensor = _by_tensor(plain, args, kwargs, shapes)
     tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
     names: dict[str | ir.SymbolicDim, str] = {}
@@ -88,7 +88,7 @@ def _arguments(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def _checked(place: str, value: Any, asked: Any) -> Any:
-    """What is asked for one argument, in which tensors have a dict from dims to sizes."""
+    """Return the checked request for one argument, with a dict from dims to sizes for a tensor."""
     if asked is None:
         return None
     if not isinstance(value, Tensor):

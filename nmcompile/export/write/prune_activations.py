@@ -1,17 +1,17 @@
-"""Activations with a pattern -> a call of a model-local function in front of a layer, or behind its ReLU.
+"""Activations with a pattern -> a call of a model-local function before a layer, or after its ReLU.
 
     Conv(x, w)  ->  Conv(nmcompile.PruneByValue_4_8_Channels(x), w)
 
-The function is made of standard operators, so every runtime can execute it. Of two forms each is used where it is the
-cheaper one (ONNX Runtime 1.32, one core, 4:8, milliseconds):
+The function consists of standard operators, so every runtime can execute it. It has two forms, and each is used where
+it is the cheaper one (ONNX Runtime 1.32, one core, 4:8, milliseconds):
 
 | input            | ranks of slices | TopK |
 |------------------|-----------------|------|
 | (1, 64, 56, 56)  | 1.2             | 2.9  |
 | (1, 197, 3072)   | 19              | 8.8  |
 
-Channels in front of pixels are compared as whole slices; channels that lie last are short rows, which TopK takes as
-they are. Ties go to the lowest index in both.
+Channels before pixels are compared as whole slices; channels in the last dim are short rows, which TopK takes directly.
+Ties go to the lowest index in both.
 """
 
 import onnx
@@ -27,7 +27,7 @@ DOMAIN = "nmcompile"
 def prune_activation(
     model: ir.Model, node: ir.Node, x: ir.Value, pattern: NMPattern, layout: str, name: str
 ) -> ir.Value:
-    """Prune a value in front of a node along `"Channels"` (dim 1) or `"Features"` (the last dim); returns it pruned."""
+    """Prune a value before a node along `"Channels"` (dim 1) or `"Features"` (last dim); return the pruned value."""
     operator = f"PruneByValue_{pattern.n_keep}_{pattern.block}_{layout}"
     key = (DOMAIN, operator, "")
     if key not in model.functions:
@@ -46,10 +46,10 @@ def _function(operator: str, body: list[str]) -> ir.Function:
 
 
 def _by_rank(pattern: NMPattern) -> list[str]:
-    """Slices (batch, blocks, 1, ...): i is ahead of a later j where x_i >= x_j, else j is ahead of i.
+    """Rank slices (batch, blocks, 1, ...): i is ahead of a later j if x_i >= x_j, else j is ahead of i.
 
-    The rank of i is the number ahead of it: those before it count x_j >= x_i, those behind it (M - 1 - i) less those
-    that it is ahead of.
+    The rank of i is the number ahead of it: the earlier j with x_j >= x_i, plus the later ones (M - 1 - i) less those
+    that i is ahead of.
     """
     n_keep, block = pattern.n_keep, pattern.block
     body = [

@@ -1,10 +1,10 @@
-"""Layers with a grid for an activation -> quantized inputs, and outputs quantized behind their ReLU or as they are.
+"""Layers with a grid for an activation -> quantized inputs, and outputs quantized after their ReLU or directly.
 
     Conv(x, w)        ->  Conv(Dequantize(Clip(Quantize(x, scale, 0), low, high)), w)
     Relu(Conv(x, w))  ->  Dequantize(Clip(Quantize(Relu(Conv(x, w)), scale, 0), low, high))
     Conv(x, w)        ->  Dequantize(Clip(Quantize(Conv(x, w), scale, zero), low, high))
 
-The Clip is one of integers: one of floats in front would keep ONNX Runtime from its integer kernels.
+The Clip is one of integers: a Clip of floats before the Quantize would rule out ONNX Runtime's integer kernels.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: st
     """Prune and quantize the inputs and outputs of all sites, in place; equal inputs once.
 
     Raises:
-        ExportError: an output to be quantized behind its ReLU that something else reads.
+        ExportError: an output to be quantized after its ReLU that something else reads.
     """
     done: dict[tuple[ir.Value, DeployedActivation, bool], ir.Value] = {}
     for site in sites:
@@ -45,7 +45,7 @@ def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: st
 
 
 def is_emulated(grid: Grid, target: str) -> bool:
-    """Whether the grid needs floats: TensorRT has no unsigned integers, and its INT8 ends at 127."""
+    """Return whether the grid needs floats: TensorRT has no unsigned integers, and its INT8 ends at 127."""
     return target == "tensorrt" and grid.high > np.iinfo(np.int8).max
 
 
@@ -53,7 +53,7 @@ def _quantize_behind(model: ir.Model, site: LayerNode, target: str) -> None:
     wanted, result = site.deployed.output, _result(site)
     is_rectified = wanted.pattern is not None or (wanted.grid is not None and not wanted.grid.signed)
     for activation in _rectified(site, result) if is_rectified else (result,):
-        # Something for the new nodes to stand in front of, and for a name that the graph's output needs.
+        # A node to insert the new nodes before, and to carry the name that the graph's output needs.
         end = ir.Node("", "Identity", [activation], name=f"{site.name}.output")
         end.outputs[0].shape, end.outputs[0].type = activation.shape, activation.type
         producer = activation.producer()
@@ -72,7 +72,7 @@ def _quantize_behind(model: ir.Model, site: LayerNode, target: str) -> None:
 
 
 def _result(site: LayerNode) -> ir.Value:
-    """What the layer's node computes, behind a bias that is a node of its own."""
+    """Return the output of the layer's node, or of the bias after it if that is a node of its own."""
     output = site.node.outputs[0]
     readers = list(output.consumers())
     if site.node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Add":
@@ -87,7 +87,7 @@ def _rectified(site: LayerNode, result: ir.Value) -> list[ir.Value]:
     readers = list(result.consumers())
     if result.is_graph_output() or any(reader.op_type != "Relu" for reader in readers):
         raise ExportError(
-            f"layer {site.name!r}: its output is to be pruned and quantized behind a ReLU, but the graph reads it "
+            f"layer {site.name!r}: its output is to be pruned and quantized after a ReLU, but the graph reads it "
             "elsewhere too; leave the layer out with CompileConfig.layers, or take placement='operand'"
         )
     return [relu.outputs[0] for relu in readers]
@@ -95,7 +95,7 @@ def _rectified(site: LayerNode, result: ir.Value) -> list[ir.Value]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an activation of a site is pruned and quantized: in front of `node`, under names that begin with `kind`."""
+    """Place where an activation of a site is pruned and quantized: before `node`, with names that begin with `kind`."""
 
     model: ir.Model
     site: LayerNode
@@ -120,9 +120,11 @@ class _Place:
         return self._insert("DequantizeLinear", [x, scale, zero], "dequantize")
 
     def _is_unsigned(self, grid: Grid) -> bool:
-        """Whether ONNX Runtime gets unsigned integers: where the grid is, and at outputs, but that a convolution writes
-        the type that it reads. In front of a Reshape or its like, signed outputs do not load in ONNX Runtime 1.32,
-        which moves the quantization behind it: "output_dtype INT8 does not match y_zero_point type UINT8".
+        """Return whether ONNX Runtime gets unsigned integers: for an unsigned grid, and at outputs.
+
+        As an exception, a convolution writes the type that it reads. But signed outputs before a Reshape or its like do
+        not load in ONNX Runtime 1.32, which moves the quantization after it: "output_dtype INT8 does not match
+        y_zero_point type UINT8".
         """
         input = self.site.deployed.input.grid
         reads_signed = self.site.node.op_type == "Conv" and input is not None and input.signed

@@ -1,7 +1,7 @@
-"""Model -> file, whole or not at all.
+"""Model -> file, in full or not at all.
 
-Weights of large models lie in a second file whose name holds a hash of its content. So the old model finds its own
-weights until the new one takes its place, and a copy of either model finds them after that.
+Weights of large models go to a second file whose name holds a hash of its content. So the old model finds its own
+weights until the new one replaces it, and a copy of either model finds them after that.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from nmcompile.files.staging import one_at_a_time
 from nmcompile.files.write_atomically import REPLACED, UNCHANGED, failing, move_file, staging, sync_folder, write_synced
 
 LARGEST = 2**31 - 1  # bytes; protobuf holds no more
-SMALL = 1024  # bytes; tensors up to here stay in the model even when it is split
-PAGE = 4096  # bytes; tensors start at a page, so that runtimes can map them
+SMALL = 1024  # bytes; tensors up to this size stay in the model even when it is split
+PAGE = 4096  # bytes; tensors start at a page for runtimes to map them
 PLAIN_NAME = re.compile(r"\w[\w. -]{0,199}", re.ASCII)
 CHUNK = 2**20  # bytes
 
@@ -29,7 +29,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> int:
     """Write the model, and above 2 GiB its weights to `<name>.<hash>.data` beside it; return the bytes written.
 
     Raises:
-        ExportError: the file cannot be written; what was there before still is.
+        ExportError: the file cannot be written; the previous file is unchanged.
     """
     proto: ModelProto = ir.to_proto(model)
     with staged_model(Path(path)) as staged, _export_errors():
@@ -41,10 +41,10 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> int:
 
 @contextlib.contextmanager
 def staged_model(path: Path) -> Iterator[Path]:
-    """Yield where to write a model; without an error it takes the place of the one at `path`, its data first.
+    """Yield a path to write a model to; without an error it replaces the one at `path`, its data first.
 
     Raises:
-        ExportError: `path` cannot be written; what was there before still is.
+        ExportError: `path` cannot be written; the previous file is unchanged.
     """
     with contextlib.ExitStack() as stack:
         with _export_errors():
@@ -55,7 +55,7 @@ def staged_model(path: Path) -> Iterator[Path]:
 
 
 def _install(staged: Path, path: Path) -> None:
-    """Move the data and then the model; whichever data of models at `path` is named by no model then goes."""
+    """Move the data and then the model; then remove the data at `path` that no model names."""
     with contextlib.ExitStack() as stack:
         with failing(path, UNCHANGED):
             if stack.enter_context(one_at_a_time(path)):
@@ -69,7 +69,7 @@ def _install(staged: Path, path: Path) -> None:
 
 
 def _remove_unnamed(path: Path) -> None:
-    """Remove what can be removed; the next writer tries again."""
+    """Remove the unnamed data that can be removed; the next writer tries again."""
     with contextlib.suppress(OSError):
         unnamed = _data_files(path)
         for model in [path, *path.parent.glob("*.onnx")]:
@@ -79,20 +79,20 @@ def _remove_unnamed(path: Path) -> None:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The files that hold weights of a model at `path`, or once did."""
+    """Return the files that hold, or once held, weights of a model at `path`."""
     name = re.compile(re.escape(_data_prefix(path)) + r"\.[0-9a-f]{16}\.data")
     return [path.with_name(entry) for entry in sorted(os.listdir(path.parent)) if name.fullmatch(entry)]
 
 
 def _data_prefix(path: Path) -> str:
-    """The model's name, or a hash of one that is too long, or that other systems and runtimes could misread."""
+    """Return the model's name, or a hash if it is too long or other systems and runtimes could misread it."""
     if PLAIN_NAME.fullmatch(path.name):
         return path.name
     return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
 
 
 def _names(model: Path, data: bytes) -> bool:
-    """Whether a model may name a data file: its name is among the model's bytes, or they cannot be read."""
+    """Return whether a model may name a data file: its name is among the model's bytes, or they cannot be read."""
     try:
         if not model.is_file():
             return False
@@ -124,7 +124,7 @@ def _write_data(proto: ModelProto, staged: Path) -> int:
 
 
 def _moved(tensors: Sequence[TensorProto], update: Callable[[bytes], object]) -> Iterator[bytes]:
-    """Yield the content of the data file part by part, each of which `update` sees, and take it from the tensors."""
+    """Yield the content of the data file in parts, passing each to `update`, and remove it from the tensors."""
     position = 0
     for tensor in tensors:
         content = tensor.raw_data

@@ -22,18 +22,18 @@ from nmcompile.ir.einsum import linear_einsum
 from nmcompile.own_thread import exporting_alone
 from nmcompile.printable import first_line
 
-OPSET = 21  # the first with 4-bit integers
+OPSET = 21  # the first opset with 4-bit integers
 FIXED = "if the model needs one size there, give dynamic_batch=False, or leave that dim out of dynamic_shapes"
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, and what of the model is not in it.
+    """A graph, and the parts of the model that are not in it.
 
     Attributes:
         model: the graph.
         unread: parameters that forward does not read, in eval mode and for these inputs.
-        left_out: what forward returns besides tensors, by place and class.
+        left_out: the results of forward that are not tensors, by place and class.
         ranges: the smallest and the largest size of each open dim, by name.
     """
 
@@ -57,7 +57,7 @@ def trace_model(
     Args:
         plain: in eval mode; not changed.
         args, kwargs: an example of the inputs.
-        dtype: of the graph; a copy of the model and the inputs are cast for float16, and where parameters are float64.
+        dtype: dtype of the graph; for float16, and for float64 parameters, a copy of model and inputs is cast.
         dynamic_batch: leave dim 0 of every input that has the first input's batch size open.
         dynamic_shapes: the dims to leave open instead, in torch.export's form.
 
@@ -84,14 +84,14 @@ def trace_model(
     _check_outputs(program, type(plain).__name__)
     _open_einsums(program)
     try:
-        # With gradients on, the decomposition of attention takes another kernel than the trace did, of other strides.
+        # With gradients on, the decomposition of attention would take a kernel with other strides than the trace.
         with exporting_alone(), torch.no_grad(), _without_advice():
             traced = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"the model has an operator without ONNX form: {_innermost(error)}") from error
     assert traced is not None
     if shapes is not None:
-        # The exporter renames open sizes itself, but only where every argument is a tensor.
+        # The exporter renames open sizes itself only if every argument is a tensor.
         dims = [value.shape or () for value in traced.model.graph.inputs]
         traced.rename_axes(names_of(plain, args, kwargs, shapes, dims))
     return Traced(traced.model, _unread(program), left, _ranges(program, shapes))
@@ -99,7 +99,7 @@ def trace_model(
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silence what the exporter says of torch's own code, and of a torchvision that is not installed."""
+    """Silence the exporter's messages about torch's own code, and about a torchvision that is not installed."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     logger.addFilter(_is_about_the_model)
     try:
@@ -137,7 +137,7 @@ def _check_outputs(program: torch.export.ExportedProgram, model: str) -> None:
 def _exported(
     plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """The program that returns nothing but tensors, and what it leaves out."""
+    """Return the program that returns only tensors, and the results that it leaves out."""
     left: list[str] = []
 
     def tensors_only(module: nn.Module, args: Any, result: Any) -> list[Any]:
@@ -148,7 +148,7 @@ def _exported(
     try:
         with exporting_alone(), torch.no_grad():
             return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes), tuple(left)
-    except Exception as error:  # whatever the model's own code raises comes out here
+    except Exception as error:  # anything that the model's own code raises
         hint = "" if shapes is None else f"; {FIXED}"
         raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {_explained(error)}{hint}") from error
     finally:
@@ -156,7 +156,7 @@ def _exported(
 
 
 def _explained(error: Exception) -> str:
-    """The first line, and torch's suggestions where it says how sizes are to be opened."""
+    """Return the first line of an error, with torch's suggestions on how to open sizes if there are any."""
     _, _, fixes = str(error).partition("Suggested fixes:")
     lines = [line.strip() for line in fixes.strip().splitlines()]
     suggested = [line for line in lines[: lines.index("") if "" in lines else None] if line]
@@ -164,7 +164,7 @@ def _explained(error: Exception) -> str:
 
 
 def _open_einsums(program: torch.export.ExportedProgram) -> None:
-    """Write each einsum that is a linear layer as linear or matmul, in place: runtimes have no sparse Einsum."""
+    """Rewrite each einsum that is a linear layer as linear or matmul, in place: runtimes have no sparse Einsum."""
     for node in program.graph.nodes:
         if node.target is not torch.ops.aten.einsum.default or len(node.args[1]) != 2:
             continue

@@ -1,4 +1,4 @@
-"""A plain model and what is known of its layers -> one ONNX file."""
+"""A plain model and its deployed layers -> one ONNX file."""
 
 import json
 import os
@@ -36,11 +36,11 @@ class ExportedNode:
     """One GEMM of the file.
 
     Attributes:
-        name: of the node: the layer's name, with "#2" where the layer is called a second time.
+        name: the node's name: the layer's name, with "#2" if it is the layer's second call.
         layer: the layer's name.
         op: Conv, Gemm or MatMul.
-        norm: the module of the norm that was absorbed; "" if none.
-        notes: what a user of the target should know about it.
+        norm: the module of the absorbed norm; "" if none.
+        notes: facts about the node that a user of the target should know.
     """
 
     name: str
@@ -52,10 +52,10 @@ class ExportedNode:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written where.
+    """Report of what was written where.
 
     Attributes:
-        notes: what of the model is not in the file.
+        notes: parts of the model that are not in the file.
         ranges: the smallest and the largest size of each dim that is left open, by name.
     """
 
@@ -85,9 +85,9 @@ def write_onnx(
     """Write a model with its layers as they are deployed.
 
     Args:
-        plain: the model in eval mode; its other parameters are written as they are.
+        plain: the model in eval mode; its other parameters are written unchanged.
         layers: by layer name; their weights are written instead of those of `plain`.
-        path: of the file.
+        path: path of the file.
         args, kwargs: an example of the inputs.
         target: the runtime, "onnxruntime" or "tensorrt": it decides how inputs are quantized.
         container: "int8", or "int4" for the smallest file.
@@ -141,7 +141,7 @@ def _notes(idle: Sequence[str], left_out: Sequence[str]) -> tuple[str, ...]:
 
 
 def _aliases(plain: nn.Module) -> dict[str, list[str]]:
-    """Every name of the parameter that a name stands for: tied weights have several."""
+    """Return every name of each parameter, by name: tied weights have several."""
     names: dict[int, list[str]] = {}
     parameters = list(plain.named_parameters(remove_duplicate=False))
     for name, parameter in parameters:
