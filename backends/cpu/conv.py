@@ -14,14 +14,20 @@ from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.spare_memory import empty, empty_like
 from nmcompile.backends.reference import conv
+from nmcompile.custom_op import custom_op
 from nmcompile.ir.operations import like
 from nmcompile.weight_cache import are_weights_at_rest
 
 Ints = Sequence[int]
 
 
-@torch.library.custom_op("nmcompile::cpu_conv_forward", mutates_args=())
-def _conv_forward(
+@custom_op(
+    "nmcompile::cpu_conv_forward",
+    fake=lambda input, weight, stride, padding, dilation, groups: empty(
+        input, _output_shape(input, weight, Geometry(stride, padding, dilation, groups))
+    ),
+)
+def conv_forward(
     input: Tensor,
     weight: Tensor,
     mask: Tensor | None,
@@ -51,23 +57,8 @@ def _conv_forward(
     )
 
 
-@_conv_forward.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    groups: int,
-    call: str,
-) -> Tensor:
-    return empty(input, _output_shape(input, weight, Geometry(stride, padding, dilation, groups)))
-
-
-@torch.library.custom_op("nmcompile::cpu_conv_input_gradient", mutates_args=())
-def _conv_input_gradient(
+@custom_op("nmcompile::cpu_conv_input_gradient", fake=lambda input: torch.empty_like(input))
+def conv_input_gradient(
     grad_output: Tensor,
     weight: Tensor,
     mask: Tensor | None,
@@ -92,13 +83,8 @@ def _conv_input_gradient(
     )
 
 
-@_conv_input_gradient.register_fake
-def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(input)
-
-
-@torch.library.custom_op("nmcompile::cpu_conv_weight_gradient", mutates_args=())
-def _conv_weight_gradient(
+@custom_op("nmcompile::cpu_conv_weight_gradient", fake=lambda weight: torch.empty_like(weight))
+def conv_weight_gradient(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -119,16 +105,6 @@ def _conv_weight_gradient(
         lambda gradient: sparse_update(grad_output, input, gradient, geometry, axis, block),
         lambda: like(conv.conv_weight_gradient(grad_output, input, weight, *_lists(geometry)), weight),
     )
-
-
-@_conv_weight_gradient.register_fake
-def _(grad_output: Tensor, input: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(weight)
-
-
-conv_forward = torch.ops.nmcompile.cpu_conv_forward.default
-conv_input_gradient = torch.ops.nmcompile.cpu_conv_input_gradient.default
-conv_weight_gradient = torch.ops.nmcompile.cpu_conv_weight_gradient.default
 
 
 def _matrix(weight: Tensor, groups: int) -> tuple[int, int]:

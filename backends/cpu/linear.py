@@ -19,14 +19,28 @@ from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.cpu.spare_memory import empty
 from nmcompile.backends.reference import linear
+from nmcompile.custom_op import custom_op
 from nmcompile.pruning import NMPattern
 from nmcompile.weight_cache import are_weights_at_rest
 
 GEOMETRY = Geometry()
 
 
-@torch.library.custom_op("nmcompile::cpu_linear_forward", mutates_args=())
-def _linear_forward(
+def empty_output(input: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return empty(input, torch.empty(*input.shape[:-1], weight.shape[1 if transposed else 0], device="meta"))
+
+
+def _empty_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return empty_output(grad_output, weight, not transposed)
+
+
+def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
+    sizes = grad_output.shape[-1], input.shape[-1]
+    return empty(input, torch.empty(sizes[::-1] if transposed else sizes, device="meta"))
+
+
+@custom_op("nmcompile::cpu_linear_forward", fake=empty_output)
+def linear_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str
 ) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W pruned along in-features."""
@@ -34,38 +48,28 @@ def _linear_forward(
     phase = AT_REST if are_weights_at_rest() else "forward"
     gemm = GemmCall(call, phase, GEOMETRY, (input, matrix, mask, bias), *_sizes(matrix), _rows(input))
     return gemm.run(
-        lambda: _like(input, matrix.shape[0]),
+        lambda: empty_output(input, weight, transposed),
         lambda output: sparse_forward(input, matrix, kept, bias, output, GEOMETRY, kept_packs(weight, mask)),
         lambda: linear.linear_forward(input, masked(weight, mask), bias, transposed).contiguous(),
     )
 
 
-@_linear_forward.register_fake
-def _(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
-    return _like(input, weight.shape[1 if transposed else 0])
-
-
-@torch.library.custom_op("nmcompile::cpu_linear_input_gradient", mutates_args=())
-def _linear_input_gradient(
+@custom_op("nmcompile::cpu_linear_input_gradient", fake=_empty_input_gradient)
+def linear_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str
 ) -> Tensor:
     """dX = dY W, `(..., out)` to `(..., in)`, with W pruned along out-features."""
     matrix, kept = _matrix(weight, mask, transposed)
     gemm = GemmCall(call, "backward", GEOMETRY, (grad_output, matrix, mask), *_sizes(matrix.t()), _rows(grad_output))
     return gemm.run(
-        lambda: _like(grad_output, matrix.shape[1]),
+        lambda: _empty_input_gradient(grad_output, weight, transposed),
         lambda gradient: sparse_backward(grad_output, matrix, kept, gradient, GEOMETRY),
         lambda: linear.linear_input_gradient(grad_output, masked(weight, mask), transposed),
     )
 
 
-@_linear_input_gradient.register_fake
-def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str) -> Tensor:
-    return _like(grad_output, weight.shape[0 if transposed else 1])
-
-
-@torch.library.custom_op("nmcompile::cpu_linear_weight_gradient", mutates_args=())
-def _linear_weight_gradient(
+@custom_op("nmcompile::cpu_linear_weight_gradient", fake=_empty_weight_gradient)
+def linear_weight_gradient(
     grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, call: str
 ) -> Tensor:
     """dW = dYᵀ X, of the weight's shape, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`)."""
@@ -76,19 +80,14 @@ def _linear_weight_gradient(
 
     size = grad_output.shape[-1], _rows(input), input.shape[-1]
     return GemmCall(call, "update", GEOMETRY, (grad_output, input), *size).run(
-        lambda: _gradient(grad_output, input, transposed),
+        lambda: _empty_weight_gradient(grad_output, input, transposed),
         fill,
         lambda: linear.linear_weight_gradient(grad_output, input, transposed),
     )
 
 
-@_linear_weight_gradient.register_fake
-def _(grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, call: str) -> Tensor:
-    return _gradient(grad_output, input, transposed)
-
-
-@torch.library.custom_op("nmcompile::cpu_linear_pruned_weight_gradient", mutates_args=())
-def _linear_pruned_weight_gradient(
+@custom_op("nmcompile::cpu_linear_pruned_weight_gradient", fake=_empty_weight_gradient)
+def linear_pruned_weight_gradient(
     grad_output: Tensor,
     input: Tensor,
     operator: str,
@@ -115,31 +114,10 @@ def _linear_pruned_weight_gradient(
 
     size = grad_output.shape[-1], _rows(input), input.shape[-1]
     return GemmCall(call, f"update, {operator} {pattern}", GEOMETRY, (grad_output, input), *size).run(
-        lambda: _gradient(grad_output, input, transposed),
+        lambda: _empty_weight_gradient(grad_output, input, transposed),
         fill,
         lambda: linear.linear_weight_gradient(pruned(), input, transposed),
     )
-
-
-@_linear_pruned_weight_gradient.register_fake
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    operator: str,
-    n_keep: int,
-    block: int,
-    axis: str,
-    key: Tensor | None,
-    transposed: bool,
-    call: str,
-) -> Tensor:
-    return _gradient(grad_output, input, transposed)
-
-
-linear_forward = torch.ops.nmcompile.cpu_linear_forward.default
-linear_input_gradient = torch.ops.nmcompile.cpu_linear_input_gradient.default
-linear_weight_gradient = torch.ops.nmcompile.cpu_linear_weight_gradient.default
-linear_pruned_weight_gradient = torch.ops.nmcompile.cpu_linear_pruned_weight_gradient.default
 
 
 def _matrix(weight: Tensor, mask: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor | None]:
@@ -155,12 +133,3 @@ def _sizes(matrix: Tensor) -> tuple[int, int]:
 
 def _rows(x: Tensor) -> int:
     return x.shape[:-1].numel()
-
-
-def _like(x: Tensor, features: int) -> Tensor:
-    return empty(x, torch.empty(*x.shape[:-1], features, device="meta"))
-
-
-def _gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
-    sizes = grad_output.shape[-1], input.shape[-1]
-    return empty(input, torch.empty(sizes[::-1] if transposed else sizes, device="meta"))

@@ -6,20 +6,20 @@ instruction multiplies more integers than values.
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.gemm_call import ON_GRID, GemmCall
-from nmcompile.backends.cpu.linear import GEOMETRY, linear_forward
+from nmcompile.backends.cpu.linear import GEOMETRY, empty_output, linear_forward
 from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
 from nmcompile.backends.shared.choose_kernel import latest, note
+from nmcompile.custom_op import custom_op
 from nmcompile.ir.choice import Choice
 from nmcompile.quantization import Grid
 from nmcompile.weight_cache import are_weights_at_rest
 
 
-@torch.library.custom_op("nmcompile::cpu_linear_forward_on_grid", mutates_args=())
-def _linear_forward_on_grid(
+@custom_op("nmcompile::cpu_linear_forward_on_grid", fake=empty_output)
+def linear_forward_on_grid(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
@@ -40,8 +40,7 @@ def _linear_forward_on_grid(
     x = GridInput(input, input_step, Grid(input_bits, input_signed))
 
     def from_values() -> Tensor:
-        result: Tensor = linear_forward(input, on_grid.values(), None, bias, transposed, call)
-        return result
+        return linear_forward(input, on_grid.values(), None, bias, transposed, call)
 
     # A view lives for one call only (a part of attention's weight), and nothing can be kept of it.
     if not are_weights_at_rest() or weight._is_view():
@@ -59,26 +58,6 @@ def _linear_forward_on_grid(
     if (choice := latest(call)) and choice.kernel == "integers":
         on_grid.forget_values()
     return output
-
-
-@_linear_forward_on_grid.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    step: Tensor,
-    input_step: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    input_bits: int,
-    input_signed: bool,
-    transposed: bool,
-    call: str,
-) -> Tensor:
-    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
-
-
-linear_forward_on_grid = torch.ops.nmcompile.cpu_linear_forward_on_grid.default
 
 
 def _note(call: str, integers: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import kernel_support, takes
 from nmcompile.backends.cpu.spare_memory import empty_like
+from nmcompile.custom_op import custom_op
 from nmcompile.errors import OperandError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.operations import like
@@ -35,8 +36,8 @@ def prune_support(operator: str, n_keep: int, block: int) -> Support:
     return support
 
 
-@torch.library.custom_op("nmcompile::cpu_prune", mutates_args=())
-def _cpu_prune(
+@custom_op("nmcompile::cpu_prune", fake=lambda x: torch.empty_like(x))
+def cpu_prune(
     x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """`x` pruned, with the strides of `torch.empty_like(x)`.
@@ -59,15 +60,8 @@ def _cpu_prune(
     return result
 
 
-@_cpu_prune.register_fake
-def _(
-    x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
-) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("nmcompile::cpu_prune_out", mutates_args=("out",))
-def _cpu_prune_out(
+@custom_op("nmcompile::cpu_prune_out", mutates_args=("out",))
+def cpu_prune_out(
     x: Tensor,
     operator: str,
     n_keep: int,
@@ -84,24 +78,6 @@ def _cpu_prune_out(
     """
     check_output("out", out, x, tuple(x.shape), x.dtype)
     _write(x, operator, NMPattern(n_keep, block), dim, key, relu, out)
-
-
-@_cpu_prune_out.register_fake
-def _(
-    x: Tensor,
-    operator: str,
-    n_keep: int,
-    block: int,
-    dim: int,
-    out: Tensor,
-    key: Tensor | None = None,
-    relu: bool = False,
-) -> None:
-    return None
-
-
-cpu_prune = torch.ops.nmcompile.cpu_prune.default
-cpu_prune_out = torch.ops.nmcompile.cpu_prune_out.default
 
 
 def prune_natively(

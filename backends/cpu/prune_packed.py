@@ -7,13 +7,19 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.prune import call_kernel, check_output, reference, runs_natively
+from nmcompile.custom_op import custom_op
 from nmcompile.errors import ConfigError
 from nmcompile.pruning import NMPattern, check
 from nmcompile.pruning.packed import GROUP, KEPT, pack, packed_shapes, two_of_four
 
 
-@torch.library.custom_op("nmcompile::cpu_prune_packed", mutates_args=())
-def _cpu_prune_packed(
+def _empty(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    values, indices = packed_shapes(tuple(x.shape), check(x, dim))
+    return x.new_empty(values), x.new_empty(indices, dtype=torch.uint8)
+
+
+@custom_op("nmcompile::cpu_prune_packed", fake=_empty)
+def cpu_prune_packed(
     x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`cpu_prune(x, ...)` packed along `dim`.
@@ -34,15 +40,8 @@ def _cpu_prune_packed(
     return values, indices
 
 
-@_cpu_prune_packed.register_fake
-def _(
-    x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
-) -> tuple[Tensor, Tensor]:
-    return _empty(x, dim)
-
-
-@torch.library.custom_op("nmcompile::cpu_prune_packed_out", mutates_args=("values", "indices"))
-def _cpu_prune_packed_out(
+@custom_op("nmcompile::cpu_prune_packed_out", mutates_args=("values", "indices"))
+def cpu_prune_packed_out(
     x: Tensor,
     operator: str,
     n_keep: int,
@@ -63,30 +62,6 @@ def _cpu_prune_packed_out(
     check_output("values", values, x, of_values, x.dtype)
     check_output("indices", indices, x, of_indices, torch.uint8)
     _write(x, operator, _fitting(n_keep, block), dim, key, relu, values, indices)
-
-
-@_cpu_prune_packed_out.register_fake
-def _(
-    x: Tensor,
-    operator: str,
-    n_keep: int,
-    block: int,
-    dim: int,
-    values: Tensor,
-    indices: Tensor,
-    key: Tensor | None = None,
-    relu: bool = False,
-) -> None:
-    return None
-
-
-cpu_prune_packed = torch.ops.nmcompile.cpu_prune_packed.default
-cpu_prune_packed_out = torch.ops.nmcompile.cpu_prune_packed_out.default
-
-
-def _empty(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    values, indices = packed_shapes(tuple(x.shape), check(x, dim))
-    return x.new_empty(values), x.new_empty(indices, dtype=torch.uint8)
 
 
 def _fitting(n_keep: int, block: int) -> NMPattern:

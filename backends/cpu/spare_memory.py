@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from nmcompile.backends.cpu.kernels import takes
 from nmcompile.native import kernels
@@ -16,7 +17,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def empty(x: Tensor, shape: Tensor) -> Tensor:
     """A tensor with dtype and device of `x`, and sizes and strides of `shape`, in spare memory where it is large."""
-    if not takes(x) or shape.numel() * x.itemsize < LARGE:
+    if isinstance(x, FakeTensor) or not takes(x) or shape.numel() * x.itemsize < LARGE:
         return torch.empty_strided(shape.shape, shape.stride(), dtype=x.dtype, device=x.device)
     memory = kernels.memory(shape.numel() * x.itemsize)
     return x.new_empty(0).set_(memory.untyped_storage(), 0, shape.shape, shape.stride())

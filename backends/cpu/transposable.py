@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import DTYPES, kernel_support
+from nmcompile.custom_op import custom_op
 from nmcompile.errors import OperandError
 from nmcompile.native import isa_and_threads, kernels
 from nmcompile.pruning import NMPattern, check, transposable_mask
@@ -30,8 +31,8 @@ class Outputs(NamedTuple):
     backward_indices: Tensor | None = None
 
 
-@torch.library.custom_op("nmcompile::cpu_transposable_mask", mutates_args=())
-def _cpu_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
+@custom_op("nmcompile::cpu_transposable_mask", fake=lambda w: torch.empty_like(w, dtype=torch.bool))
+def cpu_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
     """`transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
 
     Args:
@@ -47,13 +48,11 @@ def _cpu_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
     return mask
 
 
-@_cpu_transposable_mask.register_fake
-def _(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
-    return torch.empty_like(w, dtype=torch.bool)
-
-
-@torch.library.custom_op("nmcompile::cpu_transposable_pack", mutates_args=())
-def _cpu_transposable_pack(w: Tensor, out_dim: int, in_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op(
+    "nmcompile::cpu_transposable_pack",
+    fake=lambda w, out_dim, in_dim: (*_empty_packed(w, in_dim), *_empty_packed(w, out_dim)),
+)
+def cpu_transposable_pack(w: Tensor, out_dim: int, in_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`w` under its transposable mask, packed for the forward and for the backward GEMM.
 
     Args:
@@ -69,13 +68,8 @@ def _cpu_transposable_pack(w: Tensor, out_dim: int, in_dim: int) -> tuple[Tensor
     return *forward, *backward
 
 
-@_cpu_transposable_pack.register_fake
-def _(w: Tensor, out_dim: int, in_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_empty_packed(w, in_dim), *_empty_packed(w, out_dim)
-
-
-@torch.library.custom_op("nmcompile::cpu_transposable_out", mutates_args=Outputs._fields)
-def _cpu_transposable_out(
+@custom_op("nmcompile::cpu_transposable_out", mutates_args=Outputs._fields)
+def cpu_transposable_out(
     w: Tensor,
     out_dim: int,
     in_dim: int,
@@ -93,14 +87,6 @@ def _cpu_transposable_out(
     """
     outputs = Outputs(mask, pruned, forward_values, forward_indices, backward_values, backward_indices)
     _write(w, out_dim, in_dim, outputs)
-
-
-_cpu_transposable_out.register_fake(lambda *args, **kwargs: None)
-
-
-cpu_transposable_mask = torch.ops.nmcompile.cpu_transposable_mask.default
-cpu_transposable_pack = torch.ops.nmcompile.cpu_transposable_pack.default
-cpu_transposable_out = torch.ops.nmcompile.cpu_transposable_out.default
 
 
 def _empty_packed(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:

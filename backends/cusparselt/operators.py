@@ -4,7 +4,6 @@ The weight comes with its mask, or with its zeros. `call` names the node that ca
 as the reference backend has it.
 """
 
-import torch
 from torch import Tensor
 
 from nmcompile.backends.cusparselt.kept_weights import masked_weight
@@ -13,11 +12,29 @@ from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows,
 from nmcompile.backends.reference import conv, linear
 from nmcompile.backends.triton import prune
 from nmcompile.backends.triton.support import KEEP
+from nmcompile.custom_op import custom_op
 from nmcompile.pruning import NMPattern
 
 
-@torch.library.custom_op("nmcompile::cusparselt_linear_forward", mutates_args=())
-def _linear_forward(
+def _empty_output(input: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
+
+
+def _empty_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return _empty_output(grad_output, weight, not transposed)
+
+
+def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
+    sizes = grad_output.shape[-1], input.shape[-1]
+    return input.new_empty(sizes[::-1] if transposed else sizes)
+
+
+def _empty_image(input: Tensor, channels: int) -> Tensor:
+    return by_channels(input.new_empty(input.numel() // input.shape[1], channels), input, channels)
+
+
+@custom_op("nmcompile::cusparselt_linear_forward", fake=_empty_output)
+def linear_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str
 ) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W 2:4 along in-features."""
@@ -28,13 +45,8 @@ def _linear_forward(
     )
 
 
-@_linear_forward.register_fake
-def _(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str) -> Tensor:
-    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
-
-
-@torch.library.custom_op("nmcompile::cusparselt_linear_input_gradient", mutates_args=())
-def _linear_input_gradient(
+@custom_op("nmcompile::cusparselt_linear_input_gradient", fake=_empty_input_gradient)
+def linear_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str
 ) -> Tensor:
     """dX = dY W, `(..., out)` to `(..., in)`, with W 2:4 along out-features."""
@@ -45,13 +57,8 @@ def _linear_input_gradient(
     )
 
 
-@_linear_input_gradient.register_fake
-def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str) -> Tensor:
-    return grad_output.new_empty(*grad_output.shape[:-1], weight.shape[0 if transposed else 1])
-
-
-@torch.library.custom_op("nmcompile::cusparselt_linear_weight_gradient", mutates_args=())
-def _linear_weight_gradient(
+@custom_op("nmcompile::cusparselt_linear_weight_gradient", fake=_empty_weight_gradient)
+def linear_weight_gradient(
     grad_output: Tensor,
     input: Tensor,
     operator: str,
@@ -81,24 +88,8 @@ def _linear_weight_gradient(
     return product.run(lambda gradient: gradient, dense)
 
 
-@_linear_weight_gradient.register_fake
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    operator: str,
-    n_keep: int,
-    block: int,
-    axis: str,
-    key: Tensor | None,
-    transposed: bool,
-    call: str,
-) -> Tensor:
-    sizes = grad_output.shape[-1], input.shape[-1]
-    return input.new_empty(sizes[::-1] if transposed else sizes)
-
-
-@torch.library.custom_op("nmcompile::cusparselt_pointwise_forward", mutates_args=())
-def _pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, call: str) -> Tensor:
+@custom_op("nmcompile::cusparselt_pointwise_forward", fake=lambda input, weight: _empty_image(input, weight.shape[0]))
+def pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, call: str) -> Tensor:
     """Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
     sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
     return Product(call, sparse, by_rows(input, 1), bias, weight=weight).run(
@@ -107,14 +98,8 @@ def _pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias:
     )
 
 
-@_pointwise_forward.register_fake
-def _(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, call: str) -> Tensor:
-    rows = input.new_empty(input.numel() // input.shape[1], weight.shape[0])
-    return by_channels(rows, input, weight.shape[0])
-
-
-@torch.library.custom_op("nmcompile::cusparselt_pointwise_input_gradient", mutates_args=())
-def _pointwise_input_gradient(
+@custom_op("nmcompile::cusparselt_pointwise_input_gradient", fake=lambda input: _empty_image(input, input.shape[1]))
+def pointwise_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, call: str
 ) -> Tensor:
     """dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
@@ -127,18 +112,6 @@ def _pointwise_input_gradient(
     return Product(call, sparse, by_rows(grad_output, 1)).run(
         lambda rows: by_channels(rows, input, weight.shape[1]), dense
     )
-
-
-@_pointwise_input_gradient.register_fake
-def _(grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, call: str) -> Tensor:
-    return by_channels(input.new_empty(input.numel() // input.shape[1], input.shape[1]), input, input.shape[1])
-
-
-linear_forward = torch.ops.nmcompile.cusparselt_linear_forward.default
-linear_input_gradient = torch.ops.nmcompile.cusparselt_linear_input_gradient.default
-linear_weight_gradient = torch.ops.nmcompile.cusparselt_linear_weight_gradient.default
-pointwise_forward = torch.ops.nmcompile.cusparselt_pointwise_forward.default
-pointwise_input_gradient = torch.ops.nmcompile.cusparselt_pointwise_input_gradient.default
 
 
 def _like(image: Tensor, input: Tensor) -> Tensor:

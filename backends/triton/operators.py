@@ -9,14 +9,29 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.triton.support import operator_support, tensor_runs
+from nmcompile.custom_op import custom_op
 from nmcompile.pruning import OPERATORS, NMPattern, check, transposable_mask
 from nmcompile.pruning.packed import pack, two_of_four
 
 MASK_KERNEL = "nmcompile::triton_transposable_mask"
 
 
-@torch.library.custom_op("nmcompile::triton_prune", mutates_args=())
-def _prune(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
+def _empty_lines(x: Tensor, dim: int) -> Tensor:
+    return x.new_empty(x.shape[1 - dim % 2], x.shape[dim])
+
+
+def _empty_packed(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    lines, length = x.shape[1 - dim % 2], x.shape[dim]
+    return x.new_empty(lines, length // 2), x.new_empty(lines, length // 8, dtype=torch.uint8)
+
+
+def _empty_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = w.shape
+    return w.new_empty(rows, columns), w.new_empty(columns, rows), w.new_empty(rows, columns, dtype=torch.bool)
+
+
+@custom_op("nmcompile::triton_prune", fake=lambda x: torch.empty_like(x))
+def triton_prune(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
     """`OPERATORS[operator].prune(x, n_keep:block, dim, key)`, bit for bit.
 
     Args:
@@ -36,13 +51,10 @@ def _prune(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Ten
     return prune_blocks(_plain(x), operator, pattern, check(x, dim), key, out)
 
 
-@_prune.register_fake
-def _(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("nmcompile::triton_prune_lines", mutates_args=())
-def _prune_lines(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
+@custom_op("nmcompile::triton_prune_lines", fake=_empty_lines)
+def triton_prune_lines(
+    x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None
+) -> Tensor:
     """A matrix pruned along `dim`, its lines along `dim` as contiguous rows: transposed for `dim` 0.
 
     Takes what `triton_prune` takes, `x` of shape `(r, c)`; returns `(c, r)` for `dim` 0 and `(r, c)` for 1.
@@ -56,13 +68,8 @@ def _prune_lines(x: Tensor, operator: str, n_keep: int, block: int, dim: int, ke
     return prune_lines(_plain(x), operator, pattern, check(x, dim), key, _empty_lines(x, dim))
 
 
-@_prune_lines.register_fake
-def _(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
-    return _empty_lines(x, dim)
-
-
-@torch.library.custom_op("nmcompile::triton_pack_lines", mutates_args=())
-def _pack_lines(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@custom_op("nmcompile::triton_pack_lines", fake=_empty_packed)
+def triton_pack_lines(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A matrix pruned 2:4 along `dim`, in the form of `nmcompile.pruning.packed`, its lines along
     `dim` as rows.
 
@@ -80,13 +87,8 @@ def _pack_lines(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -
     return pack_lines(_plain(x), operator, check(x, dim), key, *_empty_packed(x, dim))
 
 
-@_pack_lines.register_fake
-def _(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _empty_packed(x, dim)
-
-
-@torch.library.custom_op("nmcompile::triton_prune_tiles", mutates_args=())
-def _prune_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@custom_op("nmcompile::triton_prune_tiles", fake=_empty_tiles)
+def triton_prune_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix under its exact transposable 2:4 mask.
 
     Args:
@@ -106,13 +108,8 @@ def _prune_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pruned, transposed, mask
 
 
-@_prune_tiles.register_fake
-def _(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_tiles(w)
-
-
-@torch.library.custom_op(MASK_KERNEL, mutates_args=())
-def _transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
+@custom_op(MASK_KERNEL, fake=lambda w: torch.empty_like(w, dtype=torch.bool))
+def triton_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
     """`transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
 
     Returns:
@@ -132,18 +129,6 @@ def _transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
     return mask
 
 
-@_transposable_mask.register_fake
-def _(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
-    return torch.empty_like(w, dtype=torch.bool)
-
-
-triton_prune = torch.ops.nmcompile.triton_prune.default
-triton_prune_lines = torch.ops.nmcompile.triton_prune_lines.default
-triton_pack_lines = torch.ops.nmcompile.triton_pack_lines.default
-triton_prune_tiles = torch.ops.nmcompile.triton_prune_tiles.default
-triton_transposable_mask = torch.ops.nmcompile.triton_transposable_mask.default
-
-
 def _kernel_takes(x: Tensor, operator: str, pattern: NMPattern, key: Tensor | None) -> bool:
     """False also for wrong keys, of which the reference says what is wrong."""
     keyed = key is not None and key.dtype == torch.int64 and key.dim() == 0
@@ -158,17 +143,3 @@ def _plain(x: Tensor) -> Tensor:
 def _as_lines(pruned: Tensor, dim: int) -> Tensor:
     """A new tensor also where the lines lie as they should: an operator returns no view of what it was given."""
     return pruned.movedim(dim, -1).contiguous()
-
-
-def _empty_lines(x: Tensor, dim: int) -> Tensor:
-    return x.new_empty(x.shape[1 - dim % 2], x.shape[dim])
-
-
-def _empty_packed(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    lines, length = x.shape[1 - dim % 2], x.shape[dim]
-    return x.new_empty(lines, length // 2), x.new_empty(lines, length // 8, dtype=torch.uint8)
-
-
-def _empty_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = w.shape
-    return w.new_empty(rows, columns), w.new_empty(columns, rows), w.new_empty(rows, columns, dtype=torch.bool)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from nmcompile.custom_op import custom_op
 from nmcompile.errors import LoweringError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.node_meta import KEY, NodeMeta
@@ -29,8 +30,8 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     return _masked.get(x, (mask,), (), lambda: torch.where(mask, x, 0.0))
 
 
-@torch.library.custom_op("nmcompile::prune", mutates_args=())
-def _prune(
+@custom_op("nmcompile::prune", fake=lambda x: torch.empty_like(x))
+def prune(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:
     """`x` pruned by a named operator along an axis (see `grouped`), with the reference operators.
@@ -42,27 +43,10 @@ def _prune(
     return like(pruned, x)
 
 
-@_prune.register_fake
-def _(
-    x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
-) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("nmcompile::prune_mask", mutates_args=())
-def _prune_mask(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
+@custom_op("nmcompile::prune_mask", fake=lambda x: torch.empty_like(x, dtype=torch.bool))
+def prune_mask(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
     """The mask, bool of the shape of `x`, that a greedy operator keeps along channels."""
     return like(OPERATORS[operator].mask(x, NMPattern(n_keep, block), channel_dim), x)
-
-
-@_prune_mask.register_fake
-def _(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
-    return torch.empty_like(x, dtype=torch.bool)
-
-
-# What graphs name is the operator behind the Python function.
-prune = torch.ops.nmcompile.prune.default
-prune_mask = torch.ops.nmcompile.prune_mask.default
 
 
 def to_grid(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:

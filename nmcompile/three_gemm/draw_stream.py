@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nmcompile.custom_op import custom_op
+
 LAYERS = 4096  # whose first keys are remembered
 
 
@@ -54,19 +56,13 @@ class DrawStream:
         rank = self.replicas.rank if self.rank is None else self.rank
         if not torch.compiler.is_compiling():
             return _next_keys(self.draw, self.seed, self.layer, rank)
-        keys: Tensor = next_keys(self.draw, self.seed, self.layer, rank)
-        return keys
+        return next_keys(self.draw, self.seed, self.layer, rank)
 
 
-@torch.library.custom_op("nmcompile::next_keys", mutates_args=("draw",))
+@custom_op("nmcompile::next_keys", fake=lambda draw: draw.new_empty(2), mutates_args=("draw",))
 def next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
     """Keys for the current draw; advances it. A custom operator, so that a compiled step draws anew each time."""
     return _next_keys(draw, seed, layer, rank)
-
-
-@next_keys.register_fake
-def _(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
-    return draw.new_empty(2)
 
 
 def _next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:

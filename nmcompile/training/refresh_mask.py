@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile import pruning
+from nmcompile.custom_op import custom_op
 from nmcompile.fingerprint import fingerprint
 from nmcompile.pruning import NMPattern
 from nmcompile.training.weight_clock import (
@@ -31,7 +32,7 @@ def when_compared(weight: Tensor, content: Content | None, is_trained: bool) -> 
     return ALWAYS if weight.device.type == "cpu" or not torch.is_grad_enabled() else NEVER
 
 
-@torch.library.custom_op("nmcompile::refresh_mask", mutates_args=("mask", "clock"))
+@custom_op("nmcompile::refresh_mask", mutates_args=("mask", "clock"))
 def refresh_mask(
     weight: Tensor,
     mask: Tensor,
@@ -56,9 +57,6 @@ def refresh_mask(
         clock[CONTENT] = content
         if tells_writes(weight, clock):
             clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
-
-
-refresh_mask.register_fake(lambda *args, **kwargs: None)
 
 
 def compute_mask(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.linear import linear_forward
 from nmcompile.backends.cpu.prune import cpu_prune
 from nmcompile.backends.cpu.spare_memory import LARGE, empty_like
 
@@ -62,6 +63,13 @@ def test_is_as_torch_has_it(dtype: torch.dtype) -> None:
         found, expected = empty_like(x), torch.empty_like(x, requires_grad=False)
         assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), dtype)
         assert not found.requires_grad and not found._is_view() and found.data_ptr() % dtype.itemsize == 0
+
+
+def test_large_results_are_traced() -> None:
+    x, weight = torch.randn(1024, 8), torch.randn(LARGE // 4096, 8)
+    weight.unflatten(1, (-1, 4))[..., 1:3] = 0
+    run = torch.compile(lambda x: linear_forward(x, weight, None, None, False, "large"), backend="aot_eager")
+    assert run(x).shape == (1024, LARGE // 4096)
 
 
 def test_large_results_keep_their_values() -> None:

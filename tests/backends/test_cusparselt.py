@@ -456,12 +456,14 @@ def test_images_lie_as_the_input_does_whatever_the_weight(
 ) -> None:
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice(kernel, "the test asks for it"))
     x, dy = torch.randn(2, 8, 3, 4).contiguous(memory_format=layout), torch.randn(2, 12, 3, 4)
-    for dim, call, given in ((1, pointwise_forward, (x,)), (0, pointwise_input_gradient, (dy,))):
-        weight = torch.empty_strided((12, 8, 1, 1), (8, 1, 8, 8)).copy_(pruned(12, 8, 1, 1, dim=dim))
-        assert weight.is_contiguous(memory_format=torch.channels_last)
-        last = x if dim == 0 else None
-        torch.library.opcheck(call, (*given, weight, None, last, "a"), test_utils=CHECKS)
-        assert call(*given, weight, None, last, "a").is_contiguous(memory_format=layout)
+    forward, backward = (
+        torch.empty_strided((12, 8, 1, 1), (8, 1, 8, 8)).copy_(pruned(12, 8, 1, 1, dim=dim)) for dim in (1, 0)
+    )
+    assert forward.is_contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(pointwise_forward, (x, forward, None, None, "a"), test_utils=CHECKS)
+    assert pointwise_forward(x, forward, None, None, "a").is_contiguous(memory_format=layout)
+    torch.library.opcheck(pointwise_input_gradient, (dy, backward, None, x, "a"), test_utils=CHECKS)
+    assert pointwise_input_gradient(dy, backward, None, x, "a").is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
