@@ -199,7 +199,7 @@ def test_wrong_operands_are_named() -> None:
         cpu_transposable_mask(w, 0, -2)
     with pytest.raises(OperandError, match=r"torch\.int32"):
         cpu_transposable_mask(w.int(), 0, 1)
-    with pytest.raises(OperandError, match="no multiple of 4"):
+    with pytest.raises(OperandError, match="not a multiple of 4"):
         cpu_transposable_pack(torch.randn(8, 6), 0, 1)
     with pytest.raises(OperandError, match=r"pruned is torch\.float64 .* expected torch\.float32"):
         cpu_transposable_out(w, 0, 1, pruned=w.double())
