@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Pruning
-from nmcompile.report.report import LayerReport
+from nmcompile.report.layers import LayerReport
 
 ROW_OF_EIGHT = LayerConfig(weight=Pruning("greedy", NMPattern(4, 8)))
 

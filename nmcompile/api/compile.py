@@ -32,7 +32,8 @@ from nmcompile.ir.captured import Captured
 from nmcompile.ir.plan import DensePhases, Reverted
 from nmcompile.ir.protocols import Backend
 from nmcompile.planning.plan_phases import UNREACHED
-from nmcompile.report.report import Observation, Report, build_report
+from nmcompile.report.layers import Observation
+from nmcompile.report.report import Report, build_report
 from nmcompile.three_gemm.copy_model import share_copy
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.modules import RECORD, check_names

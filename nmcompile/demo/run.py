@@ -17,7 +17,8 @@ from nmcompile.demo.images import Images, load_images
 from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.training import BATCH, evaluate, train
 from nmcompile.printable import table
-from nmcompile.report.report import OPERANDS, LayerReport, Report
+from nmcompile.report.layers import OPERANDS, LayerReport
+from nmcompile.report.report import Report
 
 TURNS = 20
 

@@ -1,0 +1,121 @@
+"""The part of a report on one layer: its plan, its graphs, and what a run showed of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from nmcompile.config import Phase
+from nmcompile.ir.choice import Choice
+from nmcompile.ir.layers import Layer
+from nmcompile.ir.plan import READ, LayerPlan, Operand
+from nmcompile.ir.program import Program, ThreeGraphs
+from nmcompile.report.graphs import format_three_graphs
+
+BITS = 32
+OPERANDS: dict[Operand, str] = {"weight": "W", "input": "X", "output": "Y", "grad_output": "dY"}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run showed of one layer: whether it was called, its output positions, and for each phase the backend and
+    the kernel that it chose.
+    """
+
+    called: bool
+    positions: int | None
+    kernels: Mapping[Phase, str] = field(default_factory=dict)
+    choices: Mapping[Phase, Choice] = field(default_factory=dict)
+
+
+class PrintableGraphs:
+    """The three graphs of a layer by phase; `str()` prints them one node a line."""
+
+    def __init__(self, graphs: ThreeGraphs) -> None:
+        self.three = graphs
+
+    def __getitem__(self, phase: Phase) -> fx.GraphModule:
+        return self.three[phase]
+
+    def __str__(self) -> str:
+        return format_three_graphs(self.three)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. `macs` is for one of its three GEMMs (all take the same), None where no shape is known."""
+
+    plan: LayerPlan
+    graphs: PrintableGraphs
+    status: str
+    positions: int | None
+    kernels: Mapping[Phase, str]
+    choices: Mapping[Phase, Choice]
+
+    @property
+    def layer(self) -> Layer:
+        return self.plan.layer
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    @property
+    def macs(self) -> int | None:
+        return None if self.positions is None else self.positions * self.layer.parameters
+
+    def density(self, phase: Phase) -> float:
+        """Return the expected share of the dense MACs: the product of the operands' densities (Equation 26)."""
+        rows = self.plan.rows_of(phase) if self.status == "sparse" else ()
+        return math.prod(row.pattern.density for row in rows if row.pattern is not None and row.operand in READ)
+
+    def bit_products(self, phase: Phase) -> int:
+        """Return the bits of one operand times the bits of the other: the cost of a MAC in BOPs."""
+        rows = self.plan.rows_of(phase) if self.status == "sparse" else ()
+        grids = [row.grid for row in rows if row.grid is not None and row.operand in READ]
+        return int(math.prod(grid.bits for grid in grids) * BITS ** (2 - len(grids)))
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why phases are dense, or sparse where the plain rule would leave them dense; each reason once."""
+        return tuple(dict.fromkeys(row.reason for row in self.plan.rows if row.reason))
+
+    @property
+    def note(self) -> str:
+        """The status where it is unusual, and the reasons."""
+        if self.status not in ("sparse", "dense"):
+            # Why a layer is pruned where the plain rule would leave it dense holds whether or not it ran.
+            return "; ".join((self.status, *(row.reason for row in self.plan.rows if row.is_sparse and row.reason)))
+        absorbed = (f"absorbs {self.plan.norm!r} in eval()",) if self.plan.norm else ()
+        return "; ".join((*self.reasons, *absorbed))
+
+    def operands(self, phase: Phase) -> str:
+        """Say in short what is pruned and quantized in a phase: `"W 2:4 greedy, X u4 mse"`, or `"dense"`."""
+        cells: dict[Operand, str] = {}
+        for row in self.plan.rows_of(phase):
+            if row.operand is not None:
+                cell = cells.get(row.operand, OPERANDS[row.operand])
+                cells[row.operand] = f"{cell} {row.pattern or row.grid} {row.operator}"
+        return ", ".join(cells.values()) or "dense"
+
+
+def layer_report(program: Program, plan: LayerPlan, seen: Observation, unseen: str) -> LayerReport:
+    """Report on one layer of a program.
+
+    Args:
+        program: the layer's.
+        plan: the layer's.
+        seen: of the layer.
+        unseen: the status of a layer that should have been called and was not; empty where nothing ran.
+    """
+    graphs = program.layers[plan.layer.name]
+    in_gemm = (row for row in plan.rows if row.operand in READ)
+    status = "sparse" if any(row.is_sparse or row.is_quantized for row in in_gemm) else "dense"
+    if plan.rewritten and not seen.called:
+        status = unseen or status
+    # The example's positions are known for all layers alike; those of a run only for layers that were rewritten.
+    example = program.captured.facts[plan.layer.name].positions
+    positions = seen.positions if example is None else example
+    kernels = seen.kernels or graphs.kernels()
+    return LayerReport(plan, PrintableGraphs(graphs), status, positions, kernels, seen.choices)

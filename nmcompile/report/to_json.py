@@ -1,0 +1,61 @@
+"""A report as JSON, with a version: within one version keys are only added."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from nmcompile.ir.plan import PlanRow
+from nmcompile.report.layers import LayerReport
+
+if TYPE_CHECKING:
+    from nmcompile.report.report import Report
+
+SCHEMA_VERSION = 1
+
+
+def to_json(report: "Report") -> str:
+    """Return the report as JSON."""
+    captured = report.program.captured
+    return json.dumps(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "model": report.model_name,
+            "mode": report.mode,
+            "layers": [_layer(layer) for layer in report.layers],
+            "python": dict(captured.python),
+            "skipped": dict(captured.skipped),
+            "uncaptured": {
+                module: {name: list(captured.parameters[name]) for name in names}
+                for module, names in captured.uncaptured.items()
+            },
+            "whole_graph": captured.whole.source if captured.whole else None,
+            "summary": report.summary,
+            "reverted": None if report.reverted is None else asdict(report.reverted),
+        },
+        indent=2,
+    )
+
+
+def _layer(layer: LayerReport) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.layer.kind,
+        "weight_shape": list(layer.layer.weight_shape),
+        "status": layer.status,
+        "macs": layer.macs,
+        "rows": [_row(row) | {"kernels": layer.kernels.get(row.phase, "")} for row in layer.plan.rows],
+        "norm": layer.plan.norm,
+        "choices": {phase.value: asdict(choice) for phase, choice in layer.choices.items()},
+    }
+
+
+def _row(row: PlanRow) -> dict[str, Any]:
+    return {
+        "phase": row.phase.value,
+        "operand": row.operand,
+        "operator": row.operator,
+        "pattern": None if row.pattern is None else str(row.pattern),
+        "axis": row.axis,
+        "grid": None if row.grid is None else str(row.grid),
+        "reason": row.reason,
+    }
