@@ -1,11 +1,11 @@
-"""A bar chart of ratios, with a line to hold them against."""
+"""A bar chart of ratios with a reference line."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 
 def draw_bars(bars: Mapping[str, float], label: str, line: tuple[str, float], path: Path) -> None:
-    """Write the chart to `path`; does nothing without matplotlib."""
+    """Write the chart to `path`; do nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

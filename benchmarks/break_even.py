@@ -1,5 +1,7 @@
-"""From how many tokens on a sparse linear layer pays: speed-up of its forward GEMM over `F.linear` on the same pruned
-weight, which is packed anew in each call, beside what the cost model predicts.
+"""From how many tokens on does a sparse linear layer pay?
+
+Measures the speed-up of its forward GEMM over `F.linear` on the same pruned weight, which is packed in each call,
+beside the prediction of the cost model.
 
 python benchmarks/break_even.py   # writes results/break_even.json and, with matplotlib, results/break_even.svg
 """
@@ -35,7 +37,7 @@ def speedup(tokens: int, weight: torch.Tensor, repeats: int) -> float:
 
 
 def curves(rows: list[dict[str, float]]) -> list[Curve]:
-    """Measured lines, and predicted dashes."""
+    """Return solid lines for the measured speed-ups and dashed ones for the predicted."""
     found = []
     for color, weight in zip(("C0", "C1", "C2"), WEIGHTS, strict=True):
         chosen = [row for row in rows if (row["out"], row["in"]) == weight]

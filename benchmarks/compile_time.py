@@ -1,7 +1,6 @@
-"""How long `nmcompile.compile` takes, in turns with `torch.export.export` of the same model.
+"""The time of `nmcompile.compile`, in turns with `torch.export.export` of the same model.
 
-Without kernels being measured: that happens in the first step. The masks are computed in the first forward, and timed
-apart as `masks`.
+Kernels are measured later, in the first step. Masks are computed in the first forward; `masks` is their time.
 
 python benchmarks/compile_time.py   # writes results/compile_time.json
 """
@@ -25,7 +24,7 @@ RESULT = Path(__file__).parent / "results" / "compile_time.json"
 
 
 def seconds_for_masks(model: nn.Module) -> float:
-    """Of all masks of a compiled model."""
+    """Time the computation of all masks of a compiled model."""
     parameters = dict(model.named_parameters())
     start = time.perf_counter()
     for name, mask in masks_of(model).items():

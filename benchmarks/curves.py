@@ -1,4 +1,4 @@
-"""Speed-ups over the number of tokens, with the line that separates gain from loss."""
+"""A chart of speed-ups over the number of tokens, with a line at break-even."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Curve(NamedTuple):
-    """One line; `style` is matplotlib's."""
+    """A line of the chart; `style` holds matplotlib's keywords."""
 
     tokens: Sequence[float]
     speedups: Sequence[float]
@@ -14,7 +14,7 @@ class Curve(NamedTuple):
 
 
 def draw_curves(curves: Sequence[Curve], label: str, legend: str, path: Path) -> None:
-    """Write the chart to `path`; does nothing without matplotlib."""
+    """Write the chart to `path`; do nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""Size of exported ResNet-18 files (1000 classes) against the fp32 ONNX file of the dense model.
+"""The size of exported ResNet-18 files (1000 classes), relative to the fp32 ONNX file of the dense model.
 
 python benchmarks/file_size.py        # writes benchmarks/results/file_size.json
 """

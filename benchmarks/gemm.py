@@ -1,9 +1,13 @@
 """The sparse GEMMs of the CPU backend beside PyTorch's dense ones on the same pruned operands.
 
-Every call of ours packs its sparse operand, with the mask applied, as a training step does; in `forward, packed ahead`
-the weight is packed beforehand, as it is without gradients. Peers, for linear layers: `F.linear` and its gradients by
-`mm` (MKL), oneDNN's linear operator (the best dense path to be had on AMD), and PyTorch's own CSR product, its weight
-converted beforehand (float32 only). For convolutions: PyTorch's, which are oneDNN's. Outputs are compared first.
+Every sparse call packs its operand with the mask applied, as a training step does. In `forward, packed ahead` the
+weight is packed before the call, as it is without gradients. Outputs are compared first. The peers of linear layers:
+
+- `F.linear`, and `mm` for its gradients (MKL);
+- oneDNN's linear operator, the fastest dense path on AMD;
+- PyTorch's own CSR product (float32 only), with a weight that was converted before.
+
+The peers of convolutions are PyTorch's own, which run oneDNN.
 
 python benchmarks/gemm.py   # writes results/gemm.json and, with matplotlib, results/gemm.svg
 """
@@ -46,7 +50,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last
 
 @dataclass(frozen=True)
 class Row:
-    """Median times of one product, and how many times faster ours is than each peer."""
+    """The median times of one product, and its speed-up over each peer."""
 
     gemm: str
     phase: str
@@ -66,7 +70,7 @@ def linear_calls(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> 
         "F.linear": lambda: F.linear(x, w),
         "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
     }
-    if dtype == torch.float32:  # CSR products know no bfloat16
+    if dtype == torch.float32:  # CSR products do not take bfloat16
         csr = to_csr(w)
         dense["CSR"] = lambda: csr.mm(x.t()).t()
 
@@ -98,7 +102,7 @@ def to_csr(weight: Tensor) -> Tensor:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # CSR is called beta
+        warnings.simplefilter("ignore")  # CSR warns that it is in beta
         return weight.to_sparse_csr()
 
 
@@ -184,7 +188,7 @@ def measure(repeats: int, threads: tuple[int, ...]) -> list[Row]:
 
 
 def means(rows: list[Row]) -> dict[str, float]:
-    """Geometric means over shapes, by kind of layer, phase, threads and peer."""
+    """Return geometric means over shapes, by kind of layer, phase, threads and peer."""
     found: dict[str, list[float]] = {}
     for row in rows:
         for peer, ratio in row.speedup.items():

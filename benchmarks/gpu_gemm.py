@@ -1,7 +1,7 @@
-"""2:4 linear layers on a GPU beside dense ones: the forward GEMM of a compiled layer whose weight is at rest.
+"""2:4 linear layers on a GPU beside dense ones: the forward GEMM of a compiled layer with a cached, compressed weight.
 
 Peers: `F.linear` (cuBLAS) and PyTorch's own `to_sparse_semi_structured` with cuSPARSELt, on the same pruned weight.
-"sparse" is our kernel in any case, "compiled" the layer, which runs what a measurement chose. Times are the GPU's.
+"sparse" always runs the sparse kernel; "compiled" is the layer, which runs the measured choice. The GPU is timed.
 
 python benchmarks/gpu_gemm.py   # writes results/gpu_gemm.json and, with matplotlib, results/gpu_gemm.svg
 """
@@ -40,12 +40,12 @@ LAYERS = {
     "Llama-8B down": (14336, 4096),
     "ResNet-50 1x1": (1024, 512),
 }
-LARGE = 2048  # tokens, from which on the target counts
+LARGE = 2048  # tokens: the summary counts layers with at least these
 
 
 @dataclass(frozen=True)
 class Row:
-    """Median times, and how many times faster than `F.linear` each is."""
+    """The median times of one layer, and the speed-up of each over `F.linear`."""
 
     layer: str
     dtype: str
@@ -95,7 +95,7 @@ def geomean(values: list[float]) -> float:
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
-    """What the layers gain where a sparse kernel was chosen, and the worst of all; by dtype."""
+    """Return the gain where a sparse kernel was chosen, and the worst of all layers, by dtype."""
     found = {}
     for dtype in dict.fromkeys(row.dtype for row in rows):
         ours = [row for row in rows if row.dtype == dtype]
@@ -109,7 +109,7 @@ def summary(rows: list[Row]) -> dict[str, float]:
 
 
 def curves(rows: list[Row]) -> list[Curve]:
-    """The sparse kernel of each layer in bfloat16."""
+    """Return a line for the sparse kernel of each layer in bfloat16."""
     found = []
     for name, (inputs, outputs) in LAYERS.items():
         chosen = [row for row in rows if row.layer == name and row.dtype == str(torch.bfloat16)]

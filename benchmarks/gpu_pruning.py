@@ -1,6 +1,6 @@
-"""The Triton kernels that prune beside a copy of the same tensor on the GPU, in bfloat16.
+"""The Triton kernels that prune, beside a copy of the same tensor on the GPU, in bfloat16.
 
-"packed" is what the sparse GEMM takes: values and indices, in the order of `cuSPARSELt` where its name is there.
+"packed" is the operand of a sparse GEMM: values and indices, in cuSPARSELt's order where a row names the library.
 
 python benchmarks/gpu_pruning.py   # writes results/gpu_pruning.json; needs a CUDA device
 """

@@ -1,9 +1,9 @@
-"""Training steps on a GPU in bfloat16, dense and sparse in turns, each by itself and under `torch.compile`.
+"""Training steps on a GPU in bfloat16, dense and sparse in turns, in eager mode and under `torch.compile`.
 
-The MLPs run forward and backward, whole models their optimizer too. "training" prunes all three GEMMs, "weights" the
-weights of forward and backward alone (mode "t-weights"), "pays" what was measured to pay. Times are the GPU's; beside
-them, the peak of the memory of a model that trains alone. An MLP's step is asked for before it is timed; of a whole
-model some steps in a row are timed, as in training, where Python has to keep ahead of the GPU.
+The MLPs run forward and backward; whole models also run their optimizer. "training" prunes all three GEMMs, "weights"
+only the weights of forward and backward (mode "t-weights"), "pays" whatever was measured to pay. The GPU is timed. The
+peak memory is that of a model that trains alone. The step of an MLP is queued before it is timed. Whole models run
+some steps in a row, as in training, where Python has to stay ahead of the GPU.
 
 python benchmarks/gpu_training_step.py   # writes results/gpu_training_step.json; needs a GPU that cuSPARSELt takes
 """
@@ -29,13 +29,13 @@ from nmcompile import CompileConfig
 from nmcompile.backends.cusparselt.support import cusparselt_support
 from nmcompile.ir.choice import Choice
 
-HEAD_START = 20_000_000  # of the step of an MLP over the GPU, in its cycles: about ten milliseconds
-STEPS = 3  # of a whole model in a row
+HEAD_START = 20_000_000  # GPU cycles, about ten milliseconds, in which Python queues the step of an MLP
+STEPS = 3  # steps of a whole model in a row
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, a batch for it, and what is pruned."""
+    """A model, a batch for it, and the configuration of its pruning."""
 
     model: nn.Module
     x: Tensor
@@ -82,7 +82,7 @@ def made(variant: str, load: Workload) -> nn.Module:
 
 
 def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workload) -> Callable[[], None]:
-    """A training step of `model`, which calls the module `trained`."""
+    """Return a function that makes a training step of `model` by calling the module `trained`."""
     optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9, fused=True) if load.has_optimizer else None
 
     def step() -> None:
@@ -97,11 +97,11 @@ def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workloa
 
 
 def peak_of(variant: str, load: Workload) -> int:
-    """Bytes that are allocated at one time, all in all, when a model trains alone."""
+    """Return the most bytes that are allocated at one time when a model trains alone."""
     gc.collect()
     model = made(variant, load)
     step = stepper(model, model, load)
-    for _ in range(2):  # chooses kernels, and makes what lives on: masks and momentum
+    for _ in range(2):  # chooses kernels and creates lasting state: masks and momentum
         step()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Two-bit quantizers that the paper's Table 5 compares with: PACT with DoReFa weights, QIL, and LSQ."""
+"""The two-bit quantizers of the paper's Table 5: PACT with DoReFa weights, QIL, and LSQ."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,12 +13,12 @@ LEVELS = 2**BITS - 1
 
 
 def round_through(x: Tensor) -> Tensor:
-    """Rounding with the gradient of the identity."""
+    """Round, with the gradient of the identity."""
     return x + (x.round() - x).detach()
 
 
 class DoReFaWeight(nn.Module):
-    """w -> 2 q(tanh w / (2 max|tanh w|) + 1/2) - 1 (Zhou et al. 2016), with which PACT was published."""
+    """Weights of DoReFa (Zhou et al. 2016), as PACT uses them: w -> 2 q(tanh w / (2 max|tanh w|) + 1/2) - 1."""
 
     def forward(self, w: Tensor) -> Tensor:
         squashed = torch.tanh(w)
@@ -27,7 +27,7 @@ class DoReFaWeight(nn.Module):
 
 
 class PactInput(nn.Module):
-    """The clip is learned (Choi et al. 2018)."""
+    """Inputs with a learned clip (Choi et al. 2018)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PactInput(nn.Module):
 
 
 class QilWeight(nn.Module):
-    """|w| is pruned below and clipped above a learned interval, and rounded inside (Jung et al. 2019)."""
+    """Weights rounded within a learned interval of |w|, pruned below it and clipped above (Jung et al. 2019)."""
 
     def __init__(self, w: Tensor) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class QilWeight(nn.Module):
 
 
 class QilInput(nn.Module):
-    """The same interval for non-negative activations, on 2^b - 1 steps."""
+    """QIL's learned interval for non-negative activations, on 2^b - 1 steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class QilInput(nn.Module):
 
 
 class Lsq(nn.Module):
-    """The step is learned, its gradient scaled by 1 / sqrt(elements * high) (Esser et al. 2020)."""
+    """A grid with a learned step, whose gradient is scaled by 1 / sqrt(elements * high) (Esser et al. 2020)."""
 
     def __init__(self, low: int, high: int, start: Tensor) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class Lsq(nn.Module):
 
 
 def inner_convs(model: nn.Module) -> Iterator[nn.Conv2d]:
-    """All convolutions but the first."""
+    """Return all convolutions except the first."""
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     yield from convs[1:]
 
 
 def quantize(model: nn.Module, weight: Callable[[Tensor], nn.Module], input: Callable[[], nn.Module]) -> nn.Module:
-    """Quantize weight and input of every inner convolution; the first one and the linear head stay as they are."""
+    """Quantize weight and input of every convolution except the first; the linear head stays as it is."""
     for conv in inner_convs(model):
         parametrize.register_parametrization(conv, "weight", weight(conv.weight))
         conv.add_module("quantize_input", input())

@@ -1,8 +1,8 @@
-"""Peak memory of training steps, each variant in a process of its own: what its largest resident set has over what it
-held before the model was made.
+"""Peak memory of training steps, each variant in a process of its own.
 
-Once with glibc's default settings, which keep freed blocks of up to 32 MiB and so count what is fragmented, and once
-with every block of a tensor returned when it is freed, which counts what is alive.
+Measures the largest resident set, less what the process held before the model was made. It runs once with glibc's
+default settings, which keep freed blocks of up to 32 MiB and so include fragmentation, and once with every freed block
+of a tensor returned to the system, which counts live memory only.
 
 python benchmarks/memory.py   # writes results/memory.json
 """
@@ -32,8 +32,8 @@ RESULT = Path(__file__).parent / "results" / "memory.json"
 
 
 def peak(variant: str, batch: int) -> int:
-    """Bytes that training takes in this process."""
-    nmcompile.compile(torch.nn.Linear(8, 8), "training")  # the code itself is no memory of training
+    """Return the bytes that training takes in this process."""
+    nmcompile.compile(torch.nn.Linear(8, 8), "training")  # loads the code, which is not counted as memory of training
     torch.nn.Linear(8, 8)(torch.randn(2, 8)).sum().backward()
     before = _resident()
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def peak(variant: str, batch: int) -> int:
 
 
 def peak_elsewhere(variant: str, batch: int, environment: dict[str, str]) -> int:
-    """The same of a new process."""
+    """Return the bytes that training takes in a new process."""
     command = [sys.executable, __file__, "--variant", variant, "--batch", str(batch)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
     return int(done.stdout)

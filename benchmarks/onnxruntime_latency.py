@@ -1,6 +1,6 @@
 """ResNet-18 in ONNX Runtime on one core, as nmcompile exports it, beside ONNX Runtime's own static INT8 quantization.
 
-Sessions take turns, so that a busy machine slows all of them; ratios are of medians.
+Sessions take turns, so a busy machine slows all of them. Ratios are those of medians.
 
 python benchmarks/onnxruntime_latency.py   # writes benchmarks/results/onnxruntime_latency.json
 """
@@ -31,7 +31,7 @@ ENDS = ["conv1", "fc"]
 
 
 class Batches(CalibrationDataReader):
-    """What `quantize_static` reads."""
+    """A reader of calibration batches for `quantize_static`."""
 
     def __init__(self, name: str, batches: list[Tensor]) -> None:
         self.left: Iterator[dict[str, np.ndarray]] = iter([{name: batch.numpy()} for batch in batches])
@@ -41,7 +41,7 @@ class Batches(CalibrationDataReader):
 
 
 def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> dict[str, Path]:
-    """Every variant, written; the norms of all of them are absorbed."""
+    """Write a file of every variant, all with absorbed norms."""
     written = {"fp32, dense": folder / "dense.onnx"}
     nmcompile.export(nmcompile.compile(model, "dense", args=(x,)).eval(), written["fp32, dense"], (x,))
     unpruned = {"_default": replace(presets["inference"], input=None)}
@@ -52,8 +52,8 @@ def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> d
     ):
         compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=batches).eval()
         written[name] = folder / f"{len(written)}.onnx"
-        # Pruned by value, a network of random weights moves by several percent in torch itself where x is scaled by
-        # 1 + 1e-6: that cannot be compared end to end.
+        # With pruning by value, the output of a network with random weights changes by several percent in torch itself
+        # if x is scaled by 1 + 1e-6. That cannot be compared end to end.
         nmcompile.export(compiled, written[name], (x,), verify="4:8" not in name)
     source = ort.InferenceSession(written["fp32, dense"], providers=["CPUExecutionProvider"]).get_inputs()[0].name
     for name, excluded in ((PEER, ENDS), ("ONNX Runtime static INT8, all layers", [])):

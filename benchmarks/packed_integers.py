@@ -1,11 +1,12 @@
-"""Linear layers with few tokens, whose time is that of reading the weight: 2:4 integers of four bits, packed to three
-bits for each weight, beside kernels that read the same weight in other forms.
+"""Linear layers with few tokens, whose time goes into reading the weight.
 
-Peers: `F.linear` on the dense fp32 weight, our sparse kernel for fp32 values, and ONNX Runtime's MatMulNBits with the
-same 4-bit integers, in blocks of 32, computing in fp32 (accuracy level 0) and in int8 (level 4). Every form is there in
-so many copies, which are read in rotation, that no cache holds them; outputs are compared first. `layer` is what a user
-calls: a chain of layers compiled with mode "inference" beside the dense ones in eager mode. One thread is timed by its
-processor time, several by the clock on the wall.
+The weight is 2:4 with 4-bit integers, packed to three bits for each weight. Its peers read the same weight in other
+forms: `F.linear` on the dense fp32 weight, the sparse kernel for fp32 values, and ONNX Runtime's MatMulNBits with the
+same integers in blocks of 32, which computes in fp32 (accuracy level 0) or in int8 (level 4). Every form exists in more
+copies, read in rotation, than a cache holds. Outputs are compared first.
+
+`layer` is what a user calls: a chain of layers compiled with mode "inference" beside dense ones in eager mode. One
+thread is timed by its processor time, several by wall-clock time.
 
 python benchmarks/packed_integers.py   # writes benchmarks/results/packed_integers.json
 """
@@ -45,7 +46,7 @@ INPUT_STEP = 0.03
 LAYER_TOKENS = 1, 16, 256
 LEVELS = {"MatMulNBits, level 0": 0, "MatMulNBits, level 4": 4}
 OURS = "packed integers"
-PAUSE = 0.05  # seconds, for ONNX Runtime's threads and PyTorch's to fall asleep
+PAUSE = 0.05  # seconds, until the threads of ONNX Runtime and PyTorch fall asleep
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Form:
     """A weight in `count` copies.
 
     Args:
-        read_all: the product with each of them; gives the last.
-        bytes_per_weight: of one copy, for each weight of the dense matrix.
+        read_all: multiplies with each copy and returns the last product.
+        bytes_per_weight: the size of one copy for each weight of the dense matrix.
     """
 
     read_all: Callable[[], Tensor]
@@ -64,7 +65,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Row:
-    """Median times of one product, how many times faster ours is, and what it reads in a second."""
+    """The median times of one product, its speed-up over each peer, and what each form reads in a second."""
 
     product: str
     tokens: int
@@ -76,7 +77,7 @@ class Row:
 
 
 def forms_of(integers: Tensor, step: float, x: Tensor, reach: int, threads: int) -> dict[str, Form]:
-    """Each form in so many copies that they take more than `reach` bytes."""
+    """Return every form of a weight, each in as many copies as exceed `reach` bytes."""
     isa, dense = INSTRUCTION_SETS[0], integers.float() * step
     rows, tokens = integers.shape[0], x.shape[0]
     input = GridInput(x, torch.tensor(INPUT_STEP), Grid(4, signed=False))
@@ -114,7 +115,7 @@ def form(
 
 
 def nbits_form(integers: Tensor, step: float, x: Tensor, reach: int, threads: int, level: int) -> Form:
-    """One session with a node for each copy: all of them share what a call of ONNX Runtime takes."""
+    """Return a session with a node for each copy, so that all of them share the overhead of one call."""
     rows, depth = integers.shape
     nibbles = (integers + 8).to(torch.uint8)
     blocks = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).reshape(rows, depth // 32, 16).numpy()
@@ -145,7 +146,7 @@ def session_of(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
 
 
 def integers_of(rows: int, depth: int) -> Tensor:
-    """int8, two of each four in [-7, 7], the others zero."""
+    """Return int8 weights: two of each four in [-7, 7], the others zero."""
     kept = torch.rand(rows, depth // 4, 4).argsort(-1).lt(2).flatten(1)
     return torch.where(kept, torch.randint(-7, 8, (rows, depth)), 0).to(torch.int8)
 
@@ -167,7 +168,7 @@ def product_row(shape: tuple[int, int], tokens: int, reach: int, threads: int, r
 
 
 def clock_of(threads: int) -> Callable[[], float]:
-    """Processor time of one thread, which a busy machine stretches less; that of several would count their waiting."""
+    """Return processor time for one thread, which a busy machine stretches less; for several it would count waiting."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
@@ -180,7 +181,7 @@ def row_of(
 
 
 def layer_row(features: int, layers: int, tokens: int, threads: int, repeats: int) -> Row:
-    """Layers as `nmcompile.compile` leaves them, beside dense ones; the chain is longer than a cache is large."""
+    """Time a chain of compiled layers beside dense ones; its weights exceed the cache."""
     net = nn.Sequential(*(nn.Linear(features, features) for _ in range(layers))).eval()
     dense, x = copy.deepcopy(net), torch.randn(tokens, features)
     config = CompileConfig(layers={"_default": presets["inference"]}, ends="sparse")

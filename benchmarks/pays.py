@@ -1,6 +1,6 @@
-"""`CompileConfig(where="pays")` beside the dense model, over many shapes: each a training step of one layer alone.
+"""`CompileConfig(where="pays")` beside the dense model: training steps of single layers of many shapes.
 
-A second copy of the dense layer runs along: what it differs by is the noise of the measurement.
+A second copy of the dense layer runs along. Its difference from the first is the noise of the measurement.
 
 python benchmarks/pays.py   # writes results/pays.json; takes some minutes
 """
@@ -31,7 +31,7 @@ CONVS = [
 
 
 def layers() -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Name, layer and input of each row."""
+    """Yield the name, the layer and the input of each row."""
     for tokens, inputs, outputs in LINEARS:
         yield f"linear {tokens} x {inputs} -> {outputs}", nn.Linear(inputs, outputs), torch.randn(tokens, inputs)
     for samples, channels, side, kernel, layout in CONVS:
@@ -57,7 +57,7 @@ def main() -> None:
     for name, layer, x in layers():
         models = {name: copy.deepcopy(nn.Sequential(layer)) for name in ("dense", "dense again", "pays")}
         config = CompileConfig(where="pays", ends="sparse")
-        # With a gradient of the input, as a layer in the middle of a model has.
+        # With a gradient of the input, like a layer in the middle of a model.
         args = (x.detach().requires_grad_(),)
         models["pays"] = nmcompile.compile(models["pays"], "training", args=args, config=config)
         plan = nmcompile.inspect(models["pays"]).layers[0].plan

@@ -1,9 +1,9 @@
-"""The native pruning kernels beside what a copy of the same tensor costs, and beside the reference operators.
+"""The native pruning kernels beside a copy of the same tensor, and beside the reference operators.
 
-Calls take turns and write into buffers that are reused: a fresh buffer of 64 MB costs several copies in page faults, as
-the rows in which `clone` is the unit show. The first call of each group is its unit. A kernel that takes as long for
-the same elements in a cache as from memory is limited by its instructions. One thread is timed by the processor time
-that it takes: other programs on the machine do not add to it.
+Calls take turns and write into reused buffers: a fresh buffer of 64 MB costs several copies in page faults, as the rows
+with `clone` as their unit show. The first call of each group is its unit. A kernel that takes as long for elements in a
+cache as for elements in memory is limited by its instructions. One thread is timed by its processor time, to which
+other programs on the machine do not add.
 
 python benchmarks/pruning.py   # 64 MB tensors; writes results/pruning.json and, with matplotlib, results/pruning.svg
 """
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pruned:
-    """An operator as the rows time it."""
+    """A pruning operator and how to call it."""
 
     operator: str
     n_keep: int
@@ -87,7 +87,7 @@ PRUNED = {
 
 @dataclass(frozen=True)
 class Row:
-    """The times of a call, and its median in those of the unit."""
+    """The times of a call, and its median relative to that of the unit."""
 
     operator: str
     call: str
@@ -107,7 +107,7 @@ def rows_of(operator: str, calls: Calls, repeats: int) -> list[Row]:
 
 
 def reused_buffers(x: Tensor, pruned: Pruned) -> Calls:
-    """Blocks along rows and along columns, and packed along rows where the format takes the pattern."""
+    """Time blocks along rows and along columns, and packed along rows if the format takes the pattern."""
     out, copy, key = torch.empty_like(x), torch.empty_like(x), pruned.key()
     calls: Calls = {
         "copy": lambda: copy.copy_(x),
@@ -135,7 +135,7 @@ def beside_eager(x: Tensor, pruned: Pruned) -> Calls:
 
 
 def transposable(w: Tensor) -> Calls:
-    """The exact transposable 2:4 mask of a weight: applied, and packed for the forward and the backward GEMM."""
+    """Time the exact transposable 2:4 mask of a weight: applied, and packed for the forward and the backward GEMM."""
     pruned, copy = torch.empty_like(w), torch.empty_like(w)
     packed = {}
     for name, dim in (("forward", 1), ("backward", 0)):
@@ -157,7 +157,7 @@ def transposable_beside_eager(w: Tensor) -> Calls:
 
 
 def from_cache(x: Tensor, pruned: Pruned) -> Calls:
-    """As many elements from memory and from a part that a cache holds, by the kernel alone."""
+    """Time the kernel alone on as many elements from memory and from a part that a cache holds."""
     key, out, pattern = pruned.key(), torch.empty_like(x), NMPattern(pruned.n_keep, pruned.block)
     part, part_out = x[:CACHED].contiguous(), out[:CACHED].contiguous()
 
@@ -198,7 +198,9 @@ def measure(size: int, repeats: int, eager_repeats: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--eager-repeats", type=int, default=3, help="of whole tensors by the slow reference operators")
+    parser.add_argument(
+        "--eager-repeats", type=int, default=3, help="for the slow reference operators on whole tensors"
+    )
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pruning.json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,7 +1,7 @@
-"""What pruning the gradients costs a training step, as a part of a dense step of the CIFAR-style ResNet-18.
+"""The cost of pruning gradients as a share of a dense training step of the CIFAR-style ResNet-18.
 
-Each variant trains on its own copy of the network, in turns with the dense one. The time of a pruning operator is what
-torch's profiler finds in it, added up over the layers.
+Each variant trains its own copy of the network, in turns with the dense one. The time of a pruning operator comes from
+torch's profiler, added up over the layers.
 
 python benchmarks/pruning_share.py   # writes benchmarks/results/pruning_share.json; takes some minutes
 """
@@ -35,7 +35,7 @@ VARIANTS = {
 
 
 def cifar_resnet18() -> nn.Module:
-    """torchvision's ResNet-18 with the stem for 32 x 32 pixels."""
+    """Return torchvision's ResNet-18 with the stem for 32 x 32 pixels."""
     model: nn.Module = models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
@@ -56,7 +56,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: 
 def timed_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor
 ) -> tuple[float, float, int]:
-    """Milliseconds of a step and of the pruning in it, and the number of pruned gradients."""
+    """Return the milliseconds of a step and of the pruning in it, and the number of pruned gradients."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         start = time.perf_counter()
         step(model, optimizer, x, labels)

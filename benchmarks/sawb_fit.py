@@ -1,7 +1,7 @@
 """Fit SAWB's pair (c1, c2) on the zero-aligned grid, and compare it with the pair in use.
 
-For six laws of weights: the clip of the least mean squared error, by numerical integration in float64; then
-clip / E|w| = c1 * sqrt(E[w^2]) / E|w| - c2 by least squares over the laws.
+For each of six laws of weights, numerical integration in float64 finds the clip with the least mean squared error.
+Least squares over the laws then fit clip / E|w| = c1 * sqrt(E[w^2]) / E|w| - c2.
 
 python benchmarks/sawb_fit.py        # writes benchmarks/results/sawb_fit.json
 """
@@ -28,14 +28,14 @@ CLIPS = np.geomspace(1, 30, 40)  # scanned, in units of E|w|; the best one is th
 
 @dataclass(frozen=True)
 class Law:
-    """A symmetric law of weights by the density of its magnitudes, up to a factor."""
+    """A symmetric law of weights, given by the density of its magnitudes up to a factor."""
 
     name: str
     density: Callable[[float], float]
     end: float = 40.0  # of the support; the longest of the infinite tails holds less than 1e-15 beyond
 
     def expect(self, value: Callable[[float], float], low: float = 0.0, high: float = math.inf) -> float:
-        """E[value(|w|); low < |w| < high]."""
+        """Return E[value(|w|); low < |w| < high]."""
         return float(quad(lambda w: self.density(w) * value(w), min(low, self.end), min(high, self.end))[0]) / self.mass
 
     @cached_property
@@ -48,11 +48,11 @@ class Law:
 
     @cached_property
     def root(self) -> float:
-        """sqrt(E[w^2])."""
+        """Return sqrt(E[w^2])."""
         return math.sqrt(self.expect(lambda w: w * w))
 
     def error(self, clip: float, high: int) -> float:
-        """The mean squared error on the integers -high to high times clip / high."""
+        """Return the mean squared error on the grid of the integers -high to high times clip / high."""
         step = clip / high
         edges = [0.0, *((k + 0.5) * step for k in range(high)), math.inf]
         return sum(self.expect(lambda w, k=k: (w - k * step) ** 2, edges[k], edges[k + 1]) for k in range(high + 1))
@@ -65,7 +65,7 @@ class Law:
         return float(found.x)
 
     def excess(self, pair: tuple[float, float], high: int, best: float) -> float:
-        """How much larger the error of the pair's clip is than the least, as a fraction of it."""
+        """Return the excess of the error with the pair's clip over the least error, as a fraction of it."""
         clip = pair[0] * self.root - pair[1] * self.mean
         clip = clip if self.mean <= clip <= self.end else self.end  # as `sawb_scale` does
         return self.error(clip, high) / self.error(best, high) - 1
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def compared(bits: int) -> dict[str, object]:
-    """Fit, print and return the pairs of a grid with what they cost."""
+    """Fit, print and return the pairs of a grid with their excess errors."""
     high, used = Grid(bits, signed=True).high, COEFFICIENTS[bits]
     best = {law: law.best_clip(high) for law in LAWS}
     fitted = fit(best)
@@ -109,7 +109,7 @@ def compared(bits: int) -> dict[str, object]:
 
 
 def fit(best: dict[Law, float]) -> tuple[float, float]:
-    """(c1, c2) by least squares."""
+    """Fit (c1, c2) by least squares."""
     ratios = np.array([[law.root / law.mean, -1.0] for law in best])
     clips = np.array([clip / law.mean for law, clip in best.items()])
     c1, c2 = np.linalg.lstsq(ratios, clips, rcond=None)[0]

@@ -1,7 +1,7 @@
 """Accuracy of the inference schemes A and B on Fashion-MNIST, beside two-bit quantization (the paper's Table 5).
 
-Every method sees the same batches for the same number of epochs: half of them in full precision and half quantized
-where it has two phases.
+Every method sees the same batches for the same number of epochs. Methods with two phases spend half of them in full
+precision and half quantized.
 
     python benchmarks/schemes.py          # writes benchmarks/results/schemes.json
 """
@@ -49,7 +49,7 @@ def fresh(images: Images, seed: int) -> nn.Module:
 
 
 def results(images: Images, count: int, epochs: int, seed: int) -> Iterator[tuple[str, float]]:
-    """Test accuracy in percent by method."""
+    """Return the test accuracy of each method in percent."""
     half = epochs // 2
     calibration = [images.train_images[:512]]
     dense = fresh(images, seed)

@@ -1,4 +1,4 @@
-"""Which networks TensorRT's parser and builder take as exported for it. Needs TensorRT, but no GPU to run on.
+"""Which exported networks do TensorRT's parser and builder take? Needs TensorRT, but no GPU.
 
 python benchmarks/tensorrt_plans.py   # writes benchmarks/results/tensorrt_plans.json
 """
@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 def network(name: str, size: int) -> Callable[[], tuple[nn.Module, Tensor]]:
-    """With random weights, but with the statistics of its norms: without them activations fade from layer to layer."""
+    """Return a network with random weights and measured norm statistics, without which activations would fade away."""
 
     def load() -> tuple[nn.Module, Tensor]:
         model = models.get_model(name, weights=None)
@@ -55,11 +55,11 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 def build(name: str, mode: str, options: dict[str, Any]) -> int:
-    """Bytes of the plan, its batch size open."""
+    """Build a plan with an open batch size and return its size in bytes."""
     torch.manual_seed(0)
     model, x = NETWORKS[name]()
     calibration = [x] if mode == "inference" else None
-    config = nmcompile.CompileConfig(outputs="int8")  # where TensorRT wants integers on both sides
+    config = nmcompile.CompileConfig(outputs="int8")  # TensorRT wants integers on both sides
     compiled = nmcompile.compile(model, mode, args=(x,), config=config, calibration=calibration).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.engine"

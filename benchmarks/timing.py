@@ -1,4 +1,4 @@
-"""Timing in turns: what slows a shared machine down for a while slows every candidate, so that ratios hold."""
+"""Timing in turns: whatever slows a shared machine for a while slows every candidate, so ratios hold."""
 
 import platform
 import random
@@ -11,8 +11,8 @@ import torch
 
 from nmcompile.backends.cusparselt.library import library_loads, library_version
 
-HEAD_START = 4_000_000  # of a call over the GPU, in its cycles: about two milliseconds
-CACHE = 2**28  # bytes: more than any cache holds
+HEAD_START = 4_000_000  # GPU cycles, about two milliseconds, in which a call is queued
+CACHE = 2**28  # bytes, more than any cache holds
 
 
 def in_turns(
@@ -22,11 +22,11 @@ def in_turns(
     clock: Callable[[], float] = time.perf_counter,
     pause: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call by `clock`, which counts seconds; all of them once before any of them again.
+    """Return the milliseconds of each call by `clock`, which counts seconds. All calls run once before any runs again.
 
-    Each turn has another order: what one leaves in caches and in the allocator, the next finds.
-    `pause` seconds before each call let the threads of the one before fall asleep: those of two libraries would spin
-    against each other.
+    The order changes with each turn, because a call finds caches and the allocator as the one before left them.
+    `pause` seconds before each call let the threads of the one before fall asleep; those of two libraries would
+    otherwise spin against each other.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     order, dice = list(calls), random.Random(0)
@@ -45,9 +45,9 @@ def in_turns(
 def on_gpu(
     calls: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 3, head_start: int = HEAD_START
 ) -> dict[str, list[float]]:
-    """Milliseconds for which each call keeps the GPU busy; all of them once before any of them again.
+    """Return the milliseconds for which each call keeps the GPU busy. All calls run once before any runs again.
 
-    The GPU waits for `head_start` cycles before each, in which its work is asked for, and nothing is left in its cache.
+    Before each call the GPU's cache is cleared, and the GPU waits for `head_start` cycles, in which the work is queued.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     spoiler = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
@@ -67,7 +67,7 @@ def on_gpu(
 
 
 def gpu_setting() -> dict[str, Any]:
-    """The GPU and the versions of what runs on it."""
+    """Return the name of the GPU and the versions of its libraries."""
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -77,7 +77,7 @@ def gpu_setting() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name and flags."""
+    """Return the name and the flags of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "flags"))]
     return "; ".join(dict.fromkeys(names)) or platform.processor()

@@ -1,8 +1,8 @@
-"""Whole training steps, dense and sparse in turns: forward, backward, update, pruning and optimizer. Masks are
-refreshed every 40 steps only, which the few timed here do not reach.
+"""Whole training steps, dense and sparse in turns: forward, backward, update, pruning and optimizer.
 
-Each variant trains its own copy of the model: eager; for the MLP also eager with oneDNN's linear operator, the best
-dense path to be had on AMD; and compiled in mode "training", everything pruned ("sparse") or what pays.
+Masks are refreshed every 40 steps, more than are timed here. Each variant trains its own copy of the model: "eager";
+for the MLP also "best dense", with oneDNN's linear operator, the fastest dense path on AMD; and compiled in mode
+"training", with everything pruned ("sparse") or only what pays ("pays").
 
 python benchmarks/training_step.py   # writes results/training_step.json; takes some minutes
 """
@@ -27,7 +27,7 @@ from nmcompile.backends.cpu.kernels import kernel_support
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, a batch for it, and what is pruned."""
+    """A model, a batch for it, and the configuration of its pruning."""
 
     model: nn.Module
     x: Tensor
@@ -64,7 +64,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """The three GEMMs of a linear layer by oneDNN."""
+    """A linear layer whose three GEMMs run in oneDNN."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class BestDense(nn.Module):
-    """An MLP with oneDNN's GEMMs."""
+    """An MLP whose GEMMs run in oneDNN."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

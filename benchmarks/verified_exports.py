@@ -1,6 +1,7 @@
-"""Do ONNX Runtime and ONNX's own evaluator compute what the compiled module computes? Networks, targets, containers.
+"""Do ONNX Runtime and ONNX's own evaluator compute what the compiled module computes?
 
-CREPE is a trained network, the others have random weights and the statistics that go with them.
+The table has networks, targets and containers. CREPE is a trained network; the others have random weights and matching
+norm statistics.
 
 python benchmarks/verified_exports.py   # writes benchmarks/results/verified_exports.json
 """

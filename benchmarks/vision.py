@@ -1,8 +1,8 @@
-"""torchvision's models, also where its wheel asks a CPU torch for operators of CUDA (it does so by name, on import)."""
+"""torchvision's models, also where its wheel is built for CUDA and torch is not: on import it names CUDA operators."""
 
 import torch
 
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # kept: the schemas live as long as it does
+LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # a global: the schemas live as long as it does
 for name in ("nms", "qnms"):
     if torch.version.cuda is None and not hasattr(torch.ops.torchvision, name):
         LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,7 +1,7 @@
-"""Cost of seeing every write to a weight: a call without gradients reads the weight once more, until `freeze`.
+"""The cost of seeing every write to a weight: until `freeze`, a call without gradients reads the weight once more.
 
-For linear layers of mode "weights": the call before and after `nmcompile.freeze`, the fingerprint of the weight alone,
-and a copy of the weight, in turns.
+Times linear layers of mode "weights" in turns: the call before and after `nmcompile.freeze`, the fingerprint of the
+weight alone, and a copy of the weight.
 
 python benchmarks/weight_check.py   # writes results/weight_check.json
 """
@@ -26,7 +26,7 @@ RESULT = Path(__file__).parent / "results" / "weight_check.json"
 
 @torch.no_grad()
 def row(size: tuple[int, int], tokens: int, threads: int, repeats: int) -> dict[str, float]:
-    """Milliseconds, and the shares that the check takes."""
+    """Return milliseconds, and ratios that show the share of the check."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = nmcompile.compile(
