@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.capture import capture_model, tracer
+from nmcompile.capture import capture_model, tracer, watch_calls
 from nmcompile.capture.replay import differences
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ class Fine(Region):
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing be proven by bytecode: what is left is the comparison."""
-    monkeypatch.setattr(tracer, "unseen_tests", lambda *_: ())
+    monkeypatch.setattr(watch_calls, "unseen_tests", lambda *_: ())
     monkeypatch.setattr(tracer, "PLAIN_CONTAINERS", (*tracer.PLAIN_CONTAINERS, OrderedDict))
 
 
