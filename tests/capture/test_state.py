@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmcompile.capture import capture_model
-from nmcompile.capture.state import random_states, unchanged
+from nmcompile.capture.state import RandomStates, random_states, unchanged
 from nmcompile.errors import CaptureError
 
 
@@ -45,8 +45,9 @@ def assert_untouched(model: Meddles) -> None:
     assert model.training
 
 
-def plain(states: dict[str, Any]) -> list[Any]:
-    return [states["torch"].tolist(), states["python"], states["numpy"][1].tolist(), states["numpy"][2:]]
+def plain(states: RandomStates) -> list[object]:
+    numpy: Any = states.python.numpy
+    return [states.torch.tolist(), states.python.python, numpy[1].tolist(), numpy[2:]]
 
 
 @pytest.mark.parametrize("args", [None, (torch.ones(2, 4),), (torch.ones(2, 5),)], ids=["fx", "export", "refused"])
