@@ -113,7 +113,7 @@ def test_a_mask_that_does_not_fit_the_new_pattern_is_dropped_with_a_word(x: Tens
     again = nmcompile.compile(model, "weights", args=(x[:, :6],))
     assert statuses(again) == {"a": False, "b": True, "c": True}
     reason = nmcompile.inspect(again).layer("a").reasons[0]
-    assert reason == ("6 in-features are no multiple of 4; the mask that an earlier compilation gave it is dropped")
+    assert reason == ("6 in-features are not a multiple of 4; the mask that an earlier compilation gave it is dropped")
 
 
 def test_modes_without_weights_drop_masks_as_before(x: Tensor) -> None:

@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[errors.NMCompileError], tuple[str, 
     "layer that does not fit": (
         lambda: layers(decoder=weight("2:5")),
         errors.PreconditionError,
-        ("'decoder'", "(10, 8)", "8 in-features are no multiple of 5", "another pattern or None"),
+        ("'decoder'", "(10, 8)", "8 in-features are not a multiple of 5", "another pattern or None"),
     ),
     "nothing to compile": (
         lambda: nmcompile.compile(nn.Sequential(nn.ReLU(), nn.LSTM(4, 4))),

@@ -93,8 +93,8 @@ def test_a_layer_named_exactly_takes_its_input_as_it_comes(net: nn.Module, x: Te
 def test_an_output_that_no_pattern_fits_has_a_reason() -> None:
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 8)).eval()
     report = nmcompile.analyze(net, "activations", config=replace(ACTIVATION, ends="sparse"))
-    assert "12 channels are no multiple of 8" in "".join(report.layer("0").reasons)
-    assert "no multiple of 8" in "".join(report.layer("2").reasons)  # nothing arrives pruned there
+    assert "12 channels are not a multiple of 8" in "".join(report.layer("0").reasons)
+    assert "not a multiple of 8" in "".join(report.layer("2").reasons)  # nothing arrives pruned there
 
 
 class Branching(nn.Module):

@@ -34,4 +34,4 @@ OPERATORS: Mapping[str, PruningOperator] = MappingProxyType(
         "sdgp": sdgp,
     }
 )
-"""The operators by name, as a config spells them."""
+"""Operators by name, as a config spells them."""

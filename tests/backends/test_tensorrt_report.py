@@ -127,8 +127,8 @@ def test_a_listing_in_the_log_is_read() -> None:
     ("change", "reason"),
     [
         ({"hidden_by": "Mul"}, "comes out of a Mul node"),
-        ({"in_channels": 6}, "6 in-channels: no multiple of 4"),
-        ({"in_channels": 1, "groups": 256}, "1 in-channels a group: no multiple of 4"),
+        ({"in_channels": 6}, "6 in-channels: not a multiple of 4"),
+        ({"in_channels": 1, "groups": 256}, "1 in-channels a group: not a multiple of 4"),
         ({"violations": 3}, "not 2:4 along in-channels: 3 blocks"),
         ({"precision": "FLOAT"}, "computed in FLOAT"),
         ({"precision": "INT4"}, "computed in INT4"),
