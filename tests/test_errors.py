@@ -1,4 +1,4 @@
-"""Bad input ends in an error of the one tree that says where it is and what to do."""
+"""Bad input raises an error of the project's own tree that says where the problem is and what to do."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Capture leaves the model and every random state as they were, also when it raises."""
+"""Capture leaves the model and every random state unchanged, also if it raises."""
 
 import random
 import sys
@@ -18,7 +18,7 @@ from nmcompile.errors import CaptureError
 
 
 class Meddles(nn.Module):
-    """Its forward changes whatever it can reach, and draws."""
+    """A module whose forward changes everything in its reach, and draws."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the plan prunes by default, what it leaves dense and why, and what a configuration changes."""
+"""Plans: what they prune by default, what they leave dense and why, and what a configuration changes."""
 
 from dataclasses import replace
 from typing import Literal
@@ -28,7 +28,7 @@ TOKENS = torch.randn(2, 8)
 
 
 class Opaque(nn.Sequential):
-    """No tracer follows it, so nothing is known of the data flow."""
+    """A module that no tracer follows, so nothing is known about the data flow."""
 
     def forward(self, input: Tensor) -> Tensor:
         for one in self:
@@ -76,7 +76,7 @@ def reasons(one: LayerPlan) -> set[str]:
 
 
 def rows(one: LayerPlan) -> dict[str, str]:
-    """The rows in words, or why the GEMM runs dense, by phase."""
+    """Return by phase the rows in words, or why the GEMM runs dense."""
     return {row.phase.value: str(row) if row.is_sparse else row.reason for row in one.rows}
 
 
