@@ -22,7 +22,7 @@ from nmcompile.config import Phase as Phase
 from nmcompile.config import Pruning as Pruning
 from nmcompile.config import presets as presets
 from nmcompile.errors import NMCompileError as NMCompileError
-from nmcompile.pruning import NMPattern as NMPattern
+from nmcompile.pruning.pattern import NMPattern as NMPattern
 from nmcompile.three_gemm.modules import ThreeGemm as ThreeGemm
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.passes.rewriting import placeholder, prune_operand
-from nmcompile.pruning import OPERATORS
+from nmcompile.pruning.references import OPERATORS
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.backends.cpu.prune import word_of
 from nmcompile.ir.operations import apply_mask
 from nmcompile.native import isa_and_threads, kernels
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 
 
 class Geometry(NamedTuple):

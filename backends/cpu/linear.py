@@ -20,7 +20,7 @@ from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.cpu.spare_memory import empty
 from nmcompile.backends.reference import linear
 from nmcompile.custom_op import custom_op
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 from nmcompile.weight_cache import are_weights_at_rest
 
 GEOMETRY = Geometry()

@@ -15,7 +15,9 @@ from nmcompile.ir.grouping import grouped
 from nmcompile.ir.operations import like
 from nmcompile.ir.protocols import Support
 from nmcompile.native import isa_and_threads, kernels
-from nmcompile.pruning import OPERATORS, NMPattern, check
+from nmcompile.pruning.operator import check
+from nmcompile.pruning.pattern import NMPattern
+from nmcompile.pruning.references import OPERATORS
 
 WORD = 2**64 - 1  # a key as an unsigned number
 RANKING = frozenset({"greedy", "greedy_by_value"})

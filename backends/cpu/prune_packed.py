@@ -9,8 +9,9 @@ from torch import Tensor
 from nmcompile.backends.cpu.prune import call_kernel, check_output, reference, runs_natively
 from nmcompile.custom_op import custom_op
 from nmcompile.errors import ConfigError
-from nmcompile.pruning import NMPattern, check
+from nmcompile.pruning.operator import check
 from nmcompile.pruning.packed import GROUP, KEPT, pack, packed_shapes, two_of_four
+from nmcompile.pruning.pattern import NMPattern
 
 
 def _empty(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ def cpu_prune_packed(
         Values, of the dtype of `x`, and indices, uint8; both contiguous.
 
     Raises:
-        OperandError: as `cpu_prune` does, or the size of `dim` is not a multiple of four.
+        OperandError: as `cpu_prune` does, or the size of `dim` is no multiple of four.
         ConfigError: the pattern does not fit the operator or the format.
     """
     values, indices = _empty(x, dim)

@@ -13,8 +13,10 @@ from nmcompile.backends.cpu.kernels import DTYPES, kernel_support
 from nmcompile.custom_op import custom_op
 from nmcompile.errors import OperandError
 from nmcompile.native import isa_and_threads, kernels
-from nmcompile.pruning import NMPattern, check, transposable_mask
+from nmcompile.pruning.operator import check
 from nmcompile.pruning.packed import pack, packed_shapes
+from nmcompile.pruning.pattern import NMPattern
+from nmcompile.pruning.transposable import transposable_mask
 
 PATTERN = NMPattern(2, 4)
 MASK_KERNEL = "nmcompile::cpu_transposable_mask"

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nmcompile.backends.cusparselt.layout import Layout, find_layout
 from nmcompile.backends.triton.operators import triton_prune
 from nmcompile.backends.triton.support import KEEP, triton_support
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 
 SIZES = 512  # whose layouts are remembered
 TWO_OF_FOUR = NMPattern(2, 4)

@@ -13,7 +13,7 @@ from nmcompile.backends.reference import conv, linear
 from nmcompile.backends.triton import prune
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.custom_op import custom_op
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 
 
 def _empty_output(input: Tensor, weight: Tensor, transposed: bool) -> Tensor:

@@ -8,7 +8,7 @@ from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import kind_of, row_of
 from nmcompile.ir.plan import Axis, PlanRow
 from nmcompile.ir.protocols import Support
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 
 # Its position in the node's arguments, and the axes along which its blocks may run.
 OPERAND: dict[Any, tuple[int, frozenset[Axis]]] = {

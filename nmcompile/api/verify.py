@@ -21,7 +21,7 @@ from nmcompile.ir.layers import Layer
 from nmcompile.ir.node_meta import find_meta
 from nmcompile.ir.plan import Axis, Operand, PlanRow
 from nmcompile.printable import table
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.interpret_graphs import interpreted

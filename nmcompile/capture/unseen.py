@@ -11,6 +11,7 @@ import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -62,7 +63,7 @@ class _Step:
     """One instruction; an instruction that Python fuses becomes two steps."""
 
     name: str
-    value: object
+    value: Any
     line: int
     is_target: bool
 
@@ -85,7 +86,7 @@ def unseen_tests(frame: types.FrameType, probed: set[str]) -> Iterator[str]:
             yield f"its code {test.question} ({os.path.basename(file)}, line {test.line}: {source})"
 
 
-def _is_fixed(operand: Operand, entry: Mapping[str, object]) -> bool:
+def _is_fixed(operand: Operand, entry: Mapping[str, Any]) -> bool:
     if not operand.is_known or operand.local not in entry:
         return operand.is_known
     value = entry[operand.local]
@@ -98,7 +99,7 @@ def _is_fixed(operand: Operand, entry: Mapping[str, object]) -> bool:
     return not isinstance(value, fx.Proxy) or value.node.op == "get_attr"
 
 
-def _argument_name(operand: Operand, entry: Mapping[str, object]) -> str:
+def _argument_name(operand: Operand, entry: Mapping[str, Any]) -> str:
     """Return the model's argument that an operand is, or ""."""
     value = entry.get(operand.local) if operand.is_known and not operand.attributes else None
     if not isinstance(value, fx.Proxy) or value.node.op != "placeholder":
@@ -190,7 +191,7 @@ class _Code:
         return frozenset(found)
 
 
-def _taken_apart(one: dis.Instruction) -> list[tuple[str, object]]:
+def _taken_apart(one: dis.Instruction) -> list[tuple[str, Any]]:
     """Split a fused instruction such as `LOAD_FAST_LOAD_FAST (x, y)` into two steps."""
     if not isinstance(one.argval, tuple) or "_FAST" not in one.opname:
         return [(one.opname, one.argval)]

@@ -8,7 +8,7 @@ from nmcompile.errors import ExportError, PassError
 from nmcompile.export.deployed_layer import DeployedActivation, DeployedLayer, DeployedWeight
 from nmcompile.ir.captured import Site
 from nmcompile.ir.plan import Operand
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep

@@ -7,7 +7,7 @@ from nmcompile.files.open_onnx import OnnxFile
 from nmcompile.files.read_files import fits, parse_json
 from nmcompile.files.read_weights import OnnxWeight
 from nmcompile.printable import table
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 
 PLANNED = "nmcompile.patterns"
 """Key of a file's metadata that maps each node to the pattern it was written with, as JSON."""

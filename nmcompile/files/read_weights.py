@@ -10,7 +10,7 @@ import numpy.typing as npt
 from onnx import AttributeProto, NodeProto, TensorProto
 
 from nmcompile.files.open_onnx import OnnxFile, read_tensor
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 
 Array = npt.NDArray[np.generic]
 NOTHING: Array = np.zeros((0, 0), np.int8)

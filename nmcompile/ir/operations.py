@@ -13,7 +13,8 @@ from nmcompile.custom_op import custom_op
 from nmcompile.errors import LoweringError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.node_meta import KEY, NodeMeta
-from nmcompile.pruning import OPERATORS, NMPattern
+from nmcompile.pruning.pattern import NMPattern
+from nmcompile.pruning.references import OPERATORS
 from nmcompile.quantization import Grid, integers
 from nmcompile.weight_cache import FROZEN, WeightCache, content_at_rest, is_cacheable
 

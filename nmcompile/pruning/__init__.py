@@ -1,37 +1,37 @@
-"""Pruning operators for N:M sparsity, usable alone: `greedy(x, "2:4")`, `mvue(x, "2:4", dim=0, generator=g)`."""
+"""Pruning operators for N:M sparsity, usable alone: `greedy(x, "2:4")`, `mvue(x, "2:4", dim=0, generator=g)`.
 
-from collections.abc import Mapping
-from types import MappingProxyType
+The operators of this module run a native or a Triton kernel where the tensor's device has one. `OPERATORS` holds the
+reference operators, written in PyTorch, which the kernels equal bit for bit.
+"""
 
-from nmcompile.pruning.baselines import biased as biased
-from nmcompile.pruning.baselines import sdgp as sdgp
-from nmcompile.pruning.baselines import unbiased as unbiased
-from nmcompile.pruning.baselines import uniform as uniform
-from nmcompile.pruning.magnitude import greedy as greedy
-from nmcompile.pruning.magnitude import greedy_by_value as greedy_by_value
+from typing import TYPE_CHECKING
+
 from nmcompile.pruning.magnitude import mask as mask
-from nmcompile.pruning.mvue import mvue as mvue
-from nmcompile.pruning.mvue_paper import mvue_approx as mvue_approx
-from nmcompile.pruning.mvue_paper import mvue_one_of_two as mvue_one_of_two
-from nmcompile.pruning.mvue_paper import mvue_pairs as mvue_pairs
 from nmcompile.pruning.operator import PruningOperator as PruningOperator
 from nmcompile.pruning.operator import check as check
 from nmcompile.pruning.pattern import NMPattern as NMPattern
 from nmcompile.pruning.philox import draw_key as draw_key
-from nmcompile.pruning.transposable import transposable_mask as transposable_mask
+from nmcompile.pruning.references import OPERATORS as OPERATORS
 
-OPERATORS: Mapping[str, PruningOperator] = MappingProxyType(
-    {
-        "greedy": greedy,
-        "greedy_by_value": greedy_by_value,
-        "mvue": mvue,
-        "mvue_one_of_two": mvue_one_of_two,
-        "mvue_pairs": mvue_pairs,
-        "mvue_approx": mvue_approx,
-        "biased": biased,
-        "uniform": uniform,
-        "unbiased": unbiased,
-        "sdgp": sdgp,
-    }
-)
-"""Operators by name, as a config spells them."""
+if TYPE_CHECKING:
+    from nmcompile.api.prune import transposable_mask as transposable_mask
+
+    greedy: PruningOperator
+    greedy_by_value: PruningOperator
+    mvue: PruningOperator
+    mvue_one_of_two: PruningOperator
+    mvue_pairs: PruningOperator
+    mvue_approx: PruningOperator
+    biased: PruningOperator
+    uniform: PruningOperator
+    unbiased: PruningOperator
+    sdgp: PruningOperator
+
+
+def __getattr__(name: str) -> object:
+    # Kernels stand above the reference operators, so they are looked up when an operator is first used.
+    if name not in OPERATORS and name != "transposable_mask":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nmcompile.api import prune
+
+    return prune.transposable_mask if name == "transposable_mask" else prune.ACCELERATED[name]

@@ -1,4 +1,4 @@
-"""The protocol of pruning operators, and the operator that works on blocks."""
+"""What a pruning operator is, and the one that works on blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ from nmcompile.pruning.selection import Selection, largest, magnitudes, total
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Select = Callable[[Tensor, NMPattern, Tensor], Selection]
-"""(blocks `(M, blocks)`, pattern, uniform numbers `(draws, blocks)`) -> selection; all in float32, or float64."""
+"""(blocks `(M, blocks)`, pattern, uniform numbers `(draws, blocks)`) -> what to keep; all in float32, or float64."""
 
 Rescale = Callable[[Tensor, Tensor, int], Tensor]
 """(dense tensor, pruned tensor, dim) -> pruned tensor with other values and the same zeros."""
 
 
 class PruningOperator(Protocol):
-    """An operator that keeps N of every M consecutive elements of a tensor along a dim, and zeros the others."""
+    """N of every M consecutive elements of a tensor along a dim, the others zero."""
 
     @property
     def name(self) -> str:
-        """Return the operator's name in `OPERATORS`, configs and reports."""
+        """The operator's name in `OPERATORS`, configs and reports."""
 
     @property
     def unbiased(self) -> bool:
-        """Return whether the expectation of the result is the tensor."""
+        """Whether the expectation of the result is the tensor."""
 
     @property
     def needs_key(self) -> bool:
-        """Return whether the operator draws random numbers."""
+        """Whether the operator draws random numbers."""
 
     def __call__(
         self,
@@ -47,13 +47,13 @@ class PruningOperator(Protocol):
         generator: torch.Generator | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Prune `x`, with a key drawn from `generator` if the operator needs one."""
+        """`x` pruned, with a key drawn from `generator` if the operator needs one."""
 
     def prune(self, x: Tensor, pattern: NMPattern | str, dim: int, key: Tensor | None) -> Tensor:
-        """Prune `x` with a given key."""
+        """`x` pruned with a given key."""
 
     def mask(self, x: Tensor, pattern: NMPattern | str, dim: int = -1) -> Tensor:
-        """Return the mask of the elements that a deterministic operator keeps."""
+        """The elements that a deterministic operator keeps."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class BlockOperator:
 
     Rules that hold for every operator: the result has the shape, dtype and device of the input, the strides of
     `torch.empty_like(x)`, and no gradient history; the input is never modified; a partial last block counts as padded
-    with zeros; a random operator prunes a block whose magnitudes have no finite sum as `greedy` does, with NaN and
-    infinity first, so the block stays non-finite.
+    with zeros; a random operator prunes a block whose magnitudes have no finite sum as `greedy` does with NaN and
+    infinity first, so that it stays non-finite.
 
     Args:
         name: the name in `OPERATORS`.
-        select: selects the elements to keep of blocks `(M, blocks)`.
+        select: what to keep of blocks `(M, blocks)`.
         draws: uniform numbers per block; block b uses the numbers `draws * b`, ..., `draws * b + draws - 1`.
         unbiased: whether the expectation of the result is the input.
-        patterns: the patterns that fit, `"1:2"`; a letter stands for any number.
-        rescale: changes the kept values after the blocks are joined again.
+        patterns: what patterns fit, `"1:2"`; a letter stands for any number.
+        rescale: changes the kept values once the tensor is put together again.
     """
 
     name: str
@@ -83,7 +83,7 @@ class BlockOperator:
 
     @property
     def needs_key(self) -> bool:
-        """Return whether the operator draws random numbers."""
+        """Whether the operator draws random numbers."""
         return self.draws > 0
 
     def __call__(
@@ -108,32 +108,32 @@ class BlockOperator:
             `out`, or a new tensor of the shape, dtype and device of `x`, with the strides of `torch.empty_like(x)`.
 
         Raises:
-            OperandError: `x` or `out` is not a tensor that the operator takes.
+            OperandError: `x` or `out` is no tensor that the operator takes.
             ConfigError: the pattern does not fit the operator.
         """
         fitting, axis = self._fit(pattern), check(x, dim)
         check_kind("generator", generator, torch.Generator | None, "a torch.Generator, or None for torch's own")
         _check_out(x, out)
         key = draw_key(generator, x.device) if self.needs_key else None
-        return self._write(x, fitting, axis, key, out)
+        return self.write(x, fitting, axis, key, out)
 
     def prune(self, x: Tensor, pattern: NMPattern | str, dim: int, key: Tensor | None) -> Tensor:
         """Prune `x` along `dim` with a 64-bit key, 0-d int64 (see `draw_key`); `None` if the operator draws nothing.
 
         Raises:
-            OperandError: the operator does not take `x`, or the key is missing or of another shape or dtype.
+            OperandError: `x` is no tensor that the operator takes, or the key is missing or of another shape or dtype.
             ConfigError: the pattern does not fit the operator.
         """
         if self.needs_key and (not isinstance(key, Tensor) or key.dtype != torch.int64 or key.dim() != 0):
             got = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else described(key)
             raise OperandError(f"operator {self.name!r} takes a 0-d int64 key, not {got}; draw one with draw_key()")
-        return self._write(x, self._fit(pattern), check(x, dim), key, None)
+        return self.write(x, self._fit(pattern), check(x, dim), key, None)
 
     def mask(self, x: Tensor, pattern: NMPattern | str, dim: int = -1) -> Tensor:
-        """Return the mask of the kept elements, bool of the shape of `x`; zeros count as kept where they rank first.
+        """The elements that the operator keeps, bool of the shape of `x`; zeros count as kept where they rank first.
 
         Raises:
-            OperandError: `x` is not a tensor that the operator takes.
+            OperandError: `x` is no tensor that the operator takes.
             ConfigError: the operator is random, or the pattern does not fit it.
         """
         if self.needs_key:
@@ -146,7 +146,8 @@ class BlockOperator:
         return result
 
     @torch.no_grad()
-    def _write(self, x: Tensor, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor | None) -> Tensor:
+    def write(self, x: Tensor, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor | None) -> Tensor:
+        """Prune operands that were checked, into `out` or a new tensor."""
         result = torch.empty_like(x) if out is None else out
         if not x.numel():
             return result
@@ -172,10 +173,10 @@ class BlockOperator:
 
 
 def check(x: Tensor, dim: int) -> int:
-    """Return `dim` as a non-negative number, if operators can prune `x` along it.
+    """`dim` as a non-negative number, if operators can prune `x` along it.
 
     Raises:
-        OperandError: `x` is not a dense float tensor, or has no such dim.
+        OperandError: `x` is no dense float tensor, or has no such dim.
     """
     check_tensor("the tensor to prune", x)
     shape = tuple(x.shape)

@@ -10,7 +10,7 @@ from nmcompile.errors import ConfigError
 from nmcompile.ir.captured import Site
 from nmcompile.ir.plan import LayerPlan, PlanRow
 from nmcompile.ir.program import Program
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.draw_stream import DrawStream, Replicas
 from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
 from nmcompile.three_gemm.triple import GemmTriple

@@ -16,7 +16,7 @@ from nmcompile.config import TRANSPOSABLE
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.layers import Layer
 from nmcompile.printable import printable
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 from nmcompile.sharded import gathered, is_sharded, refuse_flat
 from nmcompile.training.optimizer_hooks import live_masks, watch_optimizers
 from nmcompile.training.refresh_mask import NEVER, compute_mask, refresh_mask, when_compared

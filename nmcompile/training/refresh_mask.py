@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from nmcompile import pruning
 from nmcompile.custom_op import custom_op
 from nmcompile.fingerprint import fingerprint
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.magnitude import mask as greedy_mask
+from nmcompile.pruning.pattern import NMPattern
+from nmcompile.pruning.transposable import transposable_mask
 from nmcompile.training.weight_clock import (
     ADDRESS,
     CONTENT,
@@ -68,7 +69,7 @@ def compute_mask(
     `operator` and `pattern` ask for. By name, since it has to be saved, and traced by `torch.compile`.
     """
     if operator == "greedy":
-        return pruning.mask(weight, pattern, dim=in_dim)
+        return greedy_mask(weight, pattern, dim=in_dim)
     split = weight.unflatten(out_dim, (groups, -1))
     dims = out_dim + 1, in_dim + (in_dim > out_dim)
     if kernel:
@@ -76,5 +77,5 @@ def compute_mask(
         mask: Tensor = getattr(getattr(torch.ops, namespace), name)(split, *dims)
     else:
         method = "exact" if operator == "transposable" else "greedy"
-        mask = pruning.transposable_mask(split, pattern, dims=dims, method=method)
+        mask = transposable_mask(split, pattern, dims=dims, method=method)
     return mask.flatten(out_dim, out_dim + 1)

@@ -56,14 +56,14 @@ def test_torch_goes_on_from_what_was_rounded_otherwise(
     with torch.no_grad():
         before = lockstep.run(Example((images,)), found)
         sign = 1 if found[-1][0, 3] < 7 else -1
-        found[-1][0, 3] += sign  # of the last layer, so no other one is affected
+        found[-1][0, 3] += sign  # of the last layer, so that no other one is left behind
         after = lockstep.run(Example((images,)), found)
     step = sign * model.layers["head"].input.scale * model.layers["head"].weight.values[:, 3]
     torch.testing.assert_close(after - before, torch.cat([step[None], torch.zeros(3, 8)]))
     assert lockstep.taken_over == 1
     with torch.no_grad():
         lockstep.run(Example((images,)), found)
-    assert lockstep.taken_over == 2  # in all batches
+    assert lockstep.taken_over == 2  # of all batches
 
 
 def test_two_steps_are_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
@@ -171,4 +171,4 @@ def test_projections_of_attention_are_followed_too(
     checks = nmcompile.export(compiled, tmp_path / "m.onnx", (x,), verify=True).verification
     assert checks is not None and all(check.relative_l2 < 1e-5 for check in checks.runtimes)
     assert followed == [4, 4]  # both projections and both linear layers, in both runtimes
-    assert compiled(x).isfinite().all()  # and the model is restored
+    assert compiled(x).isfinite().all()  # and nothing is left behind

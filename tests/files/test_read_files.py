@@ -1,4 +1,4 @@
-"""Other people's files: only regular ones of a bounded size are read, and JSON only in the expected shape."""
+"""Files of other people: only regular ones of a bounded size are read, and JSON only in the shape that is wanted."""
 
 import json
 import os

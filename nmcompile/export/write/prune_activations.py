@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from nmcompile.export.write.build_nodes import insert_before
 from nmcompile.export.write.trace_model import OPSET
-from nmcompile.pruning import NMPattern
+from nmcompile.pruning.pattern import NMPattern
 
 DOMAIN = "nmcompile"
 

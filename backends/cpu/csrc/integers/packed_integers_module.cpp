@@ -1,4 +1,4 @@
-// Python interface of packed integers: checks that the operands fit each other.
+// The Python face of packed integers: checks that the operands fit each other.
 
 #include "integers/packed_integers_module.h"
 
