@@ -2,9 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from nmcompile.quantization import Histogram
 from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
-from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.observer import Observer, Results, Values, observing
 from nmcompile.three_gemm.record import record_of
 from nmcompile.three_gemm.run_model import evaluating, run_batch, shown
 from nmcompile.three_gemm.triple import GemmTriple
@@ -101,8 +99,7 @@ def _observe(
     """Histograms of all inputs, and some batches with their unquantized outputs."""
     observed: dict[int, Histogram] = defaultdict(Histogram)
     examples: list[tuple[Any, list[Tensor]]] = []
-    observing = interpreted(triples_of(compiled), lambda triple, phase: _Observer(triple, phase, observed))
-    with observing, _observed_norms(compiled, observed):
+    with observing(triples_of(compiled), lambda triple: _Unquantized(triple, observed)):
         bar = tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None)
         for number, batch in enumerate(bar):
             outputs = _floats(run_batch(compiled, batch, f"calibration batch {number}"))
@@ -117,30 +114,6 @@ def _check_finite(observed: Mapping[int, Histogram], steps: Mapping[int, Activat
     broken = next((steps[key].layer for key, histogram in observed.items() if not histogram.is_finite), None)
     if broken is not None:
         raise CalibrationError(f"layer {broken!r}: {batch} gives NaN or infinity here; remove such samples")
-
-
-@contextmanager
-def _observed_norms(model: nn.Module, observed: dict[int, Histogram]) -> Iterator[None]:
-    """Inside, absorbed norms round nothing, and show what their grids would get to histograms."""
-    norms = [module for module in model.modules() if isinstance(module, AbsorbedNorm)]
-    for norm in norms:
-        step = norm.absorbing_layer.three_gemms[""].steps.output
-        norm.__dict__.update(to_grid=partial(_note, step, observed), to_accumulator=_unrounded)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.__dict__["to_grid"], norm.__dict__["to_accumulator"]
-
-
-def _unrounded(shift: Tensor, gain: Tensor) -> Tensor:
-    return shift
-
-
-def _note(step: ActivationStep | None, observed: dict[int, Histogram], x: Tensor) -> Tensor:
-    if step is not None:
-        observed[id(step)].observe(x)
-    return x
 
 
 def _scale_clips(compiled: nn.Module, steps: list[ActivationStep], examples: list[tuple[Any, list[Tensor]]]) -> None:
@@ -169,22 +142,43 @@ def _floats(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-class _Observer(fx.Interpreter):
-    """Runs the forward graph with unquantized activations, and shows what its grids would get to histograms."""
+class _Unquantized(Observer):
+    """Runs a layer and its norm with unquantized activations, and shows to histograms what their grids would get."""
 
-    def __init__(self, triple: GemmTriple, phase: Phase, observed: dict[int, Histogram]) -> None:
-        super().__init__(triple.graphs[phase])
+    def __init__(self, triple: GemmTriple, observed: dict[int, Histogram]) -> None:
+        super().__init__(triple)
         self.steps = {step.row.operand: step for step in triple.steps.activations}
         self.observed = observed
+
+    def run(self, phase: Phase, values: Values) -> Results:
+        return self.triple.run_graph(phase, values, _UnquantizedNodes(self, phase).run)
+
+    def run_norm(self, norm: AbsorbedNorm, input: Tensor) -> Tensor:
+        output = norm.run_absorbed(input, is_rounded=False)
+        if "output" in self.steps:
+            self.show("output", output)
+        return output
+
+    def show(self, operand: str, x: Tensor) -> None:
+        """Add what the grid of an operand would get to its histogram."""
+        self.observed[id(self.steps[operand])].observe(x)
+
+
+class _UnquantizedNodes(fx.Interpreter):
+    """Passes the operands of quantizing nodes on as they are."""
+
+    def __init__(self, observer: _Unquantized, phase: Phase) -> None:
+        super().__init__(observer.triple.graphs[phase])
+        self.observer = observer
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is ops.to_accumulator:
             return self.env[n.all_input_nodes[0]]
         row = row_of(n)
-        if row is None or not row.is_quantized or row.operand not in self.steps:
+        if row is None or not row.is_quantized or row.operand not in self.observer.steps:
             return super().run_node(n)
         x = self.env[n.all_input_nodes[0]]
-        self.observed[id(self.steps[row.operand])].observe(x)
+        self.observer.show(row.operand, x)
         return x
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from nmcompile.api.compile import compile as compile_model
 from nmcompile.checks import check_compiled, check_kind
@@ -13,7 +13,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.printable import table
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.observer import Observer, Results, Values, observing
 from nmcompile.three_gemm.run_model import run_batch
 from nmcompile.three_gemm.triple import GemmTriple
 
@@ -65,21 +65,22 @@ def _outputs(model: nn.Module, batch: Any) -> Mapping[str, list[Tensor]]:
     outputs: dict[str, list[Tensor]] = {}
     for triple in triples_of(model):
         triple.steps.check()
-    with interpreted(triples_of(model), lambda triple, phase: _Recorder(triple, phase, outputs)):
+    with observing(triples_of(model), lambda triple: _Recorder(triple, outputs)):
         run_batch(model, batch)
     return outputs
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Observer):
     """Keeps what each forward graph returns."""
 
-    def __init__(self, triple: GemmTriple, phase: Phase, outputs: dict[str, list[Tensor]]) -> None:
-        super().__init__(triple.graphs[phase])
-        self.found = outputs.setdefault(triple.layer.name, [])
+    def __init__(self, triple: GemmTriple, outputs: dict[str, list[Tensor]]) -> None:
+        super().__init__(triple)
+        self.outputs = outputs
 
-    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().output(target, args, kwargs)
-        self.found.append(result[0].detach())
+    def run(self, phase: Phase, values: Values) -> Results:
+        result = super().run(phase, values)
+        if phase is Phase.FORWARD and result[0] is not None:
+            self.outputs.setdefault(self.triple.layer.name, []).append(result[0].detach())
         return result
 
 

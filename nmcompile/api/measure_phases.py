@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, fx, nn
+from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from nmcompile.api.pipeline import lowered
@@ -19,7 +19,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import PassError
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.interpret_graphs import interpreted
+from nmcompile.three_gemm.observer import Observer, Results, Values, observing
 from nmcompile.three_gemm.record import Compilation, record_of
 from nmcompile.three_gemm.run_model import evaluating
 from nmcompile.three_gemm.stored_weights import stored_weight
@@ -90,19 +90,18 @@ def decide(times: Times) -> dict[Phase, str]:
     return {phase: reason for part in everything for phase in part if phase not in kept}
 
 
-class _Recorder(fx.Interpreter):
+class _Inputs(Observer):
     """Notes the layout of the input."""
 
-    def __init__(self, triple: GemmTriple, phase: Phase, inputs: dict[str, Tensor]) -> None:
-        super().__init__(triple.graphs[phase])
-        self.triple = triple
+    def __init__(self, triple: GemmTriple, inputs: dict[str, Tensor]) -> None:
+        super().__init__(triple)
         self.inputs = inputs
 
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().placeholder(target, args, kwargs)
-        if target == "input":
-            self.inputs[self.triple.layer.name] = torch.empty_like(value, device="meta")
-        return value
+    def run(self, phase: Phase, values: Values) -> Results:
+        input = values["input"]
+        assert input is not None
+        self.inputs[self.triple.layer.name] = torch.empty_like(input, device="meta")
+        return super().run(phase, values)
 
 
 @torch.no_grad()
@@ -112,7 +111,7 @@ def _inputs(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     Where the layer pads apart from its GEMM, it is padded already, and is once more when it is timed, in all variants.
     """
     inputs: dict[str, Tensor] = {}
-    with evaluating(trial), interpreted(triples_of(trial), lambda triple, phase: _Recorder(triple, phase, inputs)):
+    with evaluating(trial), observing(triples_of(trial), lambda triple: _Inputs(triple, inputs)):
         trial(*args, **kwargs)
     # Nobody asks for the gradient of the model's own inputs, unless they say so.
     facts, leaves = record_of(trial)[1].program.captured.facts, pytree.tree_leaves((args, kwargs))

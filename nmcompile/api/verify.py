@@ -24,8 +24,8 @@ from nmcompile.printable import table
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.interpret_graphs import interpreted
 from nmcompile.three_gemm.modules import FINALIZED, RECORD
+from nmcompile.three_gemm.observer import Observer, Results, Values, observing
 from nmcompile.three_gemm.record import bypassed_layers
 from nmcompile.three_gemm.stored_weights import named_weight
 from nmcompile.three_gemm.triple import GemmTriple
@@ -177,22 +177,34 @@ def _check(name: str, operand: Operand, axis: Axis, x: Tensor, pattern: NMPatter
 
 
 def _step_checks(model: nn.Module, roots: dict[str, nn.Module], step: Callable[[], Any]) -> list[TensorCheck]:
-    """Run `step` with every graph interpreted node by node, and look at what its prune nodes hand to the GEMM."""
+    """Run `step` with every graph interpreted node by node, and look at what its prune nodes pass on to the GEMM."""
     checks: list[TensorCheck] = []
     names = {triple: full_name(path, triple.layer.name) for path, root in roots.items() for triple in triples_of(root)}
-    with interpreted(
-        triples_of(model), lambda triple, phase: _Checker(names.get(triple, triple.layer.name), triple, phase, checks)
-    ):
+    with observing(triples_of(model), lambda triple: _Checker(triple, names.get(triple, triple.layer.name), checks)):
         step()
     return checks
 
 
-class _Checker(fx.Interpreter):
-    def __init__(self, name: str, triple: GemmTriple, phase: Phase, checks: list[TensorCheck]) -> None:
-        super().__init__(triple.graphs[phase])
-        self.where = f"{name} ({phase.value})"
-        self.layer = triple.layer
+class _Checker(Observer):
+    """Checks the pruned operands of every GEMM that a layer runs."""
+
+    def __init__(self, triple: GemmTriple, name: str, checks: list[TensorCheck]) -> None:
+        super().__init__(triple)
+        self.name = name
         self.checks = checks
+
+    def run(self, phase: Phase, values: Values) -> Results:
+        return self.triple.run_graph(phase, values, _CheckedNodes(self, phase).run)
+
+
+class _CheckedNodes(fx.Interpreter):
+    """Runs one graph for a checker."""
+
+    def __init__(self, checker: _Checker, phase: Phase) -> None:
+        super().__init__(checker.triple.graphs[phase])
+        self.where = f"{checker.name} ({phase.value})"
+        self.layer = checker.triple.layer
+        self.checks = checker.checks
 
     def run_node(self, n: fx.Node) -> Any:
         result, meta = super().run_node(n), find_meta(n)

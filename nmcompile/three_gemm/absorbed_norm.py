@@ -29,19 +29,24 @@ class AbsorbedNorm(Rewritten):
     training: bool
 
     def forward(self, input: Tensor) -> Tensor:
+        observer = self.absorbing_layer.three_gemms[""].observer
+        return self.run_absorbed(input) if observer is None else observer.run_norm(self, input)
+
+    def run_absorbed(self, input: Tensor, is_rounded: bool = True) -> Tensor:
+        """Return the norm of `input`: rounded to the layer's accumulator and output grid, or in full precision."""
         if self.training or not self._is_along_channels(input):
             output: Tensor = super().forward(input)  # type: ignore[misc]
         else:
-            output = self._in_eval(input)
-        return self.to_grid(output)
+            output = self._in_eval(input, is_rounded)
+        return self._to_grid(output) if is_rounded else output
 
-    def to_grid(self, output: Tensor) -> Tensor:
-        """`output` on the grid of the layer's output, if it has one."""
+    def _to_grid(self, output: Tensor) -> Tensor:
+        """Put `output` on the grid of the layer's output, if it has one."""
         step = self.absorbing_layer.three_gemms[""].steps.output
         return output if step is None else fake_quantize(output, step.current(), step.grid)
 
-    def to_accumulator(self, shift: Tensor, gain: Tensor) -> Tensor:
-        """`shift`, `(channels,)`, in whole steps of the layer's accumulator times `gain`."""
+    def _to_accumulator(self, shift: Tensor, gain: Tensor) -> Tensor:
+        """Round `shift`, `(channels,)`, to whole steps of the layer's accumulator times `gain`."""
         layer: Any = self.absorbing_layer
         accumulator = layer.three_gemms[""].steps.of_accumulator(layer.weight)
         step = absorbed_step(accumulator, gain)
@@ -51,12 +56,12 @@ class AbsorbedNorm(Rewritten):
         """A linear layer's features lie last; the norm's channels are dim 1."""
         return self.absorbing_layer.three_gemms[""].layer.channel_dim % input.dim() == 1
 
-    def _in_eval(self, input: Tensor) -> Tensor:
+    def _in_eval(self, input: Tensor, is_rounded: bool) -> Tensor:
         gain = (self.running_var.double() + self.eps).rsqrt()
         gain = gain if self.weight is None else gain * self.weight.double()
         shift = -gain * self.running_mean.double()
         shift = shift if self.bias is None else shift + self.bias.double()
-        shift = self.to_accumulator(shift, gain.detach())
+        shift = self._to_accumulator(shift, gain.detach()) if is_rounded else shift
         shape = -1, *(1,) * (input.dim() - 2)
         wide = torch.promote_types(input.dtype, torch.float32)
         return (input * gain.to(wide).view(shape) + shift.to(wide).view(shape)).to(input.dtype)

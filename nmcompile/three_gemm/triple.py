@@ -1,6 +1,6 @@
 """Three graphs behind one autograd function, and the mixin for the modules that call them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
@@ -17,6 +17,7 @@ from nmcompile.sharded import PLAIN, is_sharded
 from nmcompile.three_gemm.draw_stream import DrawStream
 from nmcompile.three_gemm.frozen import Frozen
 from nmcompile.three_gemm.grid_steps import GridSteps
+from nmcompile.three_gemm.observer import Observer, Results, Values
 from nmcompile.three_gemm.shards import Shards
 from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, no_second_derivative, run_layer
 from nmcompile.weight_cache import FROZEN, Content, forget, weights_at_rest
@@ -78,7 +79,8 @@ class GemmTriple:
         steps: of its grids.
 
     `called` and `positions` (output positions of the last call) are what reports show of a run. `is_dense` tells that
-    nothing is pruned or quantized, `is_bilinear` that the output is linear in the input and in the weight.
+    nothing is pruned or quantized, `is_bilinear` that the output is linear in the input and in the weight. `observer`
+    runs the layer in place of `run` while it is set; only `observing` sets it.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class GemmTriple:
         self.stream = stream
         self.steps = steps
         self.frozen: Frozen | None = None
+        self.observer: Observer | None = None
         self.called = False
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
@@ -188,16 +191,25 @@ class GemmTriple:
         self.stream.replicas.rank = shards.batch_rank
         return shards
 
-    def run(self, phase: Phase, values: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Run one graph on values by name, outside autocast: the operands have the dtype that they shall have."""
+    def run(self, phase: Phase, values: Values) -> Results:
+        """Run one graph, or its observer, on values by name."""
+        if self.observer is not None:
+            return self.observer.run(phase, values)
         self.steps.check()
+        return self.run_graph(phase, values, self.graphs[phase])
+
+    def run_graph(self, phase: Phase, values: Values, graph: Callable[..., Results]) -> Results:
+        """Run the graph of a phase, or what stands in for it, outside autocast: the operands have their dtypes."""
         arguments = [values[name] for name in self.placeholders[phase]]
         device = next(v for v in values.values() if v is not None).device.type
         # Dynamo takes autocast for off behind such a block; operands that are cast already lose nothing without it.
         is_on = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if is_on else nullcontext():
-            result: tuple[Tensor | None, ...] = self.graphs[phase](*arguments)
-        return result
+            return graph(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not observed.
+        return self.__dict__ | {"observer": None}
 
     def draws_for(self, needs: Sequence[bool]) -> bool:
         """Tell whether gradients are pruned at random; `needs` is that of `gradients`."""

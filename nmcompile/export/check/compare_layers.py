@@ -82,7 +82,7 @@ def check_layers(
     calls_of = Counter(node.layer for node in nodes)
     once = [node for node in nodes if calls_of[node.layer] == 1]
     chosen = [node for node in once if hasattr(modules.get(node.layer), "weight") and node.norm in ("", *modules)]
-    calls = record_calls(model, chosen, run)
+    calls = record_calls(model, chosen, layers, run)
     checks = []
     for node in chosen:
         if node.layer in calls:
@@ -102,14 +102,14 @@ def _explained(check: LayerCheck) -> str:
 
 
 def _check(
-    proto: onnx.ModelProto, node: ExportedNode, layer: DeployedLayer, x: Tensor, expected: Tensor, target: str
+    proto: onnx.ModelProto, node: ExportedNode, layer: DeployedLayer, prepared: Tensor, expected: Tensor, target: str
 ) -> LayerCheck:
-    prepared, unbatched = layer.layer.prepare(x)
+    is_unbatched = expected.dim() < prepared.dim()
     if node.op == "Gemm":
         prepared = prepared.flatten(0, -2)
     part = LayerPart(proto, node.name)
     got = onnxruntime_runner(part.model, target)({part.input: prepared.to(part.dtype).numpy()})[0]
-    want = (expected.unsqueeze(0) if unbatched else expected).double().numpy()
+    want = (expected.unsqueeze(0) if is_unbatched else expected).double().numpy()
     result = got.astype(np.float64).reshape(want.shape)
     apart = np.abs(difference(result, want))
     if part.step is None:

@@ -7,6 +7,7 @@ keeps them from spreading.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,12 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nmcompile.errors import ExportError
 from nmcompile.export.check.compare_layers import HALF, LayerCheck
 from nmcompile.export.check.example import Example
 from nmcompile.export.check.extract_layer import LayerPart
-from nmcompile.export.check.places import Place, places_of
+from nmcompile.export.check.places import Place, follow, places_of
 from nmcompile.export.check.run_file import Arrays, onnxruntime_runner
 from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.export.write.write_onnx import ExportedNode
@@ -77,13 +77,13 @@ class Lockstep:
         """
         integers = dict(zip(self._tensors, found[self._outputs :], strict=True))
         differing: dict[str, int] = {}  # by tensor, so each counts once, however many layers read it
-        undo = [x.place.follow(partial(self._take_over, x, integers, differing)) for x in self._inputs]
-        try:
-            return batch.run(self._model)
-        finally:
-            self.taken_over += sum(differing.values())
-            for one in undo:
-                one()
+        with ExitStack() as following:
+            for x in self._inputs:
+                following.enter_context(follow(x.place, x.layer, partial(self._take_over, x, integers, differing)))
+            try:
+                return batch.run(self._model)
+            finally:
+                self.taken_over += sum(differing.values())
 
     def _take_over(self, input: "_Input", integers: Mapping[str, Any], differing: dict[str, int], x: Tensor) -> Tensor:
         theirs = input.dequantized(integers[input.part.integers])
@@ -93,7 +93,7 @@ class Lockstep:
                 f"layer {check.node!r} reads other values in the file than in torch: up to {check.most_steps:.3g} "
                 f"quantization steps apart, {check.equal:.2%} equal"
             )
-        return input.unprepared(theirs, x)
+        return torch.from_numpy(theirs).reshape(x.shape).to(x)
 
 
 class _Input:
@@ -111,13 +111,12 @@ class _Input:
         return result
 
     def check(self, x: Tensor, theirs: np.ndarray[Any, Any]) -> tuple[LayerCheck, int]:
-        """Put `x`, the layer's input in torch, on the grid as the file does, and compare it with the file's input.
+        """Put `x`, the layer's prepared input, on the grid as the file does, and compare it with the file's input.
 
         Of two almost equal elements pruning may keep either. So the kept elements of each block are compared in order
         of size, and each element that the file keeps with torch's element in its place.
         """
-        prepared, _ = self.layer.prepare(x)
-        feed = {self.part.input: prepared.detach().reshape(theirs.shape).to(self.part.dtype).numpy()}
+        feed = {self.part.input: x.detach().reshape(theirs.shape).to(self.part.dtype).numpy()}
         mine = self._pruned(feed)[0]
         differing = int((self._steps(mine, theirs) > HALF).sum())
         if self.pattern is None:
@@ -128,12 +127,6 @@ class _Input:
         most = max(float(part.max(initial=0)) for part in parts)
         equal = min(float((part <= HALF).mean()) if part.size else 1.0 for part in parts)
         return LayerCheck(self.name, most, equal, True, theirs.size, DIGITS), differing
-
-    def unprepared(self, theirs: np.ndarray[Any, Any], x: Tensor) -> Tensor:
-        """Return the file's input in the module's shape: the file pads before the quantizer, the module after it."""
-        result = torch.from_numpy(theirs)
-        pads = getattr(self.layer, "pad_before", ())
-        return F.pad(result, [-pad for pad in pads]).reshape(x.shape).to(x)
 
     def _steps(self, mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         steps: np.ndarray[Any, Any] = np.abs(mine.astype(np.float64) - theirs) / self.part.input_scale

@@ -1,64 +1,56 @@
-"""Where a torch model runs each layer, to change or to record what flows through it."""
+"""Where a torch model runs each layer, and how to replace what the layer reads there."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from nmcompile.config import Phase
+from nmcompile.ir.layers import Layer
+from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.observer import Observer, Results, Values, observing
+from nmcompile.three_gemm.triple import GemmTriple
 
-@dataclass(frozen=True)
-class Place:
-    """Where torch runs a layer: in a module of its own, or under a role of a module that runs several."""
-
-    module: nn.Module
-    role: str = ""
-
-    def follow(self, take_over: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Pass the layer's input through `take_over`; the returned function undoes it."""
-        if hasattr(self.module, "three_gemms"):
-            return self._around(lambda triple, x, *rest: triple(take_over(x), *rest))
-        hook = self.module.register_forward_pre_hook(lambda _, args: (take_over(args[0]), *args[1:]), prepend=True)
-        return hook.remove
-
-    def watch(self, see: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
-        """Show `see` the input and output of every call of a rewritten layer; the returned function undoes it."""
-
-        def seen(triple: Any, x: Tensor, *rest: Any) -> Any:
-            result = triple(x, *rest)
-            see(x, result)
-            return result
-
-        return self._around(seen)
-
-    def _around(self, call: Callable[..., Any]) -> Callable[[], None]:
-        triples: Any = self.module.three_gemms
-        triple = triples[self.role]
-        triples[self.role] = _Followed(triple, call)
-        return partial(triples.__setitem__, self.role, triple)
-
-
-class _Followed:
-    """A triple that is called through a function."""
-
-    def __init__(self, triple: Any, call: Callable[..., Any]) -> None:
-        self._triple, self._call = triple, call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(self._triple, *args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._triple, name)
+Place = GemmTriple | nn.Module
+"""A layer of a compiled model, or a plain module."""
+TakeOver = Callable[[Tensor], Tensor]
 
 
 def places_of(model: nn.Module) -> dict[str, Place]:
-    """Where a model runs its layers, by their names."""
-    places = {}
-    for name, module in model.named_modules():
-        triples = getattr(module, "three_gemms", None)
-        if triples is not None:
-            places.update({triple.layer.name: Place(module, role) for role, triple in triples.items()})
-        elif hasattr(module, "weight"):
-            places.setdefault(name, Place(module))
-    return places
+    """Return where a model runs its layers, by their names."""
+    plain = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
+    return {**plain, **{triple.layer.name: triple for triple in triples_of(model)}}
+
+
+def follow(place: Place, layer: Layer, take_over: TakeOver) -> AbstractContextManager[Any]:
+    """Inside, a layer reads what `take_over` returns for its input, both prepared for its GEMM."""
+    if isinstance(place, GemmTriple):
+        return observing([place], lambda triple: _Follower(triple, take_over))
+    return _follow_module(place, layer, take_over)
+
+
+class _Follower(Observer):
+    """Passes the input of a layer through a function."""
+
+    def __init__(self, triple: GemmTriple, take_over: TakeOver) -> None:
+        super().__init__(triple)
+        self.take_over = take_over
+
+    def run(self, phase: Phase, values: Values) -> Results:
+        input = values["input"]
+        assert input is not None
+        return super().run(phase, {**values, "input": self.take_over(input)})
+
+
+def _follow_module(module: nn.Module, layer: Layer, take_over: TakeOver) -> AbstractContextManager[Any]:
+    """Hook a plain module, which has no observer."""
+    pads = [-pad for pad in getattr(layer, "pad_before", ())]
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *rest = args
+        return F.pad(take_over(layer.prepare(x)[0]), pads).reshape(x.shape), *rest
+
+    # The first of all hooks: others may prune and quantize what the module is given.
+    return module.register_forward_pre_hook(before, prepend=True)

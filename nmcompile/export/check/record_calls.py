@@ -4,7 +4,9 @@ A file knows operators, not modules: a module that derives from a layer or a nor
 convolution that pads by itself and timm's norms with an activation do.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,10 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nmcompile.export.check.places import Place, places_of
+from nmcompile.config import Phase
+from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.export.write.write_onnx import ExportedNode
+from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
+from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.observer import Observer, Results, Values, observing
+from nmcompile.three_gemm.triple import GemmTriple
 
-Seen = list[tuple[Tensor, Tensor]]
+Calls = list[tuple[Tensor, Tensor]]
 OPERAND: Mapping[Any, tuple[int, str]] = {
     **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d), (1, "weight")),
     F.batch_norm: (1, "running_mean"),
@@ -26,47 +33,74 @@ GENERATED = "nmcompile."  # forwards that fx generates name no module
 
 
 def record_calls(
-    model: nn.Module, nodes: Sequence[ExportedNode], run: Callable[[], Any]
+    model: nn.Module, nodes: Sequence[ExportedNode], layers: Mapping[str, DeployedLayer], run: Callable[[], Any]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """By layer, its input, and its output with the norm that the file absorbed in it; those that ran once.
+    """Return by layer its prepared input, and its output with the norm that the file absorbed in it.
 
     Args:
         model: with a module of each node's layer and norm.
         nodes: of layers that have one node.
-        run: calls the model once.
+        layers: by name.
+        run: calls the model once; a layer that it does not call exactly once is left out.
     """
-    modules, places = dict(model.named_modules()), places_of(model)
-    watched: dict[str, _Watched] = {}
-    for node in nodes:
-        watched[node.layer] = _Watched(modules[node.layer], "weight", places.get(node.layer))
-        if node.norm:
-            watched[node.norm] = _Watched(modules[node.norm], "running_mean", None)
-    try:
-        with torch.no_grad(), _Operators(watched.values()):
-            run()
-    finally:
+    calls: dict[str, Calls] = defaultdict(list)
+    names = {node.layer for node in nodes} | {node.norm for node in nodes if node.norm}
+    triples = [triple for triple in triples_of(model) if triple.layer.name in names]
+    observed = {triple.layer.name for triple in triples} | {triple.graphs.plan.norm for triple in triples}
+    watched = {name: _Watched(model.get_submodule(name), layers.get(name)) for name in names - observed}
+    with torch.no_grad(), ExitStack() as watching:
+        watching.enter_context(observing(triples, lambda triple: _Recorder(triple, calls)))
         for one in watched.values():
-            one.undo()
-    calls = {node.layer: (watched[node.layer].calls, watched[node.norm or node.layer].calls) for node in nodes}
+            one.hook(watching)
+        watching.enter_context(_Operators(watched.values()))
+        run()
+    calls.update({name: one.calls for name, one in watched.items()})
+    pairs = {node.layer: (calls[node.layer], calls[node.norm or node.layer]) for node in nodes}
     return {
         layer: (given[0][0], returned[0][1])
-        for layer, (given, returned) in calls.items()
+        for layer, (given, returned) in pairs.items()
         if len(given) == len(returned) == 1
     }
 
 
-class _Watched:
-    """A module, and the calls of its operator: those seen around the module unless its forward is its own."""
+class _Recorder(Observer):
+    """Records the calls of a layer, and of the norm that it absorbs, by their names."""
 
-    def __init__(self, module: nn.Module, operand: str, place: Place | None) -> None:
-        self.operand = getattr(module, operand)
+    def __init__(self, triple: GemmTriple, calls: Mapping[str, Calls]) -> None:
+        super().__init__(triple)
+        self.calls = calls
+
+    def run(self, phase: Phase, values: Values) -> Results:
+        result = super().run(phase, values)
+        input, output = values["input"], result[0]
+        assert input is not None and output is not None
+        self.calls[self.triple.layer.name].append(_copies(input, output))
+        return result
+
+    def run_norm(self, norm: AbsorbedNorm, input: Tensor) -> Tensor:
+        output = super().run_norm(norm, input)
+        self.calls[self.triple.graphs.plan.norm].append(_copies(input, output))
+        return output
+
+
+class _Watched:
+    """A plain module, and the calls of its operator: those seen around the module unless its forward is its own.
+
+    Args:
+        module: a layer or a norm, which no observer stands in for, so that hooks look at it.
+        layer: None for a norm.
+    """
+
+    def __init__(self, module: nn.Module, layer: DeployedLayer | None) -> None:
+        self.module, self.layer = module, layer
+        self.operand = getattr(module, "weight" if layer else "running_mean")
         origin = type(module).forward.__module__ or GENERATED
-        self.has_own_forward = not origin.startswith(("torch.nn.", "nmcompile."))
-        self.operators: Seen = []
-        self._around: Seen = []
-        if place is not None and place.role:
-            self._undo = [place.watch(lambda x, result: self._around.append(_copies(x, result)))]
-            return
+        self.has_own_forward = not origin.startswith(("torch.nn.", GENERATED))
+        self.operators: Calls = []
+        self._around: Calls = []
+
+    def hook(self, hooks: ExitStack) -> None:
+        """Watch the module until `hooks` are closed."""
         inputs: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -76,17 +110,14 @@ class _Watched:
             self._around.append((inputs.pop(), result.detach().clone()))
 
         # The first of all hooks: others may prune and quantize what the module is given.
-        hooks = module.register_forward_pre_hook(before, prepend=True), module.register_forward_hook(after)
-        self._undo = [hook.remove for hook in hooks]
+        hooks.enter_context(self.module.register_forward_pre_hook(before, prepend=True))
+        hooks.enter_context(self.module.register_forward_hook(after))
 
     @property
-    def calls(self) -> Seen:
-        return self.operators or self._around
-
-    def undo(self) -> None:
-        """Stop watching."""
-        for one in self._undo:
-            one()
+    def calls(self) -> Calls:
+        """The calls seen, with inputs as the GEMM takes them."""
+        seen = self.operators or self._around
+        return [(self.layer.layer.prepare(x)[0], result) for x, result in seen] if self.layer else seen
 
 
 class _Operators(TorchFunctionMode):

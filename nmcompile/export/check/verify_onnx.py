@@ -14,11 +14,11 @@ from nmcompile.export.check.compare_runtimes import RuntimeCheck, check_runtimes
 from nmcompile.export.check.example import Example
 from nmcompile.export.check.lockstep import Lockstep
 from nmcompile.export.check.other_sizes import dims_of, other_sizes
-from nmcompile.export.check.places import places_of
 from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.export.write.write_onnx import OnnxReport
 from nmcompile.files.open_onnx import OnnxFile, open_onnx
 from nmcompile.files.read_weights import read_weights
+from nmcompile.three_gemm.find_triples import triples_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def verify_onnx(
     checks = check_layers(proto, report.nodes, layers, model, lambda: batches[0].run(model), report.target)
     calls = Counter(node.layer for node in report.nodes)
     called = {node.layer for node in report.nodes if node.name in {check.node for check in checks}}
-    projected = {layer for layer, place in places_of(model).items() if place.role}
+    projected = {triple.layer.name for triple in triples_of(model) if triple.site.role}
     nodes = [node for node in report.nodes if calls[node.layer] == 1 and node.layer in called | projected]
     lockstep = partial(Lockstep, proto, nodes, layers, model, report.target)
     others, said = other_sizes(dims_of(file.proto.graph), report.ranges, batches[0], model)
