@@ -154,14 +154,14 @@ class _Unquantized(Observer):
         return self.triple.run_graph(phase, values, _UnquantizedNodes(self, phase).run)
 
     def run_norm(self, norm: AbsorbedNorm, input: Tensor) -> Tensor:
-        output = norm.run_absorbed(input, is_rounded=False)
-        if "output" in self.steps:
-            self.show("output", output)
+        output, step = norm.run_absorbed(input, is_rounded=False), self.triple.steps.output
+        if step is not None:
+            self.show(step, output)
         return output
 
-    def show(self, operand: str, x: Tensor) -> None:
-        """Add what the grid of an operand would get to its histogram."""
-        self.observed[id(self.steps[operand])].observe(x)
+    def show(self, step: ActivationStep, x: Tensor) -> None:
+        """Add to a histogram what the grid of a step would get."""
+        self.observed[id(step)].observe(x)
 
 
 class _UnquantizedNodes(fx.Interpreter):
@@ -178,7 +178,7 @@ class _UnquantizedNodes(fx.Interpreter):
         if row is None or not row.is_quantized or row.operand not in self.observer.steps:
             return super().run_node(n)
         x = self.env[n.all_input_nodes[0]]
-        self.observer.show(row.operand, x)
+        self.observer.show(self.observer.steps[row.operand], x)
         return x
 
 

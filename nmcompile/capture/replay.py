@@ -36,6 +36,7 @@ def differing_forwards(
         module = shadow.get_submodule(name)
         if not isinstance(module, fx.GraphModule):
             is_exact = not any(LABEL in node.meta for node in graph.nodes)
+            # The shadow is a copy of plain modules, which no observer looks at.
             module.__dict__["forward"] = comparison.of(name, module, generated_forward(graph), is_exact)
     with suppress(Exception), unchanged(shadow) as memory, contents_unchanged(memory), torch.no_grad():
         given, named = _copied((args, kwargs))

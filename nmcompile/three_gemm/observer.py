@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nmcompile.config import Phase
@@ -22,11 +23,12 @@ class Observer:
     """Runs one layer, and the batch norm that it absorbs, while it is set on the layer.
 
     It changes nothing by default: a subclass overrides a method to look at, or to replace, operands and results. It may
-    run a layer that is not calibrated yet.
+    run a layer that is not calibrated yet. `run_eagerly` is `run`, kept out of what `torch.compile` traces.
     """
 
     def __init__(self, triple: "GemmTriple") -> None:
         self.triple = triple
+        self.run_eagerly: Callable[[Phase, Values], Results] = torch.compiler.disable(self.run)
 
     def run(self, phase: Phase, values: Values) -> Results:
         """Run a graph of the layer."""

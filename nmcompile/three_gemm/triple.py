@@ -194,7 +194,7 @@ class GemmTriple:
     def run(self, phase: Phase, values: Values) -> Results:
         """Run one graph, or its observer, on values by name."""
         if self.observer is not None:
-            return self.observer.run(phase, values)
+            return self.observer.run_eagerly(phase, values)
         self.steps.check()
         return self.run_graph(phase, values, self.graphs[phase])
 
