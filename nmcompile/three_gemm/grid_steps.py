@@ -95,8 +95,10 @@ class GridSteps:
 
     def check(self) -> None:
         """Raise CalibrationError where an activation has no clip yet."""
-        for step in self.activations:
-            step.check()
+        if self.input is not None:
+            self.input.check()
+        if self.output is not None:
+            self.output.check()
 
     def of_input(self) -> Tensor | None:
         return None if self.input is None else self.input.current()
