@@ -41,7 +41,7 @@ asan: $(VENV)/.test  ## the tests of the native kernels under AddressSanitizer
 wheel: $(VENV)/.venv  ## build a wheel into dist/
 	$(BIN)/pip wheel -q --no-deps -w dist .
 
-clean:  ## remove what the other targets made
+clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist site
 
 docs/%.svg: docs/%.dot
@@ -51,7 +51,7 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# torch first and by its exact version: a range could pull the CUDA build.
+# torch first and by its exact version: a range could install the CUDA build.
 $(VENV)/.torch: $(VENV)/.venv constraints.txt
 	$(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
 	touch $@

@@ -8,7 +8,7 @@ INSTRUCTION_SETS: tuple[str, ...]
 INTEGERS_DEPTH: int
 
 def memory(bytes: int) -> Tensor:
-    """Bytes of any values, uint8, in memory that dropped ones have left if it fits."""
+    """Allocate uninitialized uint8 memory, reusing freed memory if it fits."""
 
 def fingerprint(address: int, bytes: int, threads: int) -> int:
     """Compute a number that changes with the bytes at that address, see `nmcompile.fingerprint`."""
@@ -41,7 +41,7 @@ def transposable(
     isa: str,
     threads: int,
 ) -> None:
-    """Write what follows from the exact transposable 2:4 mask of `x` into the outputs that are not None."""
+    """Write results of the exact transposable 2:4 mask of `x` into those outputs that are not None."""
 
 def gemm(
     sparse: Tensor,
@@ -63,7 +63,7 @@ def gemm(
 ) -> bool:
     """Write a contraction of tensors of one type, float32 or bfloat16, into `output`.
 
-    False, and nothing written, where `sparse` is not 2:4.
+    Return False, with nothing written, if `sparse` is not 2:4.
     """
 
 def gemm_pruned(
@@ -86,9 +86,9 @@ def gemm_pruned(
     isa: str,
     threads: int,
 ) -> bool:
-    """The same with a `sparse` that is pruned along its depth while it is packed, its rows side by side.
+    """Write a contraction as `gemm` does, pruning `sparse` along its depth while packing it, its rows side by side.
 
-    False, and nothing written, where a block with a NaN keeps more than two of some four.
+    Return False, with nothing written, if a block with a NaN keeps more than two of some four.
     """
 
 class PackedSparse:
@@ -96,12 +96,12 @@ class PackedSparse:
 
     @property
     def bytes(self) -> int:
-        """How much memory it takes."""
+        """Return the size in memory."""
 
 def pack_sparse(
     sparse: Tensor, rows: int, sparse_row: int, sparse_depth: Axis, mask: Tensor | None, isa: str, threads: int
 ) -> PackedSparse | None:
-    """The sparse operand of a contraction, packed; None where it is not 2:4."""
+    """Pack the sparse operand of a contraction; return None if it is not 2:4."""
 
 def gemm_packed(
     packed: PackedSparse,
@@ -120,14 +120,14 @@ def gemm_packed(
     """Write a contraction of float32 or bfloat16 tensors of one type, one of which is packed, into `output`."""
 
 class PackedIntegers:
-    """A 2:4 matrix of 4-bit integers, in twelve bits for each four."""
+    """A 2:4 matrix of 4-bit integers, in twelve bits per group of four."""
 
     @property
     def bytes(self) -> int:
-        """How much memory it takes."""
+        """Return the size in memory."""
 
 def pack_integers(integers: Tensor, threads: int) -> PackedIntegers | None:
-    """int8 `(rows, depth)` packed; None where some four keep more than two, or one has more than four bits."""
+    """Pack int8 `(rows, depth)`; return None if some four keep more than two, or one has more than four bits."""
 
 def multiply_integers(
     packed: PackedIntegers,

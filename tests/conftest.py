@@ -1,7 +1,7 @@
-"""Seeds every test, and lets torchvision's wheel, which is built for CUDA, be imported beside a CPU torch.
+"""Seeds every test, and makes torchvision's wheel, which is built for CUDA, importable beside a CPU torch.
 
 `NMCOMPILE_KERNELS` names a build of the native kernels to test in place of the installed one (see `make asan`).
-`NMCOMPILE_SEED` is what each test starts from, 0 by default.
+`NMCOMPILE_SEED` is the seed of each test, 0 by default.
 """
 
 import importlib.util
@@ -22,12 +22,12 @@ SEED = int(os.environ.get("NMCOMPILE_SEED", "0"))
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures draw
 def pytest_runtest_setup() -> None:
-    """A test draws the same numbers alone as among others, so that what fails can be run again."""
+    """Seed the test: it draws the same numbers alone as among others, so a failure can be reproduced."""
     torch.manual_seed(SEED)
 
 
 try:
-    # It asks for operators by name. Kept: the schemas live as long as the library object.
+    # torchvision looks operators up by name. Keep the library object: the schemas live as long as it does.
     LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):

@@ -1,4 +1,4 @@
-"""Valid ONNX files at which ONNX Runtime dies or never ends, found by mutating small models, and their harmless kin."""
+"""Valid ONNX files on which ONNX Runtime dies or never ends, found by mutating small models, and harmless relatives."""
 
 import onnx
 
@@ -16,7 +16,7 @@ FOREVER = "int64 n = {4611686018427387904}, bool c = {1}, float z = {0}"
 
 
 def chain(depth: int, calls: int) -> str:
-    """Functions that call the next one several times, one after the other."""
+    """Make functions that each call the next one several times in a row."""
     functions = []
     for level in range(depth):
         called = f"local.f{level + 1}" if level + 1 < depth else "Relu"
@@ -117,7 +117,7 @@ FATAL = {
         "an input that is not",
     ),
 }  # fmt: skip
-"""By what is wrong, the model and what the error says."""
+"""Models and the expected error texts, by what is wrong with the model."""
 
 HARMLESS = {
     "optional inputs left out": f'{SIGNATURE} <float m = {{1}}> {{ y = Clip(x, "", m) }}',

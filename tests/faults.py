@@ -1,4 +1,4 @@
-"""Disks that are full, and processes that are killed, at a given step of a write."""
+"""Full disks and killed processes, at a given step of a write."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-CALLS = ("mkdir", "open", "fsync", "chmod", "replace", "unlink")  # of the module os, in any order
+CALLS = ("mkdir", "open", "fsync", "chmod", "replace", "unlink")  # functions of os, in any order
 
 
 def full_disk() -> None:
@@ -15,12 +15,12 @@ def full_disk() -> None:
 
 
 def fail_at(patch: pytest.MonkeyPatch, step: int, fault: Callable[[], object] = full_disk) -> None:
-    """Let the fault happen at the call of that number."""
+    """Make the fault happen at the call of that number."""
     _count(patch, [], step, fault)
 
 
 def steps_of(write: Callable[[], object]) -> int:
-    """How many calls there are at which a fault can happen."""
+    """Return the number of calls at which a fault can happen."""
     with pytest.MonkeyPatch.context() as patch:
         calls: list[str] = []
         _count(patch, calls, -1, full_disk)

@@ -1,4 +1,4 @@
-"""Adapters beside the layers of a compiled model: left dense, and merged without a change of outputs."""
+"""Adapters beside the layers of a compiled model: left dense, and merged without changing outputs."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def adapted(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_adapters_are_not_pruned(kind: str, x: Tensor) -> None:
-    """Only weights of the model itself carry masks, and only where the adapter does not read them."""
+    """Only weights of the model itself carry masks, and only if the adapter does not read them."""
     model = adapted(kind)
     compiled = nmcompile.compile(model, "training")
     y = compiled(x)
@@ -103,7 +103,7 @@ def test_adapters_of_other_libraries_are_known_by_name(names: str, x: Tensor) ->
 
 
 class TestMerging:
-    """`W` is a base layer's weight, `BA` what is merged into it, `m` the mask."""
+    """Merging of `BA` into a base layer's weight `W`, with the mask `m`."""
 
     def merged_weight(self, model: Any) -> Tensor:
         layer = model.get_submodule("base_model.model.fc1")

@@ -1,4 +1,4 @@
-"""Whatever a public function is given, it works or says which argument is wrong and what to give."""
+"""A public function works with any argument, or says which argument is wrong and what to give."""
 
 import inspect
 import math
@@ -71,7 +71,7 @@ def observed() -> Histogram:
 
 
 def written(**given: Any) -> None:
-    """Reach the end of the checks: what is exported has to be in eval mode."""
+    """Export far enough to pass all checks of arguments: the error about train mode comes after them."""
     try:
         nmcompile.export(**given)
     except ExportError as error:
@@ -223,7 +223,7 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("scheme_b", "calibration"): {"list", "list of a list"},  # for the second phase
     ("asp", "inplace"): {"True"},
 }
-"""The values that are no junk after all, beside None where that is the default."""
+"""Values that turn out to be valid, besides None if that is the default."""
 NAMES = {
     "n_keep": "pattern",
     "block": "pattern",
@@ -236,7 +236,7 @@ NAMES = {
     "compiled": "ReLU",
     "target": "ReLU|cannot be read",
 }
-"""How messages call an argument, where it is not by its name."""
+"""Arguments' names in messages, if they differ from the arguments' own names."""
 RUN = {("compile", "validation"): {"class", "module"}, ("verify", "step"): {"class", "module"}}
 """Functions that are run, and whose own errors come through."""
 
@@ -312,7 +312,7 @@ SCORES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", SCORES)
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_a_score_is_a_number(case: str, call: int) -> None:
-    """Of the dense model, the compiled one, and one with a layer less."""
+    """Scores of the dense model, of the compiled one, and of one with a layer less."""
     value, shown = SCORES[case]
     scores = iter([[value], [1.0, value], [1.0, 0.0, value]][call])
     with pytest.raises(ConfigError, match=f"the score that validation returns is {shown}; let it return a number"):

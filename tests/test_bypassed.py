@@ -1,4 +1,4 @@
-"""Layers whose weight other code reads in place of a call: never masked, so never zeroed either."""
+"""Layers whose weight other code reads instead of calling them: they are never masked and never zeroed."""
 
 import warnings
 from collections.abc import Callable
@@ -18,7 +18,7 @@ ALL = CompileConfig(ends="sparse")
 
 
 class Attention(nn.MultiheadAttention):
-    """Torch's forward reads `out_proj.weight`, and this class has a forward of its own."""
+    """A class with its own forward; torch's forward reads `out_proj.weight`."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         result: Tensor = super().forward(x, x, x, need_weights=False)[0]
@@ -32,7 +32,7 @@ class Base(nn.Module):
 
 
 class BehindAFlag(Base):
-    """No trace gets to the read."""
+    """A read that no trace reaches."""
 
     def forward(self, x: Tensor, scaled: bool = True) -> Tensor:
         if scaled:
@@ -60,7 +60,7 @@ def helper(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class ThroughAHelper(Base):
-    """Nothing in the code says which layer's weight is read: only a run shows that `b` is not called."""
+    """A helper that hides which layer's weight is read: only a run shows that `b` is not called."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(helper(self.b, self.a(x)))
@@ -80,7 +80,7 @@ class ByAnIndex(nn.Module):
 
 
 class OtherBranch(Base):
-    """The way of a quantized model calls the layer, the other one reads its weight (Jamba's code)."""
+    """A branch for quantized models that calls the layer, and one that reads its weight (Jamba's code)."""
 
     def __init__(self, is_quantized: bool = False) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class OtherBranch(Base):
 
 
 class CalledAndRead(Base):
-    """Masked where it is called, dense where it is read: no one weight can hold both."""
+    """A layer that is masked when called and dense when read: no one weight can hold both."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.a(x)) + self.b.weight.sum())
@@ -131,7 +131,7 @@ def bypassed(model: nn.Module) -> set[str]:
 
 
 def is_whole(model: nn.Module, layer: str) -> bool:
-    """Whether no element of a layer's weight is zero."""
+    """Return whether no element of a layer's weight is zero."""
     return bool(model.get_parameter(f"{layer}.weight").all())
 
 
@@ -157,7 +157,7 @@ def test_a_run_shows_what_no_code_tells(name: str, x: Tensor) -> None:
     make, expected = RUN_SHOWS[name]
     model = nmcompile.compile(make(), "t-weights", config=ALL).eval()
     assert not bypassed(model)
-    before = nmcompile.finalize(model)  # nobody knows better: as planned
+    before = nmcompile.finalize(model)  # nothing else is known: as planned
     assert not all(is_whole(before, layer) for layer in expected)
     nmcompile.verify(model)
     output = model(x)
@@ -174,7 +174,7 @@ def test_a_run_shows_what_no_code_tells(name: str, x: Tensor) -> None:
 
 
 def test_a_layer_that_is_only_called_elsewhere_is_finalized_as_planned(x: Tensor) -> None:
-    """An expert that no token reached: whatever calls it later finds it masked."""
+    """An expert that no token reached: any later call finds it masked."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -209,7 +209,7 @@ def test_the_branch_that_calls_is_masked(x: Tensor) -> None:
 
 
 class TwoHeads(nn.Module):
-    """The second head runs in training only."""
+    """A model whose second head runs in training only."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A layer that carries a mask stays masked, whatever a later compilation learns of its place in the model."""
+"""A layer with a mask stays masked, whatever a later compilation learns about its place in the model."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ROW_OF_EIGHT = LayerConfig(weight=Pruning("greedy", NMPattern(4, 8)))
 
 
 class Loops(nn.Module):
-    """Three layers behind a loop that no fx trace gets through: without args nobody knows which is first or last."""
+    """Three layers after a loop that fx cannot trace: without args it is unknown which is first or last."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def x() -> Tensor:
 
 
 def trained(model: nn.Module, mode: str, x: Tensor, config: CompileConfig | None = None) -> nn.Module:
-    """Compiled without args and trained for a step that changes the weights and keeps the masks."""
+    """Compile without args and train for a step that changes the weights and keeps the masks."""
     sparse = nmcompile.compile(model, mode, config=config)
     optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
     sparse(x).square().mean().backward()
@@ -42,7 +42,7 @@ def trained(model: nn.Module, mode: str, x: Tensor, config: CompileConfig | None
 
 
 def statuses(model: nn.Module) -> dict[str, bool]:
-    """By layer, whether its weight is pruned."""
+    """Return for each layer whether its weight is pruned."""
     return {layer.name: layer.plan.find(nmcompile.Phase.FORWARD, "weight") is not None for layer in layers(model)}
 
 
@@ -73,7 +73,7 @@ def test_the_report_says_why_an_end_is_pruned(x: Tensor) -> None:
 
 
 def test_an_end_keeps_what_it_had_and_gets_nothing_more(x: Tensor) -> None:
-    """Trained in "t-weights", deployed in the modes that prune or quantize other operands too."""
+    """Trained in "t-weights", deployed in the modes that also prune or quantize other operands."""
     model = trained(Loops(), "t-weights", x)
     inference = nmcompile.compile(model, "inference", args=(x,), calibration=[x])
     operands = {layer.name: {row.operand for row in layer.plan.rows if row.operand} for layer in layers(inference)}
@@ -113,7 +113,7 @@ def test_a_mask_that_does_not_fit_the_new_pattern_is_dropped_with_a_word(x: Tens
     again = nmcompile.compile(model, "weights", args=(x[:, :6],))
     assert statuses(again) == {"a": False, "b": True, "c": True}
     reason = nmcompile.inspect(again).layer("a").reasons[0]
-    assert reason == ("6 in-features are no multiple of 4; the mask that an earlier compilation gave it is dropped")
+    assert reason == ("6 in-features are not a multiple of 4; the mask that an earlier compilation gave it is dropped")
 
 
 def test_modes_without_weights_drop_masks_as_before(x: Tensor) -> None:
@@ -155,7 +155,7 @@ def masks(model: nn.Module) -> list[Tensor]:
 
 
 def test_where_pays_drops_no_mask_that_was_trained(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the clock says: the same weights without their mask compute something else."""
+    """Times do not matter here: the same weights without their mask compute something else."""
     model = trained(Loops(), "training", x)
 
     def never(times: object) -> dict[nmcompile.Phase, str]:
@@ -203,7 +203,7 @@ def test_a_functional_layer_keeps_its_mask(x: Tensor) -> None:
 
 
 def test_clip_with_its_two_projections_and_first_convolution() -> None:
-    """Trained with masks everywhere, and deployed by the plain rule."""
+    """Trained with masks everywhere, and deployed by the default rules."""
     tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     text = tower | {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2}
     config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 8, "patch_size": 4}, projection_dim=16)

@@ -33,7 +33,7 @@ three = 3
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module with a factory, importable under this name."""
+    """Make a module with a factory, importable under this name."""
     (tmp_path / "cli_models.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cli_models", raising=False)
@@ -148,7 +148,7 @@ def words():
 
 @pytest.fixture
 def current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a module that is on no path."""
+    """Enter a folder with a module that is on no path."""
     (tmp_path / "cli_others.py").write_text(OTHERS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])

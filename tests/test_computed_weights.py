@@ -34,7 +34,7 @@ def x() -> Tensor:
 def wrapped(name: str) -> nn.Sequential:
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # hook-style norms are deprecated, and used
+        warnings.simplefilter("ignore")  # hook-style norms are deprecated, but in use
         layer = WRAPS[name](nn.Linear(16, 16))
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), layer, nn.ReLU(), nn.Linear(16, 4))
 
@@ -42,7 +42,7 @@ def wrapped(name: str) -> nn.Sequential:
 @pytest.mark.parametrize("name", WRAPS)
 @pytest.mark.parametrize("mode", ["t-weights", "inference"])
 def test_finalize_makes_a_computed_weight_a_parameter(name: str, mode: str, x: Tensor) -> None:
-    """Right after a step too, when the attribute is the weight of before, with a history that torch does not copy."""
+    """Also right after a step, when the attribute is the previous weight, with a history that torch cannot copy."""
     dense = wrapped(name)
     model = nmcompile.compile(dense, mode, calibration=[x] if mode == "inference" else None)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
@@ -179,7 +179,7 @@ def compiled_by_torch(net: nn.Module, how: str) -> nn.Module:
     return net
 
 
-# Dynamo looks at the gradient of what the layer before a wrapped one returns.
+# Dynamo looks at the gradient of the output of the layer before a wrapped one.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize(
     ("how", "inplace"), [("wrapped", False), ("wrapped", True), ("a child", True), ("a wrapped child", False)]

@@ -1,4 +1,4 @@
-"""What can be asked for: presets, overrides by name and their precedence, JSON."""
+"""Configuration: presets, overrides by name and their precedence, JSON."""
 
 import json
 import math
@@ -66,13 +66,13 @@ LADDER: list[tuple[str, LayerConfig | None]] = [
     ("re:.*fc", C),
     ("_default", D),
 ]
-"""Every key that answers for the layer `block.fc`, the strongest first."""
+"""Every key that applies to the layer `block.fc`, the strongest first."""
 
 
 @pytest.mark.parametrize("strongest", range(len(LADDER)))
 @pytest.mark.parametrize("backwards", [False, True])
 def test_precedence(strongest: int, backwards: bool) -> None:
-    """Exact weight, exact layer, pattern of the weight, pattern of the layer, default: in whatever order they stand."""
+    """Exact weight, exact layer, pattern of the weight, pattern of the layer, default, in any order of the entries."""
     entries = LADDER[strongest:]
     config = CompileConfig(layers=dict(reversed(entries) if backwards else entries))
     assert config.lookup("block.fc", "block.fc.weight") == LADDER[strongest]
@@ -154,7 +154,7 @@ REGEXES = (
     "\\1",
     "*",
 )
-"""What `re` refuses with an error of its own, ValueError, OverflowError and RecursionError."""
+"""Patterns that `re` refuses with its own error, ValueError, OverflowError and RecursionError."""
 
 
 @pytest.mark.parametrize("pattern", REGEXES)

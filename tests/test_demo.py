@@ -24,7 +24,7 @@ Array = npt.NDArray[np.uint8]
 
 
 def idx(array: Array) -> bytes:
-    """The IDX format: two zero bytes, type 8 (unsigned byte), the dims, their sizes big-endian, the data."""
+    """Write the IDX format: two zero bytes, type 8 (unsigned byte), the dims, their sizes big-endian, the data."""
     sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
     return bytes((0, 0, 8, array.ndim)) + sizes + array.tobytes()
 
@@ -175,7 +175,7 @@ def test_the_run_follows_from_its_seed(folder: Path) -> None:
 
 
 def without_times(text: str) -> list[str]:
-    """What a run computes. Steps and kernels take another time in each run."""
+    """Return a run's results without its times, which differ in each run."""
     return [
         line for line in text.splitlines() if not re.search(r"a step with a batch of|times as fast|\d\.\d\dx", line)
     ]

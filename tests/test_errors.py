@@ -1,4 +1,4 @@
-"""Bad input ends in an error of the one tree that says where it is and what to do."""
+"""Bad input raises an error of the project's own tree that says where the problem is and what to do."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[errors.NMCompileError], tuple[str, 
     "layer that does not fit": (
         lambda: layers(decoder=weight("2:5")),
         errors.PreconditionError,
-        ("'decoder'", "(10, 8)", "8 in-features are no multiple of 5", "another pattern or None"),
+        ("'decoder'", "(10, 8)", "8 in-features are not a multiple of 5", "another pattern or None"),
     ),
     "nothing to compile": (
         lambda: nmcompile.compile(nn.Sequential(nn.ReLU(), nn.LSTM(4, 4))),

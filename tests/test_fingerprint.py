@@ -1,4 +1,4 @@
-"""The fingerprint of a tensor differs after any write to it, and after no other."""
+"""The fingerprint of a tensor differs after any write to it, and only then."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def by_definition(x: Tensor) -> int:
-    """The fingerprint of a contiguous tensor, word by word."""
+    """Compute the fingerprint of a contiguous tensor, word by word."""
 
     def mixed(n: int) -> int:
         n = n * 0x9E3779B97F4A7C15 % 2**64
@@ -41,7 +41,7 @@ def by_definition(x: Tensor) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
 def test_it_is_what_its_definition_says(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the native kernel, where there is one, and by torch's operators."""
+    """Holds for the native kernel, if there is one, and for torch's operators."""
     for shape in SHAPES:
         x = torch.randn(shape).to(dtype)
         for read in LAYOUTS.values():
@@ -80,7 +80,7 @@ def columns_change_places(x: Tensor) -> None:
 
 
 def two_signs(x: Tensor) -> None:
-    """Both sums of the words stay as they were."""
+    """Swap the first two elements in each of two rows, which leaves both sums of the words unchanged."""
     x[0, :2], x[1, :2] = x[0, :2].flip(0), x[1, :2].flip(0)
 
 
@@ -92,7 +92,7 @@ WRITES = [
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("coarse", [False, True])
 def test_a_write_shows(write: Callable[[Tensor], None], coarse: bool) -> None:
-    """Also where few values occur, which few bits tell apart."""
+    """Also for tensors with few distinct values, which few bits tell apart."""
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
     x = x.sign() if coarse else x
     x[0, 0], x[0, 1], x[1, :2], x[3, 1], x[7, 5] = 0.0, 1.0, torch.tensor([1.0, 0.0]), 1.0, -1.0

@@ -1,4 +1,4 @@
-"""The table of CONTRIBUTING.md, held against the imports: no arrow up, no circle."""
+"""The table of CONTRIBUTING.md, checked against the imports: no arrow up, no circle."""
 
 import ast
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# Through the links, since that is how modules are imported.
+# Through the links, as modules are imported that way.
 MODULES = {
     module_name(path): path
     for folder in (PACKAGE, *(one for one in PACKAGE.iterdir() if one.is_symlink()))
@@ -29,7 +29,7 @@ MODULES = {
 
 
 def folder_of(module: str) -> str:
-    """The row of the table that a module belongs to."""
+    """Return the row of the table that a module belongs to."""
     parts = module.split(".")[1:]
     if module in DOORS:
         return "/".join((*parts, "__init__"))
@@ -38,7 +38,7 @@ def folder_of(module: str) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, wherever in it."""
+    """Return the modules of the package that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
@@ -52,7 +52,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def table() -> dict[str, set[str]]:
-    """From each folder to those that it may import, in the order of the rows."""
+    """Return for each folder those that it may import, in the order of the rows."""
     lines = (ROOT / "CONTRIBUTING.md").read_text().split("| folder | may import |")[1].splitlines()[2:]
     rows = [[cell.replace("`", "").strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
     ground = [name for row in rows[: rows.index(["", ""])] for name in row[0].split(", ")]
@@ -80,7 +80,7 @@ def test_a_folder_imports_what_its_row_names(folder: str) -> None:
 
 def test_rows_name_only_rows_above_them() -> None:
     above = accumulate(TABLE, lambda seen, folder: seen | {folder}, initial=frozenset[str]())
-    # Rows of one line do not import each other.
+    # Folders in one row do not import each other.
     assert {
         folder: TABLE[folder] - seen for folder, seen in zip(TABLE, above, strict=False) if TABLE[folder] - seen
     } == {}

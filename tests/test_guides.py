@@ -1,4 +1,4 @@
-"""The Python blocks of each guide are one program that runs and keeps its own assertions."""
+"""The Python blocks of each guide are one program that runs and whose own assertions hold."""
 
 import html
 import re

@@ -24,7 +24,7 @@ X = torch.randn(8, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """A non-negative and a signed input; first and last stay in full precision."""
+    """A model with a non-negative and a signed input; first and last layers stay in full precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ def clip_of(model: nn.Module, layer: str, operand: str = "input") -> float:
 
 
 def whole(bias: Tensor, step: Tensor | float) -> Tensor:
-    """Rounded to whole steps."""
+    """Round to whole steps."""
     return ((bias.double() / step).round() * step).float()
 
 
 def sawb(w: Tensor, bits: int = 4) -> Tensor:
-    """The step from the formula, in float64: zero-aligned, the clip guarded."""
+    """Compute the step from the formula, in float64: zero-aligned, the clip guarded."""
     c1, c2 = {4: (12.035, 12.03), 8: (31.76, 35.04)}[bits]
     wide = w.double()
     alpha = c1 * wide.square().mean().sqrt() - c2 * wide.abs().mean()
@@ -75,7 +75,7 @@ def on_grid(x: Tensor, step: Tensor | float, low: int, high: int) -> Tensor:
 
 
 def reference(model: nn.Module, net: Net, x: Tensor, outputs: str) -> Tensor:
-    """The quantized network layer by layer, from the definitions."""
+    """Run the quantized network layer by layer, from the definitions."""
 
     def weight(conv: nn.Conv2d) -> Tensor:
         dense = conv.weight.detach()
@@ -152,7 +152,7 @@ def test_finalized_weights_are_sparse_and_on_their_grid(net: Net, granularity: s
 
 
 def test_gradients_pass_straight_through(net: Net) -> None:
-    """dX is zero where X was pruned or clipped, dW is dense, and the clip gets the sum of what it clipped."""
+    """dX is zero where X was pruned or clipped, dW is dense, and the clip gets the sum of the clipped gradients."""
     torch.manual_seed(2)
     linear = nn.Linear(16, 8)
     layer = nn.Sequential(nn.ReLU(), linear)
@@ -340,7 +340,7 @@ def test_no_common_factor_on_the_clips_serves_the_outputs_better(net: Net) -> No
 
 
 def unquantized(model: nn.Module, net: Net, pruned: Tensor) -> Tensor:
-    """The outputs with pruned, quantized weights and pruned inputs that are not quantized."""
+    """Return the outputs with pruned, quantized weights and pruned inputs that are not quantized."""
     plain = nmcompile.finalize(model)
     assert isinstance(plain, Net)
     y = plain.signed(plain.norm(plain.unsigned(pruned)))
@@ -349,7 +349,7 @@ def unquantized(model: nn.Module, net: Net, pruned: Tensor) -> Tensor:
 
 
 class Wrapped(nn.Module):
-    """A network whose outputs something else is made of."""
+    """A network whose outputs a wrapper processes further."""
 
     def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

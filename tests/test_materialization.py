@@ -1,4 +1,4 @@
-"""A compiled model works on every way that PyTorch brings a model to its weights, in every mode and function."""
+"""A compiled model survives every way in which PyTorch brings a model to its weights, in every mode and function."""
 
 import copy
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def in_inference_mode(mode: str, state: State) -> nn.Module:
 
 
 def within_a_device(mode: str, state: State) -> nn.Module:
-    """The weights are there; only what compile makes could go astray."""
+    """Compile under a default device: the weights exist, and only tensors that compile makes could be misplaced."""
     model = _loaded(state)
     with torch.device("meta"):
         return compiled(model, mode)
@@ -84,7 +84,7 @@ def attributes(mode: str, state: State) -> nn.Module:
 
 
 def entries(mode: str, state: State) -> nn.Module:
-    """As Accelerate and Transformers put them there, past `nn.Module.__setattr__`."""
+    """Fill in the weights as Accelerate and Transformers do, past `nn.Module.__setattr__`."""
     model = on_meta(mode, inside=True)
     for name, value in copy.deepcopy(state).items():
         path, _, attribute = name.rpartition(".")
@@ -160,7 +160,7 @@ def test_it_is_exported(way: Callable[[str, State], nn.Module], state: State, tm
 
 
 def test_a_clip_outlives_meta(state: State) -> None:
-    """Found before the weights went, and asked for after they came back."""
+    """It is found before the weights go, and read after they come back."""
     model = usual("inference", state)
     nmcompile.calibrate(model, [X])
     expected = outputs(model)

@@ -33,7 +33,7 @@ nmcompile.compile(layer, "training")(x).sum().backward()
 
 
 def imports_kernels(path: Path) -> bool:
-    """Whether a file imports the compiled module, wherever in it."""
+    """Return whether a file imports the compiled module, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [str(getattr(node, "module", ""))]

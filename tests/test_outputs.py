@@ -1,4 +1,4 @@
-"""Results on 8-bit grids where no quantized layer reads them, and what an absorbed batch norm computes in eval()."""
+"""Results on 8-bit grids if no quantized layer reads them, and the result of an absorbed batch norm in eval()."""
 
 import copy
 import io
@@ -25,9 +25,7 @@ WIDE = {"layers": {"_default": replace(nmcompile.presets["inference"], input=Non
 
 
 class Net(nn.Module):
-    """A residual block behind a stem; a layer that feeds another one through a norm and a ReLU; one whose ReLU is read
-    by a sum.
-    """
+    """A residual block after a stem, a layer that feeds another via norm and ReLU, and one with its ReLU in a sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,13 +105,13 @@ def test_the_plan_quantizes_what_is_read_in_floating_point(net: nn.Module, x: Te
     assert outputs(outputs="float") == {}
     report = nmcompile.analyze(net, "inference", args=(x,), config=CompileConfig(outputs="int8"))
     assert "absorbs 'norm2' in eval()" in report.to_markdown() and '"norm": "norm2"' in report.to_json()
-    # With 4:8 inputs it is pruning that reads conv1's result.
+    # With 4:8 inputs, pruning reads conv1's result.
     assert outputs(layers={}) == {"conv1": "s8", "conv2": "s8", "conv3": "u7"}
 
 
 @torch.no_grad()
 def test_eval_hands_on_whole_steps_of_the_accumulator(net: Net, x: Tensor) -> None:
-    """gain W x + shift, divided by |gain| times the steps of weight and input, is an integer; in fp64, to tell."""
+    """In fp64, (gain W x + shift) / (|gain| × steps of weight and input) is an integer."""
     net, x = net.double(), x.double()
     model = compiled(net, x, outputs="float")
     for conv, name in (("conv1", "norm1"), ("conv2", "norm2")):
@@ -134,7 +132,7 @@ def test_eval_hands_on_whole_steps_of_the_accumulator(net: Net, x: Tensor) -> No
 
 
 def operands(model: nn.Module, conv: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The quantized input, weight and rounded bias of a layer."""
+    """Return the quantized input, weight and rounded bias of a layer."""
     plain, layer, seen = nmcompile.finalize(model), model.get_submodule(conv), list[Tensor]()
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(x)
@@ -183,7 +181,7 @@ def test_it_compiles_with_torch(net: nn.Module, x: Tensor) -> None:
 
 
 def test_a_linear_layer_along_tokens_keeps_its_norm_apart(x: Tensor) -> None:
-    """BatchNorm1d takes dim 1 of three dims for channels; a linear layer's features lie last."""
+    """BatchNorm1d takes dim 1 of three for channels; a linear layer's features are the last dim."""
     torch.manual_seed(0)
     layers = nn.Linear(16, 16), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.Linear(16, 4)
     net = nn.Sequential(*layers).eval()
@@ -229,7 +227,7 @@ def test_tensorrt_files_hold_signed_integers_only(net: nn.Module, x: Tensor, tmp
 
 
 def test_a_norm_behind_an_output_on_its_grid_is_not_absorbed(tmp_path: Path) -> None:
-    """Functional norms are no modules that could compute what export makes of them."""
+    """Functional norms are not modules that could compute export's result."""
 
     class Functional(nn.Module):
         def __init__(self) -> None:
@@ -273,7 +271,7 @@ class Attention(nn.Module):
     ids=["attention", "flatten"],
 )
 def test_results_that_are_reshaped(net: nn.Module, shape: tuple[int, ...], target: str, tmp_path: Path) -> None:
-    """ONNX Runtime moves quantization behind a Reshape."""
+    """ONNX Runtime moves quantization after a Reshape."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     model = compiled(net.eval(), x, layers={})
     assert any(triple.steps.output is not None for triple in triples_of(model))

@@ -1,4 +1,4 @@
-"""`placement="activation"`: pruned and quantized behind the ReLU, against the same written out in torch."""
+"""`placement="activation"`: pruned and quantized after the ReLU, compared with the same written out in torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ ACTIVATION = CompileConfig(placement="activation")
 
 
 class Net(nn.Module):
-    """Conv, ReLU, norm, as CREPE has them, so that GEMM inputs are signed; a branch; a layer without ReLU."""
+    """Conv, ReLU, norm, as in CREPE, so GEMM inputs are signed; a branch; a layer without ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,12 +93,12 @@ def test_a_layer_named_exactly_takes_its_input_as_it_comes(net: nn.Module, x: Te
 def test_an_output_that_no_pattern_fits_has_a_reason() -> None:
     net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Linear(8, 8)).eval()
     report = nmcompile.analyze(net, "activations", config=replace(ACTIVATION, ends="sparse"))
-    assert "12 channels are no multiple of 8" in "".join(report.layer("0").reasons)
-    assert "no multiple of 8" in "".join(report.layer("2").reasons)  # nothing arrives pruned there
+    assert "12 channels are not a multiple of 8" in "".join(report.layer("0").reasons)
+    assert "not a multiple of 8" in "".join(report.layer("2").reasons)  # its input is not pruned
 
 
 class Branching(nn.Module):
-    """fx cannot trace it."""
+    """A module that fx cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_forward_equals_the_same_in_plain_torch(net: nn.Module, x: Tensor) -> No
 
 @pytest.mark.parametrize("clip", ["mse", "pact"])
 def test_gradients_equal_those_of_straight_through_estimation(clip: str) -> None:
-    """Where an activation was clipped or rounded to zero no gradient passes; what was clipped moves the clip."""
+    """No gradient passes where an activation was clipped or rounded to zero; clipped values move the clip."""
     torch.manual_seed(2)
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     x = torch.randn(32, 8)

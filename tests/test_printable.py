@@ -1,4 +1,4 @@
-"""Names in models and files can hold anything; what is printed of them stays text in its place."""
+"""Names in models and files can hold anything; when printed they stay text in their place."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ FORGED = "every block holds"
 HOSTILE = f"a\n\n{FORGED}\r\x1b[2K\x1b]0;title\x07\x9b\u2028\u202eb|`<img src=x>`| \ud800"
 """Newlines, a forged verdict, a cleared line, a set title, other line ends, reversed text, markup, half a character."""
 NAME = HOSTILE.replace("\ud800", "").replace(".", "")
-"""The same as a module of torch can be called."""
+"""Such a name, in the form that a torch module can have."""
 CHARACTERS = ("\0", "\x1b", "\n", "\r", "\t", "\x7f", "\x9b", "\xad", "\u2029", "\u2066", "\ud8ab")
 
 
 def assert_is_text(shown: str) -> None:
-    """Nothing that moves a cursor, and no line that says what only the program may say."""
+    """Check that nothing moves the cursor, and that no line says what only the program may say."""
     assert [character for character in shown if not character.isprintable() and character != "\n"] == []
     assert FORGED not in (line.strip() for line in shown.splitlines())
     shown.encode()
@@ -68,7 +68,7 @@ def test_an_error_is_one_printable_line(kind: type[NMCompileError]) -> None:
 
 
 class Net(nn.Module):
-    """Every kind of row and note: a sparse layer, a bypassed one, one that stays Python, a skipped one."""
+    """A model with every kind of row and note: a sparse layer, a bypassed one, one that stays Python, a skipped one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_other_reports_show_names_as_text(compiled: nn.Module) -> None:
 
 
 def proto(weight: "np.ndarray[Any, Any]", name: str = NAME) -> onnx.ModelProto:
-    """A product with a weight, every name in it a hostile one."""
+    """Make a product with a weight in which every name is hostile."""
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", name], ["y"], name=name)],
         name,
@@ -119,7 +119,7 @@ def proto(weight: "np.ndarray[Any, Any]", name: str = NAME) -> onnx.ModelProto:
 
 
 def broken(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The checker quotes the names of what it refuses."""
+    """Make a file that the checker refuses, quoting its hostile names."""
     proto.graph.node[0].op_type = proto.graph.node[0].name
     return proto
 
@@ -156,7 +156,7 @@ def test_a_file_cannot_print_a_verdict(case: str, command: tuple[str, ...], tmp_
 
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
-    forget()  # what earlier tests have measured
+    forget()  # measurements of earlier tests
     yield
     forget()
 

@@ -1,4 +1,4 @@
-"""Small nets drawn at random: dense mode is eager, pruned operands hold their pattern, and compiling can be undone."""
+"""Small random nets: dense mode equals eager, pruned operands hold their pattern, and compiling can be undone."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +30,7 @@ OPERANDS = {
     Phase.BACKWARD: ("grad_output", "weight"),
     Phase.UPDATE: ("grad_output", "input"),
 }
-"""What the first two arguments of each GEMM are."""
+"""Names of the first two arguments of each GEMM."""
 
 fixed = settings(deadline=None, derandomize=True, database=None)
 
@@ -54,7 +54,7 @@ def convolutions(draw: st.DrawFn, dims: int, width: int, new_width: int, kernel:
 
 @st.composite
 def conv_nets(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
-    """Convs, norms, activations, pools and residual branches over 1 or 2 spatial dims, and a linear head."""
+    """Draw convs, norms, activations, pools and residual branches over 1 or 2 spatial dims, and a linear head."""
     dims, width = draw(st.integers(1, 2)), draw(WIDTHS)
     shape = draw(st.sampled_from([2, 3, 4, 8])), width, *(6, 5)[:dims]
     pools = [nn.MaxPool1d(2, 1), nn.AvgPool1d(2, 1)] if dims == 1 else [nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1)]
@@ -76,7 +76,7 @@ def conv_nets(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
 
 @st.composite
 def linear_nets(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
-    """Linears over one or two dims of tokens, norms, activations and residual branches."""
+    """Draw linears over one or two dims of tokens, norms, activations and residual branches."""
     width = draw(WIDTHS)
     shape = *draw(st.sampled_from([(3,), (8,), (2, 3), (4, 2)])), width
     body: list[nn.Module] = []
@@ -94,7 +94,7 @@ def linear_nets(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def seeded(drawn: tuple[nn.Module, tuple[int, ...]]) -> tuple[nn.Module, Tensor]:
-    """The net with parameters, and an input, that do not depend on what was drawn before."""
+    """Return the net with parameters, and an input, that do not depend on earlier draws."""
     net, shape = drawn
     torch.manual_seed(0)
     for parameter in net.parameters():
@@ -106,7 +106,7 @@ nets = st.one_of(conv_nets(), linear_nets()).map(seeded)
 
 
 def results(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and every gradient."""
+    """Return the output and every gradient."""
     leaf = x.clone().requires_grad_()
     output = model(leaf)
     return [output, *torch.autograd.grad(output.square().sum(), [leaf, *model.parameters()])]
@@ -121,7 +121,7 @@ def test_dense_mode_is_eager_bit_for_bit(drawn: tuple[nn.Module, Tensor]) -> Non
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps the operands that its GEMM reads."""
+    """An interpreter that keeps the operands that the graph's GEMM reads."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -138,7 +138,7 @@ class Recorder(fx.Interpreter):
 
 
 def recorded_step(model: nn.Module, x: Tensor) -> Iterator[tuple[Layer, PlanRow, np.ndarray[Any, Any]]]:
-    """Each planned row with the operand that its GEMM read in one training step."""
+    """Return each planned row with the operand that its GEMM read in one training step."""
     seen: list[tuple[GemmTriple, Phase, tuple[Any, ...]]] = []
 
     def run(triple: GemmTriple, phase: Phase, values: dict[str, Tensor | None]) -> Any:
@@ -157,7 +157,7 @@ def recorded_step(model: nn.Module, x: Tensor) -> Iterator[tuple[Layer, PlanRow,
 
 
 def lines(layer: Layer, row: PlanRow, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The operand as (lines, elements along the stated axis)."""
+    """Return the operand as (lines, elements along the stated axis)."""
     is_conv = isinstance(layer, ConvLayer)
     assert row.pattern is not None
     if row.operand == "weight" and row.axis == "out":
@@ -172,7 +172,7 @@ def lines(layer: Layer, row: PlanRow, x: np.ndarray[Any, Any]) -> np.ndarray[Any
 
 
 def kept(layer: Layer, row: PlanRow, x: np.ndarray[Any, Any]) -> list[int]:
-    """How many non-zeros each block holds."""
+    """Return the number of non-zeros in each block."""
     assert row.pattern is not None
     block = row.pattern.block
     return [

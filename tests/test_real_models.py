@@ -1,7 +1,7 @@
 """Models of torchvision, timm and transformers at their smallest: trained for a step, finalized, deployed, exported.
 
-In each, "dense" equals eager, the finalized model equals the compiled one, and a compilation with `args` keeps the
-masks of one without.
+For each model, "dense" equals eager, the finalized model equals the compiled one, and a compilation with `args` keeps
+the masks of one without.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ DECODER: dict[str, Any] = {
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """Hides that query, key and value are one."""
+    """A wrapper that hides that query, key and value are one tensor."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         output: Tensor = super().forward(x, x, x, need_weights=False)[0]
@@ -149,7 +149,7 @@ def run(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest relative L2."""
+    """Return the largest relative L2 difference."""
     return max(float((a - b).norm() / (b.norm() + 1e-12)) for a, b in zip(found, expected, strict=True))
 
 

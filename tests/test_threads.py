@@ -1,4 +1,4 @@
-"""Compiling in one thread leaves the modules of other threads alone, and nothing patched."""
+"""Compiling in one thread does not affect the modules of other threads, and leaves nothing patched."""
 
 import logging
 import sys
@@ -31,7 +31,7 @@ def net() -> nn.Module:
 
 
 def in_threads(*works: Callable[[], None]) -> list[str]:
-    """Run all at the same time, and return what they raised."""
+    """Run all at the same time, and return the errors that they raised."""
     errors: list[str] = []
 
     def run(work: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""torch.compile of a compiled model: one graph, the same numbers, no compilation from step to step."""
+"""torch.compile of a compiled model: one graph, the same numbers, no recompilation from step to step."""
 
 from collections.abc import Callable, Iterator
 
@@ -32,7 +32,7 @@ def attention() -> nn.Module:
 
 
 def trained(make: Callable[[], nn.Module], mode: str, backend: CompileCounterWithBackend | None) -> list[Tensor]:
-    """Losses and final parameters after some steps, with masks computed anew on the way."""
+    """Return losses and final parameters after some steps, with masks recomputed in between."""
     torch.manual_seed(0)
     model = nmcompile.compile(make(), mode, config=CompileConfig(refresh=2, ends="sparse"))
     run = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
@@ -69,7 +69,7 @@ def test_attention_is_one_graph_too(backend: str) -> None:
 
 
 def test_inductor_trains_alike() -> None:
-    """Without draws: its kernels sum in another order, which would move single ones."""
+    """Without draws: its kernels sum in another order, which would move single draws."""
     counter = CompileCounterWithBackend("inductor")
     compiled = trained(network, "t-weights", counter)
     assert counter.frame_count == 1
@@ -99,7 +99,7 @@ def write_in_place(model: nn.Module) -> None:
 
 
 def point_elsewhere(model: nn.Module) -> None:
-    """Sets `weight.data`, which counts no version."""
+    """Set `weight.data`, which counts no version."""
     nn.utils.vector_to_parameters(torch.randn(72), model.parameters())
 
 

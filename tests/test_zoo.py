@@ -29,7 +29,7 @@ def vision(name: str) -> Callable[[], nn.Module]:
 
 
 def vgg16_bn() -> nn.Module:
-    """With a head of 64 features: the original's has 120 of its 135 million parameters."""
+    """Make VGG-16 with a head of 64 features: the original's has 120 of its 135 million parameters."""
     vgg = torchvision.models.vgg
     model = vgg.VGG(vgg.make_layers(vgg.cfgs["D"], batch_norm=True), num_classes=10, init_weights=False)
     model.classifier[0] = nn.Linear(model.classifier[0].in_features, 64)
@@ -39,7 +39,7 @@ def vgg16_bn() -> nn.Module:
 
 
 def vit_b_16() -> nn.Module:
-    """With two of its twelve blocks, and a head that is not zero: zero passes no gradient on."""
+    """Make ViT-B/16 with two of its twelve blocks, and a head that is not zero: zero would pass no gradient."""
     model = torchvision.models.VisionTransformer(
         image_size=32, patch_size=16, num_layers=2, num_heads=12, hidden_dim=768, mlp_dim=3072, num_classes=10
     )
@@ -86,7 +86,7 @@ def scores(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def gemm_weights(model: nn.Module) -> dict[str, str]:
-    """The weights of all layers by the names that reports give the layers, found without nmcompile."""
+    """Return the weights of all layers by the names that reports give the layers, found without nmcompile."""
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, GEMMS):
@@ -107,7 +107,7 @@ def train(model: nn.Module, x: Tensor) -> None:
 
 
 def check_layers(compiled: nn.Module, expected: Iterable[str]) -> None:
-    """Every layer is in the report, and each of its GEMMs is pruned or says why not."""
+    """Check that every layer is in the report, and that each of its GEMMs is pruned or says why not."""
     report = nmcompile.inspect(compiled)
     assert {layer.name for layer in report.layers} == set(expected)
     for layer in report.layers:

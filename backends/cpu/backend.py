@@ -13,24 +13,22 @@ from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.cpu.packed_integers import BITS
 from nmcompile.backends.cpu.prune import prune_natively, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
-from nmcompile.backends.reference import ReferenceBackend
-from nmcompile.backends.reference import conv as dense_conv
-from nmcompile.backends.reference import linear as dense_linear
 from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
+from nmcompile.backends.shared.gemm_arguments import gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer
+from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, row_of, update_meta
 from nmcompile.ir.protocols import Support
 
-SPARSE: dict[Any, Any] = {
-    dense_linear.linear_forward: linear.linear_forward,
-    dense_linear.linear_input_gradient: linear.linear_input_gradient,
-    dense_linear.linear_weight_gradient: linear.linear_weight_gradient,
-    dense_conv.conv_forward: conv.conv_forward,
-    dense_conv.conv_input_gradient: conv.conv_input_gradient,
-    dense_conv.conv_weight_gradient: conv.conv_weight_gradient,
+GEMMS: dict[tuple[Any, type[Layer]], Any] = {
+    (ops.gemm_forward, LinearLayer): linear.linear_forward,
+    (ops.gemm_backward, LinearLayer): linear.linear_input_gradient,
+    (ops.gemm_update, LinearLayer): linear.linear_weight_gradient,
+    (ops.gemm_forward, ConvLayer): conv.conv_forward,
+    (ops.gemm_backward, ConvLayer): conv.conv_input_gradient,
+    (ops.gemm_update, ConvLayer): conv.conv_weight_gradient,
 }
 _numbers = itertools.count()
 
@@ -76,22 +74,21 @@ def gemm_support(node: fx.Node) -> Support:
 
 
 def _lower_gemm(node: fx.Node) -> None:
-    """The reference backend's node, with a choice of the kernel."""
+    """Let a node choose its kernel, which masks or prunes the sparse operand itself if it can."""
     row, meta = pruned_row(node), meta_of(node)
     name = f"{meta.layer.name} {meta.phase.value} {next(_numbers)}"
-    is_update = node.target is ops.gemm_update
-    ReferenceBackend().lower(node)
-    target = SPARSE[node.target]
+    target, arguments = GEMMS[node.target, type(meta.layer)], gemm_arguments(node)
     if _has_small_integers(node):
-        _lower_on_grid(node, name)
-    elif is_update and _prunes_while_packing(node):
-        _lower_pruned_update(node, name)
-    elif is_update:
-        assert row is not None and row.pattern is not None
-        ops.replace_node(node, target, (*node.args, row.axis, row.pattern.block, name))
+        target, arguments = linear_forward_on_grid, _arguments_on_grid(node, arguments)
+    elif node.target is not ops.gemm_update:
+        first, _, *rest = arguments
+        arguments = first, *_weight_and_mask(node), *rest
+    elif _prunes_while_packing(node):
+        target, arguments = linear.linear_pruned_weight_gradient, _pruned_update_arguments(node, arguments)
     else:
-        first, *rest = node.args
-        ops.replace_node(node, target, (first, *_weight_and_mask(node), *rest[1:], name))
+        assert row is not None and row.pattern is not None
+        arguments = *arguments, row.axis, row.pattern.block
+    ops.replace_node(node, target, (*arguments, name))
     update_meta(node, choice=partial(latest, name))
 
 
@@ -104,24 +101,24 @@ def _operator_support(node: fx.Node) -> Support:
 
 def _prunes_while_packing(node: fx.Node) -> bool:
     """Whether a linear layer's update reads a gradient that is pruned for it alone, by an operator with a kernel."""
-    is_linear = node.target is dense_linear.linear_weight_gradient
-    pruned = pruned_alone(node)
+    is_linear, pruned = isinstance(meta_of(node).layer, LinearLayer), pruned_alone(node)
     return is_linear and pruned is not None and _operator_support(pruned).ok
 
 
-def _lower_pruned_update(node: fx.Node, name: str) -> None:
-    """The GEMM prunes the gradient while it packs it."""
+def _pruned_update_arguments(node: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of an update that prunes the gradient while it packs it."""
     pruned = pruned_alone(node)
     assert pruned is not None
     dense, rule = take_pruning(node, pruned, prune_natively)
-    _, input, transposed = node.args
-    ops.replace_node(node, linear.linear_pruned_weight_gradient, (dense, input, *rule, transposed, name))
+    _, input, transposed = arguments
+    return dense, input, *rule, transposed
 
 
 def _has_small_integers(node: fx.Node) -> bool:
     """Whether a linear layer's forward reads input and masked weight from grids that packed integers can hold."""
+    is_linear = isinstance(meta_of(node).layer, LinearLayer)
     input, quantized, *_ = node.args
-    if node.target is not dense_linear.linear_forward or not (_is_on_grid(input) and _is_on_grid(quantized)):
+    if not (is_linear and node.target is ops.gemm_forward and _is_on_grid(input) and _is_on_grid(quantized)):
         return False
     assert isinstance(quantized, fx.Node)
     pruned, _, _, signed = quantized.args
@@ -134,15 +131,14 @@ def _is_on_grid(operand: Any) -> bool:
     return operand.target is ops.to_grid and operand.args[2] <= BITS
 
 
-def _lower_on_grid(node: fx.Node, name: str) -> None:
-    """The GEMM masks the weight and puts it on its grid itself."""
-    input, quantized, bias, transposed = node.args
-    assert isinstance(input, fx.Node) and isinstance(quantized, fx.Node)
-    step, bits = quantized.args[1:3]
-    node.args = (input, quantized.args[0], bias, transposed)
+def _arguments_on_grid(node: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a forward GEMM that masks the weight and puts it on its grid itself."""
+    input, quantized, bias, transposed = arguments
+    masked, step, bits, _ = quantized.args
+    node.args = (input, masked)
     node.graph.erase_node(quantized)
-    operands = *_weight_and_mask(node), step, input.args[1], bias
-    ops.replace_node(node, linear_forward_on_grid, (input, *operands, bits, *input.args[2:], transposed, name))
+    _, input_step, *input_grid = input.args
+    return input, *_weight_and_mask(node), step, input_step, bias, bits, *input_grid, transposed
 
 
 def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

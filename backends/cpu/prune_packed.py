@@ -33,7 +33,7 @@ def cpu_prune_packed(
         Values, of the dtype of `x`, and indices, uint8; both contiguous.
 
     Raises:
-        OperandError: as `cpu_prune` does, or the size of `dim` is no multiple of four.
+        OperandError: as `cpu_prune` does, or the size of `dim` is not a multiple of four.
         ConfigError: the pattern does not fit the operator or the format.
     """
     values, indices = _empty(x, dim)

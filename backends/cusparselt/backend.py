@@ -9,24 +9,23 @@ from torch import fx
 
 from nmcompile.backends.cusparselt import operators
 from nmcompile.backends.cusparselt.support import cusparselt_support
-from nmcompile.backends.reference import ReferenceBackend, conv, linear
 from nmcompile.backends.shared.choose_kernel import latest
-from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
+from nmcompile.backends.shared.fuse_nodes import Rule, pruned_alone, take_mask, take_pruning
+from nmcompile.backends.shared.gemm_arguments import gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.backends.triton import mask_kernel, prune
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, update_meta
-from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.protocols import Support
 
-SPARSE: dict[Any, Any] = {
-    linear.linear_forward: operators.linear_forward,
-    linear.linear_input_gradient: operators.linear_input_gradient,
-    linear.linear_weight_gradient: operators.linear_weight_gradient,
-    conv.conv_forward: operators.pointwise_forward,
-    conv.conv_input_gradient: operators.pointwise_input_gradient,
+GEMMS: dict[tuple[Any, type[Layer]], Any] = {
+    (ops.gemm_forward, LinearLayer): operators.linear_forward,
+    (ops.gemm_backward, LinearLayer): operators.linear_input_gradient,
+    (ops.gemm_update, LinearLayer): operators.linear_weight_gradient,
+    (ops.gemm_forward, ConvLayer): operators.pointwise_forward,
+    (ops.gemm_backward, ConvLayer): operators.pointwise_input_gradient,
 }
 _numbers = itertools.count()
 
@@ -52,38 +51,34 @@ class CusparseltBackend:
         return _layer_support(meta_of(node).layer, node.target is ops.gemm_update) if found.ok else found
 
     def lower(self, node: fx.Node) -> None:
-        """The reference backend's node, with a choice of the kernel."""
-        meta, row = meta_of(node), pruned_row(node)
+        meta = meta_of(node)
         name = f"{meta.layer.name} {meta.phase.value} cusparselt {next(_numbers)}"
-        assert row is not None
-        ReferenceBackend().lower(node)
-        if node.target is linear.linear_weight_gradient:
-            arguments = _update_arguments(node, row)
-        else:
-            arguments = _weight_arguments(node)
-        ops.replace_node(node, SPARSE[node.target], (*arguments, name))
+        target = GEMMS[node.target, type(meta.layer)]
+        arguments = _update_arguments(node) if node.target is ops.gemm_update else _weight_arguments(node)
+        ops.replace_node(node, target, (*arguments, name))
         update_meta(node, choice=partial(latest, name))
 
 
 def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Those of the reference's node, the mask behind the weight."""
+    """Return the arguments of a GEMM with a sparse weight, which masks it itself."""
     pruned: Any = node.args[1]
+    first, _, *rest = gemm_arguments(node)
     weight, mask = take_mask(node)
     if mask is not None:
         update_meta(node, mask_kernel=mask_kernel(pruned))
-    first, _, *rest = node.args
-    # Linear layers keep whether their weight is transposed; the geometry of a 1x1 convolution says nothing.
+    # Linear layers pass on whether their weight is transposed; the geometry of a 1x1 convolution says nothing.
     return first, weight, mask, *(rest[:1] if isinstance(meta_of(node).layer, ConvLayer) else rest)
 
 
-def _update_arguments(node: fx.Node, row: PlanRow) -> tuple[Any, ...]:
-    """Those of the reference's node, how the gradient is pruned in between."""
-    pruned = pruned_alone(node)
-    assert row.pattern is not None
-    dense, rule = node.args[0], (KEEP, row.pattern.n_keep, row.pattern.block, row.axis, None)
+def _update_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Return the arguments of a linear layer's update, which prunes the gradient itself if nobody else reads it."""
+    row, pruned = pruned_row(node), pruned_alone(node)
+    assert row is not None and row.pattern is not None
+    dense, input, transposed = gemm_arguments(node)
+    rule: Rule = (KEEP, row.pattern.n_keep, row.pattern.block, row.axis, None)
     if pruned is not None:
         dense, rule = take_pruning(node, pruned, prune)
-    return dense, node.args[1], *rule, *node.args[2:]
+    return dense, input, *rule, transposed
 
 
 def _layer_support(layer: Layer, is_update: bool) -> Support:

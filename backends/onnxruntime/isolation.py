@@ -1,4 +1,4 @@
-"""A model in a process of its own: what kills ONNX Runtime there is an error here."""
+"""A model in a process of its own: whatever kills ONNX Runtime there is an error here."""
 
 import contextlib
 import math
@@ -24,16 +24,16 @@ from nmcompile.checks import check_number
 from nmcompile.errors import BackendUnavailable, FileError, LoweringError, NMCompileError
 from nmcompile.files.open_onnx import OnnxFile
 
-GRACE = 5  # seconds after which the process ends itself, should this one be gone
+GRACE = 5  # seconds after which the process ends itself if this one is gone
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model in a process of its own may take.
+    """Limits of a model that runs in a process of its own.
 
     Attributes:
         seconds: for opening it, and for each call.
-        memory: bytes beyond what ONNX Runtime has before it opens the model; on Linux alone.
+        memory: bytes beyond those that ONNX Runtime takes before it opens the model; on Linux only.
     """
 
     seconds: float = 60.0
@@ -89,7 +89,7 @@ class IsolatedSession:
             raise LoweringError(f"{self._name}: its process did not return its outputs") from error
 
     def _ask(self, parts: Sequence[Any], kind: type[NMCompileError], doing: str) -> list[bytearray]:
-        """Send a message and return the answer to it; any failure of the process ends it."""
+        """Send a message and return its answer; any failure of the process ends it."""
         with self._lock:
             if not self.close.alive:
                 raise kind(f"{self._name} is closed, or its process has died; open it anew")
@@ -103,7 +103,7 @@ class IsolatedSession:
                 self.close()
                 raise kind(f"{self._name}: ONNX Runtime could not {doing} it: {reason}") from error
             except BaseException:
-                self.close()  # the answer to this message would be taken for that to the next
+                self.close()  # else the answer to this message would be taken for the next one's
                 raise
             finally:
                 timer.cancel()
@@ -115,7 +115,7 @@ class IsolatedSession:
         return answer
 
     def _reason(self, error: Exception) -> str:
-        """Why there is no answer."""
+        """Return why there is no answer."""
         if self._expired.is_set():
             return f"it did not end within {self._limits.seconds:g} seconds"
         if not isinstance(error, OSError | EOFError):
@@ -135,12 +135,12 @@ def _start() -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each arena counts as memory
-        start_new_session=True,  # Ctrl-C is for this process
+        start_new_session=True,  # Ctrl-C interrupts this process only
     )
 
 
 def _expire(process: subprocess.Popen[bytes], expired: threading.Event) -> None:
-    """End the process; a timer that held its session would keep it alive."""
+    """End the process. Not a method: a timer that referenced the session would keep it alive."""
     expired.set()
     process.kill()
 
@@ -155,7 +155,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _bytes(x: Tensor) -> Any:
-    """The content of a contiguous tensor, which NumPy may have no type for."""
+    """Return the content of a contiguous tensor, for which NumPy may have no type."""
     return x.reshape(-1).view(torch.uint8).numpy() if x.numel() else b""
 
 

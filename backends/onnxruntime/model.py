@@ -22,12 +22,12 @@ CPU = ("CPUExecutionProvider",)
 
 
 class OnnxRuntimeModel:
-    """Runs an ONNX model. `close()`, or the end of a `with` block, gives back its memory and its process.
+    """A callable ONNX model. `close()`, or the end of a `with` block, frees its memory and ends its process.
 
     Attributes:
         inputs: name, dtype and shape of each; a dimension given by a name may have any size, the same everywhere.
         outputs: likewise.
-        device: where inputs have to be and outputs are.
+        device: device of the inputs and the outputs.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class OnnxRuntimeModel:
 
         Args:
             model: a file or its bytes.
-            providers: of ONNX Runtime, first choice first. With TensorRT its sparse tactics are on.
-            threads: for one operator; None for one per core.
-            isolated: run in a process of its own on the CPU, so that a file which kills ONNX Runtime, never ends or
-                takes too much memory is an error; `Limits` say how much is too much. Tensors are copied to it and back.
+            providers: providers of ONNX Runtime, first choice first. With TensorRT its sparse tactics are on.
+            threads: threads of one operator; None for one per core.
+            isolated: run in a process of its own on the CPU. A file which kills ONNX Runtime, never ends or takes too
+                much memory is then an error; `Limits` set the limits. Tensors are copied to the process and back.
 
         Raises:
-            FileError: a damaged or hostile file, or one that ONNX Runtime refuses or dies of.
+            FileError: a damaged or hostile file, or one that ONNX Runtime refuses or that kills it.
             BackendUnavailable: a provider that this machine does not have; there is no silent fallback.
             ConfigError: other providers with `isolated`.
         """
@@ -69,10 +69,10 @@ class OnnxRuntimeModel:
 
         Args:
             args: the inputs in their order.
-            kwargs: or by name.
+            kwargs: inputs by name.
 
         Returns:
-            the output, or a tuple where there are several.
+            The output, or a tuple if there are several.
 
         Raises:
             OperandError: a missing or unknown input, or one of another dtype, shape or device.
@@ -82,7 +82,7 @@ class OnnxRuntimeModel:
         return results[0] if len(results) == 1 else results
 
     def close(self) -> None:
-        """Let go of the session, or end its process; the model cannot be called after that."""
+        """Release the session, or end its process; the model cannot be called after that."""
         self._session.close()
 
     def __enter__(self) -> "OnnxRuntimeModel":

@@ -1,4 +1,4 @@
-"""Sessions that run where they were asked to run."""
+"""Sessions that run on the requested provider only."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,11 +18,11 @@ INSTALL = {
 
 
 class Session:
-    """A session in this process. Tensors are bound, not copied: inputs where they are, outputs where it puts them.
+    """A session in this process. Tensors are bound, not copied: inputs in place, outputs where ONNX Runtime puts them.
 
     Attributes:
         inputs, outputs: as ONNX Runtime describes them.
-        device: where inputs have to be and outputs are.
+        device: device of the inputs and the outputs.
     """
 
     def __init__(self, model: OnnxFile, providers: Sequence[str], threads: int | None) -> None:
@@ -48,7 +48,7 @@ class Session:
         for value in self.outputs:
             binding.bind_output(value.name, device, index)
         if device == "cuda":
-            torch.cuda.current_stream().synchronize()  # ONNX Runtime computes in a stream of its own
+            torch.cuda.current_stream().synchronize()  # ONNX Runtime computes in its own stream
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's errors share no other base
@@ -57,13 +57,13 @@ class Session:
         return tuple(_shared(value, self.outputs[i]) for i, value in enumerate(binding.get_outputs()))
 
     def close(self) -> None:
-        """Let go of the session and its memory."""
+        """Release the session and its memory."""
         self._session = None
 
 
 def _shared(value: onnxruntime.OrtValue, declared: Value) -> Tensor:
-    """The result without a copy; torch keeps the memory alive."""
-    return from_dlpack(value).view(declared.dtype)  # DLPack calls bool uint8
+    """Return the result without a copy; torch keeps its memory alive."""
+    return from_dlpack(value).view(declared.dtype)  # DLPack has bool as uint8
 
 
 def _open(model: OnnxFile, providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
@@ -75,7 +75,7 @@ def _open(model: OnnxFile, providers: Sequence[str], threads: int | None) -> onn
     """
     _require(providers, onnxruntime.get_available_providers(), "not in this build of ONNX Runtime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # what matters is raised
+    options.log_severity_level = 3  # errors are raised anyway
     if threads is not None:
         options.intra_op_num_threads = threads
     source = model.content if model.path is None else str(model.path)

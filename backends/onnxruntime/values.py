@@ -1,4 +1,4 @@
-"""What goes into and comes out of a model: names, dtypes and shapes, and whether tensors fit them."""
+"""Inputs and outputs of a model: names, dtypes and shapes, and checks of tensors against them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ BY_NUMBER: dict[int, torch.dtype] = {number: dtype for dtype, number in DTYPES.v
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output of a model; a dimension is a size, a name, or None where nothing is known."""
+    """An input or output of a model; a dimension is a size, a name, or None if nothing is known."""
 
     name: str
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class Value:
 
     @classmethod
     def of(cls, argument: Any) -> "Value":
-        """From ONNX Runtime's description of it."""
+        """Make a value from ONNX Runtime's description."""
         if argument.type not in DTYPES:
             raise FileError(f"input or output {argument.name!r} is a {argument.type}; expected a tensor of numbers")
         dtype, onnx_dtype = DTYPES[argument.type]
@@ -43,12 +43,12 @@ class Value:
 
     @classmethod
     def declared(cls, value: ValueInfoProto) -> "Value":
-        """From the model's own description of it."""
+        """Make a value from the model's own description."""
         tensor = value.type.tensor_type
         dtype = BY_NUMBER.get(tensor.elem_type)
         if dtype is None or value.type.WhichOneof("value") != "tensor_type":
             raise FileError(
-                f"input or output {value.name!r} is of a type that torch has not; expected a tensor of numbers"
+                f"input or output {value.name!r} has a type that torch does not have; expected a tensor of numbers"
             )
         return cls(value.name, dtype, tensor.elem_type, tuple(map(_size, tensor.shape.dim)))
 
@@ -62,7 +62,7 @@ def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
 def checked_inputs(
     values: Sequence[Value], args: Sequence[Tensor], kwargs: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
-    """The tensors by name, contiguous and without gradient history."""
+    """Return the tensors by name, checked, contiguous and without gradient history."""
     tensors = _by_name([value.name for value in values], args, kwargs)
     sizes: dict[str, int] = {}
     for value in values:
@@ -87,7 +87,7 @@ def _by_name(names: Sequence[str], args: Sequence[Tensor], kwargs: Mapping[str, 
 
 
 def _check(value: Value, tensor: Tensor, device: torch.device, sizes: dict[str, int]) -> None:
-    """Whether the tensor fits; `sizes` remembers what each named dimension has been so far."""
+    """Raise unless the tensor fits; `sizes` holds the size of each named dimension seen so far."""
     shape = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in value.shape)
     expected = f"input {value.name!r}: expected {value.dtype} {_shown(shape)} on {device}"
     if not isinstance(tensor, Tensor):

@@ -1,8 +1,8 @@
-"""The process that an isolated model runs in: a script that knows ONNX Runtime and NumPy, and nothing of nmcompile.
+"""The process that an isolated model runs in: a script that depends on ONNX Runtime and NumPy, but not on nmcompile.
 
 It reads messages from its input and answers each on its output. A message is a number of parts, and each part a length
-and bytes, so that neither side has to trust a parser of the other. Tensors take two parts, their type with their shape
-and their content.
+and bytes, so neither side has to trust a parser of the other. A tensor takes two parts: its type with its shape, and
+its content.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ OK, ERROR = b"ok", b"error"
 DTYPES = {
     1: "f4", 2: "u1", 3: "i1", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2",
 }  # fmt: skip
-"""How NumPy stores the elements of an ONNX type; it has no bfloat16, which is 16."""
+"""NumPy's storage type for the elements of each ONNX type; NumPy has no bfloat16, which is 16."""
 MOST_PARTS = 2**20
 MOST_DIMS = 64
-MOST_BYTES = 2**40  # of a message to this process, whose memory is limited in another way
+MOST_BYTES = 2**40  # of a message to this process, whose memory is limited otherwise
 
 
 class Malformed(Exception):
-    """A message that is none, or a larger one than is allowed."""
+    """A message that is malformed, or larger than allowed."""
 
 
 def send(stream: IO[bytes], parts: Sequence[Any]) -> None:
-    """Write a message; its parts are anything that holds bytes."""
+    """Write a message; its parts are bytes-like objects."""
     stream.write(struct.pack("<I", len(parts)))
     for part in parts:
         view = memoryview(part).cast("B")
@@ -76,10 +76,10 @@ def pack_type(onnx_dtype: int, shape: Iterable[int]) -> bytes:
 
 
 def unpack_type(part: bytes | bytearray) -> tuple[int, tuple[int, ...]]:
-    """Decode them.
+    """Decode a tensor's type and shape.
 
     Raises:
-        Malformed: they are something else.
+        Malformed: the bytes are not a type and a shape.
     """
     if len(part) < 2 or part[1] > MOST_DIMS or len(part) != 2 + 8 * part[1]:
         raise Malformed("a tensor's type")
@@ -88,10 +88,10 @@ def unpack_type(part: bytes | bytearray) -> tuple[int, tuple[int, ...]]:
 
 
 def main() -> None:
-    """Open the model of the first message, and run it on the tensors of each further one."""
+    """Open the model of the first message, and run it on the tensors of each further message."""
     del sys.path[0]  # the folder of this script
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what native code prints is no message
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output that native code prints is not a message
     import onnxruntime
 
     settings, kind, model = receive(requests, MOST_BYTES)
@@ -105,7 +105,7 @@ def main() -> None:
         return []
 
     _answer(answers, open_model, [], seconds)
-    with contextlib.suppress(EOFError):  # the process that asks is gone
+    with contextlib.suppress(EOFError):  # the asking process is gone
         while session:
             message = receive(requests, MOST_BYTES)
             _answer(answers, lambda inputs: _run(onnxruntime, session[0], inputs), message, seconds)
@@ -150,13 +150,13 @@ def _run(onnxruntime: Any, session: Any, message: Sequence[bytearray]) -> list[A
 
 
 def _limit(memory: int) -> None:
-    """Let the process have `memory` bytes beyond what it has now, write no file, and leave no core dump."""
+    """Limit the process to `memory` bytes beyond its present memory, no written files, and no core dump."""
     with contextlib.suppress(ImportError):  # Windows
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        with contextlib.suppress(FileNotFoundError), open("/proc/self/statm") as file:  # of Linux
+        with contextlib.suppress(FileNotFoundError), open("/proc/self/statm") as file:  # Linux only
             most = int(file.read().split()[0]) * resource.getpagesize() + memory
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
@@ -164,7 +164,7 @@ def _limit(memory: int) -> None:
 
 
 def _alarm(seconds: int) -> None:
-    """End the process after so many seconds, even if the one that started it is gone; never for 0."""
+    """End the process after so many seconds, even if its parent is gone; 0 cancels the alarm."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 

@@ -7,11 +7,21 @@ from typing import Any
 from torch import Tensor, fx
 
 from nmcompile.backends.reference import conv, linear
+from nmcompile.backends.shared.gemm_arguments import gemm_arguments
 from nmcompile.errors import LoweringError
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer, LinearLayer
+from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import KEY, meta_of
 from nmcompile.ir.protocols import Support
+
+GEMMS: dict[tuple[Any, type[Layer]], Any] = {
+    (ops.gemm_forward, LinearLayer): linear.linear_forward,
+    (ops.gemm_backward, LinearLayer): linear.linear_input_gradient,
+    (ops.gemm_update, LinearLayer): linear.linear_weight_gradient,
+    (ops.gemm_forward, ConvLayer): conv.conv_forward,
+    (ops.gemm_backward, ConvLayer): conv.conv_input_gradient,
+    (ops.gemm_update, ConvLayer): conv.conv_weight_gradient,
+}
 
 
 @dataclass(frozen=True)
@@ -27,58 +37,28 @@ class ReferenceBackend:
         return Support(True, "dense math on the pruned operands: no speed-up")
 
     def lower(self, node: fx.Node) -> None:
-        lowerings = {
-            ops.gemm_forward: _lower_forward,
-            ops.gemm_backward: _lower_backward,
-            ops.gemm_update: _lower_update,
-            ops.add_bias: _lower_add_bias,
-            ops.bias_gradient: _lower_bias_gradient,
-        }
         meta = meta_of(node)
         if meta.kind == "prune":
             return
-        if node.target not in lowerings:
+        if (node.target, type(meta.layer)) in GEMMS:
+            _lower_gemm(node)
+        elif node.target is ops.add_bias:
+            # Another backend took its GEMM.
+            ops.replace_node(node, add_channels, (*node.args, meta.layer.channel_dim))
+        elif node.target is ops.bias_gradient:
+            _lower_bias_gradient(node)
+        else:
             raise LoweringError(f"layer {meta.layer.name!r}: node {node.name!r} is no operation of the IR")
-        lowerings[node.target](node)
 
 
-def _geometry(node: fx.Node) -> tuple[Any, ...]:
-    layer = meta_of(node).layer
-    if isinstance(layer, LinearLayer):
-        return (layer.transposed,)
-    assert isinstance(layer, ConvLayer)
-    return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
-
-
-def _is_conv(node: fx.Node) -> bool:
-    return isinstance(meta_of(node).layer, ConvLayer)
-
-
-def _lower_forward(node: fx.Node) -> None:
-    """Fuses the bias that is added to nothing but this GEMM: eager adds it inside the kernel, with other rounding."""
-    bias_nodes = [user for user in node.users if user.target is ops.add_bias]
-    bias = None
-    if bias_nodes and len(node.users) == 1:
-        bias = bias_nodes[0].args[1]
-        bias_nodes[0].replace_all_uses_with(node)
-        node.graph.erase_node(bias_nodes[0])
-    target = conv.conv_forward if _is_conv(node) else linear.linear_forward
-    ops.replace_node(node, target, (*node.args, bias, *_geometry(node)))
-
-
-def _lower_backward(node: fx.Node) -> None:
-    target = conv.conv_input_gradient if _is_conv(node) else linear.linear_input_gradient
-    ops.replace_node(node, target, (*node.args, *_geometry(node)))
-
-
-def _lower_update(node: fx.Node) -> None:
-    bias = _same_gradient_bias(node)
-    if not _is_conv(node):
-        ops.replace_node(node, linear.linear_weight_gradient, (*node.args, *_geometry(node)))
-    elif bias is None:
-        ops.replace_node(node, conv.conv_weight_gradient, (*node.args, *_geometry(node)))
+def _lower_gemm(node: fx.Node) -> None:
+    layer, arguments = meta_of(node).layer, gemm_arguments(node)
+    bias = _same_gradient_bias(node) if node.target is ops.gemm_update and isinstance(layer, ConvLayer) else None
+    if bias is None:
+        ops.replace_node(node, GEMMS[node.target, type(layer)], arguments)
     else:
-        _fuse_parameter_gradients(node, bias)
+        ops.replace_node(node, conv.conv_parameter_gradients, arguments)
+        _split_gradients(node, bias)
 
 
 def _same_gradient_bias(node: fx.Node) -> fx.Node | None:
@@ -88,8 +68,8 @@ def _same_gradient_bias(node: fx.Node) -> fx.Node | None:
     return next((user for user in gradient.users if user.target is ops.bias_gradient), None)
 
 
-def _fuse_parameter_gradients(node: fx.Node, bias: fx.Node) -> None:
-    ops.replace_node(node, conv.conv_parameter_gradients, (*node.args, *_geometry(node)))
+def _split_gradients(node: fx.Node, bias: fx.Node) -> None:
+    """Give the readers of dW and of db one of the node's two results each."""
     users = list(node.users)
     with node.graph.inserting_after(node):
         weight_gradient = node.graph.call_function(operator.getitem, (node, 0))
@@ -102,13 +82,8 @@ def _fuse_parameter_gradients(node: fx.Node, bias: fx.Node) -> None:
     node.graph.erase_node(bias)
 
 
-def _lower_add_bias(node: fx.Node) -> None:
-    """A bias whose GEMM another backend took."""
-    ops.replace_node(node, add_channels, (*node.args, meta_of(node).layer.channel_dim))
-
-
 def _lower_bias_gradient(node: fx.Node) -> None:
-    if _is_conv(node):
+    if isinstance(meta_of(node).layer, ConvLayer):
         ops.replace_node(node, conv.conv_bias_gradient, node.args)
         return
     # Eager sums in another order where the input is not contiguous.

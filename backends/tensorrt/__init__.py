@@ -1,4 +1,4 @@
-"""TensorRT, a builder and a runtime of exported files. Nothing here imports TensorRT before it is used."""
+"""TensorRT, a builder and a runtime of exported files. TensorRT is imported only when it is used."""
 
 from nmcompile.backends.tensorrt.build import build_engine as build_engine
 from nmcompile.backends.tensorrt.installed import find_tensorrt as find_tensorrt

@@ -1,7 +1,7 @@
-"""An exported ONNX file to a TensorRT plan.
+"""Building of a TensorRT plan from an exported ONNX file.
 
-TensorRT compiles and runs whole files. It is no `Backend` of the three graphs: it lowers no node, and `compile` never
-picks it.
+TensorRT compiles and runs whole files. It is not a `Backend` of the three graphs: it lowers no node, and `compile`
+never picks it.
 """
 
 import os
@@ -39,15 +39,15 @@ def build_engine(
     timing_cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> EngineReport:
-    """Build a plan and its sidecar, and say which layers got sparse tactics and why the others did not.
+    """Build a plan and its sidecar, and report which layers got sparse tactics and why the others did not.
 
     The network is strongly typed: the file's own types and Q/DQ nodes decide every precision.
 
     Args:
         onnx_path: checked as untrusted.
-        engine_path: where the plan goes; its sidecar is the same name with `.json` added.
+        engine_path: path of the plan; its sidecar has the same name with `.json` added.
         batch: smallest, typical and largest size of a dynamic first dimension; TensorRT tunes for the typical one.
-        sparse: whether tactics for 2:4 weights may be chosen; they are where they are faster.
+        sparse: whether tactics for 2:4 weights may be chosen; TensorRT chooses them where they are faster.
         timing_cache: a file of earlier measurements, used and updated.
         progress: show bars on a terminal.
 
@@ -91,7 +91,7 @@ class _Build:
     model: OnnxFile
 
     def plan(self, batch: Batch, sparse: bool, cache: Path | None, progress: bool) -> tuple[bytes, Shapes]:
-        """The plan, and the shapes that it takes."""
+        """Return the plan, and the shapes that it takes."""
         builder = self.trt.Builder(self.logger)
         network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = self._parse(network)
@@ -102,7 +102,7 @@ class _Build:
         monitor = progress_monitor(self.trt) if progress else None
         config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
-        del parser  # it holds the weights, which the network points to
+        del parser  # kept until here: it holds the weights that the network points to
         if monitor is not None and monitor.interrupted:
             raise KeyboardInterrupt
         if plan is None:
@@ -159,7 +159,7 @@ def _content(path: Path) -> bytes:
 
 
 def _engine_layers(trt: ModuleType, logger: Any, log: BuildLog, plan: bytes) -> tuple[EngineLayer, ...]:
-    """From the plan where a GPU can load it; otherwise from the listing at the end of the log."""
+    """Read the layers from the plan if a GPU can load it, else from the listing at the end of the log."""
     if gpu_name() is None:
         return layers_from_log(log.lines)
     inspector = trt.Runtime(logger).deserialize_cuda_engine(plan).create_engine_inspector()

@@ -1,7 +1,7 @@
-"""What TensorRT says while it builds.
+"""TensorRT's messages during a build.
 
-TensorRT keeps the first logger that a process gives it and ignores every later one, so there is one for the process,
-and each build takes its own messages from it.
+TensorRT keeps the first logger that a process gives it and ignores every later one. So there is one logger for the
+process, and each build takes its own messages from it.
 """
 
 import functools
@@ -17,7 +17,7 @@ LEVELS = {
     "INTERNAL_ERROR": logging.ERROR,
     "ERROR": logging.ERROR,
     "WARNING": logging.WARNING,
-    "INFO": logging.DEBUG,  # TensorRT's INFO is hundreds of lines a build
+    "INFO": logging.DEBUG,  # TensorRT's INFO is hundreds of lines per build
     "VERBOSE": logging.DEBUG,
 }
 TROUBLE = {"INTERNAL_ERROR", "ERROR", "WARNING"}
@@ -41,7 +41,7 @@ class BuildLog:
 
 @contextmanager
 def recorded(trt: ModuleType) -> Iterator[tuple[Any, BuildLog]]:
-    """TensorRT's logger, and the log that it fills meanwhile; builds of several threads wait for each other."""
+    """Yield TensorRT's logger, and the log that it fills meanwhile; builds in several threads wait for each other."""
     logger, lock = _process_logger(trt)
     with lock:
         logger.build_log = BuildLog()

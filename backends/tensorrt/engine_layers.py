@@ -1,5 +1,6 @@
-"""What a built engine says about its layers: a JSON document where it can be loaded, a listing in the build log
-elsewhere. Both need detailed profiling verbosity; without it there are names only.
+"""Layers of a built engine, read from its JSON document if it can be loaded, else from a listing in the build log.
+
+Both need detailed profiling verbosity; without it they hold names only.
 """
 
 import re
@@ -11,7 +12,7 @@ from nmcompile.checks import described
 from nmcompile.errors import FileError
 from nmcompile.files.read_files import parse_json
 
-LARGEST = 2**28  # characters: kilobytes a layer
+LARGEST = 2**28  # characters; a layer takes kilobytes
 SPARSE_WORDS = ("sparse", "sptensor", "spmma", "spgemm")  # in the names of tactics that skip zeros
 PLACEHOLDERS = ("", "__myelin_CASK_STUB")  # the tactic is chosen when the plan is loaded
 ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|$)")  # separated by control characters, or by nothing
@@ -25,9 +26,9 @@ class EngineLayer:
     """One layer of an engine.
 
     Attributes:
-        name: TensorRT's own.
+        name: TensorRT's own name.
         nodes: the ONNX nodes that it was made of.
-        tactic: the kernel; None if the engine does not say, or it is chosen only when the plan is loaded.
+        tactic: the kernel; None if the engine does not say, or if it is chosen only when the plan is loaded.
         output_types: as TensorRT writes them, such as "Half" or "Int8".
     """
 
@@ -38,12 +39,12 @@ class EngineLayer:
 
     @property
     def is_sparse(self) -> bool | None:
-        """Whether its kernel uses 2:4 weights; None if the kernel is not known."""
+        """Return whether its kernel uses 2:4 weights; None if the kernel is not known."""
         return None if self.tactic is None else any(word in self.tactic.lower() for word in SPARSE_WORDS)
 
 
 def layers_from_json(document: str) -> tuple[EngineLayer, ...]:
-    """The layers in `EngineInspector`'s or `trtexec --exportLayerInfo`'s JSON.
+    """Return the layers in the JSON of `EngineInspector` or `trtexec --exportLayerInfo`.
 
     Raises:
         FileError: not such a document.
@@ -56,7 +57,7 @@ def layers_from_json(document: str) -> tuple[EngineLayer, ...]:
 
 
 def layers_from_log(lines: Sequence[str]) -> tuple[EngineLayer, ...]:
-    """The layers listed in the builder's messages, of the last build in them."""
+    """Return the layers listed in the builder's messages, those of the last build in them."""
     listings = [line for line in lines if line.startswith("Layers:\n")]
     if not listings:
         return ()

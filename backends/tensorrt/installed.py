@@ -1,4 +1,4 @@
-"""Which TensorRT is installed: `tensorrt`, or `tensorrt_rtx`, the one for consumer GPUs with the same interface."""
+"""The installed TensorRT: `tensorrt`, or `tensorrt_rtx`, the one for consumer GPUs with the same interface."""
 
 import importlib
 from types import ModuleType
@@ -12,7 +12,7 @@ FLAVOURS = ("tensorrt", "tensorrt_rtx")
 
 
 def find_tensorrt() -> ModuleType:
-    """The first flavour that can be imported.
+    """Return the first flavour that can be imported.
 
     Raises:
         BackendUnavailable: there is none.
@@ -21,14 +21,14 @@ def find_tensorrt() -> ModuleType:
     for name in FLAVOURS:
         try:
             return importlib.import_module(name)
-        except (ImportError, OSError) as error:  # OSError: the module is there, a library of CUDA's is not
+        except (ImportError, OSError) as error:  # OSError: the module is there, a CUDA library is not
             problems.append(f"{name}: {error}")
     install = "`pip install tensorrt`, or tensorrt_rtx from NVIDIA's TensorRT for RTX"
     raise BackendUnavailable(f"TensorRT cannot be imported ({'; '.join(problems)}); install it with {install}")
 
 
 def tensorrt_support() -> Support:
-    """Whether `build_engine` can run here; never raises."""
+    """Return whether `build_engine` can run here; never raise."""
     try:
         trt = find_tensorrt()
     except BackendUnavailable as error:
@@ -37,5 +37,5 @@ def tensorrt_support() -> Support:
 
 
 def gpu_name() -> str | None:
-    """The GPU that plans are built for and loaded on."""
+    """Return the name of the GPU that plans are built for and loaded on; None without a GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,6 +1,6 @@
-"""Which layers run sparse in a TensorRT engine, and why the others do not.
+"""Report of which layers run sparse in a TensorRT engine, and why the others do not.
 
-Eligible is not chosen: TensorRT times sparse and dense tactics and takes the faster.
+Eligible does not mean chosen: TensorRT times sparse and dense tactics and takes the faster.
 """
 
 import json
@@ -15,7 +15,7 @@ from nmcompile.files.read_weights import OnnxWeight
 from nmcompile.printable import table
 from nmcompile.pruning.pattern import NMPattern
 
-ALIGNMENT = {"FLOAT16": (16, 8), "INT8": (32, 32)}  # of in- and out-channels; precisions that have sparse tactics
+ALIGNMENT = {"FLOAT16": (16, 8), "INT8": (32, 32)}  # in- and out-channels, by precision that has sparse tactics
 TWO_OF_FOUR = NMPattern(2, 4)
 WORTHWHILE = 256  # channels from which sparse tactics begin to win, kernel positions counted on the inner side
 
@@ -30,10 +30,10 @@ class LayerReport:
     """One conv, Gemm or MatMul node of the ONNX file.
 
     Attributes:
-        eligible: whether its weight can use a sparse tactic, by the builder's word or else by the weight itself.
-        sparse: whether it got one; None if that is only known once the plan is loaded.
+        eligible: whether its weight can use a sparse tactic, according to the builder or else to the weight itself.
+        sparse: whether it got one; None if that is known only once the plan is loaded.
         tactic: the kernel, if known.
-        reason: why it is not known to run sparse; "" where it does.
+        reason: why it is not known to run sparse; "" if it does.
     """
 
     name: str
@@ -53,7 +53,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """A built plan: where it is, what it was built from and with, and its layers."""
+    """A built plan: its path, its sidecar, and its layers."""
 
     path: Path
     sidecar: Sidecar
@@ -79,11 +79,11 @@ class EngineReport:
 def explain(
     weights: Iterable[OnnxWeight], layers: Sequence[EngineLayer], log: SparsityLog, sparse: bool
 ) -> list[LayerReport]:
-    """Join what the file holds, what the engine lists and what the builder said.
+    """Join the contents of the file, the layers that the engine lists and the messages of the builder.
 
     Args:
-        weights: of the ONNX file.
-        layers: of the engine; empty if it lists none.
+        weights: weights of the ONNX file.
+        layers: layers of the engine; empty if it lists none.
         log: the builder's lines on sparsity.
         sparse: whether sparse tactics were allowed.
     """
@@ -118,7 +118,7 @@ def _explained(weight: OnnxWeight, layer: EngineLayer | None, log: SparsityLog, 
 
 
 def _layer_of(weight: OnnxWeight, layers: Iterable[EngineLayer]) -> EngineLayer | None:
-    """The engine layer that holds the node; where its epilogue became a layer too, the one that has its name."""
+    """Return the engine layer that holds the node; if its epilogue became a layer too, the one that has its name."""
     holders = [layer for layer in layers if weight.node in layer.nodes]
     return max(holders, key=lambda layer: weight.node in layer.name, default=None)
 
@@ -130,11 +130,11 @@ def _among(listed: Listed | None, names: Iterable[str]) -> bool | None:
 
 
 def _obstacle(weight: OnnxWeight) -> str:
-    """Why no TensorRT could run the node sparse, or ""."""
+    """Return why no TensorRT could run the node sparse, or ""."""
     if weight.hidden_by:
         return f"its weight comes out of a {weight.hidden_by} node; write the zeros into the initializer itself"
     if weight.in_channels % 4:
-        return f"{weight.in_channels} in-channels{' a group' * (weight.groups > 1)}: no multiple of 4"
+        return f"{weight.in_channels} in-channels{' a group' * (weight.groups > 1)}: not a multiple of 4"
     if broken := weight.violations(TWO_OF_FOUR):
         return f"its weight is not 2:4 along in-channels: {broken} blocks hold more than two non-zeros"
     if weight.precision not in ALIGNMENT:
@@ -143,7 +143,7 @@ def _obstacle(weight: OnnxWeight) -> str:
 
 
 def _odds(weight: OnnxWeight, layer: EngineLayer | None, chosen: bool | None) -> str:
-    """Why an eligible node did not get a sparse tactic, or may not."""
+    """Return why an eligible node did not get a sparse tactic, or may not get one."""
     hint = _misaligned(weight) or _neighbours(weight, layer) or _small(weight)
     known = UNKNOWN if chosen is None else FASTER
     return f"{known}; {hint}" if hint else known

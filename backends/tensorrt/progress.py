@@ -1,4 +1,4 @@
-"""TensorRT's build progress as bars, where someone is watching."""
+"""TensorRT's build progress as bars on a terminal."""
 
 import threading
 from types import ModuleType
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def progress_monitor(trt: ModuleType) -> Any:
-    """An `IProgressMonitor` with one bar a phase, nested as the phases are; no bars where stderr is no terminal.
+    """Make an `IProgressMonitor` with one bar per phase, nested like the phases; no bars unless stderr is a terminal.
 
     After Ctrl-C it stops the build, and its `interrupted` is set.
     """
@@ -18,7 +18,7 @@ def progress_monitor(trt: ModuleType) -> Any:
             super().__init__()
             self.interrupted = False
             self.bars: dict[str, Any] = {}
-            self.lock = threading.Lock()  # several threads of TensorRT's report
+            self.lock = threading.Lock()  # several of TensorRT's threads report
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             with self.lock:
@@ -28,7 +28,7 @@ def progress_monitor(trt: ModuleType) -> Any:
             try:
                 with self.lock:
                     self.bars[phase].update(step + 1 - self.bars[phase].n)
-            except KeyboardInterrupt:  # raised here, since the build itself runs without Python
+            except KeyboardInterrupt:  # raised here, as the build itself runs outside of Python
                 self.interrupted = True
             return not self.interrupted
 

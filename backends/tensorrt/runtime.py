@@ -26,11 +26,11 @@ DTYPES = {
 
 
 def load_engine(path: str | os.PathLike[str], sha256: str | None = None) -> "TensorRTModel":
-    """Load a plan that `build_engine` wrote. A plan is native code: load only what you trust.
+    """Load a plan that `build_engine` wrote. A plan is native code: load only plans that you trust.
 
     Args:
-        path: of the plan; its sidecar lies beside it.
-        sha256: of the plan, known from elsewhere, for a folder that others can write to.
+        path: path of the plan; its sidecar lies beside it.
+        sha256: hash of the plan, known from elsewhere, for a folder that others can write to.
 
     Raises:
         BackendUnavailable: no TensorRT or no GPU.
@@ -51,7 +51,7 @@ def load_engine(path: str | os.PathLike[str], sha256: str | None = None) -> "Ten
 
 
 def _check_place(path: str | os.PathLike[str], sidecar: Sidecar, trt: ModuleType, gpu: str) -> None:
-    """Whether the plan was built for what is here."""
+    """Raise unless the plan was built for this TensorRT and this GPU."""
     built, here = f"{sidecar.flavour} {sidecar.version}", f"{trt.__name__} {trt.__version__}"
     if built != here:
         raise FileError(f"{path}: built by {built}, here is {here}; build it again")
@@ -60,7 +60,7 @@ def _check_place(path: str | os.PathLike[str], sidecar: Sidecar, trt: ModuleType
 
 
 class TensorRTModel:
-    """Runs an engine in torch's current stream, one call at a time. Inputs come in the ONNX file's order."""
+    """A loaded engine. It runs in torch's current stream, one call at a time; inputs come in the ONNX file's order."""
 
     def __init__(self, engine: Any, trt: ModuleType) -> None:
         self.engine = engine
@@ -85,7 +85,7 @@ class TensorRTModel:
         return results[0] if len(results) == 1 else results
 
     def _bind(self, name: str, tensor: Tensor) -> Tensor:
-        """Give the engine an input; the result has to live until the call is queued."""
+        """Bind an input; the returned tensor has to live until the call is queued."""
         dtype = DTYPES[self.engine.get_tensor_dtype(name).name]
         if tensor.device.type != "cuda" or tensor.dtype != dtype:
             raise OperandError(f"input {name!r}: expected {dtype} on cuda, got {tensor.dtype} on {tensor.device}")

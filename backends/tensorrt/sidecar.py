@@ -1,7 +1,7 @@
-"""What is known of a plan, in a JSON file beside it.
+"""Facts about a plan, in a JSON file beside it.
 
-A plan holds native code that TensorRT runs without asking. So a plan is only loaded if it is, bit for bit, the one
-that its sidecar was written for, and with the TensorRT and the GPU that it was built for.
+A plan holds native code that TensorRT runs unchecked. So a plan is loaded only if it is, bit for bit, the one that its
+sidecar was written for, and only with the TensorRT and the GPU that it was built for.
 """
 
 import json
@@ -20,12 +20,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a plan was built from and with.
+    """Record of what a plan was built from and with.
 
     Attributes:
         flavour: the module, "tensorrt" or "tensorrt_rtx".
-        version: of that module; other versions cannot load the plan.
-        gpu: that it was built on; None if there was none.
+        version: version of that module; other versions cannot load the plan.
+        gpu: the GPU that it was built on; None if there was none.
         sparse: whether sparse tactics were allowed.
         shapes: smallest, typical and largest shape of every input.
         plan_bytes: size of the plan.
@@ -54,11 +54,11 @@ def write_plan(path: Path, plan: bytes, sidecar: Sidecar) -> None:
 
 
 def read_plan(path: Path, pinned: str | None = None) -> tuple[bytes, Sidecar]:
-    """A plan that is the one of its sidecar.
+    """Return a plan that matches its sidecar, and the sidecar.
 
     Args:
-        path: of the plan.
-        pinned: its SHA-256 from elsewhere: who can replace the plan can replace the sidecar too.
+        path: path of the plan.
+        pinned: its SHA-256 from elsewhere: whoever can replace the plan can replace the sidecar too.
 
     Raises:
         FileError: a file is missing or damaged, or the two do not belong together.
@@ -68,9 +68,9 @@ def read_plan(path: Path, pinned: str | None = None) -> tuple[bytes, Sidecar]:
     if len(plan) != sidecar.plan_bytes:
         raise FileError(f"{path}: {len(plan)} bytes, its sidecar says {sidecar.plan_bytes}; truncated? build it again")
     if sha256(plan) != sidecar.plan_sha256:
-        raise FileError(f"{path}: not the plan that its sidecar was written for, and so not loaded; build it again")
+        raise FileError(f"{path}: not the plan that its sidecar was written for, so it is not loaded; build it again")
     if pinned not in (None, sidecar.plan_sha256):
-        raise FileError(f"{path}: its SHA-256 is {sidecar.plan_sha256}, not {pinned}, and so it is not loaded")
+        raise FileError(f"{path}: its SHA-256 is {sidecar.plan_sha256}, not {pinned}, so it is not loaded")
     return plan, sidecar
 
 

@@ -1,4 +1,4 @@
-"""The two lines in which TensorRT says what it did with 2:4 weights.
+"""The two lines in which TensorRT reports what it did with 2:4 weights.
 
 Releases differ: `Layers eligible for sparse math: a, b` and `TRT inference plan picked sparse implementation for
 layers: a`; or `Found 2 layer(s) eligible to use sparse tactics: a, b` and `Chose 1 layer(s) using sparse tactics: a`,
@@ -15,13 +15,13 @@ CHOSEN = re.compile(r"\(Sparsity\) (?:TRT inference plan picked sparse[^:\n]*|Ch
 
 @dataclass(frozen=True)
 class Listed:
-    """Layers of one kind: how many, and their names if the builder gave them."""
+    """Layers of one kind: their number, and their names if the builder gave them."""
 
     count: int
     names: frozenset[str] | None
 
     def has(self, name: str) -> bool | None:
-        """Whether a layer or ONNX node is among them, alone or fused; None if that cannot be told."""
+        """Return whether a layer or ONNX node is among them, alone or fused; None if that is unknown."""
         if self.names is None:
             return None if self.count else False
         return any(name in fused.split(" + ") for fused in self.names)
@@ -29,14 +29,14 @@ class Listed:
 
 @dataclass(frozen=True)
 class SparsityLog:
-    """What is eligible and what was chosen; None where the builder said nothing, as TensorRT-RTX does."""
+    """The eligible and the chosen layers; None if the builder said nothing, as TensorRT-RTX does."""
 
     eligible: Listed | None
     chosen: Listed | None
 
 
 def parse_sparsity(lines: Iterable[str]) -> SparsityLog:
-    """Read a builder's messages; the last of each kind counts, since one is printed per selection of tactics."""
+    """Read a builder's messages; the last of each kind counts, as one is printed per selection of tactics."""
     text = "\n".join(lines)
     return SparsityLog(_last(ELIGIBLE, text), _last(CHOSEN, text))
 

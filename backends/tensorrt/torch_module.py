@@ -1,4 +1,4 @@
-"""TensorRT inside PyTorch, through Torch-TensorRT: unsupported operators stay PyTorch, and no ONNX file is made."""
+"""TensorRT inside PyTorch, through Torch-TensorRT: unsupported operators run in PyTorch, and no ONNX file is made."""
 
 import importlib
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from nmcompile.errors import BackendUnavailable
 
 
 def torch_tensorrt_module(model: nn.Module | ExportedProgram, args: Sequence[Tensor], **settings: Any) -> nn.Module:
-    """Compile a model with Torch-TensorRT, with sparse tactics on (they are off by default there).
+    """Compile a model with Torch-TensorRT, with sparse tactics on (there they are off by default).
 
     Args:
-        model: with weights that are really 2:4, such as `nmcompile.finalize(compiled)`, in `eval()`; or exported.
+        model: with weights that really are 2:4, such as `nmcompile.finalize(compiled)`, in `eval()`; or exported.
         args: example inputs on the GPU.
-        settings: of `torch_tensorrt.dynamo.compile`.
+        settings: settings of `torch_tensorrt.dynamo.compile`.
 
     Raises:
         BackendUnavailable: Torch-TensorRT cannot be imported.

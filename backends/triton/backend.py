@@ -15,9 +15,9 @@ from nmcompile.pruning.pattern import NMPattern
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """Takes the prune nodes whose operator and pattern have a kernel, and `transposable` masks of 2:4.
+    """A backend for prune nodes whose operator and pattern have a kernel, and for `transposable` masks of 2:4.
 
-    Other tensors than CUDA's, and float64, run as the reference does.
+    Tensors that are not on CUDA, and float64, run as in the reference.
     """
 
     name: str = "triton"
@@ -29,7 +29,7 @@ class TritonBackend:
         if node.target is ops.apply_mask:
             return mask_support(node)
         if node.target is not ops.prune:
-            return Support(False, "no Triton kernel but those of pruning operators")
+            return Support(False, "no Triton kernels except those of pruning operators")
         operator, n_keep, block = node.args[1:4]
         assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
         return operator_support(operator, NMPattern(n_keep, block))
@@ -42,21 +42,21 @@ class TritonBackend:
 
 
 def mask_support(node: fx.Node) -> Support:
-    """Whether there is a kernel for the mask that a node applies to a weight."""
+    """Return whether there is a kernel for the mask that a node applies to a weight."""
     row = row_of(node)
     if row is None or (row.operator, row.pattern) != ("transposable", NMPattern(2, 4)):
-        return Support(False, "no Triton kernel for masks but exact transposable ones of 2:4")
+        return Support(False, "no Triton kernel for masks except exact transposable ones of 2:4")
     return Support(True)
 
 
 def mask_kernel(node: fx.Node) -> str:
-    """Name the kernel that computes the mask that a node applies; empty where the reference does."""
+    """Return the name of the kernel that computes the mask that a node applies; "" if the reference does."""
     return MASK_KERNEL if mask_support(node).ok and triton_support().ok else ""
 
 
 def prune(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:
-    """What `nmcompile.ir.operations.prune` gives, bit for bit, with a kernel."""
+    """Prune with a kernel; the result equals that of `nmcompile.ir.operations.prune` bit for bit."""
     view, dim, restore = grouped(x, axis, channel_dim, block)
     return ops.like(restore(triton_prune(view, operator, n_keep, block, dim, key)), x)

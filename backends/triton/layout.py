@@ -1,4 +1,4 @@
-"""Where the blocks of a tensor lie in memory, with as few dims as its strides allow; and where packed blocks do."""
+"""Places of the blocks of a tensor in memory, with as few dims as its strides allow; and places of packed blocks."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class BlockLayout:
         sizes: blocks along each dim of the grid.
         in_strides, out_strides: elements from one block to the next along each dim.
         in_step, out_step: elements from one element of a block to the next.
-        axis: the dim of the grid along which the last block may be partial; -1 where all blocks are whole.
+        axis: the dim of the grid along which the last block may be partial; -1 if all blocks are whole.
         length: the tensors' size along the blocks.
     """
 
@@ -33,7 +33,7 @@ class Places(NamedTuple):
     """An order of the indices of packed blocks, in which the byte of a block is at a sum of two numbers.
 
     Args:
-        lines, blocks: integers, what each line and each block of a line adds.
+        lines, blocks: integers, the summands of each line and of each block of a line.
         partner: whose indices are the high half of a byte: 0 for those of the next block, else of the block in the line
             that is as many lines further, a power of two up to 8.
     """
@@ -44,7 +44,7 @@ class Places(NamedTuple):
 
 
 def block_layout(x: Tensor, out: Tensor, dim: int, block: int) -> BlockLayout:
-    """The layout of the blocks along `dim` (non-negative) of `x` and `out`, any strides, at least one element."""
+    """Lay out the blocks along `dim` (non-negative) of `x` and `out`, of any strides and at least one element."""
     length, partial = x.shape[dim], x.shape[dim] % block != 0
     dims: list[tuple[int, int, int]] = []
     axis = -1
@@ -66,5 +66,5 @@ def block_layout(x: Tensor, out: Tensor, dim: int, block: int) -> BlockLayout:
 
 
 def _follows(outer: tuple[int, int, int], size: int, in_stride: int, out_stride: int) -> bool:
-    """Whether a dim goes on where the one before it ends, in both tensors."""
+    """Return whether a dim continues where the one before it ends, in both tensors."""
     return outer[1] == size * in_stride and outer[2] == size * out_stride

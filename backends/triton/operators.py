@@ -1,4 +1,4 @@
-"""The kernels as torch operators. Where a kernel cannot run, its operator runs the reference.
+"""The kernels as torch operators. If a kernel cannot run, its operator runs the reference.
 
 Kernels are imported when the first of them runs: importing Triton takes a second, and may fail.
 """
@@ -35,7 +35,7 @@ def _empty_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @custom_op("nmcompile::triton_prune", fake=lambda x: torch.empty_like(x))
 def triton_prune(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
-    """`OPERATORS[operator].prune(x, n_keep:block, dim, key)`, bit for bit.
+    """Compute `OPERATORS[operator].prune(x, n_keep:block, dim, key)`, bit for bit.
 
     Args:
         x: any shape, strides and device; float64, float32, bfloat16 or float16.
@@ -60,9 +60,10 @@ def triton_prune_out(
 def triton_prune_lines(
     x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None
 ) -> Tensor:
-    """A matrix pruned along `dim`, its lines along `dim` as contiguous rows: transposed for `dim` 0.
+    """Prune a matrix along `dim` and return its lines along `dim` as contiguous rows: transposed for `dim` 0.
 
-    Takes what `triton_prune` takes, `x` of shape `(r, c)`; returns `(c, r)` for `dim` 0 and `(r, c)` for 1.
+    The arguments are those of `triton_prune`, with `x` of shape `(r, c)`; the result is `(c, r)` for `dim` 0 and
+    `(r, c)` for 1.
     """
     pattern = NMPattern(n_keep, block)
     whole = block in (2, 4, 8) and x.shape[dim] % block == 0
@@ -75,10 +76,9 @@ def triton_prune_lines(
 
 @custom_op("nmcompile::triton_pack_lines", fake=_empty_packed)
 def triton_pack_lines(x: Tensor, operator: str, dim: int, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A matrix pruned 2:4 along `dim`, in the form of `nmcompile.pruning.packed`, its lines along
-    `dim` as rows.
+    """Prune a matrix 2:4 along `dim` and pack it as `nmcompile.pruning.packed`, its lines along `dim` as rows.
 
-    Takes what `triton_prune_lines` takes; the size along `dim`, below length, is a multiple of 8.
+    The arguments are those of `triton_prune_lines`; the size along `dim`, below length, is a multiple of 8.
 
     Returns:
         values `(lines, length / 2)` and indices `(lines, length / 8)`.
@@ -94,7 +94,7 @@ def triton_pack_lines(x: Tensor, operator: str, dim: int, key: Tensor | None = N
 
 @custom_op("nmcompile::triton_prune_tiles", fake=_empty_tiles)
 def triton_prune_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix under its exact transposable 2:4 mask.
+    """Prune a matrix by its exact transposable 2:4 mask.
 
     Args:
         w: `(r, c)`, any strides and device; float64, float32, bfloat16 or float16.
@@ -115,7 +115,7 @@ def triton_prune_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @custom_op(MASK_KERNEL, fake=lambda w: torch.empty_like(w, dtype=torch.bool))
 def triton_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
-    """`transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
+    """Compute `transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
 
     Returns:
         bool of the shape of `w`, with the strides of `torch.empty_like(w)`.
@@ -143,7 +143,7 @@ def _prune_into(out: Tensor, x: Tensor, operator: str, pattern: NMPattern, dim: 
 
 
 def _kernel_takes(x: Tensor, operator: str, pattern: NMPattern, key: Tensor | None) -> bool:
-    """False also for wrong keys, of which the reference says what is wrong."""
+    """Return whether the kernel takes the arguments; not wrong keys, for which the reference raises its error."""
     keyed = key is not None and key.dtype == torch.int64 and key.dim() == 0
     drawn = keyed or not OPERATORS[operator].needs_key
     return drawn and tensor_runs(x) and operator_support(operator, pattern).ok
@@ -154,5 +154,5 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _as_lines(pruned: Tensor, dim: int) -> Tensor:
-    """A new tensor also where the lines lie as they should: an operator returns no view of what it was given."""
+    """Return the lines as a new tensor even if they are contiguous: an operator may not return a view of its input."""
     return pruned.movedim(dim, -1).contiguous()

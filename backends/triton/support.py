@@ -1,4 +1,4 @@
-"""What the kernels run on and what they take, without importing Triton."""
+"""Requirements of the kernels on machine and operands, checked without importing Triton."""
 
 import importlib.util
 
@@ -10,16 +10,16 @@ from nmcompile.pruning.pattern import NMPattern
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 PATTERNS = {"greedy": None, "greedy_by_value": None, "mvue": None, "mvue_approx": "2:4"}
-"""The operators that have kernels, each with its one pattern; `None` is any N:M with M <= MAX_BLOCK."""
+"""Operators that have kernels, each with its one pattern; `None` is any N:M with M <= MAX_BLOCK."""
 KEEP = "keep"
-"""What packing kernels take for an operator where the operand is pruned already."""
+"""Operator name that packing kernels take if the operand is pruned already."""
 MAX_BLOCK = 8  # code grows with the square of M: a block is unrolled
 OLDEST = (8, 0)
 DEVICE = "cuda"
 
 
 def triton_support() -> Support:
-    """Whether kernels can run on this machine; never raises."""
+    """Return whether kernels can run on this machine; never raise."""
     if importlib.util.find_spec("triton") is None:
         return Support(False, "Triton is not installed; install it with `pip install triton`")
     if not torch.cuda.is_available():
@@ -31,7 +31,7 @@ def triton_support() -> Support:
 
 
 def operator_support(operator: str, pattern: NMPattern) -> Support:
-    """Whether an operator has a kernel for a pattern."""
+    """Return whether an operator has a kernel for a pattern."""
     if operator not in PATTERNS:
         return Support(False, f"no Triton kernel for operator {operator!r}, only for {', '.join(PATTERNS)}")
     only = PATTERNS[operator]
@@ -43,5 +43,5 @@ def operator_support(operator: str, pattern: NMPattern) -> Support:
 
 
 def tensor_runs(x: Tensor) -> bool:
-    """Whether a kernel takes this tensor; wrong operands are left to the reference, which says what is wrong."""
+    """Return whether a kernel takes this tensor; wrong operands are left to the reference, which raises its error."""
     return x.device.type == DEVICE and x.dtype in DTYPES and x.layout == torch.strided and x.numel() > 0

@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from nmcompile.arguments import Args
 from nmcompile.capture.clones import own_copy
 from nmcompile.capture.names import operator_name, summary
 from nmcompile.capture.products import rewrite_products
@@ -23,8 +23,6 @@ from nmcompile.ir.captured import WholeGraph
 from nmcompile.ir.expression import expression_of
 from nmcompile.own_thread import exporting_alone, silent
 from nmcompile.three_gemm.modules import FAST_PATHS
-
-Arguments = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Exported:
     reads: Mapping[str, str] = field(default_factory=dict)
 
 
-def export_whole(model: nn.Module, found: list[FoundSite], args: Arguments, kwargs: dict[str, Any]) -> Exported:
+def export_whole(model: nn.Module, found: list[FoundSite], args: Args, kwargs: dict[str, object]) -> Exported:
     """Export the model in its current mode.
 
     Raises:
@@ -69,14 +67,14 @@ class _TensorOutputs(nn.Module):
         self.training = model.training
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> list[Tensor]:
         return list(_tensors_in(self.model(*args, **kwargs)))
 
 
 PREFIX = "model."
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -88,7 +86,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from _tensors_in([getattr(value, one.name) for one in fields(value)])
 
 
-def _called_in_run(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) -> frozenset[str]:
+def _called_in_run(model: nn.Module, args: Args, kwargs: dict[str, object]) -> frozenset[str]:
     """Run the model once unchanged and return the modules that it calls; undo its writes to buffers."""
     called: set[str] = set()
     hooks = [module.register_forward_pre_hook(_noting(called, name)) for name, module in model.named_modules()]
@@ -106,11 +104,11 @@ def _called_in_run(model: nn.Module, args: Arguments, kwargs: dict[str, Any]) ->
             hook.remove()
 
 
-def _noting(called: set[str], name: str) -> Callable[[nn.Module, Any], None]:
+def _noting(called: set[str], name: str) -> Callable[[nn.Module, object], None]:
     return lambda module, inputs: called.add(name)
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Return arguments as text, with tensors as their shapes."""
     return str(pytree.tree_map(lambda leaf: _Shown(leaf) if isinstance(leaf, Tensor) else leaf, value))
 
@@ -208,7 +206,7 @@ class _Reader:
         value = self.originals[node.name].meta.get("val")
         return value.dim() if isinstance(value, Tensor) and self._parameters_behind(node) else None
 
-    def _parameters_behind(self, weight: Any) -> frozenset[int]:
+    def _parameters_behind(self, weight: object) -> frozenset[int]:
         if not isinstance(weight, fx.Node) or self._depends_on_input(weight):
             return frozenset()
         names = (self.parameters.get(node.name) for node in expression_of(weight) if node.op == "placeholder")
@@ -228,6 +226,6 @@ def _innermost(node: fx.Node) -> str:
     return _path(list(stack.values())[-1]) if stack else ""
 
 
-def _path(entry: tuple[str, Any]) -> str:
+def _path(entry: tuple[str, object]) -> str:
     """Return a module's name from its entry in a node's stack, without the number that marks a later call."""
     return f"{entry[0].partition('@')[0]}.".removeprefix(PREFIX).rstrip(".")

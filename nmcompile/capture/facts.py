@@ -1,9 +1,9 @@
 """Facts about each layer from data flow: whether it is first or last, its non-negative input, its positions."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from nmcompile.capture.names import is_torch_nn, operator_name, own_class
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
@@ -89,7 +89,7 @@ def _reads_nonnegative(site: Site, node: fx.Node, proven: set[fx.Node]) -> bool:
     return is_layer_call and bool(given) and is_nonnegative(given[0], proven)
 
 
-def _queries(node: fx.Node) -> list[Any]:
+def _queries(node: fx.Node) -> list[Argument]:
     named = [node.kwargs[key] for key in ("query", "key", "value") if key in node.kwargs]
     return [*node.args[:3], *named]
 

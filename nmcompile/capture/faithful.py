@@ -2,13 +2,13 @@
 
 import inspect
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 
+from nmcompile.arguments import Kwargs
 from nmcompile.capture.clones import shallow_clone
 from nmcompile.capture.names import operator_name, summary
 from nmcompile.capture.state import Memory, python_states
@@ -39,7 +39,7 @@ class Trace:
 
 
 def trace_module(
-    module: nn.Module, protected: frozenset[int], bindings: Mapping[str, Any] | None = None, training: bool = False
+    module: nn.Module, protected: frozenset[int], bindings: Kwargs | None = None, training: bool = False
 ) -> Trace:
     """Trace a module's forward; never raise.
 
@@ -123,7 +123,7 @@ class _Probe:
     """A value for one argument, whether it is the argument's default, and the conclusion if the trace differs."""
 
     name: str
-    value: Any
+    value: object
     is_default: bool
     claim: str
 
@@ -138,7 +138,7 @@ def _probes(module: nn.Module) -> Iterator[_Probe]:
             yield _Probe(parameter.name, default, True, test)
 
 
-def _same(graph: fx.Graph, other: fx.Graph, bindings: Mapping[str, Any]) -> bool:
+def _same(graph: fx.Graph, other: fx.Graph, bindings: Kwargs) -> bool:
     """Return whether two traces are equal once the bound arguments of the first have their values."""
     return _shape_of(graph, bindings) == _shape_of(other, {})
 
@@ -148,16 +148,16 @@ class _Reference:
     index: int | str
 
 
-def _shape_of(graph: fx.Graph, bindings: Mapping[str, Any]) -> list[Any]:
+def _shape_of(graph: fx.Graph, bindings: Kwargs) -> list[object]:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     others = [node for node in graph.nodes if node.op != "placeholder"]
-    known: dict[fx.Node, Any] = {node: _Reference(index) for index, node in enumerate(others)}
+    known: dict[fx.Node, object] = {node: _Reference(index) for index, node in enumerate(others)}
     for node in inputs:
         known[node] = _Reference(str(node.target))
         if str(node.target) in bindings:
             known[node] = bindings[str(node.target)]
 
-    def resolved(value: Any) -> Any:
+    def resolved(value: object) -> object:
         if isinstance(value, fx.Node):
             return known[value]
         if isinstance(value, slice):
@@ -168,7 +168,7 @@ def _shape_of(graph: fx.Graph, bindings: Mapping[str, Any]) -> list[Any]:
             return [resolved(item) for item in value]
         return (type(value), repr(value))
 
-    def settled(value: Any) -> Any:
+    def settled(value: object) -> object:
         return value if isinstance(value, _Reference) else resolved(value)
 
     for node in inputs:

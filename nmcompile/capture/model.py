@@ -1,10 +1,10 @@
 """Capture of a model: its layers, where they run, and what is known about them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture.adapters import find_adapters, read_by_adapters
 from nmcompile.capture.exported import Exported, export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
@@ -21,9 +21,7 @@ from nmcompile.ir.captured import Captured, WholeGraph
 from nmcompile.sharded import FSDP1, is_flat, is_sharded
 
 
-def capture_model(
-    model: nn.Module, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
-) -> Captured:
+def capture_model(model: nn.Module, args: Args | None = None, kwargs: Kwargs | None = None) -> Captured:
     """Find every conv and linear of a model, without changing the model or any random state.
 
     Args:
@@ -77,9 +75,7 @@ def capture_model(
     )
 
 
-def _example(
-    model: nn.Module, found: list[FoundSite], args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
-) -> Exported | None:
+def _example(model: nn.Module, found: list[FoundSite], args: Args | None, kwargs: Kwargs | None) -> Exported | None:
     """Run and export the example with torch.export, if one is given."""
     if any(map(is_sharded, model.parameters())):
         return Exported(None, failure="torch.export does not take weights that are split among processes")

@@ -5,6 +5,9 @@ from torch import fx, nn
 
 from nmcompile.three_gemm.instance_forward import foreign_forward
 
+DERIVED = "torch.nn.utils.parametrize", "torch.distributed.fsdp._fully_shard"
+"""Modules whose classes are derived from the classes of the user's modules."""
+
 
 def operator_name(node: fx.Node) -> str:
     """Return the name of a function, method or operator, without overload and trailing underscore."""
@@ -34,7 +37,3 @@ def is_torch_nn(module: nn.Module) -> bool:
 def join(module: str, attribute: str) -> str:
     """Return the full name of a module's attribute; the root has no name."""
     return f"{module}.{attribute}" if module else attribute
-
-
-DERIVED = "torch.nn.utils.parametrize", "torch.distributed.fsdp._fully_shard"
-"""Modules whose classes are derived from the classes of the user's modules."""

@@ -6,10 +6,10 @@ call. Such a graph proves nothing, so it is used only where the alternative is a
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 from torch import fx, nn
 
+from nmcompile.arguments import Args
 from nmcompile.capture.clones import own_copy, shadow_tree
 from nmcompile.capture.site_index import SiteIndex
 from nmcompile.capture.sites import FoundSite, is_attention, is_layer
@@ -30,7 +30,7 @@ def outline(model: nn.Module, sites: list[FoundSite], protected: frozenset[int])
     names = _input_names(model)
     if not 0 < len(names) <= MOST_INPUTS:
         return None
-    tracer = OutlineTracer(model, {}, protected)
+    tracer = OutlineTracer(model, protected)
     try:
         graph = tracer.trace(_Entry(shadow_tree(model), names))
     except Exception:
@@ -65,23 +65,23 @@ class _Entry(nn.Module):
 
     def forward(
         self,
-        a: Any,
-        b: Any = None,
-        c: Any = None,
-        d: Any = None,
-        e: Any = None,
-        f: Any = None,
-        g: Any = None,
-        h: Any = None,
-    ) -> Any:
+        a: object,
+        b: object = None,
+        c: object = None,
+        d: object = None,
+        e: object = None,
+        f: object = None,
+        g: object = None,
+        h: object = None,
+    ) -> object:
         return self.model(**dict(zip(self.names, (a, b, c, d, e, f, g, h), strict=False)))
 
 
 class OutlineTracer(StitchTracer):
     """A tracer that decides tests of values, and reverses decisions where a module then fails."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, model: nn.Module, protected: frozenset[int]) -> None:
+        super().__init__(model, {}, protected)
         self.decisions: list[bool] = []
         self.position = 0
         self.tries = 0
@@ -99,7 +99,9 @@ class OutlineTracer(StitchTracer):
         self.position += 1
         return self.decisions[self.position - 1]
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., object], args: Args, kwargs: dict[str, object]
+    ) -> object:
         name, start = self.path_of_module(m), self.position
         if self.is_leaf_module(m, name):
             return ModuleTracer.call_module(self, m, forward, args, kwargs)

@@ -7,11 +7,11 @@ torch.addmm(b, x, W.t())                                   ->  F.linear(x, W, b)
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.node import Argument
 
 from nmcompile.capture.names import operator_name
 from nmcompile.ir.calls import ADDMM_NAMES, LABEL, linear_in_out, match_call
@@ -96,7 +96,7 @@ class _Finder:
             reason = self._rewrite(name, node, weights) if weights else ""
             yield from (Refused(node, weight, label, reason) for weight in weights if reason)
 
-    def _within(self, operand: Any, through: set[str]) -> list[fx.Node]:
+    def _within(self, operand: Argument, through: set[str]) -> list[fx.Node]:
         """Return the matrices that an operand consists of, each computed from parameters alone."""
         if not isinstance(operand, fx.Node):
             return []
@@ -113,7 +113,7 @@ class _Finder:
         product = _einsum(node, weights) if name == "einsum" else _matmul(name, node) if name in CANDIDATES else None
         if product is None:
             return "it is not a linear layer"
-        if product.weight not in weights:
+        if not isinstance(product.weight, fx.Node) or product.weight not in weights:
             return "its weight is the left operand, or is not one matrix for all inputs"
         if (dims := self.weight_dims(product.weight)) != 2:
             return f"its weight has {dims} dims"
@@ -125,7 +125,7 @@ class _Finder:
             _retarget(node, F.linear, (product.input, weight, product.bias), _label(name, node))
         return ""
 
-    def _adds_bias(self, addmm: fx.Node, bias: Any) -> bool:
+    def _adds_bias(self, addmm: fx.Node, bias: Argument) -> bool:
         """Return whether an addmm adds a vector and scales nothing."""
         call = match_call(addmm)
         is_vector = isinstance(bias, fx.Node) and bias not in self.varying and self.weight_dims(bias) == 1
@@ -147,10 +147,10 @@ def _factors(name: str, node: fx.Node) -> list[fx.Node]:
 class _Product:
     """The factors of a product; `is_out_in` if the weight's first dim is the layer's output."""
 
-    input: Any
-    weight: Any
+    input: Argument
+    weight: Argument
     is_out_in: bool = False
-    bias: Any = None
+    bias: Argument = None
 
 
 def _matmul(name: str, node: fx.Node) -> _Product | None:
@@ -180,7 +180,7 @@ def _transposed(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if name not in TRANSPOSITIONS or not isinstance(source, fx.Node):
         return None
-    given: list[Any] = [*node.args[1:], *node.kwargs.values()]
+    given: list[Argument] = [*node.args[1:], *node.kwargs.values()]
     dims = [dim for one in given for dim in (one if isinstance(one, tuple | list) else [one])]
     if name in ("t", "T", "mT", "numpy_T"):
         return source
@@ -199,7 +199,7 @@ def _label(name: str, node: fx.Node) -> str:
     return f"einsum {node.args[0]!r}" if name == "einsum" and node.args else name
 
 
-def _retarget(node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...], label: str) -> None:
+def _retarget(node: fx.Node, function: Callable[..., object], args: tuple[Argument, ...], label: str) -> None:
     before = node.all_input_nodes
     node.op, node.target, node.args, node.kwargs = "call_function", function, args, {}
     node.meta[LABEL] = label

@@ -1,12 +1,13 @@
 """Nodes of a graph that are proven non-negative, from the operators alone."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from nmcompile.capture.names import is_torch_nn, operator_name, own_class
-from nmcompile.capture.writes import SharedMemory, is_torch_function, written
+from nmcompile.capture.shared_memory import SharedMemory
+from nmcompile.capture.writes import is_torch_function, written
 
 # Names are compared without underscores and in lower case: one entry covers nn.AdaptiveAvgPool2d,
 # F.adaptive_avg_pool2d, Tensor methods and ATen operators.
@@ -44,7 +45,7 @@ def nonnegative_nodes(model: nn.Module, graph: fx.Graph) -> set[fx.Node]:
     return proven
 
 
-def is_nonnegative(value: Any, proven: set[fx.Node]) -> bool:
+def is_nonnegative(value: object, proven: set[fx.Node]) -> bool:
     """Return whether an argument is proven: a node, a number, or a sequence of these."""
     if isinstance(value, fx.Node):
         return value in proven
@@ -77,7 +78,7 @@ def _is_nonnegative(model: nn.Module, node: fx.Node, proven: set[fx.Node]) -> bo
     return rule is not None and rule(bounds, proven)
 
 
-def _operands(name: str, node: fx.Node) -> Iterable[Any]:
+def _operands(name: str, node: fx.Node) -> Iterable[Argument]:
     """Return the arguments that hold values; the others hold shapes, dims and indices."""
     if name in ("add", "iadd", "mul", "imul", "maximum"):
         factors = [node.kwargs[key] for key in ("other", "alpha") if key in node.kwargs]
@@ -94,7 +95,7 @@ class _Bounds:
         self.node = node
         self.module = module
 
-    def number(self, name: str, position: int, default: Any = None) -> Any:
+    def number(self, name: str, position: int, default: object = None) -> object:
         if self.module is not None:
             return getattr(self.module, name, default)
         return self.node.kwargs.get(name, self.node.args[position] if len(self.node.args) > position else default)
@@ -103,7 +104,7 @@ class _Bounds:
         return is_nonnegative(self.node.args[0] if self.node.args else self.node.kwargs.get("input"), proven)
 
 
-def _at_least(name: str, position: int, default: Any = None) -> Callable[[_Bounds, set[fx.Node]], bool]:
+def _at_least(name: str, position: int, default: object = None) -> Callable[[_Bounds, set[fx.Node]], bool]:
     def rule(bounds: _Bounds, proven: set[fx.Node]) -> bool:
         low = bounds.number(name, position, default)
         return (isinstance(low, int | float) and low >= 0) or (low is None and bounds.keeps(proven))
@@ -116,6 +117,10 @@ def _padded(bounds: _Bounds, proven: set[fx.Node]) -> bool:
     if bounds.number("mode", 2, "constant") != "constant":
         fill = 0
     return bounds.keeps(proven) and (fill is None or (isinstance(fill, int | float) and fill >= 0))
+
+
+def _constant_padded(bounds: _Bounds, proven: set[fx.Node]) -> bool:
+    return bounds.keeps(proven) and is_nonnegative(bounds.number("value", 2, 0) or 0, proven)
 
 
 def _powered(bounds: _Bounds, proven: set[fx.Node]) -> bool:
@@ -133,7 +138,7 @@ RULES: dict[str, Callable[[_Bounds, set[fx.Node]], bool]] = {
     "clampmin": _at_least("min", 1),
     "hardtanh": _at_least("min_val", 1, -1.0),
     "pad": _padded,
-    "constantpadnd": lambda bounds, proven: bounds.keeps(proven) and (bounds.number("value", 2, 0) or 0) >= 0,
+    "constantpadnd": _constant_padded,
     "constantpad1d": _padded,
     "constantpad2d": _padded,
     "constantpad3d": _padded,

@@ -4,24 +4,24 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture.clones import shadow_tree
 from nmcompile.capture.names import summary
 from nmcompile.capture.state import contents_unchanged, unchanged
 from nmcompile.ir.calls import LABEL
 from nmcompile.three_gemm.modules import generated_forward
 
-Forward = Callable[..., Any]
+Forward = Callable[..., object]
+T = TypeVar("T")
 
 
-def differing_forwards(
-    model: nn.Module, traces: Mapping[str, fx.Graph], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, str]:
+def differing_forwards(model: nn.Module, traces: Mapping[str, fx.Graph], args: Args, kwargs: Kwargs) -> dict[str, str]:
     """Run the model once in eval mode and compare the forwards that its traces would generate with its own.
 
     The forwards call plain layers, so they must return exactly the same bits; only a product that became a linear layer
@@ -55,7 +55,7 @@ class _Comparison:
         """Return a forward that runs the generated forward, then the module's own."""
         original = module.forward
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> object:
             if not self.is_comparing and name not in self.reasons:
                 self.is_comparing = True
                 try:
@@ -69,7 +69,14 @@ class _Comparison:
         return forward
 
 
-def _reason(run: Callable[[Forward], Any], original: Forward, generated: Forward, is_exact: bool) -> str:
+class _Outcome(NamedTuple):
+    """A forward's result, and its inputs afterwards."""
+
+    result: object
+    inputs: tuple[Args, dict[str, object]]
+
+
+def _reason(run: Callable[[Forward], _Outcome], original: Forward, generated: Forward, is_exact: bool) -> str:
     expected = run(original)
     try:
         found = run(generated)
@@ -81,36 +88,36 @@ def _reason(run: Callable[[Forward], Any], original: Forward, generated: Forward
     return f"differs: {reason}" if is_known else ""
 
 
-def _run_aside(module: nn.Module, forward: Forward, given: Any) -> tuple[Any, Any]:
+def _run_aside(module: nn.Module, forward: Forward, given: tuple[Args, dict[str, object]]) -> _Outcome:
     """Return a forward's result and its inputs afterwards, with module and random states left as they were."""
     args, kwargs = _copied(given)
     with unchanged(module) as memory, contents_unchanged(memory):
-        return forward(*args, **kwargs), (args, kwargs)
+        return _Outcome(forward(*args, **kwargs), (args, kwargs))
 
 
-def _differences(expected: tuple[Any, Any], found: tuple[Any, Any], is_exact: bool) -> Iterator[str]:
-    yield from differences(expected[0], found[0], "its output", is_exact)
-    yield from differences(expected[1], found[1], "the content of its inputs after the call", is_exact)
+def _differences(expected: _Outcome, found: _Outcome, is_exact: bool) -> Iterator[str]:
+    yield from differences(expected.result, found.result, "its output", is_exact)
+    yield from differences(expected.inputs, found.inputs, "the content of its inputs after the call", is_exact)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: T) -> T:
     """Copy all tensors and containers; a tensor that is given twice stays one."""
     leaves = pytree.tree_leaves(value)
-    memo: dict[int, Any] = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
+    memo: dict[int, object] = {id(leaf): leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)}
     return copy.deepcopy(value, memo | {id(leaf): leaf for leaf in leaves if isinstance(leaf, nn.Module)})
 
 
 def differences(
-    expected: Any, found: Any, name: str, is_exact: bool = True, seen: frozenset[int] = frozenset()
+    expected: object, found: object, name: str, is_exact: bool = True, seen: frozenset[int] = frozenset()
 ) -> Iterator[str]:
     """Yield how two results differ: in structure, in any bit (`is_exact`), or by more than rounding."""
     if type(expected) is not type(found):
         yield f"{name} is of class {type(found).__name__}, not {type(expected).__name__}"
-    elif isinstance(expected, Tensor):
+    elif isinstance(expected, Tensor) and isinstance(found, Tensor):
         yield from _tensor_differences(expected, found, name, is_exact)
-    elif isinstance(expected, Mapping) and list(expected) != list(found):
+    elif isinstance(expected, Mapping) and isinstance(found, Mapping) and list(expected) != list(found):
         yield f"{name} has other keys"
-    elif isinstance(expected, tuple | list) and len(expected) != len(found):
+    elif isinstance(expected, tuple | list) and isinstance(found, tuple | list) and len(expected) != len(found):
         yield f"{name} has {len(found)} items, not {len(expected)}"
     elif isinstance(expected, bool | int | float | str | bytes | None) and expected != found:
         yield f"{name} is {found!r}, not {expected!r}"
@@ -120,7 +127,7 @@ def differences(
             yield from differences(part, others.get(key), f"{name}[{key!r}]", is_exact, seen | {id(expected)})
 
 
-def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+def _parts(value: object) -> Iterator[tuple[object, object]]:
     """Yield the items of a container or the attributes of a plain object."""
     if isinstance(value, Mapping):
         yield from value.items()

@@ -5,11 +5,14 @@ import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from nmcompile.arguments import Args
+
+Container = list[object] | dict[object, object] | set[object] | deque[object]
 CONTAINERS = (list, dict, OrderedDict, defaultdict, set, deque)
 
 
@@ -24,30 +27,41 @@ def unchanged(model: nn.Module) -> Iterator["Memory"]:
         restore_random_states(drawn)
 
 
-def random_states() -> dict[str, Any]:
+class PythonStates(NamedTuple):
+    """The states of the generators that a trace does not see: Python's, and NumPy's or None."""
+
+    python: Args
+    numpy: object
+
+
+class RandomStates(NamedTuple):
+    """The state of every global generator in use; no device has one before CUDA is initialized."""
+
+    torch: Tensor
+    python: PythonStates
+    cuda: list[Tensor]
+
+
+def random_states() -> RandomStates:
     """Return the state of every global generator in use: torch's, Python's and NumPy's."""
-    states: dict[str, Any] = {"torch": torch.random.get_rng_state(), **python_states()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return RandomStates(torch.random.get_rng_state(), python_states(), devices)
 
 
-def python_states() -> dict[str, Any]:
+def python_states() -> PythonStates:
     """Return the states of the generators that a trace does not see: Python's and NumPy's."""
-    states: dict[str, Any] = {"python": random.getstate()}
-    if numpy := sys.modules.get("numpy.random"):
-        states["numpy"] = numpy.get_state()
-    return states
+    numpy = sys.modules.get("numpy.random")
+    return PythonStates(random.getstate(), None if numpy is None else numpy.get_state())
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
+def restore_random_states(states: RandomStates) -> None:
     """Set the global generators to `states`."""
-    torch.random.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        sys.modules["numpy.random"].set_state(states["numpy"])
+    torch.random.set_rng_state(states.torch)
+    random.setstate(states.python.python)
+    if states.cuda:
+        torch.cuda.set_rng_state_all(states.cuda)
+    if states.python.numpy is not None:
+        sys.modules["numpy.random"].set_state(states.python.numpy)
 
 
 @contextmanager
@@ -71,15 +85,15 @@ class Memory:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self.kept: dict[int, tuple[Any, Any]] = {}
+        self.kept: dict[int, tuple[Container, Container]] = {}
         self.tensors: dict[int, Tensor] = {}
         for module in root.modules():
             self._keep(module.__dict__, into_objects=True)
 
-    def _keep(self, value: Any, into_objects: bool) -> None:
+    def _keep(self, value: object, into_objects: bool) -> None:
         if isinstance(value, Tensor):
             self.tensors[id(value)] = value
-        elif type(value) in CONTAINERS:
+        elif _is_container(value):
             if id(value) not in self.kept:
                 self.kept[id(value)] = (value, value.copy())
                 for item in value.values() if isinstance(value, dict) else value:
@@ -91,28 +105,41 @@ class Memory:
             # Go no deeper: the objects of an object (a trainer, a process group) can reach the whole program.
             self._keep(value.__dict__, into_objects=False)
 
-    def changed(self) -> list[Any]:
+    def changed(self) -> list[Container]:
         """Return the containers that no longer hold the very same objects."""
         return [value for value, copy in self.kept.values() if not _holds_same(value, copy)]
 
     def restore(self) -> None:
         """Restore the contents of the changed containers."""
         for value in self.changed():
-            copy = self.kept[id(value)][1]
-            value.clear()
-            value.extend(copy) if isinstance(value, list | deque) else value.update(copy)
+            _refill(value, self.kept[id(value)][1])
 
 
-def _is_plain_object(value: Any) -> bool:
+def _refill(value: Container, contents: Container) -> None:
+    value.clear()
+    if isinstance(value, list | deque):
+        value.extend(contents)
+    elif isinstance(value, set):
+        value.update(contents)
+    else:
+        assert isinstance(contents, dict)
+        value.update(contents)
+
+
+def _is_container(value: object) -> TypeGuard[Container]:
+    return type(value) in CONTAINERS
+
+
+def _is_plain_object(value: object) -> bool:
     """Return whether a value has its own attributes and is neither code nor a module; modules are visited anyway."""
     if isinstance(value, nn.Module | type) or callable(value) or type(value).__module__.startswith("torch."):
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _holds_same(value: Any, copy: Any) -> bool:
+def _holds_same(value: Container, copy: Container) -> bool:
     if len(value) != len(copy):
         return False
-    if isinstance(value, dict):
+    if isinstance(value, dict) and isinstance(copy, dict):
         return list(value) == list(copy) and all(value[key] is copy[key] for key in copy)
     return value == copy if isinstance(value, set) else all(a is b for a, b in zip(value, copy, strict=True))

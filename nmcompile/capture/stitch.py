@@ -6,10 +6,10 @@ A module that cannot be traced is rolled back and stays one call; so do torch.nn
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from torch import fx, nn
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture.clones import own_copy, shadow_tree
 from nmcompile.capture.names import operator_name, summary
 from nmcompile.capture.products import rewrite_products
@@ -52,7 +52,7 @@ def _graph_of(model: nn.Module, protected: frozenset[int]) -> fx.Graph:
     raise failures[0]
 
 
-def _optional(model: nn.Module) -> dict[str, Any]:
+def _optional(model: nn.Module) -> dict[str, object]:
     """Return the defaults of the root's optional arguments if it has required ones too: a plain call uses them."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     if not any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters):
@@ -60,7 +60,7 @@ def _optional(model: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def _scoped(graph: fx.Graph, scopes: Mapping[str, tuple[str, Any]]) -> fx.Graph:
+def _scoped(graph: fx.Graph, scopes: Mapping[str, tuple[str, object]]) -> fx.Graph:
     result = own_copy(graph)
     for node, original in zip(result.nodes, graph.nodes, strict=True):
         node.meta[SCOPE] = scopes.get(original.name, ("", None))[0]
@@ -70,10 +70,10 @@ def _scoped(graph: fx.Graph, scopes: Mapping[str, tuple[str, Any]]) -> fx.Graph:
 class StitchTracer(ModuleTracer):
     """A tracer that traces through the children whose code can be traced."""
 
-    def __init__(self, model: nn.Module, bindings: Mapping[str, Any], protected: frozenset[int]) -> None:
+    def __init__(self, model: nn.Module, bindings: Kwargs, protected: frozenset[int]) -> None:
         super().__init__(bindings, protected)
         self.originals = {id(module): name for name, module in model.named_modules()}
-        self.cache: dict[str, Any] = {}
+        self.cache: dict[str, fx.Proxy] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_plain_sequence = isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward
@@ -82,11 +82,13 @@ class StitchTracer(ModuleTracer):
     def path_of_module(self, mod: nn.Module) -> str:
         return self.originals[id(mod)] if id(mod) in self.originals else super().path_of_module(mod)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict[str, fx.Proxy]) -> object:
         self.cache = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., object], args: Args, kwargs: dict[str, object]
+    ) -> object:
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)

@@ -11,7 +11,6 @@ import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx, nn
 
@@ -63,7 +62,7 @@ class _Step:
     """One instruction; an instruction that Python fuses becomes two steps."""
 
     name: str
-    value: Any
+    value: object
     line: int
     is_target: bool
 
@@ -86,7 +85,7 @@ def unseen_tests(frame: types.FrameType, probed: set[str]) -> Iterator[str]:
             yield f"its code {test.question} ({os.path.basename(file)}, line {test.line}: {source})"
 
 
-def _is_fixed(operand: Operand, entry: Mapping[str, Any]) -> bool:
+def _is_fixed(operand: Operand, entry: Mapping[str, object]) -> bool:
     if not operand.is_known or operand.local not in entry:
         return operand.is_known
     value = entry[operand.local]
@@ -99,7 +98,7 @@ def _is_fixed(operand: Operand, entry: Mapping[str, Any]) -> bool:
     return not isinstance(value, fx.Proxy) or value.node.op == "get_attr"
 
 
-def _argument_name(operand: Operand, entry: Mapping[str, Any]) -> str:
+def _argument_name(operand: Operand, entry: Mapping[str, object]) -> str:
     """Return the model's argument that an operand is, or ""."""
     value = entry.get(operand.local) if operand.is_known and not operand.attributes else None
     if not isinstance(value, fx.Proxy) or value.node.op != "placeholder":
@@ -191,7 +190,7 @@ class _Code:
         return frozenset(found)
 
 
-def _taken_apart(one: dis.Instruction) -> list[tuple[str, Any]]:
+def _taken_apart(one: dis.Instruction) -> list[tuple[str, object]]:
     """Split a fused instruction such as `LOAD_FAST_LOAD_FAST (x, y)` into two steps."""
     if not isinstance(one.argval, tuple) or "_FAST" not in one.opname:
         return [(one.opname, one.argval)]

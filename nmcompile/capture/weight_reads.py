@@ -8,7 +8,6 @@ import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -107,7 +106,7 @@ def reachable_functions(module: nn.Module) -> list[types.FunctionType]:
     return list(found.values())
 
 
-def _plain_function(value: Any) -> types.FunctionType | None:
+def _plain_function(value: object) -> types.FunctionType | None:
     """Return the Python function behind a method, a property or a decorator, unless it is torch's own machinery."""
     value = getattr(value, "fget", None) or getattr(value, "__func__", value)
     value = inspect.unwrap(value) if callable(value) else value
@@ -131,15 +130,16 @@ def _has_contents(cell: types.CellType) -> bool:
 
 def _resolve(module: nn.Module, chain: Chain, names: dict[int, str]) -> tuple[str | None, tuple[str, ...]]:
     """Return the layer that a chain leads to, and the names after it; None if it leads to no layer."""
-    current: Any = module
+    current = module
     for index, name in enumerate(chain.names if chain.of_self else ()):
         if name == "weight":
             return None, ()
-        current = current._modules.get(name)
-        if current is None:
+        child = current._modules.get(name)
+        if child is None:
             break
-        if id(current) in names:
-            return names[id(current)], chain.names[index + 1 :]
+        if id(child) in names:
+            return names[id(child)], chain.names[index + 1 :]
+        current = child
     return None, chain.names
 
 

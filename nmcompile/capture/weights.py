@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
@@ -12,7 +11,7 @@ from nmcompile.capture.clones import fake_clone
 from nmcompile.capture.names import join
 from nmcompile.capture.sites import is_layer
 from nmcompile.ir.calls import Call
-from nmcompile.ir.expression import expression_of
+from nmcompile.ir.expression import expression_of, value_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def adds_bias(module: nn.Module, call: Call, width: int) -> bool:
     if call.function != "addmm" or not isinstance(bias, fx.Node):
         return True
     found = read_attribute(module, str(bias.target)) if bias.op == "get_attr" else weight_at(module, bias)
-    return found is not None and tuple(found.shape) == (width,)
+    return tuple(getattr(found, "shape", ())) == (width,)
 
 
 def _weight(module: nn.Module, expression: list[fx.Node], named: dict[str, Tensor]) -> Weight:
@@ -92,7 +91,7 @@ def _weight(module: nn.Module, expression: list[fx.Node], named: dict[str, Tenso
     if not named:
         return Weight((), ids, (), is_expression, "its weight is neither a parameter nor computed from one")
     try:
-        tensor = _fake_value(module, expression) if is_expression else next(iter(named.values()))
+        tensor = _fake_value(module, expression[-1]) if is_expression else next(iter(named.values()))
     except Exception as error:
         reason = f"the shape of its computed weight is unknown ({type(error).__name__})"
         return Weight(names, ids, (), is_expression, reason)
@@ -123,7 +122,7 @@ def _hooked_parameters(module: nn.Module, target: str) -> list[tuple[str, Tensor
     return [(join(path, one), tensor) for one, tensor in named if one.startswith(f"{name}_")]
 
 
-def read_attribute(module: nn.Module, target: str) -> Any:
+def read_attribute(module: nn.Module, target: str) -> object:
     """Return the value of a get_attr node, without running properties such as a parametrized weight."""
     path, _, name = target.rpartition(".")
     owner = module.get_submodule(path)
@@ -149,25 +148,20 @@ def _is_constant(module: nn.Module, node: fx.Node) -> bool:
     return node.op != "placeholder"
 
 
-def _fake_value(module: nn.Module, expression: list[fx.Node]) -> Tensor:
-    """Return the expression's value without data: no arithmetic, no random numbers, no change to a buffer."""
-    values: dict[fx.Node, Any] = {}
-    reads = [node for node in expression if node.op == "get_attr"]
+def _fake_value(module: nn.Module, node: fx.Node) -> Tensor:
+    """Return the value of an expression without data: no arithmetic, no random numbers, no change to a buffer."""
+    reads = {str(one.target) for one in expression_of(node) if one.op == "get_attr"}
     # The result of a hook is not a leaf, which torch would warn about.
-    stored = {node: read_attribute(module, str(node.target)).detach() for node in reads}
+    stored = {name: _stored(module, name).detach() for name in reads}
     with FakeTensorMode() as mode:
-        for node in expression:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            read = stored.get(node)
-            values[node] = _run(module, node, args, kwargs, mode) if read is None else mode.from_tensor(read)
-    result = values[expression[-1]]
-    assert isinstance(result, Tensor)
-    return result
+        return value_of(
+            node,
+            attribute=lambda name: mode.from_tensor(stored[name]),
+            submodule=lambda name: fake_clone(module.get_submodule(name), mode),
+        )
 
 
-def _run(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
-    if node.op == "call_module":
-        return fake_clone(module.get_submodule(str(node.target)), mode)(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _stored(module: nn.Module, target: str) -> Tensor:
+    value = read_attribute(module, target)
+    assert isinstance(value, Tensor)
+    return value

@@ -97,4 +97,4 @@ def _misfit(axis: str, layer: Layer, pruning: Pruning) -> str:
     size = layer.in_features if axis == "in" else layer.out_features // layer.groups
     kind = "features" if layer.kind == "linear" else "channels"
     per_group = " per group" if layer.groups > 1 else ""
-    return f"{size} {axis}-{kind}{per_group} are no multiple of {pruning.pattern.block}"
+    return f"{size} {axis}-{kind}{per_group} are not a multiple of {pruning.pattern.block}"

@@ -32,7 +32,7 @@ class OutputPlanner:
         pruning = asked.input
         if pruning is not None and layer.out_features % pruning.pattern.block:
             reason = (
-                f"its output is not pruned: {layer.out_features} channels are no multiple of {pruning.pattern.block}"
+                f"its output is not pruned: {layer.out_features} channels are not a multiple of {pruning.pattern.block}"
             )
             yield PlanRow(layer.name, Phase.FORWARD, reason=reason)
         elif pruning is not None:

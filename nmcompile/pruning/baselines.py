@@ -1,4 +1,4 @@
-"""What the paper compares MVUE with: the rows of its Table 2, and SDGP."""
+"""Baselines that the paper compares MVUE with: the rows of its Table 2, and SDGP."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ SDGP_EPSILON = 1e-4  # as published (McDanel et al. 2022)
 def select_uniform(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
     """Keep every element with probability N / M, unchanged: the positions floor(((u + j) M) / N), j = 0, ..., N - 1.
 
-    The last one is M - 1 at most, which u + j may reach by rounding.
+    The last one is clamped to M - 1, as u + j may round up to N.
     """
     kept = torch.zeros_like(blocks, dtype=torch.bool)
     index = torch.arange(pattern.block, device=blocks.device).unsqueeze(1)
@@ -25,18 +25,18 @@ def select_uniform(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
 
 
 def select_unbiased(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
-    """The elements of `uniform`, emitted as a (M / N), the constant rounded to the dtype of the arithmetic."""
+    """Keep the elements of `uniform`, emitted as a (M / N), the constant rounded to the dtype of the arithmetic."""
     return Selection(select_uniform(blocks, pattern, u).mask, blocks * (pattern.block / pattern.n_keep))
 
 
 def select_biased(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
-    """The elements of `mvue`, unchanged."""
+    """Keep the elements of `mvue`, unchanged."""
     saturated, sampled, _ = sample(blocks.abs(), pattern.n_keep, u[0])
     return Selection(saturated | sampled)
 
 
 def rescale_l1(x: Tensor, pruned: Tensor, dim: int) -> Tensor:
-    """Kept values times Σ|x| / (Σ|pruned| + 1e-4), per sample and channel.
+    """Multiply kept values by Σ|x| / (Σ|pruned| + 1e-4), per sample and channel.
 
     For `(samples, channels, *spatial)` pruned along dim 1, the sums run over the spatial dims, as published. For any
     other tensor, such as `(..., tokens, features)` pruned along its last dim, they run along `dim`: the channels of a

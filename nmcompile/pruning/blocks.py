@@ -1,8 +1,8 @@
-"""Cut a tensor into blocks of M consecutive elements along a dim, and put it together again.
+"""Cut a tensor into blocks of M consecutive elements along a dim, and join them again.
 
-Blocks are held as a tensor `(M, blocks)`: row i holds element i of every block, so that arithmetic along a block is
-elementwise arithmetic on rows. Block b counts the blocks in C order over the shape of the tensor with `dim` replaced by
-its number of blocks, whatever the strides: kernels draw the random number of a block by this index.
+Blocks are a tensor `(M, blocks)`: row i holds element i of every block, so arithmetic along a block is elementwise
+arithmetic on rows. Block b counts the blocks in C order over the shape of the tensor with `dim` replaced by its number
+of blocks, whatever the strides: kernels draw the random number of a block by this index.
 """
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def split(x: Tensor, dim: int, block: int) -> Tensor:
-    """The blocks of `x` along `dim` (non-negative), `(M, blocks)`; may share memory with `x`.
+    """Return the blocks of `x` along `dim` (non-negative), `(M, blocks)`; they may share memory with `x`.
 
     A partial last block is padded with zeros. `x` has at least one element.
     """
@@ -22,7 +22,7 @@ def split(x: Tensor, dim: int, block: int) -> Tensor:
 
 
 def join(blocks: Tensor, like: Tensor, dim: int) -> Tensor:
-    """The inverse of `split`: a view of the blocks in the shape of `like`, without the padding."""
+    """Invert `split`: return a view of the blocks in the shape of `like`, without the padding."""
     block, length = blocks.shape[0], like.shape[dim]
     outer = list(like.shape)
     outer[dim] = -(-length // block)

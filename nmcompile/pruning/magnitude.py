@@ -14,7 +14,7 @@ def select_by_magnitude(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Select
 
 
 def select_by_value(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
-    """Keep the N largest elements with their sign, unchanged: for activations after a ReLU, where it saves the |a|.
+    """Keep the N largest elements with their sign, unchanged: for activations after a ReLU, where |a| is a itself.
 
     The zeros that pad a partial block outrank its negative elements.
     """
@@ -26,7 +26,7 @@ greedy_by_value = BlockOperator("greedy_by_value", select_by_value)
 
 
 def mask(x: Tensor, pattern: NMPattern | str, dim: int = -1) -> Tensor:
-    """The mask of `greedy`, bool of the shape of `x`: N of every M, also where the block is zero.
+    """Return the mask of `greedy`, bool of the shape of `x`: N of every M, also where the block is zero.
 
     Args:
         x: float64, float32, bfloat16 or float16 of any shape but 0-d.
@@ -34,6 +34,6 @@ def mask(x: Tensor, pattern: NMPattern | str, dim: int = -1) -> Tensor:
         dim: the dim along which blocks run.
 
     Raises:
-        OperandError: `x` is no tensor that the operator takes.
+        OperandError: `x` is not a tensor that the operator takes.
     """
     return greedy.mask(x, pattern, dim)

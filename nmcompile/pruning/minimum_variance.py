@@ -55,7 +55,7 @@ def sample(a: Tensor, n_keep: int, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fill(a: Tensor, n_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Water-filling: the saturated elements, R and S. N rounds do; one that saturates nothing changes nothing."""
+    """Run water-filling; return the saturated elements, R and S. N rounds do; one that saturates nothing is idle."""
     saturated = torch.zeros_like(a, dtype=torch.bool)
     remaining = torch.full_like(a[0], n_keep)
     for _ in range(n_keep):

@@ -13,7 +13,7 @@ from nmcompile.pruning.selection import Selection, first_above, nearest, running
 
 
 def select_one_of_two(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
-    """Equation (7): keep a of [a, b] where u (|a| + |b|) < |a|, else b; emit sign (|a| + |b|)."""
+    """Keep a of [a, b] if u (|a| + |b|) < |a|, else b; emit sign (|a| + |b|), by Equation (7)."""
     a = blocks.abs()
     both = a[0] + a[1]
     first = (u[0] * both < a[0]) | (a[1] == 0)
@@ -21,7 +21,7 @@ def select_one_of_two(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selectio
 
 
 def select_pairs(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
-    """Appendix A.2: sort the four magnitudes, draw a pair by Equations (37), (39) or (40), emit a_i / p_i.
+    """Sort the four magnitudes, draw a pair by Equations (37), (39) or (40), and emit a_i / p_i, as in Appendix A.2.
 
     a_i / p_i is sign(a_i) (a_1 + a_2 + a_3 + a_4) / 2 in cases 1 and 2. In case 3 the largest is emitted unchanged and
     the other one as sign(a_i) (a_1 + a_2 + a_3), which leaves blocks with at most two non-zeros unchanged.
@@ -39,11 +39,11 @@ def select_pairs(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
 
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
-"""p12, p13, p14, p23, p24, p34 of the paper, as indices into the sorted block."""
+"""Indices into the sorted block of the paper's p12, p13, p14, p23, p24, p34."""
 
 
 def _pair_weights(a: Tensor) -> Tensor:
-    """2 (a1 + a2 + a3 + a4) p_ij of `PAIRS` in cases 1 and 2, a_i of the pairs (i, 4) in case 3, `(6, blocks)`."""
+    """Return 2 (a1 + a2 + a3 + a4) p_ij of `PAIRS` in cases 1 and 2, a_i of (i, 4) in case 3, `(6, blocks)`."""
     a1, a2, a3, a4 = a
     zero = torch.zeros_like(a1)
     top = 2 * (a3 + a4 - a1 - a2)
@@ -55,7 +55,7 @@ def _pair_weights(a: Tensor) -> Tensor:
 
 
 def select_approx(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
-    """Section 4.4: two draws without replacement, each with probability ∝ |a|; emit a_i / p_i, p_i by Equation (25)."""
+    """Draw twice without replacement with probability ∝ |a|; emit a_i / p_i, p_i by Equation (25) (Section 4.4)."""
     a = blocks.abs()
     nonzero = a > 0
     chosen = _draw(a, nonzero, u[0])
@@ -65,13 +65,13 @@ def select_approx(blocks: Tensor, pattern: NMPattern, u: Tensor) -> Selection:
 
 
 def _draw(a: Tensor, allowed: Tensor, u: Tensor) -> Tensor:
-    """The mask of one element drawn with probability ∝ a; the nearest allowed one where rounding leaves none."""
+    """Return the mask of one element drawn with probability ∝ a; the nearest allowed one if rounding leaves none."""
     sums = running_sums(a)
     return nearest(allowed, first_above(sums, u * sums[-1]))
 
 
 def _inverse_probability(a: Tensor) -> Tensor:
-    """a_i / p_i = S / (1 + Σ_{k≠i} a_k / (S - a_k)), `(M, blocks)`, at least a_i; sums leave elements out by index."""
+    """Return a_i / p_i = S / (1 + Σ_{k≠i} a_k / (S - a_k)), `(M, blocks)`, at least a_i; sums omit by index."""
     block = a.shape[0]
     others = [total(torch.cat([a[:k], a[k + 1 :]])) for k in range(block)]
     odds = a / torch.stack(others)

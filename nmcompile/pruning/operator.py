@@ -1,4 +1,4 @@
-"""What a pruning operator is, and the one that works on blocks."""
+"""The protocol of pruning operators, and the operator that works on blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ from nmcompile.pruning.selection import Selection, largest, magnitudes, total
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Select = Callable[[Tensor, NMPattern, Tensor], Selection]
-"""(blocks `(M, blocks)`, pattern, uniform numbers `(draws, blocks)`) -> what to keep; all in float32, or float64."""
+"""(blocks `(M, blocks)`, pattern, uniform numbers `(draws, blocks)`) -> selection; all in float32, or float64."""
 
 Rescale = Callable[[Tensor, Tensor, int], Tensor]
 """(dense tensor, pruned tensor, dim) -> pruned tensor with other values and the same zeros."""
 
 
 class PruningOperator(Protocol):
-    """N of every M consecutive elements of a tensor along a dim, the others zero."""
+    """An operator that keeps N of every M consecutive elements of a tensor along a dim, and zeros the others."""
 
     @property
     def name(self) -> str:
-        """The operator's name in `OPERATORS`, configs and reports."""
+        """Return the operator's name in `OPERATORS`, configs and reports."""
 
     @property
     def unbiased(self) -> bool:
-        """Whether the expectation of the result is the tensor."""
+        """Return whether the expectation of the result is the tensor."""
 
     @property
     def needs_key(self) -> bool:
-        """Whether the operator draws random numbers."""
+        """Return whether the operator draws random numbers."""
 
     def __call__(
         self,
@@ -47,13 +47,13 @@ class PruningOperator(Protocol):
         generator: torch.Generator | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """`x` pruned, with a key drawn from `generator` if the operator needs one."""
+        """Prune `x`, with a key drawn from `generator` if the operator needs one."""
 
     def prune(self, x: Tensor, pattern: NMPattern | str, dim: int, key: Tensor | None) -> Tensor:
-        """`x` pruned with a given key."""
+        """Prune `x` with a given key."""
 
     def mask(self, x: Tensor, pattern: NMPattern | str, dim: int = -1) -> Tensor:
-        """The elements that a deterministic operator keeps."""
+        """Return the mask of the elements that a deterministic operator keeps."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class BlockOperator:
 
     Rules that hold for every operator: the result has the shape, dtype and device of the input, the strides of
     `torch.empty_like(x)`, and no gradient history; the input is never modified; a partial last block counts as padded
-    with zeros; a random operator prunes a block whose magnitudes have no finite sum as `greedy` does with NaN and
-    infinity first, so that it stays non-finite.
+    with zeros; a random operator prunes a block whose magnitudes have no finite sum as `greedy` does, with NaN and
+    infinity first, so the block stays non-finite.
 
     Args:
         name: the name in `OPERATORS`.
-        select: what to keep of blocks `(M, blocks)`.
+        select: selects the elements to keep of blocks `(M, blocks)`.
         draws: uniform numbers per block; block b uses the numbers `draws * b`, ..., `draws * b + draws - 1`.
         unbiased: whether the expectation of the result is the input.
-        patterns: what patterns fit, `"1:2"`; a letter stands for any number.
-        rescale: changes the kept values once the tensor is put together again.
+        patterns: the patterns that fit, `"1:2"`; a letter stands for any number.
+        rescale: changes the kept values after the blocks are joined again.
     """
 
     name: str
@@ -83,7 +83,7 @@ class BlockOperator:
 
     @property
     def needs_key(self) -> bool:
-        """Whether the operator draws random numbers."""
+        """Return whether the operator draws random numbers."""
         return self.draws > 0
 
     def __call__(
@@ -108,7 +108,7 @@ class BlockOperator:
             `out`, or a new tensor of the shape, dtype and device of `x`, with the strides of `torch.empty_like(x)`.
 
         Raises:
-            OperandError: `x` or `out` is no tensor that the operator takes.
+            OperandError: `x` or `out` is not a tensor that the operator takes.
             ConfigError: the pattern does not fit the operator.
         """
         fitting, axis = self._fit(pattern), check(x, dim)
@@ -121,7 +121,7 @@ class BlockOperator:
         """Prune `x` along `dim` with a 64-bit key, 0-d int64 (see `draw_key`); `None` if the operator draws nothing.
 
         Raises:
-            OperandError: `x` is no tensor that the operator takes, or the key is missing or of another shape or dtype.
+            OperandError: the operator does not take `x`, or the key is missing or of another shape or dtype.
             ConfigError: the pattern does not fit the operator.
         """
         if self.needs_key and (not isinstance(key, Tensor) or key.dtype != torch.int64 or key.dim() != 0):
@@ -130,10 +130,10 @@ class BlockOperator:
         return self.write(x, self._fit(pattern), check(x, dim), key, None)
 
     def mask(self, x: Tensor, pattern: NMPattern | str, dim: int = -1) -> Tensor:
-        """The elements that the operator keeps, bool of the shape of `x`; zeros count as kept where they rank first.
+        """Return the mask of the kept elements, bool of the shape of `x`; zeros count as kept where they rank first.
 
         Raises:
-            OperandError: `x` is no tensor that the operator takes.
+            OperandError: `x` is not a tensor that the operator takes.
             ConfigError: the operator is random, or the pattern does not fit it.
         """
         if self.needs_key:
@@ -173,10 +173,10 @@ class BlockOperator:
 
 
 def check(x: Tensor, dim: int) -> int:
-    """`dim` as a non-negative number, if operators can prune `x` along it.
+    """Return `dim` as a non-negative number, if operators can prune `x` along it.
 
     Raises:
-        OperandError: `x` is no dense float tensor, or has no such dim.
+        OperandError: `x` is not a dense float tensor, or has no such dim.
     """
     check_tensor("the tensor to prune", x)
     shape = tuple(x.shape)

@@ -1,4 +1,4 @@
-"""2:4 tensors without their zeros: the two kept values of every group of four, and where they were.
+"""2:4 tensors without their zeros: the two kept values of every group of four, and their places.
 
 The indices are two bits for each kept value, its place in the group, in increasing order: the first group's four bits
 are the low half of a byte, the next group's the high half. A last group without a neighbour leaves the high half zero.
@@ -29,10 +29,10 @@ class Packed(NamedTuple):
 
 
 def packed_shapes(shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of values and indices of a tensor of this shape, packed along `dim`.
+    """Return the shapes of values and indices of a tensor of this shape, packed along `dim`.
 
     Raises:
-        OperandError: the size of the dim is no multiple of four.
+        OperandError: the size of the dim is not a multiple of four.
     """
     size = shape[dim]
     if size % GROUP:
@@ -45,10 +45,10 @@ def packed_shapes(shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], tu
 
 
 def two_of_four(x: Tensor, dim: int) -> Tensor:
-    """The mask that packs a tensor with at most two non-zeros in every group of four along `dim`.
+    """Return the mask that packs a tensor with at most two non-zeros in every group of four along `dim`.
 
-    It is true for the non-zeros and, where there are fewer than two, for the first zeros of the group. bool of the
-    shape of `x`; the size of `dim` is a multiple of four.
+    It is true for the non-zeros and, if there are fewer than two, for the first zeros of the group. bool of the shape
+    of `x`; the size of `dim` is a multiple of four.
 
     Raises:
         OperandError: the dim does not exist.
@@ -61,7 +61,7 @@ def two_of_four(x: Tensor, dim: int) -> Tensor:
 
 
 def pack(x: Tensor, mask: Tensor, dim: int) -> Packed:
-    """Keep what the mask keeps of `x`.
+    """Keep the elements of `x` that the mask keeps.
 
     Args:
         x: float64, float32, bfloat16 or float16.
@@ -79,7 +79,7 @@ def pack(x: Tensor, mask: Tensor, dim: int) -> Packed:
     groups = mask.movedim(dim, -1).unflatten(-1, (-1, GROUP))
     if not bool((groups.sum(-1) == KEPT).all()):
         raise OperandError(f"the mask does not keep {KEPT} of every {GROUP} elements along dim {dim}; pack 2:4 masks")
-    # A stable sort leaves the kept places in front, in increasing order.
+    # A stable sort puts the kept places first, in increasing order.
     places = groups.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :KEPT]
     values = x.detach().movedim(dim, -1).unflatten(-1, (-1, GROUP)).gather(-1, places)
     codes = places[..., 0] | places[..., 1] << 2
@@ -90,7 +90,7 @@ def pack(x: Tensor, mask: Tensor, dim: int) -> Packed:
 
 
 def unpack(packed: Packed, dim: int) -> Tensor:
-    """The tensor with its zeros, contiguous, of the dtype of the values."""
+    """Return the tensor with its zeros, contiguous, of the dtype of the values."""
     values = packed.values.movedim(dim, -1).unflatten(-1, (-1, KEPT))
     codes = packed.indices.movedim(dim, -1).unsqueeze(-1)
     shifts = torch.tensor([0, 4], dtype=torch.uint8, device=codes.device)

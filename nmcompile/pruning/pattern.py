@@ -8,8 +8,10 @@ from nmcompile.checks import described
 from nmcompile.errors import ConfigError
 
 LARGEST_BLOCK = 1024
-"""Elements of a block. A pattern may come from a file, and operators pad a tensor to whole blocks; no hardware and no
-paper goes beyond 64."""
+"""Largest number of elements of a block.
+
+A pattern may come from a file, and operators pad a tensor to whole blocks; no hardware and no paper goes beyond 64.
+"""
 DIGITS = 20
 FORM = re.compile(rf"\s*([0-9]{{1,{DIGITS}}})\s*:\s*([0-9]{{1,{DIGITS}}})\s*")
 
@@ -45,7 +47,7 @@ class NMPattern:
 
     @property
     def density(self) -> float:
-        """The fraction of elements that is kept."""
+        """Return the fraction of elements that is kept."""
         return self.n_keep / self.block
 
     def __str__(self) -> str:

@@ -1,14 +1,13 @@
-"""Philox4x32-10, the counter-based random numbers of all operators (Salmon et al. 2011, "Parallel Random Numbers: As
-Easy as 1, 2, 3").
+"""Philox4x32-10, the counter-based random numbers of all operators.
 
-A key is 64 bits, held in a 0-d int64 tensor; its low and high 32 bits are the two words of the Philox key. Uniform
-number i of a key is
+Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3". A key is 64 bits, held in a 0-d int64 tensor; its low
+and high 32 bits are the two words of the Philox key. Uniform number i of a key is
 
     c = i >> 2
     words = philox4x32_10(counter=(c & 0xffffffff, c >> 32, 0, 0), key)
     u = (words[i & 3] >> 8) * 2**-24         exact in float32, 0 <= u < 1
 
-so that a kernel computes the number of any block without the others. 32-bit words are held in int64 tensors.
+so a kernel computes the number of any block without the others. 32-bit words are held in int64 tensors.
 """
 
 import torch
@@ -30,7 +29,7 @@ def draw_key(generator: torch.Generator | None = None, device: torch.device | st
 
     Args:
         generator: where the key comes from, on any device; `None` is torch's default CPU generator.
-        device: where the key is wanted; `None` leaves it on the generator's device.
+        device: device of the key; `None` leaves it on the generator's device.
     """
     check_kind("generator", generator, torch.Generator | None, "a torch.Generator, or None for torch's own")
     check_kind("device", device, torch.device | str | None, "a torch.device, its name, or None")
@@ -45,11 +44,11 @@ def _device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"device {name!r} is none that torch knows; give 'cpu' or 'cuda:0', for example") from error
+        raise ConfigError(f"device {name!r} is unknown to torch; give 'cpu' or 'cuda:0', for example") from error
 
 
 def uniforms(key: Tensor, count: int, per_block: int = 1) -> Tensor:
-    """Uniform numbers of `count` blocks, float32 `(per_block, count)` on the key's device.
+    """Return uniform numbers of `count` blocks, float32 `(per_block, count)` on the key's device.
 
     Row k holds the numbers `per_block * b + k` of the blocks b = 0, 1, 2, ...
     """
@@ -62,7 +61,7 @@ def uniforms(key: Tensor, count: int, per_block: int = 1) -> Tensor:
 
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> Words:
-    """Philox4x32-10 of a counter and a key, each word an int64 tensor in [0, 2**32)."""
+    """Compute Philox4x32-10 of a counter and a key, each word an int64 tensor in [0, 2**32)."""
     for _ in range(ROUNDS):
         high0, low0 = _multiply(c0, MULTIPLIERS[0])
         high1, low1 = _multiply(c2, MULTIPLIERS[1])
@@ -72,6 +71,6 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: T
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product; int64 wraps around, and the mask takes the sign's copies off."""
+    """Return high and low 32 bits of a product; int64 wraps around, and the mask removes the copies of the sign."""
     product = word * multiplier
     return (product >> 32) & LOW, product & LOW

@@ -1,7 +1,7 @@
-"""Which elements of a block to keep: ranks, sequential sums, nearest candidates.
+"""Choice of the elements of a block to keep: ranks, sequential sums, nearest candidates.
 
-All of it is elementwise on the rows of blocks `(M, blocks)`, and floats are added in index order, so that every device
-and every kernel gets the same bits. Sums over a dim are only taken of booleans and integers.
+Everything is elementwise on the rows of blocks `(M, blocks)`, and floats are added in index order, so every device and
+every kernel gets the same bits. Sums over a dim are only taken of booleans and integers.
 """
 
 from typing import NamedTuple
@@ -13,9 +13,9 @@ PAIRWISE_LIMIT = 32  # larger blocks rank faster by sorting: 4M elements take 0.
 
 
 class Selection(NamedTuple):
-    """What an operator does to blocks `(M, blocks)`: the elements it keeps and what it puts there.
+    """The effect of an operator on blocks `(M, blocks)`: the elements it keeps and the values it emits.
 
-    `mask` is bool; `values` has the dtype of the arithmetic, or is `None` where kept elements stay as they are.
+    `mask` is bool; `values` has the dtype of the arithmetic, or is `None` if kept elements are unchanged.
     """
 
     mask: Tensor
@@ -23,12 +23,12 @@ class Selection(NamedTuple):
 
 
 def magnitudes(blocks: Tensor) -> Tensor:
-    """|a| by which elements rank; non-finite elements rank first, as infinity."""
+    """Return |a|, by which elements rank; non-finite elements rank first, as infinity."""
     return torch.where(torch.isfinite(blocks), blocks.abs(), torch.inf)
 
 
 def largest(scores: Tensor, n_keep: int) -> Tensor:
-    """The mask of the N largest scores (no NaN) of every block; ties go to the lowest index."""
+    """Return the mask of the N largest scores (no NaN) of every block; ties go to the lowest index."""
     block = scores.shape[0]
     if block > PAIRWISE_LIMIT:
         order = torch.sort(scores, dim=0, descending=True, stable=True).indices[:n_keep]
@@ -42,7 +42,7 @@ def largest(scores: Tensor, n_keep: int) -> Tensor:
 
 
 def running_sums(a: Tensor) -> Tensor:
-    """s_i = a_0 + ... + a_i of every block, added in index order."""
+    """Return s_i = a_0 + ... + a_i of every block, added in index order."""
     sums = a.clone()
     for i in range(1, a.shape[0]):
         torch.add(sums[i - 1], a[i], out=sums[i])
@@ -50,7 +50,7 @@ def running_sums(a: Tensor) -> Tensor:
 
 
 def total(a: Tensor) -> Tensor:
-    """The sum of every block, `(blocks,)`, added in index order."""
+    """Return the sum of every block, `(blocks,)`, added in index order."""
     result = a[0].clone()
     for row in a[1:]:
         result += row
@@ -58,12 +58,12 @@ def total(a: Tensor) -> Tensor:
 
 
 def first_above(sums: Tensor, threshold: Tensor) -> Tensor:
-    """The index of the first running sum above the threshold, int32 `(blocks,)`; M where none is."""
+    """Return the index of the first running sum above the threshold, int32 `(blocks,)`; M if there is none."""
     return (sums <= threshold).sum(0, dtype=torch.int32)
 
 
 def nearest(allowed: Tensor, position: Tensor) -> Tensor:
-    """The mask of the allowed element nearest to `position` in every block; ties go to the lower index.
+    """Return the mask of the allowed element nearest to `position` in every block; ties go to the lower index.
 
     A position that is allowed is its own nearest; a block without an allowed element keeps nothing.
     """

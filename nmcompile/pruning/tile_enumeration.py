@@ -6,7 +6,7 @@ of the 36 x 36 pairs fit. So the best bottom half of every class is found first,
 
 In floats: a row's sum adds its kept |w| in column order, a half's sum adds its row sums in row order, and a tile's sum
 is top + bottom. Halves are ordered by their rows' kept columns, in lexicographic order ((0, 1) before (0, 2)); of equal
-bottoms the first wins, then of equal tiles the first top. Where the sums are exact, that is the first pattern in
+bottoms the first wins, then of equal tiles the first top. If the sums are exact, that is the first pattern in
 lexicographic order.
 """
 
@@ -22,24 +22,24 @@ from nmcompile.pruning.selection import total
 ENUMERABLE = 4  # largest M with few enough patterns: 90 for 2:4, but 2040 for 2:5 and 10**11 for 4:8
 
 Half = tuple[tuple[int, ...], ...]
-"""The kept columns of each row."""
+"""Kept columns of each row."""
 Counts = tuple[int, ...]
-"""How many elements each column keeps."""
+"""Number of kept elements in each column."""
 RowSums = dict[tuple[int, ...], Tensor]
-"""The sum of a row's kept elements, `(tiles,)`, by the kept columns."""
+"""Sum of a row's kept elements, `(tiles,)`, by the kept columns."""
 Best = tuple[Tensor, Tensor]
-"""The largest sum and the index of its half, `(tiles,)` each."""
+"""Largest sum and the index of its half, `(tiles,)` each."""
 
 
 @functools.cache
 def halves(n_keep: int, block: int, rows: int) -> dict[Half, Counts]:
-    """All choices of N columns in each of `rows` rows, in lexicographic order, with their counts."""
+    """Return all choices of N columns in each of `rows` rows, in lexicographic order, with their counts."""
     choices = product(combinations(range(block), n_keep), repeat=rows)
     return {half: tuple(sum(column in row for row in half) for column in range(block)) for half in choices}
 
 
 def select_by_enumeration(a: Tensor, pattern: NMPattern) -> Tensor:
-    """The mask of the largest sum of magnitudes `a`, both `(M * M, tiles)`."""
+    """Return the mask of the largest sum of magnitudes `a`, both `(M * M, tiles)`."""
     n_keep, block = pattern.n_keep, pattern.block
     sums = [_row_sums(row, n_keep) for row in torch.split(a, block)]
     cut = block // 2
@@ -61,7 +61,7 @@ def select_by_enumeration(a: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def _best_by_counts(sums: list[RowSums], members: dict[Half, Counts]) -> dict[Counts, Best]:
-    """Of the halves with equal counts, the first with the largest sum."""
+    """Find the first half with the largest sum among the halves with equal counts."""
     best: dict[Counts, Best] = {}
     for index, (half, counts) in enumerate(members.items()):
         candidate = _half_sum(sums, half)
@@ -85,6 +85,6 @@ def _half_sum(sums: list[RowSums], half: Half) -> Tensor:
 
 
 def _spread(members: dict[Half, Counts], chosen: Tensor, block: int) -> Tensor:
-    """The masks `(rows * M, tiles)` of the chosen halves."""
+    """Return the masks `(rows * M, tiles)` of the chosen halves."""
     table = torch.tensor([[column in row for row in half for column in range(block)] for half in members])
     return table.to(chosen.device)[chosen.long()].t()

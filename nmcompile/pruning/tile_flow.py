@@ -1,8 +1,8 @@
 """The exact transposable mask of a tile of any size, as a min-cost flow.
 
 Every row sends N units to the columns, every column takes N, and the edge (r, c) of capacity 1 costs -|w[r, c]|; the
-edges that carry flow are the mask. Costs are exact integers, so that the flow is the true optimum and no rounding can
-keep the solver from ending.
+edges that carry flow are the mask. Costs are exact integers, so the flow is the true optimum and no rounding can keep
+the solver from ending.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from nmcompile.pruning.pattern import NMPattern
 
 
 def select_by_flow(a: Tensor, pattern: NMPattern) -> Tensor:
-    """The mask of the largest sum of finite magnitudes `a`, both `(M * M, tiles)`."""
+    """Return the mask of the largest sum of finite magnitudes `a`, both `(M * M, tiles)`."""
     tiles = a.t().tolist()
     masks = [_tile_mask(tile, pattern) for tile in tiles]
     return torch.tensor(masks, dtype=torch.bool).t().to(a.device)
 
 
 def _tile_mask(tile: Sequence[float], pattern: NMPattern) -> list[bool]:
-    import networkx  # here, because importing it would slow down every import of nmcompile
+    import networkx  # imported here, as it would slow down every import of nmcompile
 
     block = pattern.block
     graph: networkx.DiGraph[tuple[str, int]] = networkx.DiGraph()
@@ -36,7 +36,7 @@ def _tile_mask(tile: Sequence[float], pattern: NMPattern) -> list[bool]:
 
 
 def _integers(values: Sequence[float]) -> list[int]:
-    """The values times a power of two that makes all of them integers."""
+    """Multiply the values by a power of two that makes all of them integers."""
     exact = [Fraction(value) for value in values]
     scale = max(value.denominator for value in exact)
     return [int(value * scale) for value in exact]

@@ -1,4 +1,4 @@
-"""Cut a tensor into M x M tiles along two dims, and put a mask of tiles together again."""
+"""Cut a tensor into M x M tiles along two dims, and join a mask of tiles again."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def split_tiles(w: Tensor, dims: tuple[int, int], block: int) -> Tensor:
-    """The tiles of `w`, `(M * M, tiles)`: row M * r + c holds element (r, c) of every tile.
+    """Return the tiles of `w`, `(M * M, tiles)`: row M * r + c holds element (r, c) of every tile.
 
     Tiles count in C order over the other dims, then over rows and columns of tiles. Partial tiles are padded with
     zeros. `w` has at least one element.
@@ -19,7 +19,7 @@ def split_tiles(w: Tensor, dims: tuple[int, int], block: int) -> Tensor:
 
 
 def join_tiles(tiles: Tensor, like: Tensor, dims: tuple[int, int], block: int) -> Tensor:
-    """The inverse of `split_tiles`, in the shape of `like`, without the padding."""
+    """Invert `split_tiles`, in the shape of `like`, without the padding."""
     shape = like.movedim(dims, (-2, -1)).shape
     rows, columns = shape[-2:]
     tiled = tiles.reshape(block, block, *shape[:-2], -(-rows // block), -(-columns // block))
@@ -28,10 +28,10 @@ def join_tiles(tiles: Tensor, like: Tensor, dims: tuple[int, int], block: int) -
 
 
 def tile_magnitudes(tiles: Tensor, block: int) -> Tensor:
-    """|w| for sums over a tile, in float32 (float64 for float64), all finite.
+    """Return |w| for sums over a tile, in float32 (float64 for float64), all finite.
 
-    A tile with a NaN, an infinity or sums that overflow is divided by its largest finite |w|, and its non-finite
-    elements count 2 M², so that they rank before all others.
+    A tile with a NaN, an infinity or sums that overflow is divided by its largest finite |w|. Its non-finite elements
+    count 2 M² and so rank before all others.
     """
     a = tiles.to(torch.promote_types(tiles.dtype, torch.float32)).abs()
     finite = torch.isfinite(a)

@@ -16,7 +16,7 @@ from nmcompile.pruning.tile_enumeration import ENUMERABLE, select_by_enumeration
 from nmcompile.pruning.tile_flow import select_by_flow
 from nmcompile.pruning.tiles import join_tiles, split_tiles, tile_magnitudes
 
-CHUNK = 1 << 16  # tiles at a time; 2:4 holds about 1 kB per tile while it works
+CHUNK = 1 << 16  # tiles at a time; 2:4 needs about 1 kB per tile
 
 Method = Callable[[Tensor, NMPattern], Tensor]
 """(magnitudes of tiles `(M * M, tiles)`, pattern) -> mask of the same shape."""
@@ -25,13 +25,13 @@ Method = Callable[[Tensor, NMPattern], Tensor]
 def transposable_mask(
     w: Tensor, pattern: NMPattern | str, *, dims: tuple[int, int] = (-2, -1), method: str = "exact"
 ) -> Tensor:
-    """The mask that keeps N of M along both dims in every M x M tile and as much Σ|w| as the method finds.
+    """Return the mask that keeps N of M along both dims in every M x M tile, with as much Σ|w| as the method finds.
 
     Args:
         w: float64, float32, bfloat16 or float16 of at least two dims.
         pattern: an `NMPattern` or text, `"2:4"`.
-        dims: the two dims that tiles cover; all others are batch. A partial tile counts as padded with zeros, so that
-            it keeps at most N.
+        dims: the two dims that tiles cover; all others are batch. A partial tile counts as padded with zeros and so
+            keeps at most N.
         method: `"exact"`, the optimum of all masks with N in every row and column: by enumeration for M <= 4 (90
             patterns for 2:4; ties go to the first, see `tile_enumeration`), else by min-cost flow, which takes
             milliseconds per tile; or `"greedy"`, which keeps at least half the optimum: elements in descending order
@@ -42,7 +42,7 @@ def transposable_mask(
         bool of the shape of `w`, with the strides of `torch.empty_like(w)`. Non-finite elements rank first.
 
     Raises:
-        OperandError: `w` is no float tensor, or does not have the two dims.
+        OperandError: `w` is not a float tensor, or does not have the two dims.
         ConfigError: the method is unknown.
     """
     fitting = NMPattern.parse(pattern)
@@ -60,7 +60,7 @@ def transposable_mask(
 
 
 def select_greedily(a: Tensor, pattern: NMPattern) -> Tensor:
-    """The greedy 2-approximation, on all tiles at once."""
+    """Return the greedy 2-approximation, for all tiles at once."""
     block = pattern.block
     order = torch.sort(a, dim=0, descending=True, stable=True).indices
     mask = torch.zeros_like(a, dtype=torch.bool)
@@ -76,7 +76,7 @@ def select_greedily(a: Tensor, pattern: NMPattern) -> Tensor:
 
 
 def select_exactly(a: Tensor, pattern: NMPattern) -> Tensor:
-    """The optimum, by enumeration where the patterns are few."""
+    """Return the optimum, by enumeration if the patterns are few."""
     return (select_by_enumeration if pattern.block <= ENUMERABLE else select_by_flow)(a, pattern)
 
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx.node import Argument
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nmcompile.ir.captured import Site
-from nmcompile.ir.expression import expression_of
+from nmcompile.ir.expression import value_of
 from nmcompile.sharded import gathered
 from nmcompile.three_gemm.modules import run_three_gemm
 
@@ -62,7 +62,7 @@ def weight_hook(module: nn.Module, attribute: str) -> Hook | None:
 def make_plain(module: nn.Module, attribute: str) -> None:
     """Replace a weight that a parametrization or a hook of `torch.nn.utils` computes by a parameter with its value."""
     hook = weight_hook(module, attribute)
-    removers: dict[type[Any], Callable[..., Any]] = {
+    removers: dict[type[Hook], Callable[[nn.Module, str], object]] = {
         WeightNorm: remove_weight_norm,
         SpectralNorm: remove_spectral_norm,
         prune.BasePruningMethod: prune.remove,
@@ -105,26 +105,13 @@ def _computed(module: nn.Module, role: str) -> Tensor:
     """Run the part of a generated forward that computes the weight of one of its layers."""
     nodes = module.__dict__["three_gemm_graph"].nodes
     (weight,) = (node.args[3] for node in nodes if node.target is run_three_gemm and node.args[1] == role)
-    values: dict[fx.Node, Any] = {}
-    for node in expression_of(weight):
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        values[node] = _run(module, node, args, kwargs)
-    result = values[weight]
-    assert isinstance(result, Tensor)
-    return result
+    return value_of(weight, attribute=lambda name: _attribute(module, name), submodule=module.get_submodule)
 
 
-def _run(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    target = str(node.target)
-    if node.op == "get_attr":
-        path, _, attribute = target.rpartition(".")
-        value = getattr(module.get_submodule(path), attribute)
-        return gathered(value) if isinstance(value, Tensor) else value
-    if node.op == "call_module":
-        return module.get_submodule(target)(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _attribute(module: nn.Module, target: str) -> Argument:
+    path, _, name = target.rpartition(".")
+    value: Argument = getattr(module.get_submodule(path), name)
+    return gathered(value) if isinstance(value, Tensor) else value
 
 
 def _value(hook: Hook, module: nn.Module) -> Tensor:

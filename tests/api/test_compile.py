@@ -1,4 +1,4 @@
-"""What `compile` gives back: the three GEMMs of each mode, in a module that is still the user's own."""
+"""Models that `compile` returns: the three GEMMs of each mode, in a module that is still the user's own."""
 
 import copy
 from itertools import product
@@ -27,7 +27,7 @@ class Net(nn.Sequential):
 
 
 class StandardizedConv(nn.Conv2d):
-    """A subclass with a forward of its own."""
+    """A subclass with its own forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.standardized(), self.bias, self.stride, self.padding)
@@ -49,14 +49,14 @@ def net() -> Net:
 
 
 def rowwise(weight: Tensor) -> Tensor:
-    """The 2:4 mask along the last dim by sorting each block."""
+    """Compute the 2:4 mask along the last dim by sorting each block."""
     blocks = weight.detach().abs().unflatten(-1, (-1, 4))
     kept = torch.zeros_like(blocks, dtype=torch.bool).scatter(-1, blocks.topk(2).indices, True)
     return kept.flatten(-2)
 
 
 def best_tile(weight: Tensor) -> Tensor:
-    """The best 4x4 mask with two kept in every row and column, by looking at all of them."""
+    """Find the best 4x4 mask with two kept in every row and column by trying all of them."""
     rows = [torch.tensor(row) for row in product((0, 1), repeat=4) if sum(row) == 2]
     tiles = (torch.stack(choice) for choice in product(rows, repeat=4))
     valid = [tile for tile in tiles if bool((tile.sum(0) == 2).all())]
@@ -64,7 +64,7 @@ def best_tile(weight: Tensor) -> Tensor:
 
 
 def gradients(layer: nn.Module, x: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Output, dX, dW and db."""
+    """Return the output, dX, dW and db."""
     leaf = x.clone().requires_grad_()
     output = layer(leaf)
     found = torch.autograd.grad(output, [leaf, *layer.parameters()], grad_output)
@@ -150,7 +150,7 @@ def test_loading_a_state_dict_rebuilds_the_masks_of_computed_weights() -> None:
 
 @pytest.mark.parametrize("mode", ["weights", "t-weights"])
 def test_encoder_layer_prunes_in_inference_too(mode: str) -> None:
-    """Eager would take a kernel there that reads the dense weights."""
+    """Eager would run a kernel there that reads the dense weights."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     sparse, x = nmcompile.compile(encoder, mode, config=ALL).eval(), torch.randn(2, 5, 8)

@@ -40,7 +40,7 @@ LAYERS = CONVS | LINEARS
 
 
 def results(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> list[Tensor]:
-    """Outputs, gradients of the inputs and of the parameters, for a fixed gradient of the first output."""
+    """Return outputs and gradients of the inputs and parameters, for a fixed gradient of the first output."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = model(*leaves, **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -141,7 +141,7 @@ def test_a_whole_network_in_train_mode() -> None:
 
 
 class WritesInPlace(nn.Module):
-    """Its layer reads what was written under another name."""
+    """A module whose layer reads a value that was written under another name."""
 
     def __init__(self, by_data: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is not to change: the model that was passed in, after an error or an analysis, and the random state."""
+"""State that `compile` must not change: the given model, after an error or an analysis, and the random state."""
 
 import random
 import threading
@@ -15,7 +15,7 @@ from nmcompile import CompileConfig, LayerConfig, NMCompileError, NMPattern, Pru
 
 
 class Tied(nn.Module):
-    """Two layers share a weight; a hook, a buffer and a plain attribute hang on the model."""
+    """A model with a hook, a buffer, a plain attribute, and two layers that share a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Tied(nn.Module):
 
 
 class Restless(nn.Module):
-    """Draws random numbers and changes itself in every forward, traced ones included."""
+    """A module that draws random numbers and changes itself in every forward, traced ones included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ FAILURES: dict[str, dict[str, Any]] = {
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """Everything that hangs on the modules: by identity what cannot be compared, containers by what they hold."""
+    """Return all attributes of the modules: by identity if they cannot be compared, containers by content."""
     return [
         (name, id(module), type(module), _held(module.__dict__), [p._version for p in module.parameters()])
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""`nmcompile.export`: what is refused, what is written, and what the command line makes of the file."""
+"""`nmcompile.export`: the models it refuses, the files it writes, and what the command line makes of them."""
 
 import math
 from collections.abc import Callable
@@ -239,7 +239,7 @@ def test_args_that_forward_does_not_take_are_refused(quantized: nn.Module, tmp_p
 
 
 class Ending(nn.Sequential):
-    """A chain that ends in something of its own."""
+    """A chain with an ending of its own."""
 
     def __init__(self, end: Callable[[Tensor], Any]) -> None:
         torch.manual_seed(0)
@@ -307,7 +307,7 @@ def test_half_precision_that_files_do_not_hold_is_refused_first(mode: str, dtype
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_float_weights_between_quantizers_are_not_rounded(kind: str, bias: bool, tmp_path: Path) -> None:
-    """ONNX Runtime would put them on an int8 grid of its own."""
+    """ONNX Runtime would put them on its own int8 grid."""
     torch.manual_seed(0)
     widths = (8, 16, 16, 4)
     layers = [nn.Linear(n, m, bias) if kind == "linear" else nn.Conv2d(n, m, 1, bias=bias) for n, m in pairwise(widths)]

@@ -1,4 +1,4 @@
-"""`nmcompile.freeze`: nothing is compared while weights stand still, and whatever changes them takes the word back."""
+"""`nmcompile.freeze`: frozen weights are not compared, and any change to them ends the promise."""
 
 import copy
 import pickle
@@ -35,7 +35,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def fresh(model: nn.Module) -> Tensor:
-    """The output of a model that was compiled with the weights that this one has now."""
+    """Return the output of a model that is compiled with this one's present weights."""
     other = compiled()
     other.load_state_dict(model.state_dict())
     return run(other)
@@ -43,7 +43,7 @@ def fresh(model: nn.Module) -> Tensor:
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights whose fingerprint a call asked for."""
+    """Return the weights whose fingerprint a call computed."""
     found: list[Tensor] = []
 
     def noted(x: Tensor) -> int:
@@ -99,7 +99,7 @@ def call_with_gradients(model: nn.Module) -> None:
 
 
 def step(model: nn.Module) -> None:
-    """Of one parameter, whose gradient was there before."""
+    """Step one parameter, whose gradient exists already."""
     optimizer = torch.optim.SGD([model[2].bias], 0.1)  # type: ignore[index]
     model[2].bias.grad = torch.ones(16)  # type: ignore[index]
     optimizer.step()
@@ -169,7 +169,7 @@ def test_other_weights_in_the_place_of_frozen_ones_are_compared() -> None:
 
 
 def test_elsewhere_than_on_the_cpu_only_frozen_weights_are_cached() -> None:
-    """A comparison there would wait for the device."""
+    """Off the CPU a comparison would wait for the device."""
     weight, seen = torch.empty(4, 4, device="meta"), []
     for content in (1, FROZEN, None):
         with GemmTriple._at_rest(content, weight, False):

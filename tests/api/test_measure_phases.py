@@ -1,4 +1,4 @@
-"""`where="pays"`: decided from measured times, kept, and told."""
+"""`where="pays"`: decisions from measured times, stored and reported."""
 
 from collections.abc import Mapping
 
@@ -49,7 +49,7 @@ def net() -> nn.Sequential:
 
 @pytest.fixture
 def paying(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[tuple[Phase, ...], ...]]:
-    """By width of the layer's input, what pays; every candidate runs once."""
+    """Return which phases pay, by the width of the layer's input; every candidate runs once."""
     pays: dict[int, tuple[tuple[Phase, ...], ...]] = {16: (WEIGHT,), 8: ()}
 
     def timed(steps: profitability.Steps, _: torch.device) -> dict[tuple[tuple[Phase, ...], ...], float]:

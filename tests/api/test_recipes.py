@@ -1,4 +1,4 @@
-"""The training schemes: what each phase prunes, quantizes and keeps, and how trainers step through them."""
+"""The training schemes: what each phase prunes, quantizes and keeps, and how trainers step through the phases."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -101,7 +101,7 @@ def test_a_hugging_face_callback_starts_phases_at_their_epochs() -> None:
 
 
 def test_a_lightning_callback_starts_phases_at_their_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the two attributes of Lightning that it uses; Lightning itself is not installed with the tests."""
+    """Uses only the two attributes of Lightning that the callback reads; Lightning is not installed with the tests."""
     monkeypatch.setattr(callbacks, "import_module", lambda name: SimpleNamespace(Callback=object))
     log: list[int] = []
     callback: Any = callbacks.lightning_callback(counted(log), begins=(0, 2))

@@ -1,4 +1,4 @@
-"""Compile what is compiled: planned anew, masks kept where they meet the new pattern; and the way back."""
+"""Recompiling a compiled model: it is planned anew, masks that meet the new pattern are kept; and decompiling it."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ ALL = CompileConfig(ends="sparse")
 
 
 class Functional(nn.Module):
-    """Its forward is generated from its graph, since it calls a functional linear."""
+    """A module whose forward is generated from its graph, since it calls a functional linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained(mode: str) -> nn.Module:
-    """Compiled, run, then its weight changed by a step that does not refresh the mask."""
+    """Compile and run a layer, then change its weight by a step that does not refresh the mask."""
     torch.manual_seed(0)
     model = nmcompile.compile(nn.Linear(8, 8), mode, config=ALL)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)

@@ -1,4 +1,4 @@
-"""Accuracy control reverts what hurts; `compare` shows where the error is."""
+"""Accuracy control reverts the layers that hurt; `compare` shows where the error arises."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_the_costliest_layers_are_reverted(max_drop: float, expected: tuple[str,
 
 
 def test_a_score_that_is_no_number_never_holds() -> None:
-    """The layer that makes it so is reverted first."""
+    """The layer that causes it is reverted first."""
 
     def score(model: nn.Module) -> float:
         assert isinstance(model, Scored)

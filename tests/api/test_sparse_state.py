@@ -103,7 +103,7 @@ RESUMED = "'s state, but no sparse state"
 
 
 def test_without_the_sparse_state_training_goes_another_way_and_says_so() -> None:
-    """So the test above would notice a state that is lost."""
+    """So the test above would notice a lost state."""
     whole, first, second = fresh(), fresh(), fresh(seed=1)
     train(whole, OPTIMIZERS["momentum"](whole), 0, STEPS)
     optimizer = OPTIMIZERS["momentum"](first)
@@ -118,7 +118,7 @@ def test_without_the_sparse_state_training_goes_another_way_and_says_so() -> Non
 
 
 class Checkpoint(NamedTuple):
-    """The state dicts of a model and its optimizer, and what a file leaves of the first."""
+    """The state dicts of a model and its optimizer, with the part of the model's that a file preserves."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -162,7 +162,7 @@ def test_nothing_is_said_where_no_state_is_lost(case: str, tmp_path: Path) -> No
     if is_whole:
         nmcompile.load_sparse_state_dict(model, nmcompile.sparse_state_dict(model))
     train(model, optimizer, steps, steps + 2)
-    model.load_state_dict(model.state_dict())  # in the middle of a run: its masks are those of before, or newer
+    model.load_state_dict(model.state_dict())  # in the middle of a run: its masks are the earlier ones, or newer
     train(model, optimizer, steps + 2, steps + 4)
 
 
@@ -286,7 +286,7 @@ def test_clips_that_are_none_are_refused_whole(case: str) -> None:
 
 
 def paying(monkeypatch: pytest.MonkeyPatch, dense: str) -> nn.Module:
-    """A model that was found to gain nothing in one of its layers."""
+    """Return a model that was measured to gain nothing in one of its layers."""
     found = {name: {Phase.FORWARD: "slow"} if name == dense else {} for name in ("0", "2")}
     monkeypatch.setattr("nmcompile.api.compile.find_dense_phases", lambda *_: found)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
@@ -296,7 +296,7 @@ def paying(monkeypatch: pytest.MonkeyPatch, dense: str) -> nn.Module:
 
 @pytest.mark.parametrize("case", ["0.weight.mask", "0.draw", "seed", "0.dense_phases"])
 def test_a_state_that_replans_is_refused_whole(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `where="pays"` the layers themselves are made anew, once all is checked."""
+    """With `where="pays"` the layers themselves are replaced, after everything is checked."""
     model, other = (paying(monkeypatch, dense) for dense in ("0", "2"))
     before, state, graphs = nmcompile.sparse_state_dict(model), nmcompile.sparse_state_dict(other), str(model)
     with pytest.raises(StateError, match=f"'{case}'"):
@@ -326,7 +326,7 @@ def test_a_state_of_another_mode_is_refused() -> None:
 
 
 class Tied(nn.Module):
-    """The decoder's weight is computed from the encoder's."""
+    """A model whose decoder weight is computed from the encoder's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ def test_a_compiled_model_without_rewritten_layers_has_a_state() -> None:
 
 
 def test_two_compiled_models_in_one_have_no_common_state() -> None:
-    """Their layers have the same names, so that one state would overwrite the other."""
+    """Their layers have the same names, so one state would overwrite the other."""
     with pytest.raises(StateError, match="several compiled models"):
         nmcompile.sparse_state_dict(nn.ModuleList([fresh(), fresh(seed=1)]))
     assert len(nmcompile.sparse_state_dict(nn.ModuleList([fresh()]))) > 2

@@ -1,4 +1,4 @@
-"""The callback in the trainers themselves: training that resumes from their checkpoints equals training on end."""
+"""The callback in the trainers themselves: training resumed from their checkpoints equals uninterrupted training."""
 
 import copy
 import itertools
@@ -35,12 +35,12 @@ from nmcompile.training.find_masks import masks_of
 STEPS, STOP, REFRESH = 7, 3, 2
 CONFIG = CompileConfig(refresh=REFRESH, ends="sparse")
 LOST = "no sparse state"
-# Of the trainers: hints about data loaders and folders, and what they use of torch and of each other.
+# Warnings of the trainers: hints about data loaders and folders, and deprecations in torch and in each other.
 pytestmark = pytest.mark.filterwarnings("ignore:(?!.*sparse state|no finalized)")
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models have the same weights and the same masks."""
+    """Return whether two models have the same weights and the same masks."""
     states = [model.state_dict() | nmcompile.sparse_state_dict(model) for model in (first, second)]
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -88,7 +88,7 @@ def trained(model: nn.Module, folder: Path, kind: Any = bert, *, callback: bool 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """A model that was trained on end, and the folder with its checkpoints."""
+    """Return a model that was trained without interruption, and the folder with its checkpoints."""
     folder, model = tmp_path_factory.mktemp("whole"), compiled(bert)
     trained(model, folder)
     return model, folder
@@ -108,7 +108,7 @@ def test_hugging_face_resumes_exactly_and_writes_the_finalized_model(whole: tupl
 
 
 def test_a_checkpoint_elsewhere_is_found_by_the_arguments_alone(whole: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    """A checkpoint of the same step in the new folder is another run's, and not taken."""
+    """A checkpoint of the same step in the new folder is another run's, and is not taken."""
     model, folder = whole
     there = folder / f"checkpoint-{STOP}"
     shutil.copytree(there, tmp_path / there.name)
@@ -229,7 +229,7 @@ def test_a_lightning_checkpoint_of_weights_alone_is_noticed(tmp_path: Path) -> N
 
 
 class Standardized(nn.Linear):
-    """A layer whose weight no parameter can hold the zeros of."""
+    """A layer whose weight is computed, so no parameter can hold its zeros."""
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.weight - self.weight.mean(), self.bias)

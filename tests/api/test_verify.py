@@ -40,7 +40,7 @@ def trained(mode: str) -> nn.Module:
 
 
 def broken_blocks(weight: Tensor, n_keep: int, block: int) -> int:
-    """Counted block by block along the in-channels, dim 1, the last block as it is."""
+    """Count broken blocks one by one along the in-channels, dim 1, with the last block as it is."""
     array: npt.NDArray[np.float32] = weight.detach().numpy()
     lines = np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
     starts = range(0, array.shape[1], block)
@@ -59,7 +59,7 @@ def test_finalized_model_is_plain_and_computes_the_same(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["weights", "t-weights", "training"])
 def test_finalized_weights_obey_the_current_masks(mode: str) -> None:
-    """The masks are those of three steps ago, and not what the weights would get today."""
+    """The masks are three steps old, and not those that the weights would get today."""
     model = trained(mode)
     plain = nmcompile.finalize(model)
     for name, mask in nmcompile.sparse_state_dict(model).items():
@@ -189,7 +189,7 @@ def test_a_plain_model_needs_a_pattern() -> None:
 
 
 class Parent(nn.Module):
-    """Two models that were compiled apart, with layers of the same names."""
+    """Two models that were compiled separately, with layers of the same names."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

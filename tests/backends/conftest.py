@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
 
-SCALE = 0.125  # of the activations
-STEP = 0.0625  # of the weights
+SCALE = 0.125  # step of the activations
+STEP = 0.0625  # step of the weights
 
 
 def sparse_integers(out_channels: int, channels: int) -> Any:
-    """A weight of small integers, int8 (out, in, 3, 3); the first two of every four in-channels are kept."""
+    """Return a weight of small integers, int8 (out, in, 3, 3), with the first two of every four in-channels kept."""
     weight = np.arange(out_channels * channels * 9).reshape(out_channels, channels, 3, 3) % 7 + 1
     weight[:, [c for c in range(channels) if c % 4 >= 2]] = 0
     return weight.astype(np.int8)
@@ -21,7 +21,7 @@ def sparse_integers(out_channels: int, channels: int) -> Any:
 def conv_model(
     precision: str = "FLOAT", channels: int = 8, out_channels: int = 8, mask_node: bool = False
 ) -> ModelProto:
-    """A 3x3 convolution and a ReLU, dynamic batch, 4x4 pixels; INT8 has Q/DQ on the input and DQ on the weight."""
+    """Make a 3x3 convolution and a ReLU, dynamic batch, 4x4 pixels; INT8 has Q/DQ on the input and DQ on the weight."""
     integers = sparse_integers(out_channels, channels)
     dtype = TensorProto.FLOAT16 if precision == "FLOAT16" else TensorProto.FLOAT
     numbers = np.float16 if precision == "FLOAT16" else np.float32

@@ -1,4 +1,4 @@
-"""Operands of the pruning kernels' tests: every kind of number, in every layout."""
+"""Operands for the tests of pruning kernels: every kind of number, in every layout."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0]
 
 
 def values(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> Tensor:
-    """Numbers of a kind: `normal`, `ties`, `wide` (all exponents), `large` (sums overflow), `sparse` or `special`."""
+    """Draw `normal`, `ties`, `wide` (all exponents), `large` (sums overflow), `sparse` or `special` numbers."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if kind == "ties":

@@ -1,4 +1,4 @@
-"""The choice between the sparse and the dense kernel, with timings that the tests make up."""
+"""The choice between the sparse and the dense kernel, with timings that the tests set."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ def nothing_measured() -> Iterator[None]:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """How long each kernel takes, for the test to set."""
+    """Return the time of each kernel, for the test to set."""
     times = {"dense": 1.0, "sparse": 1.0}
 
     def seconds(run: Callable[[], object], device: torch.device | None) -> float:
@@ -119,7 +119,7 @@ def test_where_algorithms_have_to_be_deterministic_no_clock_decides(monkeypatch:
 
 def test_an_operand_that_keeps_too_much_runs_dense_and_is_not_remembered(timed: dict[str, float]) -> None:
     timed["sparse"] = 0.5
-    for _ in range(2):  # before anything is measured, and after
+    for _ in range(2):  # before and after the measurement
         assert run_best("nan", "a", SMALL, lambda: 1.0, lambda: None, lambda: DENSE) is DENSE
         choice = latest("nan")
         assert choice is not None and choice.kernel == "dense" and "NaN" in choice.reason
@@ -139,7 +139,7 @@ COSTS = cost.Costs(linear=1.0, convolution=0.8, read=4.0, sparse=10.0, pack=8.0,
         # One tile of 8 vectors; loads 8 + 2.
         (64, 32, 128, True, (64 * 32 * 128 + 64 * 32 * 4) / (64 * 32 * 10 * 10 + 64 * 32 * 8 + 32 * 128 * 2)),
         (64, 32, 128, False, (64 * 32 * 128 * 0.8 + 64 * 32 * 4) / (64 * 32 * 10 * 10 + 64 * 32 * 8 + 32 * 128 * 2)),
-        # One lane takes a whole vector, and the value's loads are not shared.
+        # One lane takes a whole vector, and does not share the loads of the values.
         (64, 32, 1, True, (64 * 32 + 64 * 32 * 4) / (64 * 32 * 3 * 10 + 64 * 32 * 8 + 32 * 2)),
         # Two tasks over the rows copy twice.
         (2048, 32, 16, True, (2048 * 32 * 16 + 2048 * 32 * 4) / (2048 * 32 * 3 * 10 + 2048 * 32 * 8 + 32 * 16 * 2 * 2)),

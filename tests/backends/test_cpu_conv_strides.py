@@ -1,4 +1,4 @@
-"""A convolution of the CPU backend lies in memory as eager's does, whatever its operands look like."""
+"""A convolution of the CPU backend has the memory layout of eager's, whatever the layout of its operands."""
 
 from collections.abc import Callable
 from itertools import product

@@ -1,4 +1,4 @@
-"""Which GEMM nodes the CPU backend takes, and what it says of the others."""
+"""GEMM nodes that the CPU backend takes, and its reasons against the others."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support()
 
 
 def gemm_backends(config: LayerConfig, layer: nn.Module) -> dict[Phase, str]:
-    """The backend of each phase's GEMM."""
+    """Return the backend of each phase's GEMM."""
     compiled = nmcompile.compile(layer, "dense", config=CompileConfig(layers={"_default": config}, ends="sparse"))
     graphs = nmcompile.inspect(compiled).layers[0].graphs
     return {phase: meta_of(next(nodes_of_kind(graphs[phase].graph, "gemm"))).backend for phase in Phase}
@@ -78,7 +78,7 @@ def test_the_mask_is_applied_by_the_gemm_itself() -> None:
 
 @pytest.mark.parametrize("layers", [(), (nn.ReLU(),)], ids=["signed input", "4:8 ReLU input"])
 def test_a_quantized_weight_is_read_from_its_grid(monkeypatch: pytest.MonkeyPatch, layers: tuple[nn.Module]) -> None:
-    """A single layer: behind one, sums that differ by rounding may be pruned or quantized otherwise."""
+    """Uses a single layer: after one, sums that differ by rounding may be pruned or quantized differently."""
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
     model, x = nn.Sequential(*layers, nn.Linear(8, 8)), torch.randn(4, 8)
     config = CompileConfig(ends="sparse")

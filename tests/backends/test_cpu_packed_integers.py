@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support()
 
 @pytest.fixture(autouse=True)
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every GEMM takes the kernel that has a choice; the list has an entry for each weight that was packed."""
+    """Force every GEMM to the kernel that has a choice; return a list with an entry for each packed weight."""
     calls: list[int] = []
     pack = kernels.pack_integers
 
@@ -45,7 +45,7 @@ def chosen(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model(granularity: str = "tensor", backend: str = "cpu", bits: int = 4) -> tuple[nn.Sequential, Tensor]:
-    """Two layers: the first has a signed input, the other one that is not negative."""
+    """Return two layers: the first has a signed input, the second one that is not negative."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 12, bias=False)), torch.randn(5, 24)
     every = LayerConfig(nmcompile.presets["inference"].weight, weight_bits=bits, input_bits=4)
@@ -153,7 +153,7 @@ def test_values_are_kept_only_where_they_are_read(monkeypatch: pytest.MonkeyPatc
 
 
 class CrossAttention(nn.Module):
-    """Projects the queries by one part of a weight, keys and values by the other."""
+    """A module that projects the queries by one part of a weight, and keys and values by the other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def test_parts_of_a_weight_are_not_packed_anew_in_each_call(mode: type, packed: 
     with mode():
         for _ in range(3):
             torch.testing.assert_close(compiled(x), expected(x))
-    assert len(packed) <= 1  # of the projection of the output
+    assert len(packed) <= 1  # of the output projection
 
 
 @torch.no_grad()

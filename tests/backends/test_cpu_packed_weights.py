@@ -1,4 +1,4 @@
-"""Weights that stay packed while nobody asks for gradients: the same results, and no stale ones."""
+"""Weights that stay packed while no gradients are needed: the same results, and no stale ones."""
 
 import gc
 import threading
@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 @pytest.fixture(autouse=True)
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every GEMM runs sparse; the list has an entry for each operand that was packed to be kept."""
+    """Force every GEMM to run sparse; return a list with an entry for each operand that was packed for the cache."""
     calls: list[int] = []
     pack = kernels.pack_sparse
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
@@ -85,7 +85,7 @@ def put_another_in_place(weight: nn.Parameter) -> None:
 
 
 def write_one_element(weight: nn.Parameter) -> None:
-    weight.data[0, 1] = 2  # more would cancel in sums, whose order is the kernel's
+    weight.data[0, 1] = 2  # larger values would cancel in sums, whose order is the kernel's
 
 
 def swap_two_elements(weight: nn.Parameter) -> None:
@@ -134,7 +134,7 @@ def test_training_between_evaluations_keeps_nothing_stale() -> None:
 
 @pytest.mark.parametrize("fused", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_optimizer_that_counts_no_version_keeps_nothing_stale(fused: type[torch.optim.Optimizer]) -> None:
-    """Some features are never on, so their weights never change."""
+    """Some features are always off, so their weights never change."""
     compiled = nmcompile.compile(nn.Linear(64, 64), "weights", config=CompileConfig(ends="sparse"), backend="cpu")
     optimizer = fused(compiled.parameters(), lr=0.1, weight_decay=0.0, fused=True)  # type: ignore[call-arg]
     x = torch.rand(32, 64)
@@ -149,7 +149,7 @@ def test_an_optimizer_that_counts_no_version_keeps_nothing_stale(fused: type[tor
 
 
 def test_a_call_with_gradients_forgets_what_is_kept() -> None:
-    """What trains a weight need not be an optimizer of torch."""
+    """A weight may be trained by something other than a torch optimizer."""
     compiled, x = model("linear")
     with torch.no_grad():
         compiled(x)
@@ -159,7 +159,7 @@ def test_a_call_with_gradients_forgets_what_is_kept() -> None:
 
 
 class Sharded(Tensor):
-    """What an optimizer holds of a weight that is spread over ranks."""
+    """The part of a weight, spread over ranks, that an optimizer holds."""
 
 
 def test_a_step_on_shards_forgets_everything() -> None:

@@ -38,7 +38,7 @@ OPERATOR_NAMES = ["mvue", "mvue_approx", "greedy", "greedy_by_value"]
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal strides and bits; of a NaN only that it is one, since a conversion may change the others."""
+    """Check for equal strides and bits; a NaN need only be a NaN, as a conversion may change its other bits."""
     assert actual.stride() == expected.stride()
     assert actual.isnan().equal(expected.isnan())
     bits = BITS[expected.dtype]
@@ -54,7 +54,7 @@ def key_of(operator: str, seed: int) -> Tensor | None:
 
 
 def expected_result(x: Tensor, operator: str, pattern: str, dim: int, key: Tensor | None, relu: bool) -> Tensor:
-    """Of the reference, with the strides of `torch.empty_like(x)`."""
+    """Return the reference's result, with the strides of `torch.empty_like(x)`."""
     result = OPERATORS[operator].prune(torch.relu(x) if relu else x, pattern, dim, key)
     return torch.empty_like(x).copy_(result)
 
@@ -70,7 +70,7 @@ def run_kernel(
     isa: str,
     threads: int = 1,
 ) -> Packed | Tensor:
-    """In tensors of the strides of `like` that hold other values before."""
+    """Run the kernel on outputs with the strides of `like` that are filled with other values."""
     n_keep, block = map(int, pattern.split(":"))
     outputs = [torch.empty_like(one).copy_(one == 0) for one in (like if isinstance(like, Packed) else (like,))]
     indices = outputs[1] if isinstance(like, Packed) else None
@@ -203,10 +203,10 @@ def test_equals_the_reference_on_every_half_precision_value(dtype: torch.dtype, 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "3:8", "7:8"])
 def test_equals_the_reference_where_rounding_moves_a_threshold(pattern: str) -> None:
-    """Magnitudes of about one size, whose running sums end below S or meet in one element for some draws."""
+    """Magnitudes are of about one size; for some draws their running sums end below S or meet in one element."""
     x = 1 + torch.rand(200_000, 8, generator=torch.Generator().manual_seed(5)).mul(4).round() * 2.0**-23
     x[::3] *= torch.tensor([1, 2.0**-24] * 4)  # sums that round to their largest element
-    x[1::3] *= 2.0**-149  # few units of the smallest number
+    x[1::3] *= 2.0**-149  # a few units of the smallest number
     key = torch.tensor(6)
     expected = mvue.prune(x, pattern, -1, key)
     for isa in INSTRUCTION_SETS:
@@ -225,7 +225,7 @@ def test_any_number_of_threads_gives_the_same_bits(operator: str, dim: int) -> N
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_streamed_output_is_the_same(dim: int) -> None:
-    """From 8 MB on, outputs go past the caches, vectors that are not aligned as before."""
+    """From 8 MB on, outputs bypass the caches; vectors that are not aligned do not."""
     x, key = values((1028, 2052), "normal", torch.float32, seed=8), torch.tensor(9)
     for operand in (x, x[:, :-4], x[:, 1:-3]):
         expected = expected_result(operand, "mvue", "2:4", dim, key, relu=False)
@@ -327,7 +327,7 @@ def test_the_module_refuses_what_would_leave_its_buffers() -> None:
 
 
 def prune_node(*args: Any) -> fx.Node:
-    """`prune(x, *args, key)` in a graph that returns it."""
+    """Return `prune(x, *args, key)` in a graph that returns it."""
     graph = fx.Graph()
     x, key = graph.placeholder("x"), graph.placeholder("key")
     node = graph.call_function(ops.prune, (x, *args, key))

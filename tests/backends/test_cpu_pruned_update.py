@@ -1,4 +1,4 @@
-"""The update GEMM that prunes dY while it packs it, beside pruning first: the same bit for bit."""
+"""The update GEMM that prunes dY while packing it, compared with pruning first: the same bit for bit."""
 
 import copy
 from functools import partial

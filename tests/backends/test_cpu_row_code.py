@@ -1,6 +1,6 @@
-"""Products by code that is written while it runs, beside the same products by compiled loops, bit for bit.
+"""Products by generated code, compared bit for bit with the same products by compiled loops.
 
-A few lanes run compiled loops, many of them written code (see `kCodeLanes` in row_code.h).
+A few lanes run compiled loops, many lanes run generated code (see `kCodeLanes` in row_code.h).
 """
 
 import subprocess
@@ -68,7 +68,7 @@ def test_many_features_give_what_few_do(dtype: torch.dtype) -> None:
 
 
 def test_each_row_keeps_its_places() -> None:
-    """All pairs of places in a four, in other orders from row to row and from block to block."""
+    """All pairs of places in a four, in another order in each row and each block."""
     pairs = torch.combinations(torch.arange(4), 2)
     rows, fours = 48, 40
     chosen = pairs[torch.randint(6, (rows, fours), generator=torch.Generator().manual_seed(3))]

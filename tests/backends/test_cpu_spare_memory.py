@@ -1,4 +1,4 @@
-"""Large results take over the memory of dropped ones, and only of those."""
+"""Large results reuse the memory of dropped ones, and only of those."""
 
 import subprocess
 import sys

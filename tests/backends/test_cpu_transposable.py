@@ -1,4 +1,4 @@
-"""The native transposable mask against the reference: equal bit for bit, on every instruction set that is here."""
+"""The native transposable mask against the reference: equal bit for bit, on every available instruction set."""
 
 from itertools import combinations, product
 
@@ -30,13 +30,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def bits(x: Tensor) -> Tensor:
-    """The tensor's bytes, in the order of its indices, with one NaN for all: torch may change the others in a copy."""
+    """Return the tensor's bytes in index order, with all NaN alike: torch may change their other bits in a copy."""
     one = torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
     return one.contiguous().flatten().clone().view(torch.uint8)
 
 
 def expected_outputs(w: Tensor, rows: int, columns: int) -> Outputs:
-    """What the reference gives, packed forms where the dims allow both."""
+    """Return the reference's outputs, with packed forms where the dims allow both."""
     mask = transposable_mask(w, "2:4", dims=(rows, columns))
     pruned = torch.where(mask, w, 0.0)
     if w.shape[rows] % 4 or w.shape[columns] % 4:
@@ -45,7 +45,7 @@ def expected_outputs(w: Tensor, rows: int, columns: int) -> Outputs:
 
 
 def run_kernel(w: Tensor, rows: int, columns: int, like: Outputs, isa: str, threads: int = 1) -> Outputs:
-    """All that `like` holds, in tensors of its strides that hold other values before."""
+    """Run the kernel for all outputs in `like`, on tensors with their strides that are filled with other values."""
     outputs = Outputs(*(None if one is None else torch.empty_like(one).copy_(one == 0) for one in like))
     kernels.transposable(w, rows, columns, *outputs, isa, threads)
     return outputs
@@ -112,7 +112,7 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype, memory_format
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_weight_too_large_for_the_caches_gets_the_same_bits(dtype: torch.dtype) -> None:
-    """Results go past the caches there; one more column moves rows off the alignment that this needs."""
+    """Such results bypass the caches; one more column moves rows off the alignment that this needs."""
     large = values((1024, 4096 + 64 + 1), "normal", dtype, seed=5)
     for w in (large[:, : 4096 + 64].contiguous(), large[:, : 4096 + 64]):
         expected = expected_outputs(w, 0, 1)
@@ -121,7 +121,7 @@ def test_a_weight_too_large_for_the_caches_gets_the_same_bits(dtype: torch.dtype
 
 
 def all_patterns() -> Tensor:
-    """The 90 masks of a 4x4 tile, `(90, 4, 4)`, in lexicographic order of the kept columns."""
+    """Return the 90 masks of a 4x4 tile, `(90, 4, 4)`, in lexicographic order of the kept columns."""
     rows = [[column in pair for column in range(4)] for pair in combinations(range(4), 2)]
     tiles = torch.tensor(list(product(rows, repeat=4)))
     return tiles[(tiles.sum(1) == 2).all(1)]
@@ -130,7 +130,7 @@ def all_patterns() -> Tensor:
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**31), st.integers(1, 2**20), st.sampled_from([torch.float32, torch.float64]))
 def test_keeps_as_much_as_the_best_of_all_patterns(seed: int, bound: int, dtype: torch.dtype) -> None:
-    """Of integers, whose sums are exact, the very first of the best patterns."""
+    """For integers, whose sums are exact, it is the very first of the best patterns."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randint(-bound, bound + 1, (4, 4 * 33), generator=generator).to(dtype)
     patterns = all_patterns()

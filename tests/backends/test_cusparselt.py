@@ -1,6 +1,6 @@
-"""The cuSPARSELt backend without a GPU: its rules, and its products with a library of PyTorch's own operations.
+"""The cuSPARSELt backend without a GPU: its rules, and its products with a library made of PyTorch's own operations.
 
-What only a GPU shows (that the library is right, and faster) is in the tests marked `gpu`.
+The tests marked `gpu` show what only a GPU can show: that the library is right, and faster.
 """
 
 from collections.abc import Iterator
@@ -102,7 +102,7 @@ def test_a_kernel_that_ends_the_process_is_left_alone(capability: tuple[int, int
 
 
 class StandIn:
-    """A plan of a library that takes CPU tensors, checks what it is given, and has one right algorithm."""
+    """A plan of a library that takes CPU tensors, checks its arguments, and has one right algorithm."""
 
     made: list[Problem]
 
@@ -124,7 +124,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
-    """The problems that plans were made for."""
+    """Install the stand-in library; return the problems that plans were made for."""
 
     def compress(matrix: Tensor) -> Tensor:
         assert matrix.is_contiguous()
@@ -151,7 +151,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
 
 
 def pruned(*shape: int, dim: int = 1) -> Tensor:
-    """2:4 along a dim."""
+    """Prune 2:4 along a dim."""
     places = torch.arange(shape[dim]).view(*(-1 if d == dim else 1 for d in range(len(shape))))
     return torch.where(places % 4 < 2, torch.randn(*shape), 0.0)
 
@@ -192,7 +192,7 @@ def test_a_wrong_algorithm_is_never_taken(stand_in: list[Problem]) -> None:
 
 
 def test_what_a_layer_multiplies_first_has_no_say(stand_in: list[Problem]) -> None:
-    """Zeros would make every algorithm right, and a NaN none."""
+    """Zeros would make every algorithm look right, and a NaN none."""
     for value in (0.0, torch.nan):
         forget_algorithms()
         dense = torch.full((8, 64), value)
@@ -240,7 +240,7 @@ def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(
 
 @pytest.fixture
 def compressions(stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What was compressed, but for the search of an algorithm."""
+    """Return the list of compressed operands, without those of the search for an algorithm."""
     found: list[Tensor] = []
     compress = operand.compressed
 
@@ -271,7 +271,7 @@ def test_a_weight_at_rest_is_compressed_once(layer: nn.Module, x: Tensor, compre
 
 
 def test_a_call_with_gradients_forgets_what_is_kept(compressions: list[Tensor]) -> None:
-    """Fused optimizers count no version: that a weight is trained shows in how it runs."""
+    """Fused optimizers do not count versions; only the call with gradients shows that a weight is trained."""
     compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
     with torch.no_grad():
         compiled(x)
@@ -284,7 +284,7 @@ def test_a_call_with_gradients_forgets_what_is_kept(compressions: list[Tensor]) 
 def test_training_under_autocast_keeps_nothing_stale(
     form: str, compressions: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operators see what autocast makes of the weight; of a frozen model nothing is compared."""
+    """The operators see autocast's copy of the weight; a frozen model compares nothing."""
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice(form, "the test asks for it"))
     compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
     optimizer = torch.optim.AdamW(compiled.parameters(), 0.1, fused=True)
@@ -309,7 +309,7 @@ def test_only_parameters_are_kept(compressions: list[Tensor]) -> None:
 
 
 def test_two_sizes_keep_both_forms(compressions: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sparse kernel runs for the larger one; a graph may have captured its operand."""
+    """The sparse kernel runs for the larger size; a graph may have captured its operand."""
 
     def choose(problem: tuple[str, Sizes], *_: object) -> Choice:
         return Choice("sparse" if problem[1].lanes > 8 else "dense", "the test asks for it")
@@ -529,7 +529,7 @@ def test_a_dense_weight_at_rest_is_masked_once(stand_in: list[Problem], monkeypa
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The sparse kernels run, however long they take."""
+    """Force the sparse kernels to run, however long they take."""
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
     return torch.device("cuda", 0)
 

@@ -1,4 +1,4 @@
-"""The order of indices is found from what a library compresses, and the packing kernel writes it: in orders of ours.
+"""The order of indices is found from a library's compressed output, and the packing kernel writes that order.
 
 Without a CUDA device the kernel runs in Triton's interpreter.
 """
@@ -22,30 +22,30 @@ from nmcompile.pruning import OPERATORS, NMPattern, mask
 from nmcompile.pruning.packed import pack, two_of_four
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    # The interpreter has to be asked for before Triton is imported.
+    # The interpreter must be requested before Triton is imported.
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         from nmcompile.backends.triton.kernels import lines as lines
 
-# What numpy, which the interpreter computes with, says of arithmetic that the reference does silently.
+# Warnings of numpy, with which the interpreter computes, about arithmetic that the reference does silently.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 CPU = torch.device("cpu")
 
 
 def codes_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept values and the codes of groups, `(rows, groups)`."""
+    """Return kept values and the codes of groups, `(rows, groups)`."""
     values, indices = pack(matrix, two_of_four(matrix, 1), 1)
     return values, torch.stack([indices & 15, indices >> 4], -1).flatten(1)
 
 
 def in_bytes(values: Tensor, codes: Tensor) -> Tensor:
-    """What a library returns: values, then the codes in their order, two a byte."""
+    """Return a library's output: values, then the codes in their order, two per byte."""
     pairs = codes.flatten()
     index_bytes = (pairs[0::2] | pairs[1::2] << 4).to(torch.uint8)
     return torch.cat([values.flatten().view(torch.uint8), index_bytes]).view(values.dtype)
 
 
 def rows_share_bytes(matrix: Tensor) -> Tensor:
-    """Tiles of 64 rows and 8 groups; a byte has the codes of two rows, 8 apart."""
+    """Order codes in tiles of 64 rows and 8 groups; a byte has the codes of two rows, 8 apart."""
     values, codes = codes_of(matrix)
     rows, groups = codes.shape
     tiles = codes.view(rows // 64, 4, 2, 8, groups // 8, 2, 4)
@@ -53,7 +53,7 @@ def rows_share_bytes(matrix: Tensor) -> Tensor:
 
 
 def groups_share_bytes(matrix: Tensor) -> Tensor:
-    """Tiles of 64 rows and 16 groups; a byte has the codes of two neighbours."""
+    """Order codes in tiles of 64 rows and 16 groups; a byte has the codes of two neighbours."""
     values, codes = codes_of(matrix)
     rows, groups = codes.shape
     tiles = codes.view(rows // 64, 4, 2, 8, groups // 16, 2, 4, 2)
@@ -65,7 +65,7 @@ def in_rows(matrix: Tensor) -> Tensor:
 
 
 def swizzled(matrix: Tensor) -> Tensor:
-    """An order that is no sum of what rows and groups add: odd rows run backwards."""
+    """Order codes in a way that is not a sum over rows and groups: odd rows run backwards."""
     values, codes = codes_of(matrix)
     return in_bytes(values, torch.where(torch.arange(len(codes)).view(-1, 1) % 2 == 1, codes.flip(1), codes))
 
@@ -76,7 +76,7 @@ Compress = Callable[[Tensor], Tensor]
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The packing kernel on CPU tensors."""
+    """Let the packing kernel run on CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
@@ -94,7 +94,7 @@ def test_an_order_is_found(order: Compress, partner: int) -> None:
     layout = find_layout(128, 192, torch.bfloat16, CPU, order)
     assert layout is not None and layout.places.partner == partner
     assert layout.start == 128 * 96 * 2
-    # Every byte is some pair's, and only one's.
+    # Every byte belongs to exactly one pair.
     lines, blocks = layout.places.lines, layout.places.blocks
     low_lines = [r for r in range(128) if not r & partner]
     low_blocks = blocks if partner else blocks[::2]

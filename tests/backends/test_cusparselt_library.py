@@ -1,4 +1,4 @@
-"""Plans, with a library that takes and notes every call: what is made, how it is destroyed, and who shares it."""
+"""Plans, with a library that accepts and notes every call: how they are made, destroyed and shared."""
 
 import gc
 import threading
@@ -79,7 +79,7 @@ def test_threads_that_share_a_plan_have_their_own_bias(noted: Noted) -> None:
         assert plan.bias is not None
         before = float(plan.bias[0])
         with suppress(threading.BrokenBarrierError):
-            meeting.wait(0.2)  # as long as the library takes: does the other thread come in?
+            meeting.wait(0.2)  # the library's time: does the other thread come in meanwhile?
         found.append(before == float(plan.bias[0]))
         return 0
 

@@ -1,4 +1,4 @@
-"""Models in a process of their own: the same results, and errors where ONNX Runtime dies or takes too much."""
+"""Models in their own process: the same results, and errors if ONNX Runtime dies or takes too much."""
 
 import gc
 import os
@@ -23,13 +23,13 @@ DTYPES = ["BOOL", "INT8", "UINT8", "INT32", "INT64", "FLOAT16", "BFLOAT16", "FLO
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if no rule saw what is wrong."""
+    """Disable the rules that would refuse the file."""
     monkeypatch.setattr(model, "check_runnable", lambda _: None)
 
 
 @pytest.fixture
 def tiled() -> Iterator[OnnxRuntimeModel]:
-    """y = tile(x, times): inputs decide how much memory it takes."""
+    """Make y = tile(x, times), whose inputs decide how much memory it takes."""
     text = "g (float[A,B] x, int64[2] times) => (float[C,D] y) { y = Tile(x, times) }"
     with OnnxRuntimeModel(built(text), isolated=Limits(memory=2**30)) as opened:
         yield opened
@@ -59,7 +59,7 @@ def test_tensors_of_every_dtype_and_shape_go_there_and_back() -> None:
             assert [y.dtype for y in results] == [x.dtype for x in tensors]
             assert all(y.shape == x.shape and y.equal(x) for x, y in zip(tensors, results, strict=True))
             if rows:
-                results[7].add_(1)  # is memory of its own
+                results[7].add_(1)  # it has its own memory
 
 
 def test_a_model_computes_what_it_computes_here(conv_model: Callable[..., ModelProto], tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_process_that_is_killed_meanwhile_is_an_error(tiled: OnnxRuntimeModel)
 
 
 def test_an_interrupted_call_ends_the_process(tiled: OnnxRuntimeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer would be taken for that to the next call."""
+    """Otherwise its answer would be taken for the next call's."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

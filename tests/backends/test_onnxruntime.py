@@ -23,14 +23,14 @@ def weight_of(model: ModelProto) -> Tensor:
 
 
 def expected(model: ModelProto, x: Tensor) -> Tensor:
-    """The model's arithmetic in fp64, on a rounded input where the model quantizes it."""
+    """Compute the model's arithmetic in fp64, on a rounded input if the model quantizes it."""
     scale = next((float(numpy_helper.to_array(t)) for t in model.graph.initializer if t.name == "scale"), None)
     x = x.double() if scale is None else (x.double() / scale).round().clamp(-128, 127) * scale
     return conv2d(x, weight_of(model).double(), padding=1).relu()
 
 
 def product(first: list[Any], second: list[Any], out: list[Any]) -> bytes:
-    """z = first @ second, both inputs."""
+    """Make z = first @ second, both inputs."""
     values = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in (("x", first), ("y", second))
     ]
@@ -63,7 +63,7 @@ def test_strided_and_tracked_inputs_are_taken(conv_model: Callable[..., ModelPro
 
 @pytest.mark.parametrize("dtype", ["BOOL", "INT8", "UINT8", "INT32", "INT64", "FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE"])
 def test_every_dtype_passes_through_unchanged(dtype: str) -> None:
-    """Two outputs, one with a shape that is known only afterwards; neither shares memory with the input."""
+    """There are two outputs, one with a shape that is known only afterwards; neither shares memory with the input."""
     kind = getattr(TensorProto, dtype)
     nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Reshape", ["x", "shape"], ["z"])]
     x, y = (helper.make_tensor_value_info(name, kind, ["n", 3]) for name in "xy")

@@ -1,4 +1,4 @@
-"""The reference backend's GEMMs beside sums of products in float64, within the rounding that float32 is entitled to."""
+"""The reference backend's GEMMs against sums of products in float64, within the rounding that float32 may have."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,12 +71,12 @@ def test_linear_sums_in_the_order_of_eager(x_swapped: bool, dy_swapped: bool) ->
 
 
 def swapped(x: Tensor) -> Tensor:
-    """The same tensor, its first two dims stored in the other order."""
+    """Return the same tensor with its first two dims stored in the other order."""
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def assert_equals_eager(eager: nn.Module, x: Tensor, grad_output: Tensor | None = None) -> None:
-    """Output and every gradient, bit for bit."""
+    """Check output and every gradient, bit for bit."""
     results = []
     for module in (eager, nmcompile.compile(eager, "dense", backend="reference")):
         leaf = x.clone().requires_grad_()

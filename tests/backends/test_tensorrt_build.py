@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not tensorrt_support().ok, reason=tensorrt_suppo
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the builder complains of CUDA."""
+    """Silence the builder's complaints about CUDA without a GPU."""
     monkeypatch.setattr(LOGGER, "disabled", True)
 
 

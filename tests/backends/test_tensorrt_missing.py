@@ -1,4 +1,4 @@
-"""Without TensorRT nothing breaks but the calls that need it, and those say what to install."""
+"""Without TensorRT nothing breaks except the calls that need it, and those say what to install."""
 
 import sys
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_torch_tensorrt_is_asked_for_by_name() -> None:
 
 @pytest.mark.parametrize("exported", [False, True])
 def test_torch_tensorrt_is_called_with_sparse_weights(monkeypatch: pytest.MonkeyPatch, exported: bool) -> None:
-    """A stand-in that runs the program it is given, so that program and settings are seen to arrive."""
+    """A stand-in runs its program, which shows that program and settings arrive."""
     seen: dict[str, Any] = {}
 
     def compile_program(program: torch.export.ExportedProgram, inputs: Any, **settings: Any) -> nn.Module:

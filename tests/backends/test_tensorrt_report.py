@@ -1,4 +1,4 @@
-"""What a TensorRT build says, read from recorded text; no TensorRT is needed."""
+"""Reports of TensorRT builds, read from recorded text; TensorRT is not needed."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ from nmcompile.files.read_weights import OnnxWeight, Rows
 def weight(
     in_channels: int = 256, out_channels: int = 256, kernel: int = 9, violations: int = 0, **fields: Any
 ) -> OnnxWeight:
-    """An INT8 convolution "conv", dense where `violations` says."""
+    """Return an INT8 convolution "conv", dense if `violations` says so."""
     rows = np.zeros((out_channels, kernel, in_channels), np.int8)
     rows[:violations, 0, :3] = 1
     shape = (out_channels, in_channels, kernel)
@@ -127,8 +127,8 @@ def test_a_listing_in_the_log_is_read() -> None:
     ("change", "reason"),
     [
         ({"hidden_by": "Mul"}, "comes out of a Mul node"),
-        ({"in_channels": 6}, "6 in-channels: no multiple of 4"),
-        ({"in_channels": 1, "groups": 256}, "1 in-channels a group: no multiple of 4"),
+        ({"in_channels": 6}, "6 in-channels: not a multiple of 4"),
+        ({"in_channels": 1, "groups": 256}, "1 in-channels a group: not a multiple of 4"),
         ({"violations": 3}, "not 2:4 along in-channels: 3 blocks"),
         ({"precision": "FLOAT"}, "computed in FLOAT"),
         ({"precision": "INT4"}, "computed in INT4"),

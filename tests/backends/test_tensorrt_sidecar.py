@@ -1,4 +1,4 @@
-"""A plan is code: it is read only if it is the one that its sidecar was written for."""
+"""A plan is code: it is read only if its sidecar was written for it."""
 
 import json
 from dataclasses import replace
@@ -98,7 +98,7 @@ def test_another_tensorrt_or_gpu_is_refused(flavour: str, version: str, gpu: str
 
 
 def test_files_are_checked_before_anything_else(path: Path) -> None:
-    """Without TensorRT or a GPU a good pair ends there, a bad one before."""
+    """Without TensorRT or a GPU, a good pair fails after the check and a bad one in it."""
     path.write_bytes(PLAN[:-1])
     with pytest.raises(FileError, match="truncated"):
         load_engine(path)

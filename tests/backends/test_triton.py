@@ -1,6 +1,6 @@
 """The Triton kernels against the reference: equal bit for bit, draw for draw.
 
-Without a CUDA device they run in Triton's interpreter, which has to be asked for before Triton is imported: here.
+Without a CUDA device they run in Triton's interpreter, which must be requested before Triton is imported: here.
 """
 
 import os
@@ -27,12 +27,12 @@ with mock.patch.dict(os.environ, INTERPRETER):
 
 @pytest.fixture(autouse=True)
 def interpreted() -> Iterator[None]:
-    """Triton asks again at the first launch."""
+    """Request the interpreter, as Triton asks again at the first launch."""
     with mock.patch.dict(os.environ, INTERPRETER):
         yield
 
 
-# What numpy, which the interpreter computes with, says of arithmetic that the reference does silently.
+# Warnings of numpy, with which the interpreter computes, about arithmetic that the reference does silently.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 DEVICES = [
@@ -57,7 +57,7 @@ SHAPES = [((5, 9, 13), 1), ((5, 9, 13), 2), ((16, 35), 0), ((3, 64), 1), ((7,), 
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal bits; of a NaN only that it is one."""
+    """Check for equal bits; a NaN need only be a NaN."""
     actual = actual.cpu()
     assert actual.isnan().equal(expected.isnan())
     numbers = [x.nan_to_num(0.0, torch.inf, -torch.inf) for x in (actual, expected)]
@@ -130,7 +130,7 @@ def test_lines_equal_the_reference(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["normal", "ties", "sparse"])
 def test_mvue_of_many_pairs_equals_the_reference(kind: str, dtype: torch.dtype, device: str) -> None:
-    """Most tiles hold ordinary blocks alone (see `two_of_four`), the first one others too."""
+    """Most tiles hold ordinary blocks only (see `two_of_four`); the first one also holds others."""
     x, key = values((64, 256), kind, dtype, seed=11), torch.tensor(12)
     x[:8, :16] *= torch.finfo(dtype).smallest_normal
     x[8:16, :16] *= torch.inf

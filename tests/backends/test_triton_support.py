@@ -1,4 +1,4 @@
-"""What of the Triton backend works without Triton: refusals, layouts, and the reference underneath."""
+"""Parts of the Triton backend that work without Triton: refusals, layouts, and the reference underneath."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from nmcompile.pruning.packed import Packed, unpack
 
 
 def prune_node(*args: Any) -> fx.Node:
-    """`prune(x, *args, key)` in a graph that returns it."""
+    """Return `prune(x, *args, key)` in a graph that returns it."""
     graph = fx.Graph()
     x, key = graph.placeholder("x"), graph.placeholder("key")
     node = graph.call_function(ops.prune, (x, *args, key))

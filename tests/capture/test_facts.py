@@ -53,7 +53,7 @@ class Encoder(nn.Module):
 
 
 class Opaque(nn.Module):
-    """fx cannot trace it."""
+    """A module that fx cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def test_an_outline_ends_where_a_loop_waits_for_a_value(wait: str) -> None:
 
 def test_shapes_and_parameters_are_no_model_inputs() -> None:
     class Biased(nn.Module):
-        """Like DeBERTa: a layer reads a parameter, whose rows are chosen by the length of the input."""
+        """A module like DeBERTa: a layer reads a parameter, whose rows are chosen by the length of the input."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -172,7 +172,7 @@ def test_shapes_and_parameters_are_no_model_inputs() -> None:
 
 
 def small_models() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
-    """Models that fx cannot trace as a whole, each with an example."""
+    """Return models that fx cannot trace as a whole, each with an example."""
     tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     text = tower | {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2}
     tokens, image = torch.randint(3, 30, (2, 5)), torch.randn(2, 3, 8, 8)
@@ -304,7 +304,7 @@ def subtracted_from_a_column(x: Tensor) -> Tensor:
 
 
 def residual(x: Tensor) -> Tensor:
-    """As ResNets write it: the identity is read after the branch has begun, the sum and its ReLU are in place."""
+    """Write a ResNet's block: the identity is read after the branch has begun, the sum and its ReLU are in place."""
     h = F.relu_(x * 1)
     branch = F.relu(h * -1, inplace=True) - 0.1
     branch += h
@@ -394,7 +394,7 @@ def test_nonnegative_through_modules() -> None:
 
 
 class WritesOnItsInput(nn.Module):
-    """fx cannot trace it."""
+    """A module that fx cannot trace."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sub_(1) if x.sum() > 0 else x

@@ -1,4 +1,4 @@
-"""Which forwards a trace may replace, and that tracing leaves no trace in the model."""
+"""Forwards that a trace may replace; and tracing leaves no trace in the model."""
 
 import copy
 import random
@@ -14,7 +14,7 @@ from nmcompile.capture import capture_model
 
 
 class Unfaithful(nn.Module):
-    """The base of forwards that a trace might replace wrongly."""
+    """A base of forwards that a trace might wrongly replace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ UNFAITHFUL: dict[type[nn.Module], str] = {
 
 
 def with_layer(module: nn.Module) -> nn.Module:
-    """A model in which `module` is not the only thing to compile."""
+    """Return a model in which `module` is not the only thing to compile."""
     model = nn.Module()
     model.part, model.head = module, nn.Linear(4, 2)
     return model

@@ -40,13 +40,13 @@ LAYERS = ["0", "2.weight", "4", "7"]
 
 
 def bind(model: nn.Module) -> None:
-    """Set each module's forward to what it is already."""
+    """Set each module's forward to the one it has already."""
     for module in model.modules():
         module.forward = types.MethodType(type(module).forward, module)
 
 
 class Doubled(ModelHook):  # type: ignore[misc]
-    """A hook whose work shows: it doubles what a module returns, in training too."""
+    """A hook whose effect shows: it doubles what a module returns, in training too."""
 
     def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
         return output * 2
@@ -125,7 +125,7 @@ def test_integers_and_absorbed_norms_run_under_hooks(x: Tensor) -> None:
 def test_a_forward_that_is_wrapped_after_compile_has_to_be_unwrapped_first(x: Tensor) -> None:
     compiled = nmcompile.compile(Functional(), "weights", config=SPARSE)
     y = compiled(x)
-    # As Accelerator.prepare does; an Accelerator itself would set the precision of the whole process.
+    # Done as in Accelerator.prepare; an Accelerator itself would set the precision of the whole process.
     compiled._original_forward = compiled.forward  # type: ignore[assignment]
     in_bfloat16 = torch.autocast("cpu", torch.bfloat16)(compiled.forward.__func__)  # type: ignore[attr-defined]
     compiled.forward = types.MethodType(convert_outputs_to_fp32(in_bfloat16), compiled)
@@ -177,7 +177,7 @@ def test_offloaded_weights_are_listed() -> None:
 
 
 def test_what_other_code_stands_for_is_not_known() -> None:
-    """Neither a ReLU nor a batch norm that computes something else is taken for one."""
+    """A ReLU or batch norm with a forward of other code is not taken for one."""
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     assert capture_model(model).facts["3"].nonnegative and capture_model(model).facts["0"].norm == "1"
     for name in ("1", "2"):

@@ -1,4 +1,4 @@
-"""Products with a parameter: those that are linear layers become layers, the others are listed."""
+"""Products with a parameter: linear layers among them become layers, the others are listed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +78,7 @@ def test_a_product_that_is_a_linear_layer_is_a_layer(form: str, x: Tensor) -> No
 
 @pytest.mark.parametrize("form", LAYERS)
 def test_a_dense_product_equals_eager_bit_for_bit(form: str, x: Tensor) -> None:
-    """All end in the GEMM of `F.linear`; the gradients of `einsum` are batched GEMMs, which sum in another order."""
+    """All run the GEMM of `F.linear`; gradients of `einsum` are batched GEMMs, which sum in another order."""
     model = network(LAYERS[form][0])
     compiled = nmcompile.compile(model, "dense", backend="reference")
     gradients = []
@@ -256,7 +256,7 @@ def test_a_weight_read_along_both_axes_is_refused_where_it_is_named() -> None:
 
 
 def test_percentages_are_of_the_whole_model(x: Tensor) -> None:
-    """70 % of what GEMMs read is in one product that stays Python."""
+    """70 % of the elements that GEMMs read are in one product that stays Python."""
     report = nmcompile.analyze(network(LISTED["bmm"][0]), config=CompileConfig(ends="sparse"))
     totals, model = report.summary, 4 * 8 + 8 + 12 * 4 + 4 + 2 * 96 + 12 + 3 * 96
     assert (totals["model_parameters"], totals["uncaptured_parameters"]) == (model, 3 * 96)

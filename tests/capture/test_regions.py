@@ -1,4 +1,4 @@
-"""Functional conv and linear calls: what is a site and how it is named, and what is bypassed."""
+"""Functional conv and linear calls: which are sites, their names, and which layers are bypassed."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ class ReadsDtype(ReadsChild):
 
 
 def with_layer(module: nn.Module) -> nn.Module:
-    """A model in which `module` is not the only thing to compile."""
+    """Return a model in which `module` is not the only thing to compile."""
     model = nn.Module()
     model.part, model.head = module, nn.Linear(4, 2)
     return model

@@ -1,4 +1,4 @@
-"""With example inputs every generated forward runs beside its original once, and stays Python where they differ."""
+"""With example inputs every generated forward runs once beside its original, and stays Python if they differ."""
 
 import itertools
 from collections import OrderedDict
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.capture import capture_model, tracer
+from nmcompile.capture import capture_model, tracer, watch_calls
 from nmcompile.capture.replay import differences
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Region(nn.Module):
-    """Calls `F.linear`, so that its forward would be generated."""
+    """A module that calls `F.linear`, so its forward would be generated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class Fine(Region):
 
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing be proven by bytecode: what is left is the comparison."""
-    monkeypatch.setattr(tracer, "unseen_tests", lambda *_: ())
+    """Let bytecode prove nothing, which leaves only the comparison."""
+    monkeypatch.setattr(watch_calls, "unseen_tests", lambda *_: ())
     monkeypatch.setattr(tracer, "PLAIN_CONTAINERS", (*tracer.PLAIN_CONTAINERS, OrderedDict))
 
 

@@ -1,4 +1,4 @@
-"""Which modules are layers, what they are called, and what is skipped with which reason."""
+"""Modules that are layers, their names, and the modules that are skipped with a reason."""
 
 import subprocess
 import sys

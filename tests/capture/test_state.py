@@ -1,4 +1,4 @@
-"""Capture leaves the model and every random state as they were, also when it raises."""
+"""Capture leaves the model and every random state unchanged, also if it raises."""
 
 import random
 import sys
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmcompile.capture import capture_model
-from nmcompile.capture.state import random_states, unchanged
+from nmcompile.capture.state import RandomStates, random_states, unchanged
 from nmcompile.errors import CaptureError
 
 
 class Meddles(nn.Module):
-    """Its forward changes whatever it can reach, and draws."""
+    """A module whose forward changes everything in its reach, and draws."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +45,9 @@ def assert_untouched(model: Meddles) -> None:
     assert model.training
 
 
-def plain(states: dict[str, Any]) -> list[Any]:
-    return [states["torch"].tolist(), states["python"], states["numpy"][1].tolist(), states["numpy"][2:]]
+def plain(states: RandomStates) -> list[object]:
+    numpy: Any = states.python.numpy
+    return [states.torch.tolist(), states.python.python, numpy[1].tolist(), numpy[2:]]
 
 
 @pytest.mark.parametrize("args", [None, (torch.ones(2, 4),), (torch.ones(2, 5),)], ids=["fx", "export", "refused"])

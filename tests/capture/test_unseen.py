@@ -1,4 +1,4 @@
-"""A test for identity or type leaves nothing in a trace: forwards with one stay Python and compute what they did."""
+"""A test for identity or type is invisible in a trace: forwards with one stay Python and compute the same as before."""
 
 import copy
 import gc
@@ -22,7 +22,7 @@ CASES: dict[str, tuple[Callable[..., Any], Calls, str]] = {}
 
 
 class Part(nn.Module):
-    """Calls `F.linear` on its own weight; each case gives it another forward."""
+    """A module that calls `F.linear` on its own weight; each case gives it another forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Part(nn.Module):
 
 
 class Pair(nn.Module):
-    """A child that returns a tuple, its second item None for a positive sum."""
+    """A child that returns a tuple, whose second item is None for a positive sum."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return x, None if x.sum() > 0 else x
@@ -327,7 +327,7 @@ def test_callbacks_of_the_garbage_collector_are_not_the_code_of_a_forward() -> N
     def callback(phase: str, info: dict[str, Any]) -> None:
         try:
             seen.append(phase)
-        except ValueError:  # which a trace does not see
+        except ValueError:  # a trace does not see this
             raise
 
     seen: list[str] = []

@@ -1,4 +1,4 @@
-"""What the three GEMMs of a layer are by definition, in float64, and the rounding that float32 is entitled to."""
+"""The three GEMMs of a layer by definition, in float64, and the rounding that float32 may have."""
 
 from itertools import product
 from math import prod
@@ -39,7 +39,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def lowered_graphs(layer: Layer, *backends: Backend, pruning: LayerConfig | None = None) -> ThreeGraphs:
-    """The three graphs of a layer; what `backends` do not take, the reference backend does."""
+    """Return the three graphs of a layer; the reference backend takes the nodes that `backends` do not take."""
     captured = Captured((Site(layer, "a", "", "a.weight"),), {"a": Facts()})
     program = Program(captured, plan_phases(captured, pruning or preset("dense"), CompileConfig(ends="sparse")))
     for one in compile_passes([*backends, ReferenceBackend()]):
@@ -50,7 +50,7 @@ def lowered_graphs(layer: Layer, *backends: Backend, pruning: LayerConfig | None
 def run(
     graphs: ThreeGraphs, x: Tensor, weight: Tensor, bias: Tensor, grad_output: Tensor, mask: Tensor | None = None
 ) -> list[Tensor]:
-    """Y, dX, dW, and db if there is one."""
+    """Return Y, dX, dW, and db if there is one."""
     values = {"input": x, "weight": weight, "bias": bias, "grad_output": grad_output, "weight_mask": mask}
     results: list[Tensor] = []
     for _, module in graphs:
@@ -60,7 +60,7 @@ def run(
 
 
 def sums(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Y by the definition: a sum over kernel positions of products over channels."""
+    """Compute Y by the definition: a sum over kernel positions of products over channels."""
     if isinstance(layer, LinearLayer):
         return torch.einsum("...i,io->...o" if layer.transposed else "...i,oi->...o", x, weight) + bias
     assert isinstance(layer, ConvLayer)
@@ -83,7 +83,7 @@ def sums(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def expected(
     layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad_output: Tensor, pruned: Tensor | None = None
 ) -> Gradients:
-    """The gradients of `sums`; dW for the pruned dY if there is one."""
+    """Return the gradients of `sums`; dW for the pruned dY if there is one."""
     leaves = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
     y = sums(layer, *leaves)
     dx, dw, db = torch.autograd.grad(y, leaves, grad_output.double(), retain_graph=pruned is not None)
@@ -93,7 +93,7 @@ def expected(
 
 
 def operands(layer: Layer, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X, W, b (zero where the layer has none) and dY."""
+    """Return X, W, b (zero if the layer has none) and dY."""
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(layer.weight_shape)
     bias = torch.randn(layer.out_features) * layer.has_bias
@@ -101,7 +101,7 @@ def operands(layer: Layer, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tens
 
 
 def assert_within_rounding(layer: Layer, got: list[Tensor], tensors: tuple[Tensor, ...]) -> None:
-    """|error| <= n u / (1 - n u) times the sum of the magnitudes, for sums of n float32 products in any order.
+    """Check |error| <= n u / (1 - n u) × the sum of the magnitudes, for sums of n float32 products in any order.
 
     A result in bfloat16 is rounded once more.
     """

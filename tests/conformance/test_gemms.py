@@ -1,4 +1,4 @@
-"""Every backend's three GEMMs on pruned operands beside sums of products in float64."""
+"""Every backend's three GEMMs on pruned operands against sums of products in float64."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ PATTERNS = "2:4", "1:2", "1:4"
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """A backend whose sparse kernels run whatever they gain."""
+    """Return a backend whose sparse kernels run even if they gain nothing."""
     return forced(request.param, monkeypatch)
 
 
@@ -65,7 +65,7 @@ def pruned(layer: Layer, pattern: str) -> LayerConfig:
 
 
 def both_ways(layer: Layer, pattern: NMPattern) -> Tensor:
-    """A mask that is N:M along in- and along out-features: the same diagonals in every tile."""
+    """Return a mask that is N:M along in- and along out-features: the same diagonals in every tile."""
     out, inner = (torch.arange(layer.weight_shape[dim]) for dim in (layer.out_dim, layer.in_dim))
     mask = (out[:, None] + inner) % pattern.block < pattern.n_keep
     if layer.out_dim:
@@ -76,7 +76,7 @@ def both_ways(layer: Layer, pattern: NMPattern) -> Tensor:
 def check(
     layer: Layer, backend: Backend, pattern: str, tensors: tuple[Tensor, ...], swap: bool = False
 ) -> list[Tensor]:
-    """Run the layer's graphs, compare, and return what they gave."""
+    """Run the layer's graphs, compare, and return their results."""
     parsed = NMPattern.parse(pattern)
     graphs = lowered_graphs(layer, backend, pruning=pruned(layer, pattern))
     x, weight, bias, grad_output = tensors
@@ -164,5 +164,5 @@ def test_results_do_not_depend_on_the_number_of_threads(name: str, cpu: Backend)
         torch.set_num_threads(count)
         results.append(check(layer, cpu, "2:4", tensors))
     torch.set_num_threads(threads)
-    # db is PyTorch's sum.
+    # PyTorch sums db.
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0][:3], other[:3], strict=True))

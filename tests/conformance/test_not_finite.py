@@ -19,7 +19,7 @@ LAYERS = {
 
 
 def run(layer: nn.Module, backend: str, x: Tensor, grad_output: Tensor) -> list[Tensor]:
-    """The output and the gradients of input and weight."""
+    """Return the output and the gradients of input and weight."""
     compiled = nmcompile.compile(nn.Sequential(layer), "training", backend=backend, config=CompileConfig(ends="sparse"))
     x = x.clone().requires_grad_()
     output = compiled(x)
@@ -56,7 +56,7 @@ def test_as_in_the_dense_product(
 def test_a_sum_that_overflows_only_costs_the_sparse_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(16, 16), torch.full((8, 16), 3e38)
     x[:, 1::2] = -3e38
-    x[0] = 3e38  # whose sum is an infinity
+    x[0] = 3e38  # their sum is infinite
     with torch.no_grad():
         layer.weight.mul_(1e-3)
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))

@@ -1,4 +1,4 @@
-"""Products of packed 4-bit integers beside sums in float64: every instruction set, partial blocks, many tokens."""
+"""Products of packed 4-bit integers against sums in float64: every instruction set, partial blocks, many tokens."""
 
 from itertools import combinations
 from typing import Any
@@ -21,7 +21,7 @@ STEPS = "tensor", "channel"
 
 
 def grid_weight(out_features: int, in_features: int, granularity: str, transposed: bool = False) -> GridWeight:
-    """A weight with both kept, one kept and none kept in its fours, and values that the grid clips."""
+    """Return a weight with two, one and no kept elements in its fours, and values that the grid clips."""
     torch.manual_seed(out_features * 1000 + in_features)
     weight = torch.randn(out_features, in_features)
     mask = (torch.rand(out_features, in_features // 4, 4).argsort(-1) < 2).flatten(1)
@@ -33,7 +33,7 @@ def grid_weight(out_features: int, in_features: int, granularity: str, transpose
 
 
 def grid_input(*shape: int, signed: bool) -> GridInput:
-    """An input with values that the grid clips."""
+    """Return an input with values that the grid clips."""
     step, grid = torch.tensor(0.31), Grid(4, signed)
     return GridInput(to_grid(3 * torch.randn(shape), step, 4, signed), step, grid)
 
@@ -45,7 +45,7 @@ def product(weight: GridWeight, x: GridInput, bias: Tensor | None) -> Tensor:
 
 
 def check(weight: GridWeight, x: GridInput, bias: Tensor | None) -> None:
-    """Integers add up exactly: what rounds is one step, the other, their product with the sum, and the bias."""
+    """Compare with exact integer sums: only the two steps, their product with the sum, and the bias round."""
     steps = weight.step.double(), x.step.double()
     integers, inputs = ((v.double() / s).round() for v, s in zip((weight.values(), x.values), steps, strict=True))
     matrix = integers.t() if weight.transposed else integers
@@ -83,7 +83,7 @@ def test_transposed_and_many_dims(granularity: str, isa: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_integer_in_every_place(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of integers have no rounding: each weight meets an input that no other meets."""
+    """Products of integers have no rounding: each weight meets an input of its own."""
     monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     rows, depth = 15, 256
     weight = torch.zeros(rows, depth)

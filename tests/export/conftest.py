@@ -1,4 +1,4 @@
-"""Models as they are deployed, made without the compiler: the writer is judged by plain PyTorch."""
+"""Deployed models, made without the compiler: the writer is judged by plain PyTorch."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What of a model is not in its file, and how the report says so."""
+"""Parts of a model that are not in its file, and how the report says so."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Auxiliary(nn.Module):
-    """A second head that runs in training only, as GoogLeNet's and Inception's."""
+    """A second head that runs in training only, as in GoogLeNet and Inception."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def test_heads_that_run_in_training_only_are_not_in_the_file(args: Any, tmp_path
 
 
 class Cache:
-    """Of a class that torch.export does not know."""
+    """An object of a class that torch.export does not know."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Result:
 
 
 class Cached(nn.Module):
-    """Returns more than tensors, in structures of its own."""
+    """A module that returns more than tensors, in structures of its own."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -57,14 +57,14 @@ def test_torch_goes_on_from_what_was_rounded_otherwise(
     with torch.no_grad():
         before = lockstep.run(Example((images,)), found)
         sign = 1 if found[-1][0, 3] < 7 else -1
-        found[-1][0, 3] += sign  # of the last layer, so that no other one is left behind
+        found[-1][0, 3] += sign  # of the last layer, so no other one is affected
         after = lockstep.run(Example((images,)), found)
     step = sign * model.layers["head"].input.scale * model.layers["head"].weight.values[:, 3]
     torch.testing.assert_close(after - before, torch.cat([step[None], torch.zeros(3, 8)]))
     assert lockstep.taken_over == 1
     with torch.no_grad():
         lockstep.run(Example((images,)), found)
-    assert lockstep.taken_over == 2  # of all batches
+    assert lockstep.taken_over == 2  # in all batches
 
 
 def test_two_steps_are_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:

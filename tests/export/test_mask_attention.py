@@ -1,4 +1,4 @@
-"""Attention rows that may attend to nothing: files compute what torch does."""
+"""Attention rows that may attend to nothing: files compute the same as torch."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ OTHER = torch.tensor([[False] * 5, [True] * 5])
 
 
 class Attention(nn.Module):
-    """Two blocks: what is not a number in the first would reach every row in the second."""
+    """Two blocks: a NaN in the first would reach every row in the second."""
 
     def __init__(self, mask: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class Torch(nn.Module):
-    """torch's own module; with the probabilities asked for its softmax gives NaN, in the file as in eager."""
+    """torch's own module; if the probabilities are requested, its softmax returns NaN, in the file as in eager."""
 
     def __init__(self, need_weights: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of files: integer kernels where numbers allow it, the same numbers everywhere."""
+"""Execution of files in ONNX Runtime: integer kernels where numbers allow it, the same numbers everywhere."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def run(path: Path, x: Tensor) -> Tensor:
 
 
 def unsigned(model: Any) -> Any:
-    """The model with unsigned inputs and no pruning of inputs, as after a ReLU with an odd number of channels."""
+    """Return the model with unsigned inputs that are not pruned, as after a ReLU with an odd number of channels."""
     for layer in model.layers.values():
         object.__setattr__(layer.input, "pattern", None)
     return model
@@ -55,7 +55,7 @@ def test_quantized_layers_run_as_integers(
 
 
 def biased_chain(deploy: Deploy, bias: Callable[[Tensor], Tensor]) -> Any:
-    """Two convs in a row; the bias of the first is made from the step of its accumulator."""
+    """Return two convs in a row; the bias of the first is made from the step of its accumulator."""
     torch.manual_seed(0)
     model = unsigned(deploy(nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)), prune_inputs=True))
     first = model.layers["0"]
@@ -91,7 +91,7 @@ def test_inputs_of_weight_only_layers_are_not_rounded(deploy: Deploy, tmp_path: 
 
 
 class Tapped(nn.Module):
-    """A layer whose result is quantized, and an output too."""
+    """A layer whose result is quantized and also is an output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Tapped(nn.Module):
 def test_outputs_that_are_quantized_elsewhere_stay_whole(
     deploy: Deploy, tmp_path: Path, weight_bits: int | None
 ) -> None:
-    """The bias, or what keeps the weight from being rounded, stands in front of the output too."""
+    """The bias, or the node that keeps the weight from being rounded, also comes before the output."""
     model, x = deploy(Tapped(), weight_bits=weight_bits), torch.randn(2, 8, 4, 4)
     path = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,)).path
     assert [output.name for output in onnx.load(path).graph.output] == ["conv2d", "conv2d_1"]

@@ -1,4 +1,4 @@
-"""`export(dynamic_shapes=...)`: what it opens, how that is verified, and what it refuses."""
+"""`export(dynamic_shapes=...)`: the sizes it opens, how they are verified, and what it refuses."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ B, H, W, N = Dim("batch"), Dim("height", min=4, max=64), Dim("width", min=4), Di
 
 
 class Net(nn.Module):
-    """Images and rows, of which there may be another number."""
+    """Images and rows, whose numbers may differ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_other_forms_of_torch_export(net: nn.Module, form: Any, tmp_path: Path) 
 
 
 class Sized(nn.Module):
-    """Computes something else at another width, which its trace does not know."""
+    """A module that computes other results at another width, which its trace does not know."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_shapes_that_do_not_fit_are_refused(net: nn.Module, name: str, tmp_path:
 
 
 class Least(nn.Module):
-    """Runs at multiples of a size."""
+    """A module that runs at multiples of a size."""
 
     def __init__(self, multiple: int) -> None:
         super().__init__()

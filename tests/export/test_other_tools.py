@@ -46,7 +46,7 @@ def test_tensorrt_builds_a_plan(
 def test_polygraphy_finds_every_planned_tensor_sparse(
     net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path: Path, variant: str
 ) -> None:
-    """Polygraphy looks at floats only, so it is shown the integers as such."""
+    """Polygraphy looks at floats only, so the integers are shown to it as floats."""
     pytest.importorskip("onnx_graphsurgeon", reason="onnx-graphsurgeon is not installed")
     pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
     how, options = VARIANTS[variant]

@@ -12,7 +12,7 @@ from nmcompile.pruning import NMPattern, greedy_by_value
 
 
 def model_of(op_type: str, shape: tuple[int, ...], pattern: str, dtype: ir.DataType) -> onnx.ModelProto:
-    """A model that only prunes, written in front of a node that is then taken away."""
+    """Make a model that only prunes, written before a node that is then removed."""
     x = ir.Value(name="x", shape=ir.Shape(["batch", *shape[1:]]), type=ir.TensorType(dtype))
     node = ir.Node("", op_type, [x])
     layout = "Channels" if op_type == "Conv" else "Features"

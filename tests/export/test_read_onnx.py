@@ -1,4 +1,4 @@
-"""Of the weights of a file: their table, and the patterns that it was written with."""
+"""The table of a file's weights, and the patterns that it was written with."""
 
 import numpy as np
 import pytest

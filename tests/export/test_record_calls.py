@@ -22,21 +22,21 @@ X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class NormAct(nn.BatchNorm2d):
-    """As timm's norm with an activation."""
+    """A norm with an activation, as in timm."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(super().forward(input))
 
 
 class Padded(nn.Conv2d):
-    """Pads and activates by itself."""
+    """A convolution that pads and activates by itself."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(F.pad(input, (1, 1, 1, 1)), self.weight, self.bias).tanh()
 
 
 class Scaled(nn.Linear):
-    """Scales its input, then runs the forward of its base."""
+    """A layer that scales its input, then runs the forward of its base."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input * 2).relu()

@@ -1,4 +1,4 @@
-"""Runtimes that cannot run a file: a note where it is ONNX's own evaluator, an error where it is ONNX Runtime."""
+"""Runtimes that cannot run a file: a note for ONNX's own evaluator, an error for ONNX Runtime."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 class Gather(nn.Module):
-    """From more choices than onnx's evaluator has for GatherElements."""
+    """A gather from more choices than onnx's evaluator has for GatherElements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def test_what_the_reference_evaluator_does_not_implement_is_a_note(tmp_path: Pat
 
 
 class Failure(Exception):
-    """Of a class that nobody expects."""
+    """An exception of an unexpected class."""
 
 
 @pytest.mark.parametrize("place", ["__init__", "run"])

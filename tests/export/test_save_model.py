@@ -108,7 +108,7 @@ def test_mode_is_kept_and_a_link_is_not_followed(path: Path, tmp_path: Path) -> 
     assert not path.is_symlink()
 
 
-# Models whose weights lie beside them. Weight and bias are the number of the model, so that a mix is seen.
+# Models whose weights lie beside them. Weight and bias are the number of the model, so a mix shows.
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def numbered(number: int) -> ir.Model:
-    """y = x @ weight + bias, of which only the weight is large."""
+    """Make y = x @ weight + bias, of which only the weight is large."""
     tensors = {"weight": np.full((32, 32), number, np.float32), "bias": np.full(32, number, np.float32)}
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 32]) for name in "xy")
     node = onnx.helper.make_node("Gemm", ["x", "weight", "bias"], ["y"])
@@ -128,7 +128,7 @@ def numbered(number: int) -> ir.Model:
 
 
 def number_of(path: Path) -> int | None:
-    """Which model is at `path`, whole and checked; None if there is none."""
+    """Return the number of the model at `path`, after checking that it is whole; None if there is none."""
     if not path.exists():
         return None
     open_onnx(path)
@@ -181,7 +181,7 @@ def test_a_kill_at_any_step_leaves_a_whole_model_and_the_next_export_clears_up(p
     for step in range(steps_of(lambda: save(numbered(2), path))):
         save(numbered(1), path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the child writes files alone
+            warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads: the child only writes files
             child = os.fork()
         if child == 0:
             with pytest.MonkeyPatch.context() as patch:
@@ -226,7 +226,7 @@ def test_writers_at_the_same_time_leave_the_model_of_one_of_them(path: Path) -> 
         try:
             for _ in range(8):
                 save(numbered(number), path)
-                save(numbered(0), path)  # content that all of them write
+                save(numbered(0), path)  # content that all models write
         except BaseException as error:
             failed.append(error)
 

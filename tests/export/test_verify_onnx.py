@@ -81,7 +81,7 @@ def test_a_channel_that_all_but_vanishes_hides_no_damage_to_others(
     net: Any, images: Tensor, deploy: Callable[..., Any], tmp_path: Path
 ) -> None:
     with torch.no_grad():
-        net.norm2.weight[1], net.norm2.bias[1] = 1e-9, 1.0  # its step is minute, its results are not
+        net.norm2.weight[1], net.norm2.bias[1] = 1e-9, 1.0  # its step is tiny, its results are not
     model = deploy(net)
     report = write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (images,))
     verify_onnx(report, model.layers, model.reference, [Example((images,))])

@@ -55,7 +55,7 @@ def initializers(path: Path) -> dict[str, Any]:
 def test_file_computes_what_torch_computes(
     net: nn.Module, images: Tensor, deploy: Deploy, tmp_path: Path, variant: str, target: str
 ) -> None:
-    """Checked strictly where the integer Clip, the flipped norms or the 4:8 function could be wrong: fp32 rounding."""
+    """Strict, within fp32 rounding, where the integer Clip, the flipped norms or the 4:8 function could be wrong."""
     how, options = VARIANTS[variant]
     if (variant, target) == ("int4", "tensorrt"):
         how = how | {"input_bits": None}

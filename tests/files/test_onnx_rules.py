@@ -1,4 +1,4 @@
-"""Files that kill ONNX Runtime are refused before it gets them, and their harmless kin are not."""
+"""Files that kill ONNX Runtime are refused before it opens them, and their harmless relatives are not."""
 
 import numpy as np
 import onnxruntime

@@ -17,7 +17,7 @@ WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 def model(*tensors: TensorProto) -> ModelProto:
-    """y = x @ weight, and what else is given as an initializer."""
+    """Make y = x @ weight, with further initializers as given."""
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")],
         "graph",
@@ -113,7 +113,7 @@ def test_a_sparse_tensor_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", ["INT4", "UINT4", "INT8", "FLOAT16", "BFLOAT16", "BOOL", "INT64"])
 def test_the_sizes_of_all_types_are_known(dtype: str) -> None:
-    """An odd number of elements, so that the last byte of packed types is not full."""
+    """An odd number of elements leaves the last byte of packed types partly unused."""
     tensor = helper.make_tensor("extra", getattr(TensorProto, dtype), [5], [1, 0, 1, 0, 1])
     tensor = numpy_helper.from_array(numpy_helper.to_array(tensor), "extra")
     proto = model(numpy_helper.from_array(WEIGHT, "weight"), tensor)

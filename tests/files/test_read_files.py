@@ -1,4 +1,4 @@
-"""Files of other people: only regular ones of a bounded size are read, and JSON only in the shape that is wanted."""
+"""Other people's files: only regular ones of a bounded size are read, and JSON only in the expected shape."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is read of the constant weights of ONNX files, of other writers' too."""
+"""Constant weights read from ONNX files, also from files of other writers."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -148,13 +148,13 @@ LINEAR[:, ::4] = LINEAR[:, 1::4] = 1
     ],
 )
 def test_the_contraction_of_a_linear_layer_is_found(content: Array, nodes: Nodes) -> None:
-    """The weight is 2:4 along in-features alone, so a wrong axis would count violations."""
+    """The weight is 2:4 along in-features only, so a wrong axis would count violations."""
     (weight,) = read(nodes, {"w": content})
     assert facts(weight) == ("fc", nodes[-1].op_type, 8, 6, 1, 1, "FLOAT", "", 0)
 
 
 def test_transposes_follow_each_other() -> None:
-    """Three cyclic shifts of three axes are none; two are the inverse of one."""
+    """Three cyclic shifts of three axes are the identity; two are the inverse of one."""
     turns = [helper.make_node("Transpose", [a], [b], perm=[1, 2, 0]) for a, b in ("wa", "ab")]
     content = LINEAR[None].transpose(1, 2, 0)  # back to (1, out, in) by two shifts
     (weight,) = read([*turns, helper.make_node("MatMul", ["b", "x"], ["y"], name="fc")], {"w": content})
@@ -190,7 +190,7 @@ def test_products_of_two_activations_are_no_layers(nodes: Nodes) -> None:
 
 
 def test_operators_of_other_domains_are_not_taken_for_onnx() -> None:
-    """Even where they have its names: model-local functions and custom operators may do anything."""
+    """This holds even if they have ONNX names: model-local functions and custom operators may do anything."""
     foreign = helper.make_node("Identity", ["", "w"], ["t"], domain="other")
     product = helper.make_node("MatMul", ["t"], ["p"], domain="other")
     (weight,) = read([foreign, product, helper.make_node("MatMul", ["x", "t"], ["y"], name="fc")], {"w": LINEAR.T})
@@ -235,7 +235,7 @@ def test_rest_that_fills_no_block_counts_as_one() -> None:
 
 
 def test_deep_graphs_are_read() -> None:
-    """Thousands of nodes in a row, before an activation and behind a weight, are more than Python's stack holds."""
+    """Thousands of nodes in a row, before an activation and after a weight, exceed Python's stack."""
     before = [helper.make_node("Relu", [f"x{i}" if i else "x"], [f"x{i + 1}"]) for i in range(3000)]
     behind = [helper.make_node("Identity", [f"w{i}" if i else "w"], [f"w{i + 1}"]) for i in range(3000)]
     product = helper.make_node("MatMul", ["x3000", "x3000"], ["p"], "product of activations")
@@ -249,7 +249,7 @@ MEGABYTE = 2**20
 
 
 def peak(run: Callable[[], object]) -> int:
-    """The most bytes that were in use at one time, for what was allocated since the start."""
+    """Return the most bytes in use at one time among those allocated since the start."""
     tracemalloc.start()
     try:
         run()
@@ -259,7 +259,7 @@ def peak(run: Callable[[], object]) -> int:
 
 
 def large(seed: int = 0) -> Array:
-    """A megabyte that is 2:4 along both axes."""
+    """Return a megabyte that is 2:4 along both axes."""
     content = np.random.default_rng(seed).random((512, 512), np.float32) + 1
     content[(np.add.outer(np.arange(512), np.arange(512)) % 4) > 1] = 0
     return content

@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def as_nobody() -> Iterator[None]:
-    """Root may do anything to any folder, so tests of permissions run as somebody else."""
+    """Run as another user, since root has every permission."""
     if os.geteuid() != 0:
         yield
         return
@@ -90,7 +90,7 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
 
 
 def message_of(write: Callable[[], object]) -> str:
-    """What the error says; nothing if there is none."""
+    """Return the error's message; "" if there is none."""
     try:
         write()
     except FileError as error:
@@ -99,7 +99,7 @@ def message_of(write: Callable[[], object]) -> str:
 
 
 def test_a_disk_that_is_full_in_the_middle_leaves_the_old_file(path: Path) -> None:
-    """A limit on the size of files stands for the disk: the write itself fails, halfway."""
+    """A limit on the size of files simulates the full disk: the write itself fails halfway."""
     path.write_bytes(b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -123,7 +123,7 @@ def test_what_a_link_names_is_left_and_the_link_replaced(path: Path, tmp_path: P
 @pytest.mark.parametrize("through_a_link", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
 def test_what_is_not_a_file_is_refused_and_left(path: Path, kind: str, through_a_link: bool) -> None:
-    """A pipe, a device or an empty folder would be renamed over without a word."""
+    """A pipe, a device or an empty folder would be silently renamed over."""
     special = Path("/dev/null") if kind == "device" else path.with_name("special") if through_a_link else path
     if kind == "device" and not through_a_link:
         path = special

@@ -1,4 +1,4 @@
-"""Which einsum equations are linear layers, against what they compute."""
+"""Einsum equations that are linear layers, checked against what they compute."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_a_linear_einsum_equals_the_linear_layer(equation: str) -> None:
         "bi,bio->bo",  # one matrix for each sample
         "bti,hoi->btho",
         "bi,oi,o->bo",
-        "bij,oi",  # without an arrow the result is in alphabetical order
+        "bij,oi",  # without an arrow the dims of the result are in alphabetical order
     ],
 )
 def test_other_einsums_are_not_linear_layers(equation: str) -> None:

@@ -1,4 +1,4 @@
-"""Which elements share a block, beside index arithmetic written out."""
+"""Blocks of elements, checked against explicit index arithmetic."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,22 +18,22 @@ CONVS = [(8, 6, 3), (8, 4, 3, 2), (6, 4, 2, 4), (4, 4, 2, 1, 3), (3, 8, 8)]
 
 
 def position(index: Index, shape: Index) -> int:
-    """The rank of an index in row-major order."""
+    """Return the rank of an index in row-major order."""
     return sum(i * prod(shape[d + 1 :]) for d, i in enumerate(index))
 
 
 def linear_flat(index: Index, shape: Index) -> tuple[Index, int]:
-    """Tokens in order; one line per feature."""
+    """Order tokens as they come; one line per feature."""
     return index[-1:], position(index[:-1], shape[:-1])
 
 
 def conv_flat(index: Index, shape: Index) -> tuple[Index, int]:
-    """Samples, and in each the pixels, in order; one line per channel."""
+    """Order samples, and in each the pixels; one line per channel."""
     return index[1:2], position((index[0], *index[2:]), (shape[0], *shape[2:]))
 
 
 def batch(index: Index, shape: Index) -> tuple[Index, int]:
-    """Samples at one position."""
+    """Order samples at one position."""
     return index[1:], index[0]
 
 
@@ -46,11 +46,11 @@ def conv_channels(index: Index, shape: Index) -> tuple[Index, int]:
 
 
 Line = Callable[[Index, Index], tuple[Index, int]]
-"""On which line an element lies, and where on it."""
+"""Line on which an element lies, and its position on the line."""
 
 
 def expected_blocks(shape: Index, line: Line) -> set[tuple[int, ...]]:
-    """Elements are named by their rank in the tensor; a block lists them in order."""
+    """Return the blocks as lists of elements in order; an element's name is its rank in the tensor."""
     blocks: dict[tuple[Index, int], dict[int, int]] = defaultdict(dict)
     for index in product(*map(range, shape)):
         key, place = line(index, shape)

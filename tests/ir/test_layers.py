@@ -1,4 +1,4 @@
-"""The geometry of layers, beside what PyTorch's own modules do and count."""
+"""The geometry of layers, compared with that of PyTorch's own modules."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ def test_only_what_lies_outside_the_grid_is_beyond_it() -> None:
 
 
 def test_the_step_gradient_is_that_of_the_clipped_values() -> None:
-    """Of clamp(x, -7 step, 7 step): what is clipped moves with the step, seven times as far."""
+    """The gradient of clamp(x, -7 step, 7 step): clipped values move with the step, seven times as far."""
     step = torch.tensor(1.0, requires_grad=True)
     weight = torch.arange(1.0, 7.0)
     (expected,) = torch.autograd.grad(

@@ -42,7 +42,7 @@ class Refuses:
 
 
 def program_of(default: LayerConfig, passes: list[Pass], placement: str = "operand") -> Program:
-    """Convs, grouped too, and linears, with bias and without, after some passes."""
+    """Return convs, also grouped, and linears, with bias and without, after some passes."""
     model = nn.Sequential(
         nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3, groups=2, bias=False), nn.ReLU(),
         nn.Flatten(), nn.Linear(32, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3),

@@ -1,4 +1,4 @@
-"""What the plan prunes by default, what it leaves dense and why, and what a configuration changes."""
+"""Plans: what they prune by default, what they leave dense and why, and what a configuration changes."""
 
 from dataclasses import replace
 from typing import Literal
@@ -28,7 +28,7 @@ TOKENS = torch.randn(2, 8)
 
 
 class Opaque(nn.Sequential):
-    """No tracer follows it, so nothing is known of the data flow."""
+    """A module that no tracer follows, so nothing is known about the data flow."""
 
     def forward(self, input: Tensor) -> Tensor:
         for one in self:
@@ -76,7 +76,7 @@ def reasons(one: LayerPlan) -> set[str]:
 
 
 def rows(one: LayerPlan) -> dict[str, str]:
-    """The rows in words, or why the GEMM runs dense, by phase."""
+    """Return by phase the rows in words, or why the GEMM runs dense."""
     return {row.phase.value: str(row) if row.is_sparse else row.reason for row in one.rows}
 
 
@@ -156,9 +156,9 @@ def test_depthwise_convolutions_stay_dense(mode: str, args: tuple[Tensor, ...]) 
 @pytest.mark.parametrize(
     ("layer", "size"),
     [
-        (nn.Linear(6, 8), "6 in-features are no multiple of 4"),
-        (nn.Conv1d(6, 8, 3), "6 in-channels are no multiple of 4"),
-        (nn.Conv2d(8, 8, 3, groups=4), "2 in-channels per group are no multiple of 4"),
+        (nn.Linear(6, 8), "6 in-features are not a multiple of 4"),
+        (nn.Conv1d(6, 8, 3), "6 in-channels are not a multiple of 4"),
+        (nn.Conv2d(8, 8, 3, groups=4), "2 in-channels per group are not a multiple of 4"),
     ],
     ids=["linear", "conv", "groups"],
 )
@@ -171,8 +171,8 @@ def test_in_channels_that_no_block_divides(layer: nn.Module, size: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "size"),
     [
-        (nn.Linear(8, 6), "6 out-features are no multiple of 4"),
-        (nn.Conv2d(8, 12, 3, groups=2), "6 out-channels per group are no multiple of 4"),
+        (nn.Linear(8, 6), "6 out-features are not a multiple of 4"),
+        (nn.Conv2d(8, 12, 3, groups=2), "6 out-channels per group are not a multiple of 4"),
     ],
     ids=["linear", "groups"],
 )
@@ -194,7 +194,7 @@ def test_out_channels_decide_about_sdgp() -> None:
     fits = plan(nn.Sequential(nn.Linear(6, 8)), SDGP, SPARSE)["0"]
     assert rows(fits)["backward"] == "grad_output 2:4 sdgp along out"
     assert rows(plan(nn.Sequential(nn.Linear(8, 6)), SDGP, SPARSE)["0"])["backward"] == (
-        "6 out-features are no multiple of 4"
+        "6 out-features are not a multiple of 4"
     )
 
 
@@ -268,14 +268,14 @@ def test_the_update_gradient_is_grouped_as_asked(group: Literal["batch", "flat"]
 @pytest.mark.parametrize(
     ("layer", "asked", "problem"),
     [
-        (nn.Linear(6, 8), presets["weights"], "forward GEMM: 6 in-features are no multiple of 4"),
+        (nn.Linear(6, 8), presets["weights"], "forward GEMM: 6 in-features are not a multiple of 4"),
         (nn.Linear(8, 8), presets["activations"], f"forward GEMM: {UNPROVEN}"),
         (
             nn.Linear(8, 8),
             replace(presets["weights"], input=presets["activations"].input),
             f"forward GEMM: {UNPROVEN}",
         ),
-        (nn.Linear(8, 6), SDGP, "backward GEMM: 6 out-features are no multiple of 4"),
+        (nn.Linear(8, 6), SDGP, "backward GEMM: 6 out-features are not a multiple of 4"),
         (nn.Conv2d(4, 4, 3, groups=4), presets["gradients"], f"update GEMM: {DEPTHWISE}"),
         (nn.Conv2d(4, 4, 3, groups=4), SDGP, f"backward GEMM: {DEPTHWISE}"),
     ],
@@ -320,6 +320,6 @@ def test_functional_layers_are_planned_by_their_weights_name() -> None:
 
 @pytest.mark.parametrize("mode", ["weights", "t-weights"])
 def test_a_weight_that_no_block_divides_has_no_mask_in_any_phase(mode: str) -> None:
-    size = "6 in-features are no multiple of 4"
+    size = "6 in-features are not a multiple of 4"
     planned = rows(plan(nn.Sequential(nn.Linear(6, 8)), mode, SPARSE)["0"])
     assert planned == {"forward": size, "backward": size, "update": NOT_ASKED}

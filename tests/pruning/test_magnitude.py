@@ -11,7 +11,7 @@ from nmcompile.pruning.selection import PAIRWISE_LIMIT, largest
 
 
 def best_by_enumeration(scores: Tensor, n_keep: int) -> tuple[int, ...]:
-    """The N positions with the largest sum; `combinations` is lexicographic, so the first of equals is the lowest."""
+    """Return the N positions with the largest sum; `combinations` is lexicographic, so the first of equals wins."""
     values = scores.tolist()
     return max(combinations(range(len(values)), n_keep), key=lambda kept: sum(values[i] for i in kept))
 

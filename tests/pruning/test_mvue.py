@@ -13,14 +13,14 @@ EDGES = [0.0, 2.0**-24, 0.5 - 2.0**-24, 0.5, 1 - 2.0**-23, 1 - 2.0**-24]
 
 
 def apply(block: Tensor, pattern: str, u: Tensor) -> Tensor:
-    """`mvue` on columns with given uniform numbers."""
+    """Apply `mvue` to columns with given uniform numbers."""
     kept, values = select_mvue(block, NMPattern.parse(pattern), u.unsqueeze(0))
     assert values is not None
     return torch.where(kept, values, 0.0)
 
 
 def written_out(block: np.ndarray, n_keep: int, u: np.floating) -> np.ndarray:
-    """The definition for one block, step by step in NumPy scalars of the block's dtype."""
+    """Compute the definition for one block, step by step in NumPy scalars of the block's dtype."""
     real = block.dtype.type
     a = [abs(value) for value in block]
     nonzero = [i for i, value in enumerate(a) if value > 0]
@@ -54,7 +54,7 @@ def written_out(block: np.ndarray, n_keep: int, u: np.floating) -> np.ndarray:
 
 
 def wild_blocks(block: int, count: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Blocks `(M, count)` with zeros, ties, near-ties and magnitudes from subnormal to large."""
+    """Return blocks `(M, count)` with zeros, ties, near-ties and magnitudes from subnormal to large."""
     generator = torch.Generator().manual_seed(seed)
     mantissa = torch.randint(1, 5, (block, count), generator=generator).to(dtype)
     spread = torch.tensor([0.0, 1.0, 8.0, 24.0, 120.0])[torch.randint(0, 5, (count,), generator=generator)]
@@ -133,7 +133,7 @@ def test_saturated_elements_are_unchanged() -> None:
 
 
 def optimal(a: Tensor, n_keep: int) -> Tensor:
-    """p_i = min(1, c |a_i|) with Σ p = N by bisection on c, float64 `(M, blocks)`; more than N non-zeros."""
+    """Find p_i = min(1, c |a_i|) with Σ p = N by bisection on c, float64 `(M, blocks)`, for more than N non-zeros."""
     low, high = torch.zeros_like(a[0]), n_keep / a.where(a > 0, torch.inf).amin(0)
     for _ in range(200):
         middle = (low + high) / 2

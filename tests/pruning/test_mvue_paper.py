@@ -18,13 +18,13 @@ def pruned(selection: Selection) -> Tensor:
 
 
 def blocks_of_four(count: int = 300) -> Tensor:
-    """Float64 blocks `(4, count)` of all three cases of A.2."""
+    """Return float64 blocks `(4, count)` of all three cases of A.2."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(4, count, generator=generator, dtype=torch.float64) ** 1.5
 
 
 def paper_pairs(block: list[float]) -> dict[tuple[int, int], float]:
-    """Equations (37), (39), (40), on the sorted block; indices from 0."""
+    """Compute Equations (37), (39), (40), on the sorted block; indices from 0."""
     a1, a2, a3, a4 = sorted(block)
     total = a1 + a2 + a3 + a4
     if a4 >= a1 + a2 + a3:

@@ -23,7 +23,7 @@ def test_known_answers(counter: str, key: str, result: str) -> None:
 
 
 def uniform_number(key: int, i: int) -> float:
-    """The definition, in Python integers."""
+    """Compute the definition in Python integers."""
     c = [(i >> 2) & 0xFFFFFFFF, i >> 34, 0, 0]
     k = [key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF]
     for _ in range(10):

@@ -39,7 +39,7 @@ def run(name: str, x: Tensor, dim: int = -1, seed: int = 0, pattern: str | None 
 
 
 def counts(x: Tensor, block: int, dim: int = -1) -> Tensor:
-    """Non-zeros of every block."""
+    """Count the non-zeros of every block."""
     pieces = torch.split(x != 0, block, dim)
     return torch.stack([piece.sum(dim) for piece in pieces])
 

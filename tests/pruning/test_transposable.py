@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def all_patterns(n_keep: int, block: int) -> Tensor:
-    """Every valid tile in lexicographic order of its rows, bool `(patterns, M, M)`."""
+    """Return every valid tile in lexicographic order of its rows, bool `(patterns, M, M)`."""
     tiles = [
         [[column in row for column in range(block)] for row in rows]
         for rows in product(combinations(range(block), n_keep), repeat=block)
@@ -83,7 +83,7 @@ def test_flow_is_the_optimum(n_keep: int, block: int) -> None:
 
 
 def test_flow_bears_any_range_of_magnitudes() -> None:
-    """A dominant permutation, whatever its scale, is found: costs are exact integers."""
+    """A dominant permutation is found whatever its scale: costs are exact integers."""
     w = noise(3, 6, 6, seed=5).abs() * torch.tensor([1e-42, 1.0, 1e30]).view(3, 1, 1)
     columns = torch.tensor([3, 0, 5, 1, 4, 2])
     w[:, torch.arange(6), columns] += torch.tensor([1e-38, 1e20, 2e34]).view(3, 1)

@@ -48,7 +48,7 @@ CASES = [(name, pattern, kind) for name, pattern in ESTIMATORS for kind in BLOCK
 
 
 def optimal(a: list[float], n_keep: int) -> list[float]:
-    """Water-filling: the largest elements have p = 1 as long as the others' share would exceed 1."""
+    """Run water-filling: the largest elements have p = 1 as long as the others' share would exceed 1."""
     order = sorted(range(len(a)), key=lambda i: -a[i])
     p = [0.0] * len(a)
     for rank, i in enumerate(order):

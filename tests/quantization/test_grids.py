@@ -26,7 +26,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def nearest(x: Tensor, step: float, grid: Grid) -> Tensor:
-    """The nearest grid point by trying all of them, in float64."""
+    """Find the nearest grid point by trying all of them, in float64."""
     points = torch.arange(grid.low, grid.high + 1, dtype=torch.float64) * step
     return points[(x.double().unsqueeze(-1) - points).abs().argmin(-1)]
 
@@ -147,7 +147,7 @@ LAWS = {
 
 @pytest.mark.parametrize("law", LAWS)
 def test_three_bits_are_fitted_to_seven_levels(law: str) -> None:
-    """The published pair, of eight levels, is more than 2 % off on three of the laws."""
+    """The published pair, for eight levels, is more than 2 % off on three of the laws."""
     w, grid = torch.from_numpy(LAWS[law].rvs(50_000, random_state=0)), Grid(3, True)
     best = min(error(w, float(w.abs().mean()) * share / 100 / grid.high, grid) for share in range(150, 400, 4))
     assert error(w, float(sawb_scale(w, 3)), grid) <= 1.01 * best
@@ -218,7 +218,7 @@ def test_pact_clips_and_rounds(bits: int) -> None:
 
 
 def test_pact_gradients() -> None:
-    """Those of clamp(x, 0, clip): rounding passes gradients straight through."""
+    """The gradients are those of clamp(x, 0, clip): rounding passes gradients straight through."""
     x = torch.randn(500, generator=torch.Generator().manual_seed(5), dtype=torch.float64, requires_grad=True)
     clip = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(500, generator=torch.Generator().manual_seed(6), dtype=torch.float64)

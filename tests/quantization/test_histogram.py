@@ -1,4 +1,4 @@
-"""The clips that a histogram finds, against the same search over the data itself."""
+"""The clips that a histogram finds, compared with the same search over the data itself."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(2, True)]
 
 
 def data(seed: int = 0) -> list[Tensor]:
-    """Batches whose range grows."""
+    """Return batches whose range grows."""
     generator = torch.Generator().manual_seed(seed)
     return [scale * torch.randn(5000, generator=generator).relu() for scale in (0.1, 1.0, 0.5, 3.0)]
 
@@ -39,7 +39,7 @@ def test_the_best_clip_is_that_of_the_data(grid: Grid) -> None:
 @pytest.mark.parametrize("percent", [50.0, 90.0, 99.0, 99.9, 100.0])
 def test_percentiles_are_those_of_the_data(percent: float) -> None:
     x = torch.cat(data()).double()
-    # The top doubles until it holds the largest, so that a bin is less than twice as wide as it could be.
+    # The top doubles until it holds the largest, so a bin is less than twice as wide as it could be.
     width = 2 * float(x.max()) / BINS
     clip = observed(data()).percentile(percent)
     assert float((x <= clip + 1e-6).double().mean()) >= percent / 100

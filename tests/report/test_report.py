@@ -20,7 +20,7 @@ POSITIONS = {"0": BATCH * 4 * 4, "2": BATCH * 2 * 2, "5": BATCH, "7": BATCH}
 WEIGHTS = {"0": 8 * 4 * 9, "2": 8 * 8 * 9, "5": 16 * 32, "7": 4 * 16}
 MACS = {name: POSITIONS[name] * WEIGHTS[name] for name in POSITIONS}
 MIDDLE = ("2", "5")
-"""What the defaults prune: neither the first layer nor the last linear."""
+"""Layers that the defaults prune: neither the first layer nor the last linear."""
 
 
 def network() -> nn.Sequential:
@@ -47,7 +47,7 @@ DENSITY: dict[str, tuple[float, float, float]] = {
     "gradients": (1, 1, 0.5),
     "training": (0.5, 0.5, 0.5),
 }
-"""The share of MACs that is left in forward, backward and update, as Table 1 places the pruning."""
+"""Share of MACs that is left in forward, backward and update, as Table 1 places the pruning."""
 
 
 @pytest.mark.parametrize("mode", DENSITY)
@@ -164,7 +164,7 @@ def test_whole_graph_holds_the_nodes_of_every_rewritten_layer(x: Tensor) -> None
     graph = report_of("training", x).graph
     assert isinstance(graph, fx.Graph)
     graph.lint()
-    # Each weight is pruned by a node of its own or by its GEMM.
+    # Each weight is pruned by its own node or by its GEMM.
     pruned = [meta for meta in map(find_meta, graph.nodes) if meta is not None and (meta.kind == "prune" or meta.fused)]
     assert len(pruned) == len(MIDDLE)
     assert {meta.layer.name for meta in map(find_meta, graph.nodes) if meta is not None} == set(MIDDLE)

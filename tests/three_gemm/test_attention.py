@@ -1,4 +1,4 @@
-"""Attention on three-GEMM projections, beside `nn.MultiheadAttention`, bit for bit."""
+"""Attention on three-GEMM projections, compared bit for bit with `nn.MultiheadAttention`."""
 
 import copy
 from typing import Any
@@ -27,7 +27,7 @@ def attention(**options: Any) -> nn.MultiheadAttention:
 
 
 def results(module: nn.Module, tensors: tuple[Tensor, ...], **call: Any) -> list[Tensor | None]:
-    """Output, weights and every gradient, dropout drawn from the same seed."""
+    """Return output, weights and every gradient, with dropout drawn from the same seed."""
     distinct = {id(tensor): tensor.clone().requires_grad_() for tensor in tensors}
     torch.manual_seed(3)
     output, weights = module(*(distinct[id(tensor)] for tensor in tensors), **call)

@@ -17,7 +17,7 @@ ALL = CompileConfig(ends="sparse")
 
 
 class Functional(nn.Module):
-    """Its forward is generated from its graph, since it calls a functional linear."""
+    """A module whose forward is generated from its graph, since it calls a functional linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "copy of a copy": lambda model: copy.deepcopy(copy.deepcopy(model)),
 }
-# The class of a GraphModule exists in its process alone.
+# The class of a GraphModule exists only in its process.
 CASES = [case for case in product(MODELS, COPIES) if case != ("graph module", "pickle")]
 
 
@@ -53,7 +53,7 @@ def compiled(name: str) -> nn.Module:
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output and gradients of one step, then the step."""
+    """Take one step; return its output and gradients."""
     model.zero_grad()
     output = model(x)
     output.square().mean().backward()
@@ -63,7 +63,7 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(("name", "copied"), CASES)
 def test_a_copy_goes_on_as_the_model_does(name: str, copied: str, x: Tensor) -> None:
-    """Draws of MVUE and steps of the masks included."""
+    """Includes draws of MVUE and steps of the masks."""
     model = compiled(name)
     step(model, x)
     replica = COPIES[copied](model)

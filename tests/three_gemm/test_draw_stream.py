@@ -44,7 +44,7 @@ def test_rank_0_draws_what_a_single_process_draws(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("seed", [2**63, 2**64 - 1])
 def test_seeds_are_64_bits_with_or_without_a_sign(seed: int) -> None:
-    """A process that was not seeded has an `initial_seed` that int64 does not hold, half of the time."""
+    """A process that was not seeded has, half of the time, an `initial_seed` that int64 does not hold."""
     assert keys(seed, "fc", 3) == keys(seed - 2**64, "fc", 3)
     assert torch.tensor(DrawStream(seed, "fc").seed).dtype == torch.int64
 

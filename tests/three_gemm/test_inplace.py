@@ -1,4 +1,4 @@
-"""A layer's output is a tensor of its own, in every mode: operators may write to it in place, as after eager layers."""
+"""A layer's output has its own memory, in every mode: operators may write to it in place, as after eager layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +116,7 @@ def swin_of_transformers() -> nn.Module:
 
 
 def wav2vec2() -> nn.Module:
-    """With SpecAugment, which writes over the projected features."""
+    """Make a model with SpecAugment, which writes over the projected features."""
     sizes: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 1,

@@ -1,4 +1,4 @@
-"""Which modules of a tree are rewritten, how, and that they can be given back."""
+"""Modules of a tree that are rewritten, how, and that they can be restored."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Functional(nn.Module):
-    """Calls `call` with parameters of its own, and reads one of them elsewhere."""
+    """A module that calls `call` with its own parameters, and reads one of them elsewhere."""
 
     def __init__(self, call: Callable[[Tensor, Tensor, Tensor], Tensor], *shape: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Functional(nn.Module):
 
 
 class Noisy(Functional):
-    """Draws in forward: a generated forward would freeze nothing, but a trace cannot show it faithfully."""
+    """A module that draws in forward: a generated forward would freeze nothing, but a trace is not faithful."""
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)
@@ -45,7 +45,7 @@ class Noisy(Functional):
 
 
 class Opaque(nn.Module):
-    """Untraceable itself; its children are not."""
+    """A module that is untraceable itself, unlike its children."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ CALLS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], tuple[int, ..
 
 
 def results(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and every gradient."""
+    """Return the output and every gradient."""
     leaf = x.clone().requires_grad_()
     output = model(leaf)
     return [output, *torch.autograd.grad(output.square().sum(), [leaf, *model.parameters()])]

@@ -35,21 +35,21 @@ class Two(nn.Module):
 
 
 class Labelled(nn.Module):
-    """As in transformers: everything is optional, labels are an argument, and the rest is passed on."""
+    """A model as in transformers: everything is optional, labels are an argument, and the rest is passed on."""
 
     def forward(self, ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
         return {"ids": ids, "labels": labels, **kwargs}
 
 
 class Images(nn.Module):
-    """As torchvision's detectors."""
+    """A model that takes images like torchvision's detectors."""
 
     def forward(self, images: list[Tensor], targets: Any = None) -> Any:
         return {"images": images, "targets": targets}
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel."""
+    """A wrapper like DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def same(x: Any, y: Any) -> bool:
 
 
 class Sum(nn.Module):
-    """Of two inputs."""
+    """A model of two inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_comparing_says_what_is_wrong_with_a_batch(sums: nn.Module) -> None:
 
 
 def test_a_tokenizers_batch_is_taken() -> None:
-    """What DataCollatorWithPadding yields."""
+    """The batch that DataCollatorWithPadding yields."""
     from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
     small: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}

@@ -1,4 +1,4 @@
-"""Pruned layers under torch.func and forward-mode AD, beside the plain model that holds the pruned weights."""
+"""Pruned layers under torch.func and forward-mode AD, compared with the plain model that holds the pruned weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def build() -> nn.Module:
 
 
 def pair(mode: str) -> tuple[nn.Module, nn.Module]:
-    """A compiled model, and the plain one with the same pruned weights."""
+    """Return a compiled model, and the plain one with the same pruned weights."""
     compiled = nmcompile.compile(build(), mode, config=SPARSE)
     compiled(X)
     return compiled, nmcompile.finalize(compiled)
@@ -87,11 +87,11 @@ def test_draws_of_gradients_need_leave_to_differ() -> None:
     found = gradients["0.weight"]
     assert not torch.allclose(found, exact["0.weight"])
     assert not torch.allclose(found[0], found[1])
-    torch.testing.assert_close(jacrev(compiled)(X), jacrev(plain)(X))  # which prunes no gradient
+    torch.testing.assert_close(jacrev(compiled)(X), jacrev(plain)(X))  # jacrev prunes no gradient
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The gradient of a gradient penalty, as WGAN-GP has it."""
+    """Return the gradient of a gradient penalty, as in WGAN-GP."""
     x = X.clone().requires_grad_()
     (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     slope.square().sum().backward()

@@ -1,4 +1,4 @@
-"""The autograd function around the three graphs, where a layer is called more than once before backward."""
+"""The autograd function around the three graphs, for a layer that is called more than once before backward."""
 
 from collections.abc import Callable
 
@@ -68,7 +68,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(frozen: str) -> None:
 
 
 def test_data_parallel_is_refused() -> None:
-    """What `nn.DataParallel` calls on several devices."""
+    """`nn.DataParallel` calls such replicas on several devices."""
     model = nmcompile.compile(nn.Sequential(nn.Linear(8, 8)), config=CompileConfig(ends="sparse"))
     with pytest.raises(ConfigError, match=r"layer '0': nn\.DataParallel"):
         model.get_submodule("0")._replicate_for_data_parallel()

@@ -45,7 +45,7 @@ def test_training_under_autocast_prunes_what_the_masters_say(dtype: torch.dtype)
 
 @pytest.mark.parametrize("mode", ["dense", "training"])
 def test_backward_inside_autocast_has_the_precision_of_its_forward(mode: str) -> None:
-    """Here autocast says nothing about the operands, which forward has cast or not."""
+    """In backward, autocast does not decide about the operands, which forward has cast or not."""
     gradients = []
     for inside in (False, True):
         model = nmcompile.compile(network(), mode, config=CompileConfig(ends="sparse"))
@@ -58,7 +58,7 @@ def test_backward_inside_autocast_has_the_precision_of_its_forward(mode: str) ->
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_an_overflow_reaches_the_scaler(bad: float, sparse: bool) -> None:
-    """MVUE keeps a block with an infinity non-finite, so that the step is skipped as for the dense model."""
+    """MVUE keeps a block with an infinity non-finite, so the step is skipped as for the dense model."""
     model = nmcompile.compile(network(), "training", config=CompileConfig(ends="sparse")) if sparse else network()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

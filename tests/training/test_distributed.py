@@ -64,7 +64,7 @@ def sharded(model: nn.Module) -> nn.Module:
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """The first block by columns and rows; the second is computed alike by all."""
+    """Split the first block by columns and rows; all ranks compute the second alike."""
     return parallelize_module(
         model, init_device_mesh("cpu", (WORLD,)), {"0.0": ColwiseParallel(), "0.2": RowwiseParallel()}
     )
@@ -95,12 +95,12 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def batches(builder: str, rank: int, step: int) -> list[Tensor]:
-    """What a process of such a model trains on: its part, or all of it where processes split the weights alone."""
+    """Return the data that a process trains on: its part, or everything if processes split only the weights."""
     return [data(r, step) for r in range(WORLD)] if "parallel" in builder else [data(rank, step)]
 
 
 def results(rank: int, builder: str, mode: str) -> dict[str, Tensor]:
-    """Parameters and masks after training, and what the finalized and the trained model compute."""
+    """Return parameters and masks after training, and the outputs of the finalized and the trained model."""
     model = BUILDERS[builder](mode)
     train(model, lambda step: batches(builder, rank, step))
     inner = model.module if isinstance(model, DistributedDataParallel) else model
@@ -112,14 +112,14 @@ def results(rank: int, builder: str, mode: str) -> dict[str, Tensor]:
 
 
 def drawn(rank: int) -> Tensor:
-    """A weight gradient of one batch for all ranks."""
+    """Return a weight gradient of one batch for all ranks."""
     model = compiled("training")
     last = dict(model.named_parameters())["2.2.weight"]
     return torch.autograd.grad(model(data(0, 0)).square().sum(), [last])[0]
 
 
 def refused(run: Callable[[], Any]) -> str:
-    """The error of ours that this ends in."""
+    """Return the project's error that this raises."""
     try:
         run()
     except nmcompile.NMCompileError as error:
@@ -132,7 +132,7 @@ def flat(model: nn.Module, orig: bool) -> nn.Module:
 
 
 def of_fsdp1() -> list[str]:
-    """What is said where a compiled model is wrapped, also one that has run, and where a wrapped one is compiled."""
+    """Return the messages for a wrapped compiled model, also after it ran, and for compiling a wrapped one."""
     ran = compiled("weights", refresh=None)
     ran(data(0, 0))
     models = [flat(model, orig) for model in (compiled("t-weights"), ran) for orig in (True, False)]
@@ -141,7 +141,7 @@ def of_fsdp1() -> list[str]:
 
 
 def misfits() -> dict[str, str]:
-    """What is said of layers that cannot be split."""
+    """Return the messages for layers that cannot be split."""
     narrow = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
     mesh, config = init_device_mesh("cpu", (WORLD,)), CompileConfig(ends="sparse")
 
@@ -159,7 +159,7 @@ def misfits() -> dict[str, str]:
 
 
 def frozen_masks(rank: int) -> tuple[dict[str, Tensor], ...]:
-    """Frozen masks of weights that were trained since: as they are, after sharding, and what they would be today."""
+    """Return frozen masks of weights trained since: as they are, after sharding, and as they would be today."""
     model = compiled("t-weights", refresh=None)
     train(model, lambda step: [data(0, step)])
     before, fresh = copied_masks(model), compiled("t-weights")
@@ -170,7 +170,7 @@ def frozen_masks(rank: int) -> tuple[dict[str, Tensor], ...]:
 
 
 def decided(rank: int) -> dict[str, Tensor]:
-    """What `where="pays"` decides where the first rank would prune everything and the second nothing."""
+    """Return the decision of `where="pays"` if the first rank would prune everything and the second nothing."""
     with mock.patch.object(profitability, "_typical_times", lambda steps, _: {p: len(p) * (rank - 0.5) for p in steps}):
         torch.manual_seed(0)
         config = CompileConfig(where="pays", ends="sparse")
@@ -178,7 +178,7 @@ def decided(rank: int) -> dict[str, Tensor]:
 
 
 def failed(rank: int) -> str:
-    """What a rank hears where the first one cannot measure."""
+    """Return the error on a rank if the first rank cannot measure."""
     with mock.patch.object(profitability, "_typical_times", side_effect=MemoryError("no room")):
         config = CompileConfig(where="pays", ends="sparse")
         try:
@@ -204,7 +204,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[Any, Any]]:
-    """What every rank ended with, of all cases: starting processes takes longer than all that they do."""
+    """Return the results of every rank in all cases: starting processes takes longer than their work."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, (folder,), nprocs=WORLD)  # type: ignore[attr-defined]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
@@ -212,7 +212,7 @@ def ranks() -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_ranks_agree_on_masks_and_weights(builder: str, ranks: list[dict[Any, Any]]) -> None:
-    """Also where nothing averages the gradients that they draw: of what tensor parallelism leaves whole."""
+    """Also without averaging of the gradients that they draw, for weights that tensor parallelism leaves whole."""
     first, second = (rank[builder, "training"] for rank in ranks)
     assert sum(name.endswith(".mask") for name in first) == 4
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,4 @@
-"""The random stream: micro-batches and layers draw on their own, runs repeat, and global generators are only read."""
+"""The random stream: micro-batches and layers draw separately, runs repeat, and global generators are only read."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Masks follow optimizer steps, and nothing else but writes that no step explains."""
+"""Masks follow optimizer steps, and otherwise only writes that no step explains."""
 
 import copy
 import itertools
@@ -41,7 +41,7 @@ def mask_of(model: nn.Module) -> Tensor:
 
 
 def valid_tiles() -> Iterator[Tensor]:
-    """All 4x4 masks with two in every row and column."""
+    """Return all 4x4 masks with two in every row and column."""
     rows = [[i in pair for i in range(4)] for pair in itertools.combinations(range(4), 2)]
     for choice in itertools.product(rows, repeat=4):
         tile = torch.tensor(choice)
@@ -50,7 +50,7 @@ def valid_tiles() -> Iterator[Tensor]:
 
 
 def best_mask(weight: Tensor) -> Tensor:
-    """The transposable 2:4 mask of a matrix by enumeration."""
+    """Find the transposable 2:4 mask of a matrix by enumeration."""
     tiles = torch.stack(list(valid_tiles()))
     blocks = weight.abs().unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2)
     scores = torch.einsum("abij,tij->abt", blocks, tiles.to(weight.dtype))
@@ -58,7 +58,7 @@ def best_mask(weight: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[Tensor]:
-    """The mask that each step's forward used."""
+    """Return the mask that each step's forward used."""
     used = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -127,7 +127,7 @@ def write_in_place(model: nn.Linear) -> None:
 
 
 def point_elsewhere(model: nn.Linear) -> None:
-    """Sets `weight.data`, which counts no version."""
+    """Set `weight.data`, which counts no version."""
     nn.utils.vector_to_parameters(torch.randn(72), model.parameters())
 
 
@@ -190,7 +190,7 @@ def test_a_copy_renews_the_mask_of_its_own_weight(change: Callable[[nn.Linear], 
 
 
 def test_a_frozen_mask_moves_with_its_module() -> None:
-    """A move is no write, though it puts the weight elsewhere."""
+    """A move is not a write, though it puts the weight elsewhere."""
     model = compiled_linear(refresh=None)
     train(model, torch.optim.SGD(model.parameters(), 0.5), 50)
     before = mask_of(model)
@@ -231,7 +231,7 @@ def test_copies_have_masks_of_their_own() -> None:
 
 
 def plain_update(model: nn.Module) -> None:
-    """An optimizer that torch.optim knows nothing of."""
+    """Update without torch.optim's knowledge."""
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None
@@ -259,7 +259,7 @@ def test_steps_that_nobody_told_of_are_noticed() -> None:
 
 
 def compiled_linear_after_update() -> Tensor:
-    """The weight after one plain update, computed with the masked weight alone."""
+    """Return the weight after one plain update, computed with the masked weight alone."""
     model = compiled_linear()
     dense = model.weight.detach().clone()
     masked = (dense * best_mask(dense)).requires_grad_()
@@ -319,7 +319,7 @@ def test_another_dtype_leaves_a_mask_a_mask() -> None:
 
 @pytest.mark.parametrize("loads", [True, False])
 def test_torch_can_swap_what_it_loads_and_converts(loads: bool) -> None:
-    """It refuses tensors that something has a weak reference to."""
+    """It refuses tensors that are weakly referenced."""
     model = nmcompile.compile(nn.Linear(8, 8), "inference", config=CompileConfig(ends="sparse"), calibration=[X]).eval()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

@@ -1,4 +1,4 @@
-"""What counts as a step of training: not a call of a layer, and not a step that a GradScaler had skipped."""
+"""Steps of training: a call of a layer is not one, nor is a step that a GradScaler skipped."""
 
 import warnings
 from collections.abc import Callable
@@ -20,7 +20,7 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After fewer backward calls than usual an optimizer is taken for gone."""
+    """Take an optimizer for gone after fewer backward calls than usual."""
     monkeypatch.setattr(masks, "SILENT_BACKWARDS", MANY)
 
 
@@ -76,7 +76,7 @@ def test_layers_that_are_not_trained_are_no_reason_to_warn() -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam])
 def test_a_step_that_a_scaler_had_skipped_does_not_count(kind: Callable[..., torch.optim.Optimizer]) -> None:
-    """Fused optimizers are called all the same, and find out by themselves."""
+    """Fused optimizers are called anyway, and skip the step themselves."""
     model = compiled(refresh=2)
     optimizer, scaler = kind(model.parameters(), lr=0.1, fused=True), torch.amp.GradScaler("cpu", init_scale=4.0)
     steps, stale = [], []

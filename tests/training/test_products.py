@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def made(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """A layer compiled for training, the same layer with its weight masked, an input and an output gradient."""
+    """Return a layer compiled for training, the same layer with its weight masked, an input and an output gradient."""
     torch.manual_seed(0)
     layer, shape = LAYERS[name][0]().double(), LAYERS[name][1]
     compiled = nmcompile.compile(layer, "training", config=SPARSE)
@@ -56,7 +56,7 @@ def test_outputs_input_and_bias_gradients_are_those_of_the_masked_layer(name: st
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_weight_gradients_are_dense_and_unbiased(name: str) -> None:
-    """The mean over draws is within 5 sigma of the dense gradient, where the mask has zeros too."""
+    """The mean over draws is within 5 sigma of the dense gradient, also where the mask has zeros."""
     compiled, masked, x, grad_output = made(name)
     draws = torch.stack([gradients(compiled, x, grad_output)[1] for _ in range(DRAWS)])
     expected = gradients(masked, x, grad_output)[1]

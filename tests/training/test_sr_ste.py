@@ -24,7 +24,7 @@ def compiled(sr_ste: float) -> nn.Linear:
 def weight_change(
     model: nn.Linear, micro_batches: int, scaler: torch.amp.GradScaler | None = None, fused: bool = False
 ) -> Tensor:
-    """What one SGD step with rate 1 adds to the weight."""
+    """Return the change of the weight by one SGD step with rate 1."""
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=fused)
     for part in X.chunk(micro_batches):
@@ -76,7 +76,7 @@ def test_a_skipped_step_decays_nothing() -> None:
 
 
 def test_a_weight_that_was_compiled_twice_decays_once() -> None:
-    """Calibration compiles on trial first; such a copy lives on until it is collected."""
+    """Calibration first compiles a trial copy, which lives on until it is collected."""
     first, plain = compiled(LAMBDA), compiled(0.0)
     weight = first.weight.detach().clone()
     last = nmcompile.compile(first, "weights", config=CompileConfig(sr_ste=LAMBDA, ends="sparse"))
@@ -97,7 +97,7 @@ def test_a_scale_beyond_float16_leaves_its_weights_finite() -> None:
 
 
 class Around(torch.optim.Optimizer):
-    """Lets another optimizer make its steps, as ZeRO and Lookahead do."""
+    """An optimizer that lets another one make its steps, as ZeRO and Lookahead do."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__(inner.param_groups, {})

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensor
 
 
 def masked_copy(compiled: nn.Module, plain: nn.Module) -> nn.Module:
-    """`plain` with the parameters of `compiled`, each multiplied by its mask."""
+    """Return `plain` with the parameters of `compiled`, each multiplied by its mask."""
     plain.load_state_dict(compiled.state_dict())
     parameters = dict(plain.named_parameters())
     for name, mask in masks_of(compiled).items():

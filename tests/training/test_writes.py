@@ -1,4 +1,4 @@
-"""Every write to a weight is seen by the calls that do not train it, by any means, and by all until a step is seen."""
+"""Writes to a weight are seen, however made, by calls that do not train it, and by all calls until a step is seen."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def compiled_linear(refresh: int | None = 100) -> nn.Linear:
 
 
 def masked_by_hand(weight: Tensor) -> Tensor:
-    """The two largest of each four."""
+    """Keep the two largest of each four."""
     blocks = weight.detach().unflatten(1, (-1, 4))
     smaller = (blocks.abs().unsqueeze(-2) > blocks.abs().unsqueeze(-1)).sum(-1)
     return (blocks * (smaller < 2)).flatten(1)
@@ -67,7 +67,7 @@ def a_storage(weight: Tensor) -> None:
 
 
 def a_fused_kernel(weight: Tensor) -> None:
-    """Which counts no version."""
+    """Write as a fused kernel does, which counts no version."""
     torch._fused_sgd_(
         [weight.data], [torch.randn(64, 64)], [],
         weight_decay=0.0, momentum=0.0, lr=1.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
@@ -196,7 +196,7 @@ def test_a_training_step_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_optimizer_that_nobody_sees_is_followed() -> None:
-    """By its writes: the loop of a book, through `.data`."""
+    """It is recognized by its writes: the training loop of a textbook, through `.data`."""
     model = compiled_linear()
     for _ in range(3):
         with warnings.catch_warnings(record=True) as caught:

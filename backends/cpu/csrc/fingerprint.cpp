@@ -11,7 +11,7 @@ namespace {
 
 using Word = std::uint64_t;
 
-constexpr std::int64_t kWords = 1024;  // of four bytes in a row
+constexpr std::int64_t kWords = 1024;  // 4-byte words in a row
 constexpr std::int64_t kRowBytes = 4 * kWords;
 constexpr std::int64_t kRowsOfATask = 16;
 
@@ -22,7 +22,7 @@ constexpr Word mixed(Word x) {
     return x ^ (x >> 31);
 }
 
-// No two are equal, so that two different words cannot change places unseen.
+// No two keys are equal, so two different words cannot swap places unseen.
 constexpr std::array<std::uint32_t, kWords> kKeys = [] {
     std::array<std::uint32_t, kWords> keys{};
     for (std::int64_t j = 0; j < kWords; ++j) keys[j] = static_cast<std::uint32_t>(mixed(j + 1) >> 33);

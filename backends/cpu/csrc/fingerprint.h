@@ -1,4 +1,4 @@
-// A number that tells one content of memory from another (see nmcompile/fingerprint.py, which defines it).
+// A number that identifies the content of memory (defined in nmcompile/fingerprint.py).
 #pragma once
 
 #include <cstdint>

@@ -31,7 +31,7 @@ std::int64_t fingerprint_at(std::uintptr_t address, std::int64_t bytes, unsigned
 }  // namespace
 
 NB_MODULE(_kernels, m) {
-    // What is kept of weights lives until the process ends, and is no leak.
+    // Values cached for weights live until the process ends, which is not a leak.
     nb::set_leak_warnings(false);
     m.doc() = "Native kernels of the CPU backend; the modules of nmcompile.backends.cpu wrap them.";
     nb::list names;

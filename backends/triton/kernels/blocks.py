@@ -1,7 +1,7 @@
-"""Prune blocks along any dim of a tensor of any strides, in one pass: read once, written once.
+"""Pruning of blocks along any dim of a tensor of any strides, in one pass: read once, written once.
 
 A program takes consecutive blocks. Along a strided axis, element i of neighbouring blocks lies side by side and is one
-load; along a contiguous axis, whole blocks do, and a tile of them is loaded and split.
+load. Along a contiguous axis whole blocks lie side by side, and a tile of them is loaded and split.
 """
 
 import torch
@@ -16,11 +16,11 @@ from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
 from nmcompile.backends.triton.layout import BlockLayout, block_layout
 from nmcompile.pruning.pattern import NMPattern
 
-BLOCKS = 512  # of a program; a multiple of 4, the uniform numbers of a counter
+BLOCKS = 512  # blocks per program; a multiple of 4, the uniform numbers per counter
 
 
 def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor) -> Tensor:
-    """Write `x` pruned along `dim` into `out`, bit for bit what the operator of `nmcompile.pruning` gives.
+    """Write `x` pruned along `dim` into `out`, bit for bit as the operator of `nmcompile.pruning`.
 
     Args:
         x: float32, bfloat16 or float16 of any shape and strides, with at least one element.
@@ -66,7 +66,7 @@ def _in_tiles(step: int, pattern: NMPattern) -> bool:
 
 
 def _unit(layout: BlockLayout, pattern: NMPattern) -> int:
-    """What strides are counted in: whole blocks where they can be, which tells the compiler how blocks are aligned."""
+    """Return the unit of the strides: whole blocks if possible, which tells the compiler how blocks are aligned."""
     whole = all(stride % pattern.block == 0 for stride in (*layout.in_strides, *layout.out_strides))
     return pattern.block if whole else 1
 
@@ -120,7 +120,7 @@ def locate(
     UNIT: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Where blocks start in both tensors, and how many of their elements there are: M, but in a partial last block."""
+    """Return where blocks start in both tensors, and their number of elements: M, or fewer in a partial last block."""
     start_in = tl.zeros_like(block)
     start_out = tl.zeros_like(block)
     left = tl.full(block.shape, M, block.dtype)
@@ -139,7 +139,7 @@ def locate(
 
 @triton.jit
 def load_blocks(x, start, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
-    """The M elements of blocks, zeros where there are none."""
+    """Load the M elements of blocks, zeros past the end."""
     if TILES:
         bits = split_blocks(tl.load(x + tile_offsets(start, M), mask=tile_mask(left, PARTIAL, M), other=0), M)
     else:
@@ -151,7 +151,7 @@ def load_blocks(x, start, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr
 
 @triton.jit
 def store_blocks(out, start, left, step, pruned, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
-    """Write the M elements of blocks, those that there are."""
+    """Write the M elements of blocks, except those past the end."""
     if TILES:
         tl.store(out + tile_offsets(start, M), join_blocks(pruned, M), mask=tile_mask(left, PARTIAL, M))
     else:
@@ -166,7 +166,7 @@ def tile_offsets(start, M: tl.constexpr):
 
 @triton.jit
 def tile_mask(left, PARTIAL: tl.constexpr, M: tl.constexpr):
-    """Equal for all elements of a block where no block is partial, so that whole blocks are one memory access."""
+    """Return a mask that is equal for all elements of a whole block, which then is one memory access."""
     if PARTIAL:
         mask = tl.arange(0, M)[None, :] < left[:, None]
     else:

@@ -1,7 +1,7 @@
-"""Prune a matrix along either dim, and write its lines along that dim one after another: the layout of a sparse GEMM's
-operand. dY (tokens, out) pruned along tokens comes out as (out, tokens), so that nothing is transposed afterwards.
+"""Pruning of a matrix along either dim, with its lines along that dim written one after another.
 
-A program takes a tile of blocks, consecutive blocks along its rows.
+This is the layout of a sparse GEMM's operand. dY (tokens, out) pruned along tokens comes out as (out, tokens), so
+nothing is transposed afterwards. A program takes a tile of blocks, consecutive blocks along its rows.
 """
 
 import torch
@@ -17,8 +17,8 @@ from nmcompile.backends.triton.layout import Places
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.pruning.pattern import NMPattern
 
-TILE = (16, 64)  # blocks of a program: across the consecutive blocks, and along them
-REGISTERS = 128  # of a thread, so that four programs run at a time
+TILE = (16, 64)  # blocks per program: across the consecutive blocks, and along them
+REGISTERS = 128  # per thread; four programs then run at a time
 
 
 def prune_lines(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor) -> Tensor:
@@ -50,13 +50,13 @@ def pack_lines(
     """Write the matrix `x` pruned 2:4 along `dim` in packed form (see `nmcompile.pruning.packed`).
 
     Args:
-        x: `(r, c)` as for `prune_lines`, but of any size; what is missing to the sizes of `values` counts as zeros.
-        operator: also `KEEP`, for what keeps two of four already.
+        x: `(r, c)` as for `prune_lines`, but of any size; it counts as padded with zeros to the sizes of `values`.
+        operator: as for `prune_lines`, or `KEEP` for an operand that is 2:4 already.
         dim, key: as for `prune_lines`.
         values: contiguous `(lines, length / 2)`, the dtype of `x`; `length` is a multiple of 8.
-        positions: contiguous uint8, `(lines, length / 8)`, or what `places` point into.
+        positions: contiguous uint8, `(lines, length / 8)`, or the memory that `places` point into.
         places: where the positions of each block lie, if not in rows.
-        mask: bool of the shape of `x`, any strides; what it does not keep counts as zeros.
+        mask: bool of the shape of `x`, any strides; elements outside it count as zeros.
     """
     _launch(x, operator, NMPattern(2, 4), dim, key, values, positions, places, mask)
     return values, positions
@@ -188,7 +188,7 @@ def load_tile(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The M elements of the tile's blocks, `(R * C,)` each; zeros outside a matrix of `across` lines of `length`."""
+    """Load the M elements of the tile's blocks, `(R * C,)` each; zeros outside the `across` lines of `length`."""
     row = span(first_row, R, WIDE)
     column = span(first_column, C, WIDE)
     if ALONG_ROWS:
@@ -207,7 +207,7 @@ def load_tile(
 
 @triton.jit
 def zero_where_unset(flags, bits):
-    """The elements whose flag is not zero."""
+    """Return the elements whose flag is not zero, zeros elsewhere."""
     masked = ()
     for i in tl.static_range(len(bits)):
         masked = masked + (tl.where(flags[i] != 0, bits[i], 0).to(bits[i].dtype),)
@@ -225,7 +225,7 @@ def tile_uniforms(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The uniform numbers of the tile's blocks; block (r, c) of the matrix has the number r * columns + c."""
+    """Return the uniform numbers of the tile's blocks; block (r, c) of the matrix has the number r * columns + c."""
     first = span(first_row, R, True)[:, None] * columns + first_column
     if ALIGNED:
         u = uniforms(first * DRAWS // 4 + tl.arange(0, C * DRAWS // 4)[None, :], key, DRAWS)
@@ -266,7 +266,7 @@ def store_lines(
 
 @triton.jit
 def in_lines(blocks, ALONG_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """One number for each block of the tile, a line a row."""
+    """Return one number for each block of the tile, with one line per row."""
     tile = tl.reshape(blocks, (R, C))
     return tile if ALONG_ROWS else tl.trans(tile)
 
@@ -297,7 +297,7 @@ def store_codes_at(
     PARTNER: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write four bits of each block to where its line and its place in the line say.
+    """Write four bits of each block to the place given by its line and its position in the line.
 
     The other half of a byte is the next block, or that of the line PARTNER further.
     """
@@ -323,7 +323,7 @@ def store_codes_at(
 
 @triton.jit
 def halves_of_lines(codes, PARTNER: tl.constexpr):
-    """The lines whose partner is PARTNER further, and those partners."""
+    """Return the lines whose partner is PARTNER further, and those partners."""
     L: tl.constexpr = codes.shape[0]
     B: tl.constexpr = codes.shape[1]
     pairs = tl.permute(tl.reshape(codes, (L // PARTNER // 2, 2, PARTNER, B)), (0, 2, 3, 1))
@@ -333,6 +333,6 @@ def halves_of_lines(codes, PARTNER: tl.constexpr):
 
 @triton.jit
 def span(first, LENGTH: tl.constexpr, WIDE: tl.constexpr):
-    """LENGTH consecutive indices, int64 where WIDE."""
+    """Return LENGTH consecutive indices, int64 if WIDE."""
     index = first + tl.arange(0, LENGTH)
     return index.to(tl.int64) if WIDE else index

@@ -1,7 +1,7 @@
-"""The pruning operators on blocks: tuples of M integer tensors (see `storage`), one element of every block each.
+"""The pruning operators on blocks: tuples of M integer tensors (see `storage`), each one element of every block.
 
-Each gives the flags of the kept elements and the bits that they are emitted with, in the float32 operations of
-`nmcompile.pruning`, one by one: launch kernels without contraction, and divide by `tl.div_rn`.
+Each returns the flags of the kept elements and the bits that they are emitted with. It performs the float32 operations
+of `nmcompile.pruning` one by one: launch kernels without contraction, and divide by `tl.div_rn`.
 """
 
 import triton
@@ -25,7 +25,7 @@ from nmcompile.backends.triton.kernels.two_of_four import draw_pair, packed_bloc
 
 @triton.jit
 def prune(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
-    """The pruned blocks, by the operator named OPERATOR with the uniform numbers `u` of the blocks."""
+    """Return the blocks pruned by the operator named OPERATOR with the uniform numbers `u` of the blocks."""
     if OPERATOR == "mvue" and N == 2 and len(bits) == 4:
         x, kept, half, step, unusual = draw_pair(bits, u[0], DTYPE)
         if tl.max(unusual.to(tl.int32), 0) != 0:
@@ -39,7 +39,7 @@ def prune(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr)
 
 @triton.jit
 def prune_and_pack(bits, u, OPERATOR: tl.constexpr, DTYPE: tl.constexpr):
-    """The blocks pruned 2:4 as `packing.pack_pairs` gives them; `"keep"` is for blocks that are pruned already."""
+    """Return the blocks pruned 2:4 in the form of `packing.pack_pairs`; `"keep"` is for blocks that are 2:4 already."""
     if OPERATOR == "keep":
         pairs, codes = pack_pairs(bits, DTYPE)
     elif OPERATOR == "mvue":
@@ -48,7 +48,7 @@ def prune_and_pack(bits, u, OPERATOR: tl.constexpr, DTYPE: tl.constexpr):
             pairs, codes = pack_pairs(prune_any(bits, u, OPERATOR, 2, DTYPE), DTYPE)
         else:
             pairs, codes = packed_block(x, kept, half, step, DTYPE)
-    elif OPERATOR == "greedy":  # which keeps the first zeros, as packing does
+    elif OPERATOR == "greedy":  # it keeps the first zeros, as packing does
         kept, values = select(bits, u, OPERATOR, 2, DTYPE)
         pairs, codes = pack_kept(as_bits(kept), values)
     else:
@@ -58,14 +58,14 @@ def prune_and_pack(bits, u, OPERATOR: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def prune_any(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
-    """As `prune`, whatever the blocks are."""
+    """Return the same as `prune` for all kinds of blocks."""
     kept, values = select(bits, u, OPERATOR, N, DTYPE)
     return zero_where_pruned(kept, values)
 
 
 @triton.jit
 def select(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
-    """What the operator named OPERATOR keeps, with the uniform numbers `u` of the blocks."""
+    """Return what the operator named OPERATOR keeps, with the uniform numbers `u` of the blocks."""
     if OPERATOR == "mvue":
         kept, values = select_mvue(bits, u[0], N, DTYPE)
     elif OPERATOR == "mvue_approx":
@@ -78,7 +78,7 @@ def select(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def select_mvue(bits, u, N: tl.constexpr, DTYPE: tl.constexpr):
-    """`nmcompile.pruning.minimum_variance`: water-filling, then systematic sampling over what is not saturated."""
+    """Select as `nmcompile.pruning.minimum_variance`: water-filling, then systematic sampling."""
     M: tl.constexpr = len(bits)
     a = magnitudes(bits, DTYPE)
     saturated, remaining, rest = fill(a, N)
@@ -107,7 +107,7 @@ def select_mvue(bits, u, N: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def fill(a, N: tl.constexpr):
-    """The saturated elements, how many remain to be drawn (float32), and the sum that they are drawn from."""
+    """Return the saturated elements, how many remain to be drawn (float32), and the sum that they are drawn from."""
     M: tl.constexpr = len(a)
     nonzero = ()
     saturated = ()
@@ -135,15 +135,15 @@ def fill(a, N: tl.constexpr):
 
 @triton.jit
 def quotient(a, remaining, N: tl.constexpr):
-    """a / remaining for remaining = 1, ..., N, rounded once; anything for 0, of which nothing is drawn."""
+    """Return a / remaining for remaining = 1, ..., N, rounded once; any number for 0, of which nothing is drawn."""
     if N <= 2:
-        return a * tl.where(remaining == 2.0, 0.5, 1.0)  # exact as the division is, and much cheaper
+        return a * tl.where(remaining == 2.0, 0.5, 1.0)  # as exact as the division, and much cheaper
     return tl.div_rn(a, tl.maximum(remaining, 1.0))
 
 
 @triton.jit
 def select_approx(bits, u, DTYPE: tl.constexpr):
-    """`nmcompile.pruning.mvue_approx`: two draws without replacement; emit a_i / p_i."""
+    """Select as `nmcompile.pruning.mvue_approx`: two draws without replacement; emit a_i / p_i."""
     M: tl.constexpr = len(bits)
     a = magnitudes(bits, DTYPE)
     nonzero = ()
@@ -167,14 +167,14 @@ def select_approx(bits, u, DTYPE: tl.constexpr):
 
 @triton.jit
 def draw(a, allowed, u):
-    """One element with probability ∝ a."""
+    """Draw one element with probability ∝ a."""
     sums = running_sums(a)
     return nearest(allowed, first_above(sums, u * sums[len(a) - 1]))
 
 
 @triton.jit
 def inverse_probability(a):
-    """a_i / p_i = S / (1 + Σ_{k≠i} a_k / (S - a_k)), at least a_i."""
+    """Return a_i / p_i = S / (1 + Σ_{k≠i} a_k / (S - a_k)), at least a_i."""
     M: tl.constexpr = len(a)
     odds = ()
     for k in tl.static_range(M):
@@ -188,7 +188,7 @@ def inverse_probability(a):
 
 @triton.jit
 def magnitudes(bits, DTYPE: tl.constexpr):
-    """|a|, float32."""
+    """Return |a|, float32."""
     a = ()
     for i in tl.static_range(len(bits)):
         a = a + (tl.abs(to_float(bits[i], DTYPE)),)
@@ -197,7 +197,7 @@ def magnitudes(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def greedy_where_not_finite(bits, a, kept, values, N: tl.constexpr, DTYPE: tl.constexpr):
-    """Blocks whose magnitudes have no finite sum keep their largest elements unchanged, NaN and infinities first."""
+    """Keep the largest elements unchanged, NaN and infinities first, in blocks whose magnitudes have no finite sum."""
     finite = total(a) < float("inf")
     greedy = largest(scores(bits, DTYPE, False), N)
     all_kept = ()
@@ -210,7 +210,7 @@ def greedy_where_not_finite(bits, a, kept, values, N: tl.constexpr, DTYPE: tl.co
 
 @triton.jit
 def zero_where_pruned(kept, values):
-    """The pruned blocks."""
+    """Return the pruned blocks."""
     pruned = ()
     for i in tl.static_range(len(values)):
         pruned = pruned + (tl.where(kept[i], values[i], 0).to(values[i].dtype),)

@@ -5,14 +5,15 @@ import triton.language as tl
 
 from nmcompile.backends.triton.kernels.storage import magnitude
 
-# Four bits for the kept elements 1, 2, 3 as a number of three bits: the place of the first of the pair, and of the
-# second above it. Element 0 needs no bit: it is there where fewer than two others are, as it is the lowest zero.
+# Four bits, indexed by a 3-bit number whose bits say whether elements 1, 2 and 3 are kept: the place of the first of
+# the pair, and above it the place of the second. Element 0 needs no bit: it is kept if fewer than two others are, as
+# it is the lowest zero.
 CODES = tl.constexpr(0x0EDC9844)
 
 
 @triton.jit
 def pack_pairs(pruned, DTYPE: tl.constexpr):
-    """The two values of every block in index order, and their positions: the first in bits 0-1, the second in 2-3."""
+    """Return the two values of every block in index order, and their positions in bits 0-1 and 2-3."""
     nonzero = ()
     for i in tl.static_range(4):
         nonzero = nonzero + (magnitude(pruned[i], DTYPE) != 0,)
@@ -21,7 +22,7 @@ def pack_pairs(pruned, DTYPE: tl.constexpr):
 
 @triton.jit
 def as_bits(flags):
-    """Bit i for each flag i that holds, int32."""
+    """Return an int32 in which bit i is set if flag i holds."""
     bits = flags[0].to(tl.int32)
     for i in tl.static_range(1, len(flags)):
         bits |= flags[i].to(tl.int32) << i
@@ -30,7 +31,7 @@ def as_bits(flags):
 
 @triton.jit
 def pack_kept(kept, values):
-    """As `pack_pairs`, the elements whose bit is set in `kept`, two at most, and the first others until there are two.
+    """Pack as `pack_pairs` the elements whose bit is set in `kept`, two at most, filled up with the first others.
 
     Bits of `kept` from the fifth on are ignored.
     """

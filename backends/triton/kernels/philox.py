@@ -1,4 +1,4 @@
-"""The uniform numbers of `nmcompile.pruning.philox`: four to a counter, each worked out once where it can be."""
+"""The uniform numbers of `nmcompile.pruning.philox`: four to a counter, each computed only once if possible."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ WEYL_1 = tl.constexpr(philox.WEYL[1])
 
 @triton.jit
 def uniforms(counters, key, DRAWS: tl.constexpr):
-    """The numbers of `counters`, int64 `(Q,)` or `(R, Q)`: DRAWS tensors whose last dim is 4 Q / DRAWS long."""
+    """Return the numbers of `counters`, int64 `(Q,)` or `(R, Q)`: DRAWS tensors whose last dim is 4 Q / DRAWS long."""
     w0, w1, w2, w3 = words(counters, key)
     if DRAWS == 1:
         u = (to_uniform(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))),)
@@ -25,7 +25,7 @@ def uniforms(counters, key, DRAWS: tl.constexpr):
 
 @triton.jit
 def uniforms_one_by_one(blocks, key, DRAWS: tl.constexpr):
-    """The numbers of any `blocks`, int64: a tuple of DRAWS tensors of their shape, at a counter for each."""
+    """Return the numbers of any `blocks`, int64, with a counter for each: a tuple of DRAWS tensors of their shape."""
     number = blocks * DRAWS
     w0, w1, w2, w3 = words(number >> 2, key)
     word = number & 3
@@ -43,7 +43,7 @@ def to_uniform(word):
 
 @triton.jit
 def words(counters, key):
-    """Philox4x32-10 of 64-bit counters and a 64-bit key, both int64: four uint32 tensors."""
+    """Compute Philox4x32-10 of 64-bit counters and a 64-bit key, both int64: four uint32 tensors."""
     c0 = counters.to(tl.uint32)
     c1 = (counters >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0)

@@ -8,7 +8,7 @@ from nmcompile.backends.triton.kernels.storage import infinity, magnitude
 
 @triton.jit
 def scores(bits, DTYPE: tl.constexpr, BY_VALUE: tl.constexpr):
-    """What elements rank by, as integers: |a| or a, both zeros equal; NaN and infinities as +inf."""
+    """Return the rank scores of elements as integers: |a| or a, both zeros equal; NaN and infinities as +inf."""
     result = ()
     for i in tl.static_range(len(bits)):
         score = tl.minimum(magnitude(bits[i], DTYPE), infinity(DTYPE))
@@ -20,7 +20,7 @@ def scores(bits, DTYPE: tl.constexpr, BY_VALUE: tl.constexpr):
 
 @triton.jit
 def largest(score, N: tl.constexpr):
-    """The N largest of every block; ties go to the lowest index."""
+    """Mark the N largest elements of every block; ties go to the lowest index."""
     M: tl.constexpr = len(score)
     kept = ()
     for i in tl.static_range(M):
@@ -29,20 +29,20 @@ def largest(score, N: tl.constexpr):
             if j < i:
                 ahead = ahead + (score[j] >= score[i],)
             elif j > i:
-                ahead = ahead + (~(score[i] >= score[j]),)  # so that both use one comparison
+                ahead = ahead + (~(score[i] >= score[j]),)  # both directions use one comparison
         kept = kept + (~most_of_three(ahead) if N == 2 and M == 4 else count(ahead) < N,)
     return kept
 
 
 @triton.jit
 def most_of_three(flags):
-    """Whether two of three booleans hold: one instruction, where counting takes six."""
+    """Return whether at least two of three booleans hold: one instruction, while counting takes six."""
     return (flags[0] & flags[1]) | (flags[2] & (flags[0] | flags[1]))
 
 
 @triton.jit
 def total(a):
-    """a_0 + a_1 + ..., added in index order."""
+    """Return a_0 + a_1 + ..., added in index order."""
     result = a[0]
     for i in tl.static_range(1, len(a)):
         result += a[i]
@@ -51,7 +51,7 @@ def total(a):
 
 @triton.jit
 def total_without(a, left_out: tl.constexpr):
-    """The total of all elements but one."""
+    """Return the total of all elements but one."""
     first: tl.constexpr = 1 if left_out == 0 else 0
     result = a[first]
     for i in tl.static_range(first + 1, len(a)):
@@ -62,7 +62,7 @@ def total_without(a, left_out: tl.constexpr):
 
 @triton.jit
 def count(flags):
-    """How many of the booleans hold, int32."""
+    """Return how many of the booleans hold, int32."""
     result = flags[0].to(tl.int32)
     for i in tl.static_range(1, len(flags)):
         result += flags[i].to(tl.int32)
@@ -71,7 +71,7 @@ def count(flags):
 
 @triton.jit
 def zero_where(flags, a):
-    """`a` with zeros where the flags hold."""
+    """Return `a` with zeros where the flags hold."""
     result = ()
     for i in tl.static_range(len(a)):
         result = result + (tl.where(flags[i], 0.0, a[i]),)
@@ -80,7 +80,7 @@ def zero_where(flags, a):
 
 @triton.jit
 def running_sums(a):
-    """s_i = a_0 + ... + a_i, added in index order."""
+    """Return s_i = a_0 + ... + a_i, added in index order."""
     sums = (a[0],)
     for i in tl.static_range(1, len(a)):
         sums = sums + (sums[i - 1] + a[i],)
@@ -89,7 +89,7 @@ def running_sums(a):
 
 @triton.jit
 def first_above(sums, threshold):
-    """The index of the first running sum above the threshold, int32; M where none is."""
+    """Return the index of the first running sum above the threshold, int32; M if there is none."""
     position = (sums[0] <= threshold).to(tl.int32)
     for i in tl.static_range(1, len(sums)):
         position += (sums[i] <= threshold).to(tl.int32)
@@ -98,7 +98,7 @@ def first_above(sums, threshold):
 
 @triton.jit
 def nearest(allowed, position):
-    """The allowed element nearest to `position`, the lower one of two; nothing where none is allowed."""
+    """Mark the allowed element nearest to `position`, the lower one of two; none if no element is allowed."""
     M: tl.constexpr = len(allowed)
     best = tl.full(position.shape, 2 * M * M, tl.int32)
     for i in tl.static_range(M):

@@ -15,19 +15,19 @@ def sign_bit(DTYPE: tl.constexpr):
 
 @triton.jit
 def infinity(DTYPE: tl.constexpr):
-    """The bits of +inf; those of a NaN's magnitude are larger."""
+    """Return the bits of +inf; those of a NaN's magnitude are larger."""
     return 0x7F800000 if DTYPE == tl.float32 else (0x7F80 if DTYPE == tl.bfloat16 else 0x7C00)
 
 
 @triton.jit
 def magnitude(bits, DTYPE: tl.constexpr):
-    """The bits without the sign, int32; they order as the magnitudes do."""
+    """Return the bits without the sign, int32; they order as the magnitudes do."""
     return bits.to(tl.int32) & (0x7FFFFFFF if DTYPE == tl.float32 else 0x7FFF)
 
 
 @triton.jit
 def to_float(bits, DTYPE: tl.constexpr):
-    """The number as float32."""
+    """Return the number as float32."""
     if DTYPE == tl.float32:
         number = bits.to(tl.float32, bitcast=True)
     elif DTYPE == tl.bfloat16:
@@ -39,7 +39,7 @@ def to_float(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def to_bits(number, DTYPE: tl.constexpr):
-    """A float32 that is no NaN, rounded to the nearest, ties to even."""
+    """Round a float32 that is not a NaN to the nearest, ties to even."""
     if DTYPE == tl.float32:
         bits = number.to(tl.int32, bitcast=True)
     elif DTYPE == tl.bfloat16:
@@ -52,25 +52,25 @@ def to_bits(number, DTYPE: tl.constexpr):
 
 @triton.jit
 def rounded(number, DTYPE: tl.constexpr):
-    """The float32 that `to_bits` stores."""
+    """Return the float32 that `to_bits` stores."""
     return number if DTYPE == tl.float32 else to_float(to_bits(number, DTYPE), DTYPE)
 
 
 @triton.jit
 def exact_bits(number, DTYPE: tl.constexpr):
-    """`to_bits` of a float32 that DTYPE holds exactly."""
+    """Return `to_bits` of a float32 that DTYPE holds exactly."""
     return (number.to(tl.uint32, bitcast=True) >> 16).to(tl.int16) if DTYPE == tl.bfloat16 else to_bits(number, DTYPE)
 
 
 @triton.jit
 def with_sign(bits, signed, DTYPE: tl.constexpr):
-    """Non-negative `bits` with the sign of `signed`."""
+    """Return non-negative `bits` with the sign of `signed`."""
     return bits | (signed & sign_bit(DTYPE)).to(bits.dtype)
 
 
 @triton.jit
 def split_blocks(tile, M: tl.constexpr):
-    """The M elements of blocks `(B, M)`, each `(B,)`; M is 2, 4 or 8."""
+    """Return the M elements of blocks `(B, M)`, each `(B,)`; M is 2, 4 or 8."""
     B: tl.constexpr = tile.shape[0]
     if M == 2:
         elements = tl.split(tile)
@@ -89,7 +89,7 @@ def split_blocks(tile, M: tl.constexpr):
 
 @triton.jit
 def join_blocks(elements, M: tl.constexpr):
-    """The inverse of `split_blocks`."""
+    """Invert `split_blocks`."""
     B: tl.constexpr = elements[0].shape[0]
     if M == 2:
         tile = tl.join(elements[0], elements[1])

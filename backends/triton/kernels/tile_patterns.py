@@ -1,7 +1,7 @@
 """The exact transposable 2:4 mask of 4 x 4 tiles, as `nmcompile.pruning.tile_enumeration` finds it, ties and all.
 
-A tile is a tuple of 16 tensors, a half eight of them; a half's mask is eight bits, element i of the half in bit i. The
-tables below are unrolled while compiling: no kernel reads them.
+A tile is a tuple of 16 tensors, and each half is eight of them; a half's mask is eight bits, element i of the half in
+bit i. The tables below are unrolled while compiling: no kernel reads them.
 """
 
 import triton
@@ -17,18 +17,18 @@ _LEFT = {counts: tuple(2 - count for count in counts) for counts in _CLASSES}
 HALVES = tl.constexpr(len(_HALVES))
 CLASSES = tl.constexpr(len(_CLASSES))
 COLUMNS = tl.constexpr(tuple((*half[0], *half[1]) for half in _HALVES))
-"""The kept columns of the halves in lexicographic order: two of the upper row, two of the lower one."""
+"""Kept columns of the halves in lexicographic order: two of the upper row, two of the lower one."""
 MASKS = tl.constexpr(tuple(sum(1 << (4 * row + c) for row in (0, 1) for c in half[row]) for half in _HALVES))
 CLASS = tl.constexpr(tuple(_CLASSES.index(counts) for counts in _HALVES.values()))
-"""The class of each half: the halves of a class keep equally many elements in every column."""
+"""Class of each half: the halves of a class keep equally many elements in every column."""
 FITTING = tl.constexpr(tuple(_CLASSES.index(_LEFT[counts]) for counts in _HALVES.values()))
-"""For each top half the class of the bottom halves that complete it."""
+"""For each top half, the class of the bottom halves that complete it."""
 BOUND = tl.constexpr(3.4028234663852886e38 / 16)  # 16 of these have a finite sum
 
 
 @triton.jit
 def best_pattern(a):
-    """The mask of the largest sum of magnitudes: the bits of the top half and of the bottom half, int32."""
+    """Return the mask of the largest sum of magnitudes: the bits of the top half and of the bottom half, int32."""
     bottom_sums, bottom_masks = best_bottoms(a)
     best = tl.full(a[0].shape, -1.0, tl.float32)
     top = tl.zeros(a[0].shape, tl.int32)
@@ -44,7 +44,7 @@ def best_pattern(a):
 
 @triton.jit
 def best_bottoms(a):
-    """Of every class the largest sum of a bottom half, and its mask; ties go to the first half."""
+    """Return for every class the largest sum of a bottom half, and its mask; ties go to the first half."""
     sums = ()
     masks = ()
     for one in tl.static_range(CLASSES):
@@ -62,7 +62,7 @@ def best_bottoms(a):
 
 @triton.jit
 def half_sum(a, FIRST: tl.constexpr, HALF: tl.constexpr):
-    """The kept elements of the upper row, and those of the lower one, and then their sum."""
+    """Add the kept elements of the upper row, then those of the lower one, and return the sum of both."""
     upper = a[FIRST + COLUMNS[HALF][0]] + a[FIRST + COLUMNS[HALF][1]]
     lower = a[FIRST + 4 + COLUMNS[HALF][2]] + a[FIRST + 4 + COLUMNS[HALF][3]]
     return upper + lower
@@ -70,7 +70,7 @@ def half_sum(a, FIRST: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def tile_magnitudes(bits, DTYPE: tl.constexpr):
-    """|w|, float32 and finite: `nmcompile.pruning.tiles.tile_magnitudes`, without a branch."""
+    """Return |w|, float32 and finite, as `nmcompile.pruning.tiles.tile_magnitudes` does, but without a branch."""
     largest = tl.zeros(bits[0].shape, tl.float32)
     ordinary = largest == 0.0
     for i in tl.static_range(16):

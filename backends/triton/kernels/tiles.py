@@ -1,7 +1,7 @@
 """Transposable 2:4 weights: the exact mask of every 4 x 4 tile, found and applied in one pass over the weight.
 
-The pruned weight is written as it lies, for the forward GEMM, or transposed, for the backward GEMM, or both; so is the
-mask. A program takes a region of tiles, so that both orientations are written in long pieces.
+The pruned weight is written as is for the forward GEMM, transposed for the backward GEMM, or both; so is the mask. A
+program takes a region of tiles and so writes both orientations in long pieces.
 """
 
 import torch
@@ -14,13 +14,13 @@ from nmcompile.backends.triton.kernels.lines import span
 from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
 from nmcompile.backends.triton.kernels.tile_patterns import best_pattern, tile_magnitudes
 
-REGION = (8, 16)  # tiles of a program: down and across
+REGION = (8, 16)  # tiles per program: down and across
 
 
 def prune_tiles(
     w: Tensor, *, out: Tensor | None = None, transposed: Tensor | None = None, mask: Tensor | None = None
 ) -> None:
-    """Write what the exact transposable 2:4 mask keeps of a matrix, into those of the results that are given.
+    """Write a matrix pruned by its exact transposable 2:4 mask into those outputs that are given.
 
     Args:
         w: `(r, c)` float32, bfloat16 or float16, any strides, at least one element. A partial tile counts as padded
@@ -88,7 +88,7 @@ def prune_tiles_kernel(
 
 @triton.jit
 def kept_elements(a):
-    """1 for the elements that the mask keeps, 0 for the others: 16 int8 tensors."""
+    """Return 1 for the elements that the mask keeps, 0 for the others: 16 int8 tensors."""
     top, bottom = best_pattern(a)
     kept = ()
     for i in tl.static_range(8):

@@ -1,7 +1,7 @@
 """MVUE 2:4 of ordinary blocks, in a third of the operations that N:M takes (`operators.select_mvue`).
 
 GPUs add and multiply floats at twice the rate at which they compare, select and shift. So comparisons become the floats
-0 and 1, and what is kept is a sum of them. A block is ordinary, and gets exactly what the reference gives it, if only
+0 and 1, and the kept elements are a sum of them. A block is ordinary, and gets exactly the reference's result, if only
 its saturated elements differ from zero, or if
 
 - exactly two elements are kept: no threshold, pushed by rounding past the end or onto the other's element, has to take
@@ -11,7 +11,7 @@ its saturated elements differ from zero, or if
   vanish in the sum, each and together at most 2**-24 of it. The threshold is above those before the element, so the
   draw takes it too, and emits it with the sum, which is its own magnitude.
 
-One finite block in a million is not ordinary. Where a tile has any, `operators` takes the general path for all of it.
+One finite block in a million is not ordinary. If a tile has any, `operators` takes the general path for all of it.
 """
 
 import triton
@@ -30,11 +30,11 @@ SIGN = tl.constexpr(-0x80000000)
 
 @triton.jit
 def draw_pair(bits, u, DTYPE: tl.constexpr):
-    """What MVUE keeps of blocks of four.
+    """Draw the elements that MVUE keeps of blocks of four.
 
     Returns:
-        The blocks as float32; bit i of an int32 for each kept element i; the magnitude from which elements are
-        saturated; that which the others are emitted with; and where blocks are not ordinary.
+        The blocks as float32; an int32 with bit i set for each kept element i; the magnitude from which elements are
+        saturated; the magnitude that the others are emitted with; and which blocks are not ordinary.
     """
     x = ()
     a = ()
@@ -59,7 +59,7 @@ def draw_pair(bits, u, DTYPE: tl.constexpr):
 
 @triton.jit
 def kept_elements(free, sums, share, u):
-    """Bit i for each element i that is saturated, or in which the running sum passes a threshold."""
+    """Return bit i for each element i that is saturated, or in which the running sum passes a threshold."""
     t0 = u * sums[3] * share
     t1 = (u + tl.fma(total(free), -8.0, 33.0)) * sums[3] * share  # u + 1; past the end where R < 2
     passed = ()
@@ -74,13 +74,13 @@ def kept_elements(free, sums, share, u):
 
 @triton.jit
 def below(a, b):
-    """1.0 where a < b, 0.0 elsewhere."""
+    """Return 1.0 where a < b, 0.0 elsewhere."""
     return (a < b).to(tl.float32)
 
 
 @triton.jit
 def pruned_block(x, kept, half, step, DTYPE: tl.constexpr):
-    """The pruned blocks."""
+    """Return the pruned blocks."""
     pruned = ()
     for i in tl.static_range(4):
         value = tl.where((kept & (1 << i)) != 0, emitted(x[i], half, step), 0.0)
@@ -90,15 +90,15 @@ def pruned_block(x, kept, half, step, DTYPE: tl.constexpr):
 
 @triton.jit
 def packed_block(x, kept, half, step, DTYPE: tl.constexpr):
-    """The pruned blocks as `packing.pack_pairs` gives them."""
+    """Return the pruned blocks in the form of `packing.pack_pairs`."""
     pair, code = pack_kept(kept, x)
-    low = emitted(pair[0] + 0.0, half, step)  # -0 that fills up a pair becomes 0
+    low = emitted(pair[0] + 0.0, half, step)  # a -0 that fills up a pair becomes 0
     high = emitted(pair[1] + 0.0, half, step)
     return (exact_bits(low, DTYPE), exact_bits(high, DTYPE)), code
 
 
 @triton.jit
 def emitted(x, half, step):
-    """A kept element: unchanged if saturated, else the step with its sign."""
+    """Return a kept element: unchanged if saturated, else the step with its sign."""
     signed = (x.to(tl.int32, bitcast=True) & SIGN) | step.to(tl.int32, bitcast=True)
     return tl.where(tl.abs(x) < half, signed.to(tl.float32, bitcast=True), x)

@@ -1,5 +1,5 @@
-// Writes the few instructions that generated code consists of, on vectors of 512 bits. What their bytes mean stands in
-// Intel's manual, volume 2: section 2.7 and the page of each instruction.
+// Writes the few instructions that generated code consists of, on vectors of 512 bits. Their encodings are in Intel's
+// manual, volume 2: section 2.7 and the page of each instruction.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace nmcompile {
 
-// Registers with the first arguments of a function, which are addresses here; the fifth and sixth are numbers.
+// Registers of a function's first four arguments, which are addresses here; the fifth and sixth are numbers.
 enum class Argument : int { first = 7, second = 6, third = 2, fourth = 1 };
 
-// sum += vector * value, for a value of four bytes in memory that all lanes share.
+// sum += vector * value, where all lanes share the value, four bytes in memory.
 struct MultiplyAdd {
     int prefix, opcode;
 };
@@ -25,14 +25,15 @@ public:
     explicit Avx512Encoder(std::uint8_t* to) : at_(to) {}
     std::uint8_t* at() const { return at_; }
 
-    // `value`: -128 to 127 values from the address.
+    // `value` is an offset of -128 to 127 values from the address.
     void multiply_add(const MultiplyAdd& kind, int sum, int vector, Argument address, int value) {
         start({.map = 2, .prefix = kind.prefix, .shared = 1}, sum, vector, static_cast<int>(address));
         byte(kind.opcode);
         byte(0x40 | (sum & 7) << 3 | static_cast<int>(address));
         byte(value);
     }
-    // The byte of it that says which vector, and the only one that depends on that for vectors from 16 on.
+    // The byte of the instruction that names the vector. For vectors from 16 on it is the only byte that depends on the
+    // vector.
     static constexpr int kVectorByte = 2;
     static constexpr std::uint8_t vector_byte(const MultiplyAdd& kind, int vector) {
         return static_cast<std::uint8_t>((~vector & 15) << 3 | 4 | kind.prefix);
@@ -41,14 +42,14 @@ public:
     void load(int vector, Argument address, std::int32_t bytes) { access(0x10, vector, address, bytes); }
     void store(int vector, Argument address, std::int32_t bytes) { access(0x11, vector, address, bytes); }
 
-    // Whatever is in vector 0, exclusive or itself.
+    // XORs vector 0 with itself, whatever it holds.
     void clear(int vector) { combine({.map = 1, .prefix = 1}, 0xEF, vector, 0, 0); }
 
-    // Each 32 bits of a vector by 16 to the lower or to the higher end.
+    // Shift each 32 bits of a vector down or up by 16.
     void shift_down(int to, int from) { shift(2, to, from); }
     void shift_up(int to, int from) { shift(6, to, from); }
 
-    // The lower 16 of each 32 bits from one vector, the higher from another; `begin_blends` comes first.
+    // Takes the lower 16 of each 32 bits from one vector, the higher from another; call `begin_blends` first.
     void blend(int to, int low, int high) { combine({.map = 2, .prefix = 1, .wide = 1, .mask = 1}, 0x66, to, low, high); }
     void begin_blends() {
         bytes({0xB8, 0xAA, 0xAA, 0xAA, 0xAA});  // mov eax, the bits of the higher halves
@@ -57,7 +58,7 @@ public:
 
     void add_sixth(Argument to) { bytes({0x4C, 0x01, 0xC8 | static_cast<int>(to)}); }
 
-    // Goes on behind `length` bytes where the fifth argument is zero.
+    // Jumps over `length` bytes if the fifth argument is zero.
     void skip_unless_fifth(std::int32_t length) {
         bytes({0x45, 0x85, 0xC0, 0x0F, 0x84});  // test r8d, r8d; je
         number(length);
@@ -79,7 +80,7 @@ private:
         at_ += sizeof(value);
     }
 
-    // The prefix EVEX, with those bits of three registers that other bytes have no room for.
+    // The EVEX prefix, with those bits of three registers for which other bytes have no room.
     void start(const Form& form, int reg, int other, int last) {
         byte(0x62);
         byte((~reg & 8) << 4 | (~last & 16) << 2 | (~last & 8) << 2 | (~reg & 16) | form.map);

@@ -16,7 +16,7 @@ constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 constexpr Index pieces(Index count, Index size) { return (count + size - 1) / size; }
 constexpr Index greater(Index a, Index b) { return a > b ? a : b; }
 
-// Writes the points of the indices from `first` on; divides once, then counts.
+// Writes the points of `count` indices from `first` on; divides once, then counts.
 inline void walk(const GemmAxis& axis, Index first, Index count, Point* points) {
     Index places[kMaxDigits];
     Point now = axis.start;
@@ -45,7 +45,7 @@ inline void walk(const GemmAxis& axis, Index first, Index count, Point* points) 
     }
 }
 
-// Consecutive elements in memory; x grows along them by `slope` (0 or 1), y stays.
+// Elements that are consecutive in memory; x grows along them by `slope` (0 or 1), y is constant.
 struct Run {
     Point start;
     int first, length, slope;
@@ -55,7 +55,7 @@ struct Run {
     }
 };
 
-// How many of `points` from `first` on, `stride` apart, are one run; at most a vector of them.
+// Returns the run of `points` that begins at `first`, `stride` apart; it has at most a vector of them.
 inline Run run_from(const Point* points, Index first, Index count, Index stride) {
     Run run{points[first], static_cast<int>(first), 1, 0};
     for (Index i = first + stride; i < count && run.length < kFloats; i += stride, ++run.length) {
@@ -69,12 +69,12 @@ inline Run run_from(const Point* points, Index first, Index count, Index stride)
     return run;
 }
 
-// Which elements of a vector to touch: [low, high).
+// Elements of a vector to touch: [low, high).
 struct Inside {
     int low, high;
 };
 
-// Those of a run that are inside the image when it is moved to `at`.
+// Returns the elements of a run that are inside the image once the run is moved to `at`.
 template <class T>
 Inside inside_image(const GemmJob<T>& job, const Run& run, const Point& at) {
     const std::int32_t y = run.start.y + at.y, x = run.start.x + at.x;
@@ -91,7 +91,7 @@ inline __mmask16 bits(const Inside& part) {
 }
 #endif
 
-// Elements from memory as floats, and back.
+// Reads elements from memory as floats, and writes them back.
 template <class T>
 struct Memory;
 
@@ -127,14 +127,14 @@ struct Memory<BFloat16> {
 
    private:
     static Floats widened(Shorts x) { return std::bit_cast<Floats>(__builtin_convertvector(x, Words) << 16); }
-    // To the nearest, ties to even; a NaN stays one.
+    // Rounds to nearest, ties to even; a NaN stays a NaN.
     static Shorts narrowed(const Floats& x) {
         const Words bits = std::bit_cast<Words>(x), rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
         return __builtin_convertvector((x == x ? rounded : bits | 0x400000u) >> 16, Shorts);
     }
 };
 
-// Zeros elsewhere; no other memory is touched.
+// Loads zeros elsewhere and touches no other memory.
 template <class T>
 Floats load_between(const T* from, const Inside& part) {
 #if defined(__AVX512F__)

@@ -5,18 +5,18 @@
 
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr int kMostVectors = 8;  // of a panel: so many sums in registers hide the latency of a multiply-add
+constexpr int kMostVectors = 8;  // vectors of a panel; that many sums in registers hide the latency of a multiply-add
 constexpr int kMostLanes = kMostVectors * kFloats;
 
-// Lanes that share a panel, and the runs of them that lie side by side in memory.
+// The lanes that share a panel, and the runs in which they are contiguous in memory.
 struct PanelLanes {
     Point points[kMostLanes];
     Run runs[kMostLanes];
-    Index count, run_count, width;  // width: of a panel's row, in whole vectors
+    Index count, run_count, width;  // width: row length of a panel, in whole vectors
 
     PanelLanes(const GemmAxis& axis, Index first, Index last, Index width) : count(last - first), width(width) {
         walk(axis, first, count, points);
-        for (Index lane = count; lane < width; ++lane) points[lane] = points[0];  // read by nobody, but addressed
+        for (Index lane = count; lane < width; ++lane) points[lane] = points[0];  // never used, but addressed
         run_count = 0;
         for (Index lane = 0; lane < count; lane += runs[run_count++].length) {
             runs[run_count] = run_from(points, lane, count, 1);
@@ -24,10 +24,10 @@ struct PanelLanes {
     }
 };
 
-constexpr Index kAhead = 8;  // rows that are on their way from memory
+constexpr Index kAhead = 8;  // rows that are prefetched
 
-// Lanes in runs: one load and one store for each run and element of depth. A store may go beyond its run: the next run,
-// or the next row, overwrites that, and behind the last row is room for it.
+// Copies runs of lanes: one load and one store for each run and element of depth. A store may write past its run: the
+// next run or row overwrites that, and there is room for it after the last row.
 template <class T>
 void copy_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* depth, Index count, float* panel) {
     Inside inside[kMostLanes];
@@ -38,7 +38,7 @@ void copy_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* dept
         const T* from = job.dense + depth[k].offset;
         const T* ahead = job.dense + depth[smaller(k + kAhead, count - 1)].offset;
         float* row = panel + k * lanes.width;
-        // Lanes behind the last are multiplied too, and what memory happens to hold may be denormal: very slow.
+        // Lanes after the last are multiplied too. Clear them: their memory may hold denormals, which are very slow.
         for (Index lane = lanes.count / kFloats * kFloats; lane < lanes.width; lane += kFloats) store(Floats{}, row + lane);
         for (Index i = 0; i < lanes.run_count; ++i) {
             store(load_between(from + lanes.runs[i].start.offset, inside[i]), row + lanes.runs[i].first);
@@ -47,7 +47,7 @@ void copy_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* dept
     }
 }
 
-// Depth in runs, `stride` apart: squares of lanes and depth, transposed.
+// Copies runs of depth, `stride` apart: squares of lanes and depth, transposed.
 template <class T>
 void transpose_run(const GemmJob<T>& job, const PanelLanes& lanes, const Run& run, const Inside* inside, Index stride,
                    float* panel) {
@@ -67,7 +67,7 @@ void transpose_run(const GemmJob<T>& job, const PanelLanes& lanes, const Run& ru
 
 template <class T>
 void transpose_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* depth, Index count, float* panel) {
-    // Where a block runs across two or four samples, each of them has runs of its own.
+    // If a block runs across two or four samples, each of them has runs of its own.
     Index stride = 4;
     while (stride > 1 && !(stride < count && depth[stride].offset == depth[0].offset + 1)) stride /= 2;
     Inside inside[kMostLanes];
@@ -86,7 +86,7 @@ void transpose_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point*
     }
 }
 
-// Returns how many rows it has: behind the last element of depth follow zeros, as kernels read some at once.
+// Returns the panel's number of rows. Zeros follow the last element of depth, as kernels read several rows at once.
 template <class T>
 Index fill_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, float* panel) {
     const Index count = smaller(kDepthBlock, job.dense_depth.size - block * kDepthBlock);

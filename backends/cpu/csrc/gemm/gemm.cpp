@@ -20,12 +20,12 @@ GemmKernel<T> kernel_of(InstructionSet isa) {
     return baseline::gemm_kernel<T>();
 }
 
-// Memory that a thread keeps between calls: the pages of a fresh block would cost more than the packing.
+// Memory that a thread keeps between calls: the page faults of a fresh block would cost more than the packing.
 class Scratch {
 public:
     float* floats(std::int64_t count) {
         if (static_cast<std::size_t>(count) > memory_.count()) {
-            memory_ = AlignedMemory<float>(0);  // so that there are not two at a time
+            memory_ = AlignedMemory<float>(0);  // frees the old block first, to never hold two at a time
             memory_ = AlignedMemory<float>(count);
         }
         return memory_.data();
@@ -35,7 +35,7 @@ private:
     AlignedMemory<float> memory_{0};
 };
 
-// What a call packs into; its tasks have memory of their own.
+// Memory that a call packs into; its tasks have their own.
 float* packing_memory(std::int64_t floats) {
     static thread_local Scratch scratch;
     return scratch.floats(floats);

@@ -11,13 +11,13 @@
 namespace nmcompile::NMCOMPILE_ISA {
 namespace {
 
-// Lanes of a tile that share a panel, and their sums.
+// The lanes of a tile that share a panel, and their sums.
 struct Column {
     PanelLanes from, to;
     float *panel, *sums;
 };
 
-// What a tile's rows keep of some depth.
+// The values that a tile's rows keep of some depth.
 struct Kept {
     KeptValues values;
     Index rows, fours;
@@ -50,7 +50,7 @@ void make_panels(const GemmJob<T>& job, Index block, Index blocks, const std::ve
     }
 }
 
-// Lets come what the next rows keep: until they begin, the processor does not see where they are.
+// Prefetches the values of the next rows, which the processor cannot predict before these rows begin.
 template <class Form>
 void fetch_rows(const Kept& kept, Index row, Index stride) {
     constexpr Index kOfLine = 64 / sizeof(float), kKept = kCodeRows * Form::kValues;
@@ -61,7 +61,7 @@ void fetch_rows(const Kept& kept, Index row, Index stride) {
     }
 }
 
-// What is written for some rows runs through all columns.
+// Code that is written for some rows runs through all columns.
 template <class Form>
 void add_rows(RowCode<Form>& code, const Kept& kept, Index stride, const std::vector<Column>& columns) {
     const Index width = columns[0].from.width;
@@ -79,7 +79,7 @@ void add_rows(RowCode<Form>& code, const Kept& kept, Index stride, const std::ve
 }
 #endif
 
-// Room for a panel of floats, then for a panel and sums of each column; behind each of them, for a vector.
+// Room for a panel of floats, then for a panel and sums of each column; each is followed by room for one more vector.
 constexpr Index kPanelFloats = kDepthBlock * kMostLanes + kFloats;
 #if defined(__AVX512F__)
 template <class Form>
@@ -97,7 +97,7 @@ Index scratch_floats(Index rows, Index lanes) {
     return kPanelFloats + pieces(lanes, Form::kLanes) * (kColumnFloats<Form> + sum_floats(rows));
 }
 
-// Columns of the same width but for the last.
+// Columns all have the same width, except the last.
 template <class Form, class T>
 std::vector<Column> columns_of(const GemmJob<T>& job, const GemmTile& tile, float* scratch) {
     const Index lanes = tile.last_lane - tile.first_lane;
@@ -158,7 +158,8 @@ GemmKernel<T> gemm_kernel() {
     if constexpr (sizeof(T) == 2) {
         if (__builtin_cpu_supports("avx512bf16")) return kernel<T, PermutedPairs>();
     }
-    // AMD's Zen 4 loads one vector in a cycle, and the panel needs them all; Intel permutes where it multiplies.
+    // AMD's Zen 4 loads one vector per cycle, which the panel takes up; so permute there. Intel permutes on the port
+    // that multiplies.
     if (__builtin_cpu_is("amd")) return kernel<T, PermutedValues>();
 #endif
     return kernel<T, LoadedValues>();

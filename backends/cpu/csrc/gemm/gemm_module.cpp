@@ -1,5 +1,5 @@
-// The Python face of the sparse GEMM. What the axes mean, and that they stay inside the tensors, is for the caller to
-// know: nmcompile/backends/cpu/contraction.py.
+// Python interface of the sparse GEMM. The caller is responsible for the meaning of the axes, and for their staying
+// inside the tensors: nmcompile/backends/cpu/contraction.py.
 
 #include "gemm/gemm_module.h"
 

@@ -1,4 +1,4 @@
-// Packs the sparse operand on all threads, as it is or pruned on the way.
+// Packs the sparse operand on all threads, either as is or pruned on the way.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace nmcompile {
 
 inline std::int64_t depth_blocks(std::int64_t depth) { return pieces(depth, kDepthBlock); }
 
-// Values first, then their places.
+// Values come first, then their places.
 inline std::int64_t packed_floats(std::int64_t rows, std::int64_t depth, std::int64_t values_of_block) {
     const std::int64_t kept = depth_blocks(depth) * rows * values_of_block;
     return kept + pieces(kept, sizeof(float));
@@ -28,7 +28,7 @@ template <class T>
 bool pack_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
     const std::int64_t blocks = depth_blocks(job.sparse_depth.size), groups = pieces(job.rows, kPackedRows);
     std::atomic<bool> fits = true;
-    // All blocks of the same rows, one after the other: what shares cache lines stays in a cache.
+    // Packs all blocks of the same rows one after the other: data that share cache lines stay in the cache.
     in_parallel(groups, 1, threads, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t i = first * blocks; i < last * blocks; ++i) {
             if (!kernel.pack(job, kept, i % blocks, i / blocks * kPackedRows)) fits = false;
@@ -37,9 +37,9 @@ bool pack_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValu
     return fits;
 }
 
-constexpr std::int64_t kPrunedRows = 4 * kPackedRows;  // that are pruned together
+constexpr std::int64_t kPrunedRows = 4 * kPackedRows;  // rows that are pruned together
 
-// How a matrix (depth, rows), its rows side by side, is pruned along depth.
+// How a matrix (depth, rows) with contiguous rows is pruned along depth.
 template <class T>
 class Pruning {
 public:
@@ -54,7 +54,7 @@ public:
         }
     }
 
-    // Writes a block of depth from `row` on to `to`, kPrunedRows from one element of depth to the next.
+    // Writes a block of depth from `row` on to `to`, with kPrunedRows from one element of depth to the next.
     void run(std::int64_t block, std::int64_t row, T* to) const {
         Run run{};
         run.out = to;
@@ -72,7 +72,7 @@ public:
         }
     }
 
-    // The job with what `run` has written for its operand.
+    // Returns the job with its operand replaced by the values that `run` has written.
     GemmJob<T> pruned(std::int64_t block, std::int64_t row, const T* from) const {
         GemmJob<T> job = job_;
         job.sparse = from;

@@ -1,4 +1,4 @@
-// How a product is divided into tasks.
+// Division of a product into tasks.
 #pragma once
 
 #include <algorithm>
@@ -9,17 +9,17 @@
 
 namespace nmcompile {
 
-// A task is a tile of so many lanes and rows; it ends earlier at the end of C.
+// A task is a tile of so many lanes and rows; at the end of C it is smaller.
 struct Tasks {
-    std::int64_t lanes, rows, across, along;  // across: tiles side by side in lanes; along: in rows
+    std::int64_t lanes, rows, across, along;  // across: tiles along the lanes; along: tiles along the rows
     std::int64_t count() const { return across * along; }
 };
 
-// What a task takes beside its products, in lanes times rows: to fill panels, for each lane; to write code, for each row.
-// And how much longer products take without code. All of it measured on Zen 4.
+// Cost of a task besides its products, in units of lanes times rows: to fill panels, per lane; to write code, per row.
+// And the factor by which products without code are slower. All measured on Zen 4.
 constexpr double kFilling = 32, kWriting = 24, kWithoutCode = 1.2;
-constexpr double kWaiting = 0.3;  // of a task: until the last of some threads is done, where all have the same to do
-constexpr std::int64_t kMostRows = 1024;  // whose sums stay in a cache of the last level
+constexpr double kWaiting = 0.3;  // of a task: wait for the last of the threads when all have equal work
+constexpr std::int64_t kMostRows = 1024;  // rows whose sums stay in a last-level cache
 constexpr std::int64_t kFewestRows = 32;
 
 inline double duration(const Tasks& tasks, std::int64_t panel_lanes, std::int64_t threads) {
@@ -29,7 +29,7 @@ inline double duration(const Tasks& tasks, std::int64_t panel_lanes, std::int64_
     return one * (static_cast<double>(pieces(tasks.count(), threads)) + (threads > 1 ? kWaiting : 0));
 }
 
-// Tiles of about the same size: a narrow one would leave the multiplier waiting.
+// Chooses tiles of about the same size: a narrow one would leave the multiplier waiting.
 template <class T>
 Tasks tasks_of(const GemmJob<T>& job, const GemmKernel<T>& kernel, std::int64_t threads) {
     const std::int64_t lanes = job.dense_lanes.size, vector = kernel.vector_lanes;

@@ -1,4 +1,4 @@
-// Packs the sparse operand: the two values that each four keep, and where they were.
+// Packs the sparse operand: the two values that each four keeps, and their places.
 #pragma once
 
 #include <array>
@@ -11,10 +11,10 @@
 namespace nmcompile::NMCOMPILE_ISA {
 
 #if defined(__AVX512F__)
-// What eight elements keep, by which of them are not zero: two of each four, with the first zeros where there are fewer.
+// What eight elements keep, indexed by which of them are not zero: two of each four, filled up with the first zeros.
 struct KeptOfEight {
     std::uint32_t places = 0;  // four bytes
-    std::uint16_t pairs = 0;   // two bytes: of the places in each four, their number among the six pairs of four
+    std::uint16_t pairs = 0;   // two bytes: for each four, the number of its pair of places among the six pairs
     std::uint8_t mask = 0;
     bool excess = false;
 };
@@ -60,8 +60,8 @@ struct KeptOfSixteen {
     }
 };
 
-// Packs a row of one block, value by value; `at` is the row's place in the packed arrays. False where some four keep more
-// than two.
+// Packs a row of one block, value by value; `at` is the row's place in the packed arrays. Returns false if some four
+// keep more than two.
 inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
     bool excess = false;
     for (std::uint64_t first = 0; first < kDepthBlock; first += 16) {
@@ -75,18 +75,18 @@ inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
     return !excess;
 }
 #else
-// The same with vectors of any length.
+// As above, with vectors of any length.
 inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
     FloatInts excess{};
     for (int first = 0; first < kDepthBlock; first += 4 * kFloats) {
-        // A vector of each place in the fours.
+        // One vector for each place in the fours.
         const Pair<Floats> low = unzip(load<Floats>(row + first), load<Floats>(row + first + kFloats));
         const Pair<Floats> high = unzip(load<Floats>(row + first + 2 * kFloats), load<Floats>(row + first + 3 * kFloats));
         const auto [x0, x2] = unzip(low.first, high.first);
         const auto [x1, x3] = unzip(low.second, high.second);
         const FloatInts m0 = x0 != 0.0f, m1 = x1 != 0.0f, m2 = x2 != 0.0f, m3 = x3 != 0.0f;
         excess |= (m0 + m1 + m2 + m3) < -2;
-        // Two different places with all non-zeros among them; without any, twice the first, which is zero.
+        // Two different places that cover all non-zeros; for a four of zeros, the first place twice.
         const Floats a = m0 ? x0 : m1 ? x1 : m3 ? x2 : x0;
         const Floats b = m3 ? x3 : m2 ? x2 : m0 ? x1 : x0;
         const FloatInts zero{}, one = zero + 1, two = zero + 2, three = zero + 3;
@@ -108,11 +108,11 @@ inline bool pack_singles(const float* row, const KeptValues& kept, Index at) {
 }
 #endif
 
-// Each value by itself.
+// Each value is a form of its own.
 struct SingleValues {
-    static constexpr Index kValues = kDepthBlock / 2;  // of a block
+    static constexpr Index kValues = kDepthBlock / 2;  // values per block
     static constexpr Index kPanelRows = kDepthBlock;
-    static constexpr Index kLanes = kMostLanes;  // of a panel at most
+    static constexpr Index kLanes = kMostLanes;  // lanes per panel, at most
     static bool pack_row(const float* row, const KeptValues& kept, Index at) {
         return pack_singles(row, kept, at);
     }
@@ -122,7 +122,7 @@ struct SingleValues {
     }
 };
 
-// Without a branch, which half of a mask's elements would mislead.
+// Without a branch, which a mask that keeps half of its elements would mispredict.
 template <bool kMasked, class T>
 float kept_element(const GemmJob<T>& job, Index offset) {
     const float x = widen(job.sparse[offset]);
@@ -145,7 +145,7 @@ Floats kept_vector(const GemmJob<T>& job, Index offset) {
 #endif
 }
 
-// Lets the next block of a row come while this one is packed: the processor does not see so many rows advance.
+// Prefetches the next block of a row while this one is packed: the processor does not follow so many rows.
 template <bool kMasked, class T>
 void fetch_block(const GemmJob<T>& job, Index offset) {
     constexpr Index kOfLine = 64 / sizeof(T);
@@ -153,7 +153,7 @@ void fetch_block(const GemmJob<T>& job, Index offset) {
     if constexpr (kMasked) __builtin_prefetch(job.mask + offset);
 }
 
-// Where the elements of a block of depth are in a row. `step` lies between any two of them, or is 0.
+// Where the elements of a block of depth are in a row. `step` is the distance between neighbours, or 0 if it varies.
 struct DepthOfBlock {
     Index offsets[kDepthBlock] = {}, count, step;
 
@@ -171,7 +171,7 @@ struct DepthOfBlock {
     }
 
    private:
-    // Of the whole axis, if its digits count as one does.
+    // Returns the step of the whole axis if its digits count like a single one, else 0.
     static Index step_of(const GemmAxis& axis) {
         Index step = 0, size = 1;
         for (int d = kMaxDigits - 1; d >= 0; --d) {
@@ -185,7 +185,7 @@ struct DepthOfBlock {
     }
 };
 
-// Gathers some rows of a block, zeros behind its end. The elements that are close in memory come one after the other.
+// Gathers some rows of a block, with zeros after its end. Elements that are close in memory come one after the other.
 template <bool kMasked, class T>
 void gather_rows(const GemmJob<T>& job, const DepthOfBlock& depth, Index row, Index rows, float (*to)[kDepthBlock]) {
     const auto& [offsets, count, step] = depth;
@@ -210,7 +210,7 @@ void gather_rows(const GemmJob<T>& job, const DepthOfBlock& depth, Index row, In
     }
 }
 
-// Gathers the blocks of as many rows as a vector has, which lie side by side in memory.
+// Gathers the blocks of as many rows as a vector has lanes, which are contiguous in memory.
 template <bool kMasked, class T>
 void transpose_rows(const GemmJob<T>& job, const DepthOfBlock& depth, Index row, float (*to)[kDepthBlock]) {
     for (Index first = 0; first < kDepthBlock; first += kFloats) {
@@ -218,7 +218,7 @@ void transpose_rows(const GemmJob<T>& job, const DepthOfBlock& depth, Index row,
         for (Index k = 0; k < kFloats; ++k) {
             const Index from = depth.offsets[smaller(first + k, depth.count - 1)] + row;
             square[k] = first + k < depth.count ? kept_vector<kMasked>(job, from) : Floats{};
-            __builtin_prefetch(job.sparse + from + kDepthBlock * depth.step);  // of the next block
+            __builtin_prefetch(job.sparse + from + kDepthBlock * depth.step);  // the next block
         }
         transpose(square);
         for (Index r = 0; r < kFloats; ++r) store(square[r], &to[r][first]);

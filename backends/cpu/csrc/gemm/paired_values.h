@@ -1,5 +1,5 @@
-// bfloat16 in pairs, as AVX512_BF16 multiplies and adds them: what each four keeps is one pair, and a panel has a row for
-// each of the six pairs of places in a four. It is larger than one of floats by half, and is read half as often.
+// bfloat16 in pairs, as AVX512_BF16 multiplies and adds them: each four keeps one pair, and a panel has a row for each
+// of the six pairs of places in a four. The panel is half as large again as one of floats, and is read half as often.
 #pragma once
 
 #include "gemm/kept_values.h"
@@ -10,7 +10,7 @@ namespace nmcompile::NMCOMPILE_ISA {
 struct PairedValues {
     static constexpr Index kValues = kDepthBlock / 4;
     static constexpr Index kPanelRows = kPairs * kValues;
-    static constexpr Index kLanes = 5 * kFloats;  // so that a panel stays in a cache of the first level
+    static constexpr Index kLanes = 5 * kFloats;  // a panel then stays in a first-level cache
 
     static bool pack_row(const float* row, const KeptValues& kept, Index at) {
         bool excess = false;
@@ -49,7 +49,7 @@ struct PairedValues {
         }
     }
 
-    // Eight floats as four pairs, the first of each in the lower half.
+    // Packs eight floats as four pairs, the first of each in the lower half.
     static __m128i joined(__m256 values) {
         const __m256i x = _mm256_castps_si256(values);
         const __m256i low = _mm256_and_si256(_mm256_srli_epi64(x, 16), _mm256_set1_epi64x(0xFFFF));

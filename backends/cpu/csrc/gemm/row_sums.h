@@ -1,4 +1,4 @@
-// Adds the products of a row of the sparse operand with a panel to its sums, as a compiled loop.
+// Adds the products of a row of the sparse operand and a panel to the row's sums, as a compiled loop.
 #pragma once
 
 #include "gemm/kept_values.h"
@@ -16,7 +16,7 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Four values, each of them in all lanes of a vector: a load for each.
+// Broadcasts each of four values to all lanes of a vector, with one load per value.
 struct LoadedValues : SingleValues {
     using Form = SingleValues;
     static constexpr auto add = multiply_add;
@@ -29,7 +29,7 @@ struct LoadedValues : SingleValues {
 };
 
 #if defined(__AVX512F__)
-// One load for the four, and permutations.
+// Broadcasts them with one load for the four, and permutations.
 template <class F>
 struct Permuted : F {
     using Form = F;
@@ -48,7 +48,7 @@ struct PermutedValues : Permuted<SingleValues> {
 
 struct PermutedPairs : Permuted<PairedValues> {
     using Permuted::Permuted;
-    // In assembly, as a template cannot ask for an instruction that the rest of the file goes without.
+    // In assembly, as a template cannot ask for an instruction that the rest of the file does without.
     static Floats add(const Floats& pair, const Floats& row, Floats sum) {
         asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pair), "vm"(row));
         return sum;
@@ -62,7 +62,7 @@ template <class Four, int kVectors>
     for (int v = 0; v < kVectors; ++v) sum[v] = Four::add(value, load<Floats>(row + v * kFloats), sum[v]);
 }
 
-// Adds what one row keeps of a block of depth, a multiple of four values, to its sums of a tile. The sums stay in
+// Adds the values that one row keeps of a block of depth, a multiple of four, to its sums of a tile. The sums stay in
 // registers; each value meets a panel's row that the multiply-add reads as its memory operand: no shuffles.
 template <class Four, int kVectors>
 void add_row(const float* values, const std::uint8_t* places, Index kept, const float* panel, float* sums, bool first) {
@@ -89,7 +89,7 @@ void add_rows(const KeptValues& kept, Index rows, Index values, const float* pan
     }
 }
 
-// `rows` that keep what `fours` of a block have, on a panel of `width` lanes.
+// Adds `rows` rows, whose kept values cover `fours` fours of a block, on a panel of `width` lanes.
 template <class Four>
 void add_rows(const KeptValues& kept, Index rows, Index fours, Index width, const float* panel, float* sums, bool first) {
     static constexpr decltype(&add_rows<Four, 1>) add[] = {add_rows<Four, 1>, add_rows<Four, 2>, add_rows<Four, 3>,

@@ -1,4 +1,4 @@
-// Writes sums to where the output has them, with the bias of each row.
+// Writes sums to their places in the output, with the bias of each row.
 #pragma once
 
 #include "gemm/dense_panel.h"
@@ -18,7 +18,7 @@ void write_row_runs(const GemmJob<T>& job, const PanelLanes& to, Index first_row
     }
 }
 
-// Rows lie side by side in the output.
+// Rows are contiguous in the output.
 template <class T>
 void write_transposed(const GemmJob<T>& job, const PanelLanes& to, Index first_row, Index last_row, const float* sums) {
     Index row = first_row;

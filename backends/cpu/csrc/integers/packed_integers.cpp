@@ -24,7 +24,7 @@ auto kernel_of(InstructionSet isa) {
     return baseline::multiply_integers;
 }
 
-// One row of a block of zeros; `row` is its number in the block. False where it cannot be packed.
+// Packs one row into a block of zeros; `row` is its number in the block. Returns false if it cannot be packed.
 bool pack_row(const std::int8_t* integers, int count, int row, std::uint8_t* block, std::int32_t& sum) {
     const int pair = row / 2;
     std::uint8_t *const places = block, *const values = block + (1 + pair) * kLaneBytes;
@@ -44,7 +44,7 @@ bool pack_row(const std::int8_t* integers, int count, int row, std::uint8_t* blo
     return true;
 }
 
-// Whether all blocks of the rows from `row` on can be packed.
+// Returns whether all blocks of the rows from `row` on can be packed.
 bool pack_rows(const std::int8_t* integers, std::int64_t depth, std::int64_t row, PackedIntegers& packed) {
     std::uint8_t* block = packed.data() + row / kBlockRows * packed.blocks() * kBlockBytes;
     std::fill_n(block, packed.blocks() * kBlockBytes, std::uint8_t{0});

@@ -1,13 +1,13 @@
-// Products of a 2:4 matrix of 4-bit integers and the integers of a few tokens, exact in 32 bits. With few tokens,
-// reading the matrix is what takes time:
+// Products of a 2:4 matrix of 4-bit integers and the integers of a few tokens, exact in 32 bits. With few tokens, most
+// of the time goes into reading the matrix:
 //
 //     Y[token, row] = step[row] * (sum over depth of Q[row, depth] * K[token, depth]) + bias[row]
 //
 // Each four of depth takes twelve bits: two integers of four bits, and two bits each for their places. A block has four
 // rows and kBlockDepth of depth. It is three times 64 bytes: places, the integers of the first two rows, and those of
-// the others. Byte l of 64 belongs to the four l / 16 * 4 + l % 8 / 2 of half a block, to the row l / 8 % 2 of two, and
-// to the first or the second that is kept, l % 2. So one permutation of bytes within sixteen fetches what a vector
-// multiplies, and the products that are added side by side are of one row.
+// the other two. Byte l of 64 belongs to the four l / 16 * 4 + l % 8 / 2 of half a block, to the row l / 8 % 2 of two,
+// and to the first or the second kept integer, l % 2. So one permutation of bytes within sixteen fetches the factors of
+// a vector, and the products that are added side by side belong to one row.
 //
 //     places    bits 2 * (2 * (row / 2) + half) and up of a byte, from 0 to 3
 //     integers  bits 4 * half and up, in two's complement
@@ -25,16 +25,16 @@ constexpr int kBlockRows = 4;
 constexpr int kBlockDepth = 128;
 constexpr int kLaneBytes = 64;
 constexpr int kBlockBytes = 3 * kLaneBytes;
-constexpr std::int64_t kMostDepth = 1 << 20;  // far from where sums would leave 32 bits
+constexpr std::int64_t kMostDepth = 1 << 20;  // far from where sums would overflow 32 bits
 
 class PackedIntegers {
 public:
     PackedIntegers(std::int64_t rows, std::int64_t depth);
-    std::uint8_t* data() const { return data_.get(); }  // block after block of the same rows
-    std::vector<std::int32_t>& sums() { return sums_; }  // of each row's integers
+    std::uint8_t* data() const { return data_.get(); }  // the blocks of the same rows, one after the other
+    std::vector<std::int32_t>& sums() { return sums_; }  // sum of each row's integers
     const std::vector<std::int32_t>& sums() const { return sums_; }
     std::int64_t rows() const { return rows_; }
-    std::int64_t blocks() const { return (depth_ + kBlockDepth - 1) / kBlockDepth; }  // side by side
+    std::int64_t blocks() const { return (depth_ + kBlockDepth - 1) / kBlockDepth; }  // blocks along the depth
     std::int64_t bytes() const;
 
 private:
@@ -58,7 +58,7 @@ struct IntegersJob {
     float* output;       // tokens x rows
 };
 
-// Rows x depth, depth a multiple of four. Null where some four keep more than two, or [-7, 7] does not hold an integer.
+// Packs rows x depth, depth a multiple of four. Null if some four keep more than two, or an integer is outside [-7, 7].
 std::unique_ptr<PackedIntegers> pack_integers(const std::int8_t* integers, std::int64_t rows, std::int64_t depth,
                                               unsigned threads);
 

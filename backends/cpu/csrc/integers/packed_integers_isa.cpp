@@ -9,36 +9,36 @@ namespace {
 
 using Index = std::int64_t;
 
-// Bytes that are asked for before they are read: the processor alone does not look far enough ahead. From memory, one
-// token is 1.6 times as fast with it on Zen 2.
+// Bytes that are prefetched: the processor alone does not look far enough ahead. From memory, one token is 1.6 times as
+// fast with it on Zen 2.
 [[maybe_unused]] constexpr Index kAhead = 8 * kBlockBytes;
 
 inline Index smaller(Index a, Index b) { return a < b ? a : b; }
 
 #if defined(__AVX2__)
 constexpr int kBytes = NMCOMPILE_VECTOR_BYTES;
-constexpr int kMostTokens = kBytes == 64 ? 8 : 4;  // as many sums as leave registers for what is decoded
+constexpr int kMostTokens = kBytes == 64 ? 8 : 4;  // as many sums as leave registers for decoding
 using Bytes = Vector<std::uint8_t, kBytes>;
 using Words = Vector<std::uint16_t, kBytes / 2>;
 using Sums = Vector<std::int32_t, kBytes / 4>;
 
-// Shifts bytes to where a mask takes what it wants of them.
+// Shifts bytes to where a mask extracts the wanted bits.
 template <int kBits>
 Bytes shifted(Bytes x) {
     if constexpr (kBits < 0) return std::bit_cast<Bytes>(std::bit_cast<Words>(x) << -kBits);
     return std::bit_cast<Bytes>(std::bit_cast<Words>(x) >> kBits);
 }
 
-// Which byte of its sixteen each lane multiplies, before the place in the four is added.
+// For each lane, the byte of its sixteen that it multiplies, before the place in the four is added.
 inline Bytes first_places() {
     Bytes result;
     for (int i = 0; i < kBytes; ++i) result[i] = static_cast<std::uint8_t>(i % 8 / 2 * 4);
     return result;
 }
 
-// Half of a block for two rows.
+// Half of a block, for two rows.
 struct Half {
-    Bytes places, integers;  // the integers times 16: they stay in the upper half of their bytes
+    Bytes places, integers;  // the integers times 16, as they stay in the upper half of their bytes
 };
 
 template <int kPair, int kHalf>
@@ -48,7 +48,7 @@ Half half_of(Bytes places, Bytes integers) {
             shifted<kHalf ? 0 : -4>(integers) & upper};
 }
 
-// Sums of two products, in 16 bits: at most 2 * 15 * 112.
+// Returns sums of two products, in 16 bits: at most 2 * 15 * 112.
 inline Words products(const std::uint8_t* input, const Half& half) {
 #if defined(__AVX512BW__)
     const __m512i x = _mm512_shuffle_epi8(_mm512_loadu_si512(input), std::bit_cast<__m512i>(half.places));
@@ -79,7 +79,7 @@ template <int kPair, int kTokens>
     }
 }
 
-// What the four rows of a block's row add up to, for some tokens.
+// Sums the four rows of a row of blocks, for some tokens.
 template <int kTokens>
 void add_blocks(const IntegersJob& job, const std::uint8_t* block, const std::uint8_t* input, Index stride,
                 std::int32_t (*totals)[kBlockRows]) {
@@ -104,7 +104,7 @@ void add_blocks(const IntegersJob& job, const std::uint8_t* block, const std::ui
 #else
 constexpr int kMostTokens = 8;
 
-// The same by the layout's definition.
+// As above, straight from the definition of the layout.
 template <int kTokens>
 void add_blocks(const IntegersJob& job, const std::uint8_t* block, const std::uint8_t* input, Index stride,
                 std::int32_t (*totals)[kBlockRows]) {
@@ -148,7 +148,7 @@ void multiply_integers(const IntegersJob& job, std::int64_t first, std::int64_t 
     static constexpr decltype(&multiply_tokens<1>) kernels[] = {
         multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>, multiply_tokens<4>,
         multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>, multiply_tokens<8>};
-    // All rows for some tokens before the next: the integers come from a cache then.
+    // Runs all rows for some tokens before the next tokens: the integers then come from a cache.
     for (Index token = 0; token < job.tokens;) {
         const Index tiles = (job.tokens - token + kMostTokens - 1) / kMostTokens;
         const Index count = (job.tokens - token + tiles - 1) / tiles;  // no tile much narrower than the others

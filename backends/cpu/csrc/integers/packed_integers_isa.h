@@ -5,7 +5,7 @@
 
 namespace nmcompile {
 
-// All tokens, for the rows from `first`, where a block begins, up to `last`.
+// Computes all tokens for the rows from `first`, where a block begins, up to `last`.
 namespace baseline {
 void multiply_integers(const IntegersJob& job, std::int64_t first, std::int64_t last);
 }

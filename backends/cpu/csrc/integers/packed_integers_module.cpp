@@ -1,4 +1,4 @@
-// The Python face of packed integers: checks that the operands fit each other.
+// Python interface of packed integers: checks that the operands fit each other.
 
 #include "integers/packed_integers_module.h"
 

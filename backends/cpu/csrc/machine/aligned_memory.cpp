@@ -24,7 +24,7 @@ std::size_t whole_pages(std::size_t bytes) {
 
 }  // namespace
 
-// What is large comes from the system and goes back to it, with a page fault for each 2 MB instead of each 4 KB where the
+// Large blocks come from the system and go back to it, with a page fault for each 2 MB instead of each 4 KB if the
 // system has such pages.
 void* allocate(std::size_t bytes) {
     if (bytes < kLarge) return ::operator new(bytes, kLine);

@@ -1,4 +1,4 @@
-// Memory aligned to cache lines, and to large pages where there is enough of it to fill some.
+// Memory aligned to cache lines, or to large pages if it is large enough to fill some.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@ namespace nmcompile {
 void* allocate(std::size_t bytes);
 void release(void* data, std::size_t bytes);
 
-// Of some elements, which are not initialized.
+// Memory for `count` elements, which are not initialized.
 template <class Element>
 class AlignedMemory {
 public:

@@ -1,4 +1,4 @@
-// Memory that holds machine code which this program writes.
+// Memory for machine code that this program writes.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ public:
     ExecutableMemory(const ExecutableMemory&) = delete;
     ExecutableMemory& operator=(const ExecutableMemory&) = delete;
 
-    // Null where the system forbids pages that are both written and executed.
+    // Null if the system forbids pages that are both writable and executable.
     std::uint8_t* data() const { return data_; }
 
 private:

@@ -8,7 +8,7 @@ namespace nmcompile {
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> result;
 #if defined(__x86_64__)
-    // What else belongs to a set came to processors earlier than these.
+    // The other parts of each set came to processors earlier than these.
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

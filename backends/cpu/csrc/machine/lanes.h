@@ -1,6 +1,6 @@
 // Vectors of GCC and Clang, as wide as the instruction set that this is compiled for. They have the operators of their
-// elements, and a comparison gives a mask of ones and zeros for `?:`. Everything is in a namespace of the instruction
-// set, so that the linker never puts the code of one in the place of another's.
+// elements, and a comparison yields a mask of ones and zeros for `?:`. Everything is in a namespace of the instruction
+// set, so the linker never replaces the code of one set with another's.
 #pragma once
 
 #include <bit>
@@ -57,8 +57,8 @@ inline void store(const Vector& vector, void* to) {
     __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// To memory that is not read soon, without fetching it first. `to` is aligned to the vector's size; other threads see
-// it after `finish_streaming`.
+// Stores to memory that is not read soon, without fetching it first. `to` is aligned to the vector's size; other
+// threads see the data after `finish_streaming`.
 template <class Vector>
 inline void stream(const Vector& vector, void* to) {
 #if defined(__AVX512F__)
@@ -93,11 +93,11 @@ struct Pair {
 template <class Vector>
 inline constexpr int kLanesOf = sizeof(Vector) / sizeof(std::declval<Vector>()[0]);
 
-// The elements at even and at odd places of a, b.
+// Returns the elements of a, b at even and at odd places.
 template <class Vector>
 inline Pair<Vector> unzip(Vector a, Vector b) {
 #if defined(__AVX2__)
-    // Halves first: what GCC 12 makes of the form below permutes elements across them, and takes three times as long.
+    // Halves first: GCC 12 compiles the form below to permutations across halves, which take three times as long.
     if constexpr (sizeof(Vector) == 32 && kLanesOf<Vector> == 8) {
         const auto x = (__m256i)a, y = (__m256i)b;
         const auto first = (__m256)_mm256_permute2x128_si256(x, y, 0x20);
@@ -110,7 +110,7 @@ inline Pair<Vector> unzip(Vector a, Vector b) {
     }(std::make_integer_sequence<int, kLanesOf<Vector>>{});
 }
 
-// a and b element by element in turn, in two halves: the inverse of `unzip`.
+// Interleaves a and b in two halves: the inverse of `unzip`.
 template <class Vector>
 inline Pair<Vector> zip(Vector a, Vector b) {
     constexpr int kCount = kLanesOf<Vector>;
@@ -120,7 +120,7 @@ inline Pair<Vector> zip(Vector a, Vector b) {
     }(std::make_integer_sequence<int, kCount>{});
 }
 
-// The compiler knows this form as one instruction, where there is one.
+// The compiler recognizes this form as one instruction, if there is one.
 template <class Vector>
 inline Vector larger(Vector a, Vector b) {
     return a > b ? a : b;

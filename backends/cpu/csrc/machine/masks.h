@@ -1,10 +1,10 @@
-// Comparisons of vectors and what they choose. AVX-512 has registers for masks, which the compiler does not use for
-// expressions of masks; elsewhere a mask is a vector of ones and zeros.
+// Comparisons of vectors, and selections by their results. AVX-512 has registers for masks, which the compiler does not
+// use for expressions of masks; elsewhere a mask is a vector of ones and zeros.
 #pragma once
 
 #include "machine/lanes.h"
 
-// For what is called with rows of vectors: they stay in registers only if the call disappears.
+// For functions that are called with rows of vectors: the rows stay in registers only if the call is inlined.
 #define NMCOMPILE_INLINE inline __attribute__((always_inline))
 
 namespace nmcompile::NMCOMPILE_ISA {
@@ -35,7 +35,7 @@ struct Mask {
                                     std::conditional_t<kLanesOf<V> == 16, std::uint16_t, std::uint8_t>>;
     Word word;
 
-    // The compiler would do plain integer arithmetic in other registers, and move masks to and fro.
+    // The compiler would compute plain integers in other registers, and move masks to and fro.
     Mask operator&(Mask other) const {
         if constexpr (sizeof(Word) == 4) return {_kand_mask32(word, other.word)};
         if constexpr (sizeof(Word) == 2) return {_kand_mask16(word, other.word)};
@@ -84,7 +84,7 @@ inline Mask<V> equal(V a, V b) {
     return compare<V, _CMP_EQ_OQ, _MM_CMPINT_EQ>(a, b);
 }
 
-// Lanes of a where the mask says so, else of b.
+// Returns lanes of a where the mask is set, else of b.
 template <class V, class M>
 inline V select(Mask<M> mask, V a, V b) {
     static_assert(kLanesOf<V> == kLanesOf<M> && sizeof(V) == 64);
@@ -100,7 +100,7 @@ inline bool any(Mask<V> mask) {
     return mask.word != 0;
 }
 
-// Bit l says what lane l is.
+// Bit l is the value of lane l.
 template <class V>
 inline std::uint64_t lane_bits(Mask<V> mask) {
     return mask.word;
@@ -131,7 +131,7 @@ inline Mask<V> equal(V a, V b) {
     return {__builtin_bit_cast(IntsOf<V>, a == b)};
 }
 
-// Lanes of a where the mask says so, else of b.
+// Returns lanes of a where the mask is set, else of b.
 template <class V, class M>
 inline V select(Mask<M> mask, V a, V b) {
     const auto ones = mask.lanes;
@@ -143,7 +143,7 @@ inline bool any(Mask<V> mask) {
     return any(mask.lanes);
 }
 
-// Bit l says what lane l is.
+// Bit l is the value of lane l.
 template <class V>
 inline std::uint64_t lane_bits(Mask<V> mask) {
     std::uint64_t result = 0;
@@ -153,7 +153,7 @@ inline std::uint64_t lane_bits(Mask<V> mask) {
 
 #endif
 
-// Lanes of a where the mask says so, else zero.
+// Returns lanes of a where the mask is set, else zero.
 template <class V, class M>
 inline V keep(Mask<M> mask, V a) {
     return select(mask, a, V{});

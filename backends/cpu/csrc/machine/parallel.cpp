@@ -13,9 +13,9 @@ namespace {
 
 using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-// What `#pragma omp parallel` calls, in the OpenMP library that torch has brought into the process. Its workers spin for
-// milliseconds after each of torch's operators: other threads would have to share the cores with them. A library that
-// this module links could be another copy, with workers of its own, so it is looked up.
+// The function behind `#pragma omp parallel`, in the OpenMP library that torch has loaded into the process. Its workers
+// spin for milliseconds after each of torch's operators, so other threads would have to share the cores with them. A
+// library that this module linked could be another copy with its own workers, so the function is looked up.
 Parallel openmp() {
 #if __has_include(<dlfcn.h>)
     static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -35,7 +35,7 @@ void on_threads(unsigned threads, void (*work)(void*), void* data) {
         try {
             started.emplace_back(work, data);
         } catch (const std::system_error&) {
-            break;  // no thread to be had: the others do its part
+            break;  // no thread is available: the others do its part
         }
     }
     work(data);

@@ -16,7 +16,7 @@ struct Block {
 
 class Spare {
    public:
-    // The smallest block that is large enough and not much larger, of several the last that was used; or a new one.
+    // Takes the smallest idle block that is large enough and not much larger, of several the last used; else a new one.
     Block take(std::size_t bytes) {
         const std::lock_guard lock(mutex_);
         auto best = idle_blocks_.end();
@@ -40,7 +40,7 @@ class Spare {
     }
 
    private:
-    // What has waited longest goes first, so that the process never has more than it once used.
+    // Frees the block that has waited longest first, so the process never has more memory than it once used.
     Block fresh(std::size_t bytes) {
         most_ = std::max(most_, used_ + bytes);
         while (used_ + bytes + idle_ > most_) {
@@ -59,7 +59,7 @@ class Spare {
     std::size_t idle_ = 0, used_ = 0, most_ = 0;
 };
 
-// Never destroyed: a tensor may outlive whatever else is static.
+// Never destroyed: a tensor may outlive all other static objects.
 Spare& spare() {
     static Spare& only = *new Spare;
     return only;

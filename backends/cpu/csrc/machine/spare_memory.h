@@ -1,13 +1,13 @@
-// Memory that large results leave to later ones. The system would fill it with zeros anew for every result, and take page
-// faults for that: in a step of a small transformer they took longer than the pruning.
+// Memory of large results that later results reuse. The system would fill it with zeros for every result, with page
+// faults: in a step of a small transformer they took longer than the pruning.
 #pragma once
 
 #include <cstddef>
 
 namespace nmcompile {
 
-// Some memory, aligned to cache lines. When it is destroyed it is spared for others of about its size, as long as all
-// together is not more than was in use at one time.
+// Some memory, aligned to cache lines. When it is destroyed it is saved for others of about its size, as long as the
+// total is at most what was in use at one time.
 class Memory {
    public:
     explicit Memory(std::size_t bytes);

@@ -1,4 +1,4 @@
-// How elements lie in memory, and the type that arithmetic on them uses: float, or double for double.
+// The memory formats of elements, and the type of arithmetic on them: float, or double for double.
 #pragma once
 
 #include <bit>
@@ -26,7 +26,7 @@ struct Arithmetic<BFloat16> {
     using Real = float;
 };
 
-// `yes` or `no` without a branch: which one it is looks random to the processor.
+// Selects `yes` or `no` without a branch: the outcome looks random to the processor.
 inline std::uint32_t select(bool condition, std::uint32_t yes, std::uint32_t no) {
     const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
     return (yes & mask) | (no & ~mask);
@@ -44,7 +44,7 @@ inline float widen(Half x) {
     return std::bit_cast<float>(sign | select(magnitude >= (0x7C00u << 13), special, finite));
 }
 
-// To the nearest value of the type, ties to even; too large ones become infinite. `x` is no NaN.
+// Rounds to the nearest value of the type, ties to even; overflow is infinite. `x` is not a NaN.
 template <class T>
 T narrow(typename Arithmetic<T>::Real x);
 

@@ -21,7 +21,7 @@ bool spans_numbers(const GridDim& outer, const GridDim& inner) {
     return outer.number == inner.number * static_cast<std::uint64_t>(inner.size);
 }
 
-// Drops dims of size 1, orders the others as the output lies in memory, and merges those that act as one.
+// Drops dims of size 1, orders the others by their strides in the output, and merges those that act as one.
 std::vector<GridDim> merge(std::vector<GridDim> dims) {
     std::erase_if(dims, [](const GridDim& dim) { return dim.size == 1; });
     std::stable_sort(dims.begin(), dims.end(), [](const GridDim& a, const GridDim& b) { return a.out > b.out; });
@@ -55,7 +55,7 @@ BlockGrid::BlockGrid(std::vector<GridDim> dims, const Run& first, Index element_
     first_.count = first_.inner = lanes.size;
     first_.number_inner = lanes.number;
     first_.number_outer = 0;
-    // Lanes that go on into the next dim in memory, but not in the numbers of their blocks.
+    // Lanes that continue into the next dim in memory, but not in the numbers of their blocks.
     if (!outer_.empty() && spans_memory(outer_.back(), lanes)) {
         first_.count *= outer_.back().size;
         first_.number_outer = outer_.back().number;

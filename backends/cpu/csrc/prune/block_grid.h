@@ -1,4 +1,4 @@
-// The blocks of a strided tensor as runs, in the order in which they lie in the output's memory.
+// The blocks of a strided tensor as runs, in the memory order of the output.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct GridDim {
     std::uint64_t number;
 };
 
-// Units of equal length: all full ones, or the partial last ones along the dim.
+// Units of equal length: either all full ones, or the partial last ones along the dim.
 class BlockGrid {
    public:
     // `first` has pointers, strides along a unit and numbers; strides from unit to unit follow from the dims.
@@ -30,8 +30,8 @@ class BlockGrid {
     std::int64_t elements_per_run() const { return lanes_per_run_ * first_.length; }
 
    private:
-    std::vector<GridDim> outer_;  // all dims but those of a row of lanes
-    Run first_;                   // the first row, of all its lanes
+    std::vector<GridDim> outer_;  // all dims except those of a row of lanes
+    Run first_;                   // the first row, with all its lanes
     std::int64_t element_size_, lanes_per_run_, runs_per_row_;
 };
 

@@ -1,4 +1,4 @@
-// What the pruning kernels are given: blocks at equal distances in memory, one per SIMD lane.
+// The input of the pruning kernels: blocks at equal distances in memory, one per SIMD lane.
 #pragma once
 
 #include <cstdint>
@@ -25,12 +25,12 @@ inline Operator operator_of(std::string_view name) {
 struct Rule {
     int n_keep, block;
     bool relu;          // prune max(x, 0)
-    bool streams;       // the output is too large to be found in a cache afterwards
-    std::uint64_t key;  // of the random numbers
+    bool streams;       // the output is too large to stay in a cache
+    std::uint64_t key;  // key of the random numbers
 };
 
-// Units of `length` elements: blocks, or the kPackedUnit elements of a byte where the output is packed. A unit shorter
-// than that counts as padded with zeros. Strides count elements, and bytes for the indices.
+// Units of `length` elements: blocks, or the kPackedUnit elements of a byte if the output is packed. A shorter unit
+// counts as padded with zeros. Strides count elements, and bytes for the indices.
 struct Run {
     const void* in;
     void* out;              // values, if the output is packed
@@ -38,8 +38,8 @@ struct Run {
     std::int64_t in_stride, out_stride;                      // from element to element
     std::int64_t in_lane, out_lane, index_lane;              // from unit to unit
     std::int64_t length, count;                              // elements of a unit, and units
-    // Unit l has as its first block the number
-    // number + (first + l) % inner * number_inner + (first + l) / inner * number_outer.
+    // The first block of unit l has the number number + (first + l) % inner * number_inner + (first + l) / inner *
+    // number_outer.
     std::uint64_t number, number_inner, number_outer, number_block;  // number_block: from block to block of a unit
     std::int64_t inner, first;
 

@@ -1,4 +1,4 @@
-// What the random operators share: numbers for each block, arithmetic in reals, and the scalar code where they need it.
+// Common parts of the random operators: numbers for each block, arithmetic in reals, and the scalar code as a fallback.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace nmcompile::NMCOMPILE_ISA {
 
-// `Core` prunes vectors of reals and says which lanes are left to its scalar form. A unit has `Blocks` blocks.
+// `Core` prunes vectors of reals and returns the lanes that are left to its scalar form. A unit has `Blocks` blocks.
 template <class T, class Core, int Blocks>
 class DrawnRows {
    public:
@@ -19,7 +19,7 @@ class DrawnRows {
         for (int p = 0; p < kParts<T>; ++p) draws_.get(lane + p * kNumbers, u_[p]);
     }
 
-    // Block b of the units that `start` names, from rows x to rows y.
+    // Prunes block b of the units that `start` names, from rows x to rows y.
     template <class NKeep, class Block>
     NMCOMPILE_INLINE void prune(const Row<T>* x, Row<T>* y, int b, NKeep n_keep, Block block) const {
         Reals<T> in[kParts<T>][kMaxBlock], out[kParts<T>][kMaxBlock];
@@ -41,7 +41,7 @@ class DrawnRows {
             y[i] = Convert<T>::narrow(row);
         }
         if (left == 0) [[likely]] return;
-        Row<T> from[kMaxBlock], to[kMaxBlock];  // copies, so that x and y need not be in memory
+        Row<T> from[kMaxBlock], to[kMaxBlock];  // copies, so x and y need not be in memory
         for (int i = 0; i < block; ++i) {
             from[i] = x[i];
             to[i] = y[i];
@@ -87,7 +87,7 @@ NMCOMPILE_INLINE V absolute(V x) {
     return __builtin_bit_cast(V, bits(x) & kMagnitude);
 }
 
-// `magnitude`, which is not negative, with the sign of x.
+// Returns `magnitude`, which is not negative, with the sign of x.
 template <class V>
 NMCOMPILE_INLINE V copy_sign(V magnitude, V x) {
     using Ints = IntsOf<V>;

@@ -8,11 +8,11 @@
 
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr int kNumbers = NMCOMPILE_VECTOR_BYTES / sizeof(float);  // in a vector
+constexpr int kNumbers = NMCOMPILE_VECTOR_BYTES / sizeof(float);  // numbers per vector
 using Floats = Vector<float, kNumbers>;
-using Longs = Vector<std::uint64_t, kNumbers / 2>;  // 32-bit words, each with anything in the other half of its lane
+using Longs = Vector<std::uint64_t, kNumbers / 2>;  // 32-bit words; the other half of each lane is arbitrary
 
-// Products of the low halves.
+// Multiplies the low halves.
 NMCOMPILE_INLINE Longs multiply(Longs a, std::uint32_t b) {
     const Longs factor = Longs{} + b;
 #if defined(__AVX512F__)
@@ -44,7 +44,7 @@ struct RoundKeys {
     Longs low[10], high[10];
 };
 
-// Of `Count` counters, round by round: they hide each other's latency.
+// Computes `Count` vectors of counters, round by round: they hide each other's latency.
 template <int Count>
 NMCOMPILE_INLINE void philox4x32(const Longs* counters, const RoundKeys& keys, Words* words) {
     for (int i = 0; i < Count; ++i) words[i] = Words{{counters[i], counters[i] >> 32, Longs{}, Longs{}}};
@@ -73,12 +73,12 @@ inline Longs counting() {
     return result;
 }
 
-// Consecutive numbers, computed as they are asked for. Four share a counter.
+// Consecutive numbers, computed on demand. Four share a counter.
 class Window {
    public:
-    static constexpr int kMost = 8 * kNumbers;  // that one call can ask for
+    static constexpr int kMost = 8 * kNumbers;  // numbers that one call can ask for
 
-    // The numbers first, ..., first + count - 1.
+    // Returns the numbers first, ..., first + count - 1.
     NMCOMPILE_INLINE const float* at(std::uint64_t first, int count, const RoundKeys& keys) {
         if (first - begin_ + static_cast<std::uint64_t>(count) > size_ || first < begin_) compute(first, count, keys);
         return numbers_ + (first - begin_);
@@ -109,7 +109,7 @@ class Window {
     alignas(64) float numbers_[kMost + kStep];
 };
 
-// One number for each lane, of any counters.
+// Returns one number for each lane, of any counters.
 inline Floats scattered(const std::uint64_t* numbers, const RoundKeys& keys) {
     const Longs counters[2] = {load<Longs>(numbers) >> 2, load<Longs>(numbers + kNumbers / 2) >> 2}, one = Longs{} + 1;
     Words words[2];
@@ -135,7 +135,7 @@ class UnitDraws {
         consecutive_ = even && run.number_inner == 1;
     }
 
-    // Numbers of the units lane, ..., lane + kNumbers - 1: those of block b are u[b * Draws], ...
+    // Returns the numbers of the units lane, ..., lane + kNumbers - 1: those of block b are u[b * Draws], ...
     NMCOMPILE_INLINE void get(std::int64_t lane, Floats* u) {
         const auto unit = static_cast<std::uint64_t>(lane);
         if (joined_) return consecutive<Blocks * Draws>(windows_[0], first_ + unit * Blocks, u);

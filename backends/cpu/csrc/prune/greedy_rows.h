@@ -1,4 +1,4 @@
-// The N largest of every M, as nmcompile/pruning/magnitude.py ranks them, one block per lane. All of it is arithmetic
+// The N largest of every M, as nmcompile/pruning/magnitude.py ranks them, one block per lane. Everything is arithmetic
 // on the bits of the numbers, whose order is that of integers.
 #pragma once
 
@@ -49,7 +49,7 @@ class GreedyRows {
 
     static NMCOMPILE_INLINE Row<T> smaller(Row<T> a, Row<T> b) { return a < b ? a : b; }
 
-    // max(x, 0), which leaves NaN and -0 as they are.
+    // Computes max(x, 0), which leaves NaN and -0 unchanged.
     static NMCOMPILE_INLINE Row<T> relu(Row<T> x) {
         if constexpr (sizeof(T) >= 4) {
             return __builtin_bit_cast(Row<T>, larger(Reals<T>{}, __builtin_bit_cast(Reals<T>, x)));
@@ -60,7 +60,7 @@ class GreedyRows {
         }
     }
 
-    // Orders as the reference's scores do; what is not finite counts as infinity.
+    // Returns a score that orders like the reference's; non-finite numbers count as infinity.
     static NMCOMPILE_INLINE Row<T> score(Row<T> x) {
         const Row<T> infinite = Row<T>{} + kInfinite;
         const Row<T> magnitude = smaller(x & static_cast<Int>(~kLowest), infinite);
@@ -69,8 +69,8 @@ class GreedyRows {
         return magnitude == infinite ? infinite : negated;
     }
 
-    // 1:2, 2:4 and 4:8. The ranks of a block are the digits of one number, four bits each: an element starts behind all
-    // later ones, and each comparison moves one of two elements. Those of a rank below N = M / 2 lack the bit N.
+    // 1:2, 2:4 and 4:8. The ranks of a block are the digits of one number, four bits each: an element starts after all
+    // later ones, and each comparison moves one of two elements. Elements of a rank below N = M / 2 lack the bit N.
     template <int N, int M>
     static NMCOMPILE_INLINE void keep_half(const Row<T>* scores, Row<T>* y, Constant<N>, Constant<M>) {
         static_assert(M == 2 * N && M <= 8);

@@ -30,12 +30,12 @@ struct MvueApprox {
         for (int i = 0; i < 4; ++i) open[i] = keep(~first[i], open[i]);
         left = left | draw(open, u[1], second);
 
-        // Equation (25): the sums leave one element out, and add the others in index order.
+        // Equation (25): each sum omits one element, and adds the others in index order.
         const V odds[4] = {a[0] / (a[1] + a[2] + a[3]), a[1] / (a[0] + a[2] + a[3]), a[2] / (a[0] + a[1] + a[3]),
                            a[3] / (a[0] + a[1] + a[2])};
         const V terms[4] = {one + (odds[1] + odds[2] + odds[3]), one + (odds[0] + odds[2] + odds[3]),
                             one + (odds[0] + odds[1] + odds[3]), one + (odds[0] + odds[1] + odds[2])};
-        // Only two of the four quotients total / terms[i] are wanted.
+        // Only two of the four quotients total / terms[i] are needed.
         V divisor = terms[0];
         for (int i = 1; i < 4; ++i) divisor = select(first[i], terms[i], divisor);
         const V first_value = total / divisor;
@@ -49,7 +49,7 @@ struct MvueApprox {
     }
 
    private:
-    // The element that holds u times the sum of `a`. Returns the lanes where rounding leaves none.
+    // Selects the element that holds u times the sum of `a`. Returns the lanes where rounding leaves none.
     template <class V>
     static NMCOMPILE_INLINE Mask<V> draw(const V* a, V u, Mask<V>* chosen) {
         V sums[4] = {a[0]};

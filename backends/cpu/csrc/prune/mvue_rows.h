@@ -26,7 +26,7 @@ struct Mvue {
 
    private:
     // One threshold, u (a + b), decides. A block with a zero, or with one element so small that the sum rounds to the
-    // other, keeps the larger one, for whose value the sum stands too.
+    // other, keeps the larger one, whose value equals the sum.
     template <class V>
     static NMCOMPILE_INLINE Mask<V> prune_one_of_two(const V* x, V* y, V u) {
         const V a = absolute(x[0]), b = absolute(x[1]), sum = a + b;
@@ -37,9 +37,10 @@ struct Mvue {
         return ~at_least(V{} + kLargest<V>, sum);
     }
 
-    // One round of water-filling: a second one lets an element join only if it is the only non-zero left, which is then
-    // drawn for certain and with its own magnitude, or if rounding hides others beside it (`absorbed`). R is 2 or 1, by
-    // which a quotient is exact as a product, and a block with two non-zeros comes out unchanged without counting them.
+    // One round of water-filling suffices: in a second one an element joins only if it is the only non-zero left, which
+    // is then drawn for certain and with its own magnitude, or if rounding hides others beside it (`absorbed`). R is 2
+    // or 1, so a quotient by it is exact as a product, and a block with two non-zeros comes out unchanged without
+    // counting them.
     template <class V>
     static NMCOMPILE_INLINE Mask<V> prune_two_of_four(const V* x, V* y, V u) {
         const V zero = {};
@@ -55,12 +56,12 @@ struct Mvue {
         V sums[4] = {open[0]};
         for (int i = 1; i < 4; ++i) sums[i] = sums[i - 1] + open[i];
         const V rest = sums[3];
-        const auto some = greater(total, rest);  // are saturated
+        const auto some = greater(total, rest);  // some are saturated
 
         const V share = select(some, zero + 1, zero + LaneOf<V>(0.5));
         const V step = rest * share, low = u * rest * share, second = (u + 1) * rest * share;
         const V high = select(some, zero + kInfinity<V>, second);
-        // Element i is drawn if its running sum exceeds a threshold that the one before does not.
+        // Element i is drawn if its running sum exceeds a threshold that the previous sum does not.
         Mask<V> above_low = greater(sums[0], low), above_high = greater(sums[0], high);
         Mask<V> met = above_high;
         y[0] = select(above_low, copy_sign(step, x[0]), select(stays[0], zero, x[0]));
@@ -81,8 +82,8 @@ struct Mvue {
         return left | (some & absorbed(x, stays, largest, rest));
     }
 
-    // Where the largest of the open elements is all of their sum, but not the only non-zero; or where two elements are
-    // saturated, but not the only non-zeros.
+    // Returns the lanes where the largest open element equals the sum of all, but is not the only non-zero; or where
+    // two elements are saturated, but are not the only non-zeros.
     template <class V>
     static NMCOMPILE_INLINE Mask<V> absorbed(const V* x, const Mask<V>* stays, V largest, V rest) {
         const auto two_of_four = [](auto m0, auto m1, auto m2, auto m3) {
@@ -114,7 +115,7 @@ struct Mvue {
         }
         V rest = total();
         const auto left = ~at_least(zero + kLargest<V>, rest);
-        const auto many = greater(nonzeros, zero + static_cast<Real>(n_keep));  // the others keep all that they have
+        const auto many = greater(nonzeros, zero + static_cast<Real>(n_keep));  // other blocks keep all their elements
         V remaining = keep(many, zero + static_cast<Real>(n_keep));
         for (int i = 0; i < block; ++i) open[i] = keep(many, open[i]);
 
@@ -134,8 +135,8 @@ struct Mvue {
             const V number = zero + static_cast<Real>(j);
             thresholds[j] = select(greater(remaining, number), (u + number) * rest / remaining, zero + kInfinity<V>);
         }
-        // Element i is sampled if its running sum exceeds a threshold that the one before does not. Where two
-        // thresholds meet in one element, or one is past the end, fewer than `remaining` are found.
+        // Element i is sampled if its running sum exceeds a threshold that the previous sum does not. If two thresholds
+        // meet in one element, or one is past the end, fewer than `remaining` are found.
         const V step = rest / remaining;
         V sum = zero, below = zero;
         for (int i = 0; i < block; ++i) {

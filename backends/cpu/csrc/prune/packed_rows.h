@@ -1,4 +1,4 @@
-// Rows of pruned elements to the packed form of nmcompile/pruning/packed.py.
+// Packs rows of pruned elements in the form of nmcompile/pruning/packed.py.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ class PackedWriter {
         : run_(run),
           values_(static_cast<T*>(run.out), run.out_stride, run.out_lane, run.length / 2, {}, rule.streams) {}
 
-    // Units of kPackedUnit elements, of which each group of four has at most two non-zeros.
+    // Units of kPackedUnit elements; each group of four in them has at most two non-zeros.
     NMCOMPILE_INLINE void write(Index first, Index count, const Row<T>* pruned) {
         Row<T> values[4] = {};
         Row<T> codes = pack(pruned, values);
@@ -30,9 +30,9 @@ class PackedWriter {
     }
 
    private:
-    // The two values of a group and their places. Non-zeros are kept, then zeros from the first on.
+    // Finds the two values of a group and their places. Non-zeros are kept, then zeros from the first on.
     static NMCOMPILE_INLINE Row<T> pack(const Row<T>* x, Row<T>* values) {
-        const auto is = [&](int i) { return ~equal(x[i] << 1, Row<T>{}); };  // without the sign
+        const auto is = [&](int i) { return ~equal(x[i] << 1, Row<T>{}); };  // ignores the sign
         const auto third = is(2), fourth = is(3), second_if_nonzero = is(1);
         const auto two_of = [](auto a, auto b, auto c) { return (a & b) | (a & c) | (b & c); };
         const auto first = ~two_of(second_if_nonzero, third, fourth);

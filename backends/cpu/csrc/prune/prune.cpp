@@ -15,10 +15,10 @@
 namespace nmcompile {
 namespace {
 
-constexpr std::int64_t kElementsPerThread = 1 << 17;  // take longer to prune than a thread to start
+constexpr std::int64_t kElementsPerThread = 1 << 17;  // their pruning takes longer than the start of a thread
 constexpr std::int64_t kStreamedBytes = 1 << 23;      // would not stay in a cache anyway
 
-// Streamed stores become visible to other threads in order.
+// Makes streamed stores visible to other threads in order.
 void finish_streaming() {
 #if defined(__x86_64__)
     _mm_sfence();

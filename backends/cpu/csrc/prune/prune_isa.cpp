@@ -11,7 +11,7 @@
 namespace nmcompile::NMCOMPILE_ISA {
 namespace {
 
-// Calls `work(first, count)` for vectors of units. The last one overlaps the one before rather than to be short.
+// Calls `work(first, count)` for vectors of units. The last vector overlaps the previous one instead of being short.
 template <class T, class Work>
 NMCOMPILE_INLINE void for_vectors(Index units, const Work& work) {
     constexpr Index kCount = kLanesOf<Row<T>>;
@@ -21,7 +21,7 @@ NMCOMPILE_INLINE void for_vectors(Index units, const Work& work) {
     if (first < units) work(units - kCount, kCount);
 }
 
-// Calls `work` with the layout that is known of the input and the output.
+// Calls `work` with the known layouts of the input and the output.
 template <class Work>
 void with_layout(const Run& run, int unit, int out_unit, Index out_length, const Work& work) {
     const Layout in = layout_of(run.in_stride, run.in_lane, run.length, unit);
@@ -76,7 +76,7 @@ void prune_packed(const Run& run, const Rule& rule) {
     });
 }
 
-// Kernels of `Rows` for the common patterns, and if `Any` for all others.
+// Kernels of `Rows` for the common patterns, and if `Any`, also for all others.
 template <class T, template <int> class Rows, bool Any>
 PruneKernel choose(bool packed, const Rule& rule) {
     const auto is = [&](int n, int m) { return rule.n_keep == n && rule.block == m; };
@@ -107,12 +107,12 @@ struct Operators {
     template <int>
     using greedy_by_value = GreedyRows<T, true, false>;
     template <int>
-    using greedy_relu = GreedyRows<T, false, true>;  // after it a number is as large as its magnitude
+    using greedy_relu = GreedyRows<T, false, true>;  // after a ReLU a number equals its magnitude
 };
 
 }  // namespace
 
-// The kernel of an operator for dense or packed output, nullptr if there is none.
+// Returns the kernel of an operator for dense or packed output, nullptr if there is none.
 template <class T>
 PruneKernel prune_kernel(Operator op, bool packed, const Rule& rule) {
     using O = Operators<T>;

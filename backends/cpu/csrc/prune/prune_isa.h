@@ -23,7 +23,7 @@ PruneKernel prune_kernel(Operator op, bool packed, const Rule& rule);
 }
 #endif
 
-// For dense or packed output, nullptr if there is none.
+// Returns a kernel for dense or packed output, nullptr if there is none.
 template <class T>
 PruneKernel prune_kernel(Operator op, bool packed, const Rule& rule, InstructionSet isa) {
 #if defined(__x86_64__)

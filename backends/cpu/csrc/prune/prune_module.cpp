@@ -1,4 +1,4 @@
-// The Python face of the pruning operators: checks operands and finds their strides.
+// Python interface of the pruning operators: checks operands and finds their strides.
 
 #include "prune/prune_module.h"
 
@@ -20,7 +20,7 @@ namespace {
 using Input = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 
-// The dims of x with the strides of the outputs, once these are seen to have the right shapes and dtypes.
+// Returns the dims of x with the strides of the outputs, after checking the outputs' shapes and dtypes.
 std::vector<Axis> axes_of(const Input& x, const Output& out, const Output& indices, std::size_t dim) {
     const bool packed = indices.is_valid();
     bool fits = x.ndim() == out.ndim() && x.dtype() == out.dtype();

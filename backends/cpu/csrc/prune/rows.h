@@ -15,7 +15,7 @@ using Row = Vector<Bits<T>, NMCOMPILE_VECTOR_BYTES / sizeof(T)>;
 template <class T>
 using Reals = typename Lanes<T>::Reals;
 template <class T>
-inline constexpr int kParts = sizeof(typename Arithmetic<T>::Real) / sizeof(T);  // vectors of reals in a row
+inline constexpr int kParts = sizeof(typename Arithmetic<T>::Real) / sizeof(T);  // vectors of reals per row
 
 // An int that the compiler knows: loops over it unroll.
 template <int Value>
@@ -23,7 +23,7 @@ struct Constant {
     constexpr operator int() const { return Value; }
 };
 
-// From `Count` vectors in a row of memory, block after block, to rows.
+// Reads `Count` vectors of a row of memory, block after block, into rows.
 template <int Count, class V>
 NMCOMPILE_INLINE void unzip_rows(V* v) {
     if constexpr (Count > 1) {
@@ -42,7 +42,7 @@ NMCOMPILE_INLINE void unzip_rows(V* v) {
     }
 }
 
-// The inverse.
+// Inverts the above.
 template <int Count, class V>
 NMCOMPILE_INLINE void zip_rows(V* v) {
     if constexpr (Count > 1) {
@@ -61,7 +61,7 @@ NMCOMPILE_INLINE void zip_rows(V* v) {
     }
 }
 
-// Half of the lanes, 0 or 1.
+// Returns half of the lanes, 0 or 1.
 template <int Which, class V>
 NMCOMPILE_INLINE auto half(V v) {
     constexpr int kCount = kLanesOf<V> / 2;
@@ -77,7 +77,7 @@ NMCOMPILE_INLINE auto both_halves(H a, H b) {
     }(std::make_integer_sequence<int, 2 * kLanesOf<H>>{});
 }
 
-// storage.h's `widen` and `narrow` for vectors; what a row of 16-bit numbers holds is two vectors of floats.
+// `widen` and `narrow` of storage.h for vectors; a row of 16-bit numbers widens to two vectors of floats.
 template <class T>
 struct Convert {
     static NMCOMPILE_INLINE void widen(Row<T> row, Reals<T>* x) { x[0] = __builtin_bit_cast(Reals<T>, row); }

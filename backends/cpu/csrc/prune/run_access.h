@@ -1,4 +1,4 @@
-// How the units of a run come from memory into rows, and go back.
+// Transfers of the units of a run from memory into rows, and back.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,18 @@ using Index = std::int64_t;
 
 enum class Layout {
     units,   // unit after unit, without gaps
-    lanes,   // the same element of neighbouring units beside each other, all units whole
+    lanes,   // the same element of neighbouring units side by side, all units whole
     spread,  // anything else
 };
 
-// `length` elements of each unit are there, at most `unit`, which is 2, 4 or 8 if units come without gaps.
+// `length` elements of each unit exist, at most `unit`, which is 2, 4 or 8 if units come without gaps.
 inline Layout layout_of(Index stride, Index lane, Index length, int unit) {
     if (length < unit) return Layout::spread;
     if (lane == 1) return Layout::lanes;
     return stride == 1 && lane == unit && (unit == 2 || unit == 4 || unit == 8) ? Layout::units : Layout::spread;
 }
 
-// Elements of the units of a run; `Unit` is a Constant or int.
+// The elements of the units of a run; `Unit` is a Constant or int.
 template <class T, Layout kLayout, class Unit>
 class RunAccess {
    public:
@@ -34,11 +34,11 @@ class RunAccess {
 
     NMCOMPILE_INLINE void read(Index first, Index count, Row<T>* rows) const {
         if (kLayout == Layout::spread || count < kCount) {
-            Row<T> gathered[kMaxBlock];  // a copy, so that `rows` need not be in memory
+            Row<T> gathered[kMaxBlock];  // a copy, so `rows` need not be in memory
             gather(first, count, gathered);
             for (int i = 0; i < unit_; ++i) rows[i] = gathered[i];
         } else if constexpr (kLayout == Layout::units) {
-            // Drawing numbers keeps the core busy for longer than it looks ahead.
+            // Drawing numbers takes longer than the core looks ahead.
             for (int i = 0; i < unit_; ++i) __builtin_prefetch(data_ + first * unit_ + i * kCount + kAhead);
             for (int i = 0; i < unit_; ++i) rows[i] = load<Row<T>>(data_ + first * unit_ + i * kCount);
             unzip_rows<Unit{}>(rows);

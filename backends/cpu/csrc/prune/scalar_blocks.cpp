@@ -21,7 +21,7 @@ void keep_largest(const Real* a, int block, int n_keep, bool* kept) {
     }
 }
 
-// The element nearest to `position` that is neither zero nor kept, the lower one of two.
+// Returns the element nearest to `position` that is neither zero nor kept, the lower one of two.
 template <class Real>
 int nearest_free(const Real* a, const bool* kept, int block, int position) {
     int best = -1;
@@ -86,7 +86,7 @@ Drawn<Real> draw(const Real* a, int block, int n_keep, Real u) {
     return drawn;
 }
 
-// The position of the element drawn with a probability in proportion to `a`, -1 if none is free.
+// Returns the position of an element drawn with a probability in proportion to `a`, -1 if none is free.
 template <class Real>
 int draw_one(const Real* a, const bool* kept, int block, Real u) {
     Real total = 0;
@@ -101,7 +101,7 @@ int draw_one(const Real* a, const bool* kept, int block, Real u) {
     return nearest_free(a, kept, block, position);
 }
 
-// a_i / p_i of Equation (25) of Chmiel et al. 2023, at least a_i; all sums in index order.
+// Returns a_i / p_i of Equation (25) of Chmiel et al. 2023, at least a_i; all sums in index order.
 template <class Real>
 Real inverse_probability(const Real* a, int block, int i) {
     Real all = 0, terms = 0;

@@ -1,5 +1,5 @@
-// One block at a time, step by step as nmcompile/pruning defines it: for the blocks that the SIMD kernels leave, those
-// that are not finite or where rounding moves a threshold. Compiled once, with what every machine has.
+// One block at a time, step by step as nmcompile/pruning defines it, for the blocks that the SIMD kernels leave: those
+// that are not finite or in which rounding moves a threshold. Compiled once, for the baseline of all machines.
 #pragma once
 
 #include <cstddef>

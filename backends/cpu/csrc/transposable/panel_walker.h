@@ -1,5 +1,5 @@
-// Walks a strided tensor panel by panel. A panel whose elements do not lie row by row, or that the edge of the tensor
-// cuts, goes through a buffer.
+// Walks a strided tensor panel by panel. A panel goes through a buffer if its elements do not lie row by row, or if the
+// edge of the tensor cuts it.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace nmcompile::NMCOMPILE_ISA {
 
 using Index = std::int64_t;
 
-// Where a panel begins: its row and column, and its place among the batch dims.
+// The start of a panel: its row and column, and its place among the batch dims.
 struct Place {
     Index row, column, batch[kMaxBatchDims];
 };
@@ -25,7 +25,7 @@ struct Matrix {
     Index row, column;  // strides
 };
 
-// The inner loop goes where the memory goes.
+// The inner loop follows the memory order.
 template <class Element>
 void copy_matrix(Matrix<Element> from, Matrix<Element> to, Index rows, Index columns) {
     if (from.row * to.row < from.column * to.column) {
@@ -51,7 +51,7 @@ class PanelWalker {
             counts_[kMatrix] *= job.batch[i];
             if (job.batch[i] > 1) strides[kMatrix] = std::min(strides[kMatrix], job.x.batch[i]);
         }
-        // As memory goes, so that panels which share cache lines or pages follow each other.
+        // Walks in memory order: panels that share cache lines or pages follow each other.
         std::sort(order_, order_ + 3, [&](int a, int b) { return strides[a] < strides[b]; });
         streams_ = panels() * 8 * kColumns * static_cast<Index>(sizeof(T)) >= kStreamedBytes &&
                    aligned<std::uint8_t>(job.mask) && aligned<T>(job.pruned) && aligned<T>(job.forward_values) &&
@@ -68,9 +68,9 @@ class PanelWalker {
    private:
     enum Axis { kRow, kColumn, kMatrix };
     static constexpr int kColumns = kPanelColumns<T>;
-    static constexpr Index kStreamedBytes = 1 << 23;  // of a weight whose results would not stay in a cache anyway
+    static constexpr Index kStreamedBytes = 1 << 23;  // bytes of a weight whose results would not stay in a cache
 
-    // Whether every row starts where vectors can be streamed to.
+    // Returns whether every row starts where vectors can be streamed to.
     template <class Element>
     bool aligned(const TileOperand& operand) const {
         constexpr Index kVector = NMCOMPILE_VECTOR_BYTES, kSize = sizeof(Element);
@@ -94,7 +94,7 @@ class PanelWalker {
         return place;
     }
 
-    // The part of an operand that belongs to a panel: `Rows` x `Columns` elements where the panel is a full one.
+    // The part of an operand that belongs to a panel: `Rows` x `Columns` elements for a full panel.
     template <class Element, int Rows, int Columns>
     struct Part {
         static constexpr Index kRowsPer = 8 / Rows, kColumnsPer = kColumns / Columns;
@@ -112,7 +112,7 @@ class PanelWalker {
         }
         bool buffered() const { return data != nullptr && !direct; }
 
-        // What the kernel reads or writes.
+        // The memory that the kernel reads or writes.
         template <class View>
         View view() {
             if (data == nullptr) return {nullptr, 0};

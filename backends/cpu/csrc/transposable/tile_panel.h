@@ -1,7 +1,7 @@
 // Two rows of 4x4 tiles, one tile per lane: from their elements to masks, pruned elements and both packed forms.
 //
-// A packed form holds the two kept elements of every group of four, in order, and their places in the group: two bits
-// each, those of the first group in the low half of a byte and those of the next one in the high half.
+// A packed form holds the two kept elements of every group of four, in order, and their places in the group, two bits
+// each. The places of the first group are in the low half of a byte, those of the next group in the high half.
 #pragma once
 
 #include <bit>
@@ -18,8 +18,8 @@ static_assert(std::endian::native == std::endian::little, "four bytes of a lane 
 template <class T>
 constexpr int kPanelColumns = 4 * Lanes<T>::kCount;
 
-// Eight rows of kPanelColumns elements and what becomes of them; `stride` from row to row. Elements of a row follow
-// each other. What is not wanted is null.
+// Eight rows of kPanelColumns elements and their outputs; `stride` from row to row. Elements of a row are contiguous.
+// Unwanted outputs are null.
 template <class T>
 struct Panel {
     template <class Element>
@@ -37,7 +37,7 @@ struct Panel {
     Rows<std::uint8_t> backward_indices;               // 1 x kPanelColumns
 };
 
-// The elements of T as integers in lanes, and back.
+// Loads the elements of T as integers in lanes, and stores them.
 template <class T>
 using Stored = std::conditional_t<sizeof(T) == 2, std::uint16_t, typename Lanes<T>::Int>;
 
@@ -47,7 +47,7 @@ inline typename Lanes<T>::Ints read(const T* from) {
     return __builtin_convertvector(load<Vector<Stored<T>, L::kCount>>(from), typename L::Ints);
 }
 
-// Past the caches or not.
+// Stores past the caches or not.
 template <bool Stream, class Vector>
 inline void put(const Vector& vector, void* to) {
     if constexpr (Stream) {
@@ -62,7 +62,7 @@ inline void write(typename Lanes<T>::Ints lanes, T* to) {
     put<Stream>(__builtin_convertvector(lanes, Vector<Stored<T>, Lanes<T>::kCount>), to);
 }
 
-// |x| of elements as `read` gives them.
+// Returns |x| of elements as read by `read`.
 template <class T>
 inline typename Lanes<T>::Reals magnitude(typename Lanes<T>::Ints x) {
     using L = Lanes<T>;
@@ -80,7 +80,7 @@ inline typename Lanes<T>::Reals magnitude(typename Lanes<T>::Ints x) {
     }
 }
 
-// The mask with rows and columns exchanged.
+// Returns the mask with rows and columns exchanged.
 template <class Ints>
 inline Ints transpose_bits(Ints mask) {
     const auto exchange = [](Ints bits, int distance, int lower) {
@@ -90,7 +90,8 @@ inline Ints transpose_bits(Ints mask) {
     return exchange(exchange(mask, 3, 0x0A0A), 6, 0x00CC);
 }
 
-// For each group of four bits, two of them set, the places of the two: the lower in two bits, the higher in the next.
+// Returns for each group of four bits, two of them set, the places of the two: the lower in two bits, the higher in the
+// next.
 template <class Ints>
 inline Ints places(Ints mask) {
     constexpr int kEach = 0x1111;
@@ -100,7 +101,7 @@ inline Ints places(Ints mask) {
     return lower | higher << 2;
 }
 
-// The four groups of four bits as four bytes.
+// Returns the four groups of four bits as four bytes.
 template <class Ints>
 inline Ints spread(Ints groups) {
     groups = (groups | groups << 8) & 0x00FF00FF;
@@ -128,7 +129,7 @@ class PanelPruner {
 
     static Bytes bytes(Ints lanes) { return __builtin_convertvector(lanes, Bytes); }
 
-    // One row of tiles; gives the places of each column's kept elements, a byte per column.
+    // Prunes one row of tiles; returns the places of each column's kept elements, a byte per column.
     Bytes prune_tiles(int half) {
         const int top = 4 * half;
         Ints x[16];
@@ -168,7 +169,7 @@ class PanelPruner {
         return bytes(spread(places(transpose_bits(mask))));
     }
 
-    // Element 4 * t + c goes to lane t of x[c].
+    // Puts element 4 * t + c into lane t of x[c].
     static void read_row(const T* from, Ints* x) {
         const auto [even_left, odd_left] = unzip(read(from), read(from + kCount));
         const auto [even_right, odd_right] = unzip(read(from + 2 * kCount), read(from + 3 * kCount));
@@ -188,7 +189,7 @@ class PanelPruner {
         write<Stream>(fourth, to + 3 * kCount);
     }
 
-    // The two kept ones of a group of four.
+    // Returns the two kept elements of a group of four.
     static Pair<Ints> kept_two(const Ints* x, const Ints* kept, int stride) {
         const auto choose = [](Ints condition, Ints yes, Ints no) { return condition ? yes : no; };
         return {choose(kept[0], x[0], choose(kept[stride], x[stride], x[2 * stride])),
@@ -197,7 +198,7 @@ class PanelPruner {
 
     void write_mask(Ints mask, int top) const {
         for (int row = 0; row < 4; ++row) {
-            // The factor copies each of four bits to the start of a byte of its own.
+            // The factor copies each four bits to the start of a byte of their own.
             const Bytes four = bytes(mask >> (4 * row) & 15);
             put<Stream>(four * 0x00204081 & 0x01010101, panel_.mask[top + row]);
         }

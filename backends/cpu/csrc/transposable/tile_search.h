@@ -1,5 +1,5 @@
 // The best transposable 2:4 mask of 4x4 tiles, one tile per lane, as nmcompile/pruning/tile_enumeration.py defines it:
-// the same sums in the same order, and the same winner of equal ones.
+// the same sums in the same order, and the same winner among equals.
 //
 // A mask is 16 bits, bit 4 * row + column. A half is two rows, each with one of six pairs of columns; the halves are
 // ordered by the pairs of their rows. What a top half leaves to the bottom half depends only on how many elements it
@@ -59,14 +59,14 @@ consteval HalfTable half_table() {
 
 constexpr HalfTable kTable = half_table();
 
-// |w| of a tile for sums over it: what tiles.py calls `tile_magnitudes`, on all lanes. `a` may be NaN or infinite.
+// Returns |w| of a tile for sums over it, as `tile_magnitudes` in tiles.py, on all lanes. `a` may be NaN or infinite.
 template <class T>
 inline void make_summable(typename Lanes<T>::Reals (&a)[16]) {
     using L = Lanes<T>;
     using Real = typename L::Real;
     using Ints = typename L::Ints;
     using Reals = typename L::Reals;
-    // The bits of non-negative numbers are in their order, with infinity and NaN above all.
+    // The bits of non-negative numbers order like the numbers, with infinity and NaN above all.
     const auto bits = [](Reals x) { return std::bit_cast<Ints>(x); };
     const Ints bound = bits(Reals{} + std::numeric_limits<Real>::max() / 16);
     Ints top = bits(a[0]);
@@ -104,7 +104,7 @@ class TileSearch {
     using Ints = typename L::Ints;
     using Reals = typename L::Reals;
 
-    // The best mask of every lane; `a` holds the summable |w|, row by row.
+    // Returns the best mask of every lane; `a` holds the summable |w|, row by row.
     static Ints run(const Reals (&a)[16]) {
         TileSearch search;
         for (int row = 0; row < 4; ++row) {
@@ -133,7 +133,7 @@ class TileSearch {
         best = kTable.first[Half] ? found : better(best, found);
     }
 
-    // Of the top halves First, ..., Last - 1 with their best bottoms. Splitting in two keeps the first of equal ones
+    // Searches the top halves First, ..., Last - 1 with their best bottoms. Splitting in two keeps the first of equals,
     // and the chain of comparisons short.
     template <int First, int Last>
     Best<Ints> best_of() const {

@@ -11,7 +11,7 @@
 namespace nmcompile {
 namespace {
 
-constexpr std::int64_t kElementsPerPiece = 1 << 15;  // take about as long to prune as a thread to start
+constexpr std::int64_t kElementsPerPiece = 1 << 15;  // pruning them takes about as long as the start of a thread
 
 template <class T>
 PanelKernel kernel_of(InstructionSet isa) {

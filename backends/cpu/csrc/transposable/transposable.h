@@ -1,4 +1,4 @@
-// The exact transposable 2:4 mask of a tensor, and what follows from it, in one pass over the weight.
+// The exact transposable 2:4 mask of a tensor, and the results that follow from it, in one pass over the weight.
 #pragma once
 
 #include <cstdint>
@@ -9,20 +9,20 @@ namespace nmcompile {
 
 constexpr int kMaxBatchDims = 6;
 
-// A tensor over the two tiled dims and the batch dims; strides in elements, `data` null where it is not wanted.
+// A tensor over the two tiled dims and the batch dims; strides in elements, `data` null if it is not wanted.
 struct TileOperand {
     void* data = nullptr;
     std::int64_t row = 0, column = 0;
     std::int64_t batch[kMaxBatchDims] = {};
 };
 
-// What to compute. Tiles count as padded with zeros at the edges; the packed forms need full ones.
+// The inputs and outputs of a job. Tiles count as padded with zeros at the edges; the packed forms need full ones.
 struct TransposableJob {
     std::int64_t rows, columns;
     int batch_dims;
     std::int64_t batch[kMaxBatchDims];  // sizes
 
-    TileOperand x;                                    // T, only read
+    TileOperand x;                                    // T, read only
     TileOperand mask;                                 // bytes, 1 where kept
     TileOperand pruned;                               // T, zero where not kept
     TileOperand forward_values, forward_indices;      // packed along columns: (rows, columns / 2) and (rows, bytes)

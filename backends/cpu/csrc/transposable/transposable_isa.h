@@ -7,11 +7,11 @@
 
 namespace nmcompile {
 
-// Panels are the pieces of a job that can be done in any order and at the same time.
+// Panels are the pieces of a job that can be done in any order and concurrently.
 struct PanelKernel {
     std::int64_t (*count)(const TransposableJob& job);
     void (*run)(const TransposableJob& job, std::int64_t first, std::int64_t last);
-    std::int64_t elements;  // of a panel
+    std::int64_t elements;  // elements per panel
 };
 
 namespace baseline {

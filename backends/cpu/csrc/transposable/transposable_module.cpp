@@ -1,4 +1,4 @@
-// The Python face of the transposable mask: checks operands and finds their strides.
+// Python interface of the transposable mask: checks operands and finds their strides.
 
 #include "transposable/transposable_module.h"
 
@@ -52,7 +52,8 @@ TransposableJob job_of(const Input& x, const Dims& dims) {
     return job;
 }
 
-// The strides of an output, if it is wanted, once it is seen to have the shape of x but for `rows` and `columns`.
+// Returns the strides of an output, if it is wanted, after checking that it has the shape of x except in `rows` and
+// `columns`.
 TileOperand checked(const Output& out, const Input& x, const Dims& dims, std::int64_t rows, std::int64_t columns,
                     bool is_like_x, const char* name) {
     if (!out.is_valid()) return {};

@@ -1,0 +1,44 @@
+"""The arguments of a layer's three GEMMs, in the order in which the functions of every backend take them.
+
+    GEMM       linear layer       convolution
+    forward    X W b transposed   X W b  stride padding dilation groups
+    backward   dY W transposed    dY W X stride padding dilation groups
+    update     dY X transposed    dY X W stride padding dilation groups
+
+A backward convolution reads the shape and the memory format of X, an update those of W.
+"""
+
+from typing import Any
+
+from torch import fx
+
+from nmcompile.ir import operations as ops
+from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
+from nmcompile.ir.node_meta import meta_of
+
+
+def gemm_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Return the arguments of a GEMM that is not lowered yet. A forward one takes its bias from the node that adds it.
+
+    The bias is None if the layer has none, or if others than that node read the product.
+    """
+    bias = (_take_bias(node),) if node.target is ops.gemm_forward else ()
+    return *node.args, *bias, *_geometry(meta_of(node).layer)
+
+
+def _take_bias(node: fx.Node) -> Any:
+    """Remove the node that adds the bias: eager adds it inside the kernel, which rounds otherwise."""
+    adding = [user for user in node.users if user.target is ops.add_bias]
+    if not adding or len(node.users) > 1:
+        return None
+    bias = adding[0].args[1]
+    adding[0].replace_all_uses_with(node)
+    node.graph.erase_node(adding[0])
+    return bias
+
+
+def _geometry(layer: Layer) -> tuple[Any, ...]:
+    if isinstance(layer, LinearLayer):
+        return (layer.transposed,)
+    assert isinstance(layer, ConvLayer)
+    return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
