@@ -1,6 +1,7 @@
 """Requirements of the kernels on machine and operands, checked without importing Triton."""
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -15,13 +16,19 @@ KEEP = "keep"
 """Operator name that packing kernels take if the operand is pruned already."""
 MAX_BLOCK = 8  # code grows with the square of M: a block is unrolled
 OLDEST = (8, 0)
-DEVICE = "cuda"
+
+
+def is_interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, which takes CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_support() -> Support:
     """Return whether kernels can run on this machine; never raise."""
     if importlib.util.find_spec("triton") is None:
         return Support(False, "Triton is not installed; install it with `pip install triton`")
+    if is_interpreted():
+        return Support(True, "Triton's interpreter, since TRITON_INTERPRET is 1")
     if not torch.cuda.is_available():
         return Support(False, "no CUDA device, or a torch without CUDA")
     capability = torch.cuda.get_device_capability()
@@ -44,4 +51,5 @@ def operator_support(operator: str, pattern: NMPattern) -> Support:
 
 def tensor_runs(x: Tensor) -> bool:
     """Return whether a kernel takes this tensor; wrong operands are left to the reference, which raises its error."""
-    return x.device.type == DEVICE and x.dtype in DTYPES and x.layout == torch.strided and x.numel() > 0
+    device_types = ("cuda", "cpu") if is_interpreted() else ("cuda",)
+    return x.device.type in device_types and x.dtype in DTYPES and x.layout == torch.strided and x.numel() > 0

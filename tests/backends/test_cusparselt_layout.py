@@ -15,9 +15,7 @@ from torch import Tensor
 from nmcompile.backends.cusparselt import operand
 from nmcompile.backends.cusparselt.layout import find_layout
 from nmcompile.backends.cusparselt.operand import Operand, checked_layout, compressed
-from nmcompile.backends.triton import support
 from nmcompile.backends.triton.support import KEEP
-from nmcompile.ir.protocols import Support
 from nmcompile.pruning import OPERATORS, NMPattern, mask
 from nmcompile.pruning.packed import pack, two_of_four
 
@@ -82,8 +80,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if torch.cuda.is_available():
         pytest.skip("compiled kernels take CUDA tensors")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton asks again at the first launch
-    monkeypatch.setattr(support, "DEVICE", "cpu")
-    monkeypatch.setattr(operand, "triton_support", lambda: Support(True))
     checked_layout.cache_clear()
     yield
     checked_layout.cache_clear()

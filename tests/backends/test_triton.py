@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmcompile.backends.triton import operators, support
+from nmcompile.backends.triton import operators
 from nmcompile.pruning import OPERATORS, NMPattern, transposable_mask
 from nmcompile.pruning.packed import Packed, pack, two_of_four
 from tests.backends.operands import LAYOUTS, values
@@ -176,9 +176,8 @@ def test_tiles_equal_the_reference(kind: str, dtype: torch.dtype, device: str) -
 )
 @pytest.mark.parametrize("is_strided", [False, True])
 def test_transposable_masks_equal_the_reference(
-    is_strided: bool, shape: tuple[int, ...], dims: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+    is_strided: bool, shape: tuple[int, ...], dims: tuple[int, int], device: str
 ) -> None:
-    monkeypatch.setattr(support, "DEVICE", device)
     w = values(shape, "normal", torch.float32, seed=4).to(device)
     if is_strided:
         w = w.movedim(dims[0], -1).contiguous().movedim(-1, dims[0])
@@ -189,8 +188,7 @@ def test_transposable_masks_equal_the_reference(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_operators_run_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "DEVICE", device)
+def test_operators_run_the_kernels(device: str) -> None:
     x, key = values((32, 24), "normal", torch.bfloat16, seed=9), torch.tensor(10)
     expected = reference(x, "mvue", "2:4", 0, key)
     with mock.patch.object(OPERATORS["mvue"].__class__, "prune", side_effect=AssertionError("ran the reference")):

@@ -9,6 +9,7 @@ from torch import fx
 from nmcompile.backends.triton import TritonBackend
 from nmcompile.backends.triton import operators as triton_operators
 from nmcompile.backends.triton.layout import BlockLayout, block_layout
+from nmcompile.backends.triton.support import tensor_runs
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import LinearLayer
@@ -31,6 +32,13 @@ def prune_node(*args: Any) -> fx.Node:
 def test_machines_without_a_device_have_a_reason() -> None:
     support = TritonBackend().available()
     assert not support.ok and ("Triton is not installed" in support.reason or "no CUDA device" in support.reason)
+
+
+def test_the_interpreter_takes_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert not tensor_runs(torch.ones(4))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert tensor_runs(torch.ones(4)) and "interpreter" in TritonBackend().available().reason
 
 
 def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
