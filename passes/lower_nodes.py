@@ -12,14 +12,14 @@ from torch import fx
 from nmcompile.errors import LoweringError
 from nmcompile.ir.node_meta import Refusal, meta_of, nodes_of_kind, update_meta
 from nmcompile.ir.program import Program
-from nmcompile.ir.protocols import Backend
+from nmcompile.ir.protocols import OTHER_KIND, Backend
 
 
 @dataclass(frozen=True)
 class LowerNodes:
     """Hand each node to the first of `backends` that supports it; `NodeMeta.backend` names the one that took it.
 
-    The last backend has to take everything. What the others said is kept in `NodeMeta.refusals`.
+    The last backend has to take everything. `NodeMeta.refusals` keeps the reasons of the others, for the report.
     """
 
     backends: tuple[Backend, ...]
@@ -45,7 +45,8 @@ def _choose(node: fx.Node, backends: Sequence[Backend]) -> Backend:
     for backend in backends:
         support = backend.supports(node)
         if support.ok:
-            update_meta(node, backend=backend.name, refusals=tuple(refusals))
+            told = tuple(one for one in refusals if one.reason != OTHER_KIND.reason)
+            update_meta(node, backend=backend.name, refusals=told)
             return backend
         refusals.append(Refusal(meta.kind, backend.name, support.reason))
     raise LoweringError(

@@ -20,7 +20,7 @@ from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, p
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, row_of, update_meta
-from nmcompile.ir.protocols import Support
+from nmcompile.ir.protocols import OTHER_KIND, Support
 
 GEMMS: dict[tuple[Any, type[Layer]], Any] = {
     (ops.gemm_forward, LinearLayer): linear.linear_forward,
@@ -49,11 +49,9 @@ class CpuBackend:
     def supports(self, node: fx.Node) -> Support:
         if node.target in OPERAND:
             return gemm_support(node)
-        if node.target is ops.apply_mask:
+        if node.target in (ops.apply_mask, ops.prune_mask):
             return mask_support(node)
-        if node.target is not ops.prune:
-            return Support(False, "no native kernel but those that prune or multiply")
-        return _operator_support(node)
+        return _operator_support(node) if node.target is ops.prune else OTHER_KIND
 
     def lower(self, node: fx.Node) -> None:
         if node.target is ops.apply_mask:
@@ -152,8 +150,8 @@ def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def mask_support(node: fx.Node) -> Support:
-    """Whether there is a kernel for the mask that a node applies to a weight."""
+    """Whether there is a kernel for the mask that a node computes, or applies to a weight."""
     row = row_of(node)
     if row is None or (row.operator, row.pattern) != ("transposable", PATTERN):
-        return Support(False, "no native kernel for masks but exact transposable ones of 2:4")
+        return Support(False, "no native kernel for masks except exact transposable ones of 2:4")
     return kernel_support()

@@ -18,7 +18,7 @@ from nmcompile.backends.triton.support import KEEP
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, update_meta
-from nmcompile.ir.protocols import Support
+from nmcompile.ir.protocols import OTHER_KIND, Support
 
 GEMMS: dict[tuple[Any, type[Layer]], Any] = {
     (ops.gemm_forward, LinearLayer): operators.linear_forward,
@@ -46,7 +46,7 @@ class CusparseltBackend:
 
     def supports(self, node: fx.Node) -> Support:
         if node.target not in OPERAND:
-            return Support(False, "cuSPARSELt only multiplies")
+            return OTHER_KIND
         found = operand_support(node)
         return _layer_support(meta_of(node).layer, node.target is ops.gemm_update) if found.ok else found
 

@@ -30,7 +30,8 @@ def operand_support(node: fx.Node) -> Support:
     """Whether that operand is pruned so that a kernel for two of four can take it."""
     row = pruned_row(node)
     if row is None or row.pattern is None:
-        return Support(False, "the operand that the sparse kernel takes is not pruned")
+        operand = "gradient" if node.target is ops.gemm_update else "weight"
+        return Support(False, f"the {operand} is not pruned for this GEMM; the sparse kernel takes no other operand")
     if row.axis not in OPERAND[node.target][1]:
         return Support(False, f"the {row.operand} is pruned along {row.axis}, not along the sum of this GEMM")
     return pattern_support(row.pattern)

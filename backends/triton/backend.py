@@ -9,7 +9,7 @@ from nmcompile.backends.triton.support import operator_support, triton_support
 from nmcompile.ir import operations as ops
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.node_meta import row_of, update_meta
-from nmcompile.ir.protocols import Support
+from nmcompile.ir.protocols import OTHER_KIND, Support
 from nmcompile.pruning.pattern import NMPattern
 
 
@@ -26,10 +26,10 @@ class TritonBackend:
         return triton_support()
 
     def supports(self, node: fx.Node) -> Support:
-        if node.target is ops.apply_mask:
+        if node.target in (ops.apply_mask, ops.prune_mask):
             return mask_support(node)
         if node.target is not ops.prune:
-            return Support(False, "no Triton kernels except those of pruning operators")
+            return OTHER_KIND
         operator, n_keep, block = node.args[1:4]
         assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
         return operator_support(operator, NMPattern(n_keep, block))
@@ -42,7 +42,7 @@ class TritonBackend:
 
 
 def mask_support(node: fx.Node) -> Support:
-    """Return whether there is a kernel for the mask that a node applies to a weight."""
+    """Return whether there is a kernel for the mask that a node computes, or applies to a weight."""
     row = row_of(node)
     if row is None or (row.operator, row.pattern) != ("transposable", NMPattern(2, 4)):
         return Support(False, "no Triton kernel for masks except exact transposable ones of 2:4")

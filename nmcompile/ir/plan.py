@@ -73,6 +73,10 @@ class LayerPlan:
     def rows_of(self, phase: Phase) -> tuple[PlanRow, ...]:
         return tuple(row for row in self.rows if row.phase is phase)
 
+    def is_pruned(self, phase: Phase) -> bool:
+        """Whether the GEMM of a phase reads a pruned operand."""
+        return any(row.is_sparse and row.operand in READ for row in self.rows_of(phase))
+
     def find(self, phase: Phase, operand: Operand) -> PlanRow | None:
         """The row that prunes `operand` (`weight`, `input`, `grad_output`) in a phase, if there is one."""
         return next((row for row in self.rows_of(phase) if row.operand == operand and row.is_sparse), None)

@@ -13,7 +13,7 @@ from nmcompile.config import Phase
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.node_meta import NodeMeta, find_meta
+from nmcompile.ir.node_meta import NodeMeta, Refusal, find_meta
 from nmcompile.ir.plan import LayerPlan, Plan
 
 
@@ -52,6 +52,13 @@ class ThreeGraphs:
         """The kernel that each GEMM ran last, where a backend chose one and the GEMM ran."""
         asked = {phase: meta.choice() for phase in self.graphs for meta in self.metas(phase) if meta.choice is not None}
         return {phase: choice for phase, choice in asked.items() if choice is not None}
+
+    def refusals(self) -> dict[Phase, tuple[Refusal, ...]]:
+        """The backends that did not take a node and left it to the next one, each reason once."""
+        return {
+            phase: tuple(dict.fromkeys(one for meta in self.metas(phase) for one in meta.refusals))
+            for phase in self.graphs
+        }
 
     def mask_kernel(self) -> str:
         """The operator that a backend computes the weight's mask with, `"namespace::name"`; empty for the reference."""

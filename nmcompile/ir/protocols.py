@@ -16,6 +16,10 @@ class Support:
     reason: str = ""
 
 
+OTHER_KIND = Support(False, "it has no kernels for nodes of this kind")
+"""A backend's answer to nodes that it never takes; the report leaves it out, as it says nothing of a layer."""
+
+
 class Pass(Protocol):
     """One rewrite of a `Program`. Fields of the frozen dataclass are its options."""
 
@@ -41,7 +45,7 @@ class Backend(Protocol):
         """Whether this machine can run the backend; never raises, imports nothing heavy at module level."""
 
     def supports(self, node: fx.Node) -> Support:
-        """Whether `lower` can take this node (kind `gemm`, `prune` or `bias`)."""
+        """Whether `lower` can take this node (kind `gemm`, `prune` or `bias`), and why not; see `OTHER_KIND`."""
 
     def lower(self, node: fx.Node) -> None:
         """Replace the node in its graph; its `NodeMeta` moves to the replacement."""

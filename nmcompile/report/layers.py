@@ -9,6 +9,7 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import Layer
+from nmcompile.ir.node_meta import Refusal
 from nmcompile.ir.plan import READ, LayerPlan, Operand
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.report.graphs import format_three_graphs
@@ -44,7 +45,11 @@ class PrintableGraphs:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. `macs` is for one of its three GEMMs (all take the same), None where no shape is known."""
+    """One layer.
+
+    `macs` is for one of its three GEMMs (all take the same), None where no shape is known. `refusals` are the backends
+    that were asked before the one which took a node, with their reasons.
+    """
 
     plan: LayerPlan
     graphs: PrintableGraphs
@@ -52,6 +57,7 @@ class LayerReport:
     positions: int | None
     kernels: Mapping[Phase, str]
     choices: Mapping[Phase, Choice]
+    refusals: Mapping[Phase, tuple[Refusal, ...]]
 
     @property
     def layer(self) -> Layer:
@@ -118,4 +124,4 @@ def layer_report(program: Program, plan: LayerPlan, seen: Observation, unseen: s
     example = program.captured.facts[plan.layer.name].positions
     positions = seen.positions if example is None else example
     kernels = seen.kernels or graphs.kernels()
-    return LayerReport(plan, PrintableGraphs(graphs), status, positions, kernels, seen.choices)
+    return LayerReport(plan, PrintableGraphs(graphs), status, positions, kernels, seen.choices, graphs.refusals())

@@ -1,22 +1,25 @@
 """A report as text for a terminal, and the same as markdown."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nmcompile.config import Phase
 from nmcompile.printable import in_markdown, printable, table
 from nmcompile.report.layers import BITS
+from nmcompile.report.refusals import layers_by_refusal
 
 if TYPE_CHECKING:
     from nmcompile.report.report import Report
 
 LONGEST_REASON = 1000  # characters
-NOTE_WIDTH = 60  # characters
+NOTE_WIDTH, LAYERS_WIDTH = 60, 40  # characters
+MOST_NAMES = 3
 PHASES = tuple(phase.value for phase in Phase)
 
 
 def to_text(report: "Report") -> str:
     """Return the report as plain text."""
-    parts = printable(_title(report)), _layers(report, "simple"), _notes(report), _kernels(report, "simple")
+    parts = printable(_title(report)), _layers(report, "simple"), _notes(report), *_tables(report, "simple")
     return "\n\n".join(part for part in (*parts, _totals(report)) if part)
 
 
@@ -24,7 +27,7 @@ def to_markdown(report: "Report") -> str:
     """Return the report as GitHub-flavoured markdown."""
     notes = _notes(report)
     notes = f"```\n{notes}\n```" if notes else ""
-    parts = f"# {in_markdown(_title(report))}", _layers(report, "github"), notes, _kernels(report, "github")
+    parts = f"# {in_markdown(_title(report))}", _layers(report, "github"), notes, *_tables(report, "github")
     return "\n\n".join(part for part in (*parts, _totals(report)) if part) + "\n"
 
 
@@ -50,6 +53,10 @@ def _layers(report: "Report", style: str) -> str:
     return table(rows, ["layer", "kind", "weight", *PHASES, "MACs", "note"], style, maxcolwidths=widths)
 
 
+def _tables(report: "Report", style: str) -> tuple[str, str]:
+    return _kernels(report, style), _refusals(report, style)
+
+
 def _kernels(report: "Report", style: str) -> str:
     """Tabulate the chosen kernels and what was measured; empty before a backend that chooses has run."""
     rows = [
@@ -58,6 +65,24 @@ def _kernels(report: "Report", style: str) -> str:
         if layer.choices
     ]
     return table(rows, ["kernels, dense / sparse time", *PHASES], style) if rows else ""
+
+
+def _refusals(report: "Report", style: str) -> str:
+    """Tabulate why the GEMMs that read a pruned operand are left to slower kernels, each reason once."""
+    rows = [
+        [reason, *(_some(names[phase]) for phase in Phase)]
+        for reason, names in layers_by_refusal(report.layers).items()
+    ]
+    widths = None if style == "github" else [NOTE_WIDTH, *[LAYERS_WIDTH] * len(PHASES)]
+    return table(rows, ["why no faster kernel", *PHASES], style, maxcolwidths=widths) if rows else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    """List a few layers and count the others."""
+    shown = [name or "(model)" for name in names]
+    if len(shown) > MOST_NAMES + 1:
+        shown[MOST_NAMES - 1 :] = [f"{shown[MOST_NAMES - 1]} and {len(shown) - MOST_NAMES} more"]
+    return ", ".join(shown) or "–"
 
 
 def _notes(report: "Report") -> str:
