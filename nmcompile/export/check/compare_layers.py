@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -59,7 +58,7 @@ def check_layers(
     nodes: Sequence[ExportedNode],
     layers: Mapping[str, DeployedLayer],
     model: nn.Module,
-    run: Callable[[], Any],
+    run: Callable[[], object],
     target: str,
 ) -> tuple[LayerCheck, ...]:
     """Feed each layer's part of the file the input that its module has in torch, and compare the outputs.

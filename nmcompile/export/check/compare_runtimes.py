@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError, LibraryError
-from nmcompile.export.check.array_difference import difference, finite
+from nmcompile.export.check.array_difference import Array, difference, finite
 from nmcompile.export.check.compare_layers import RELATIVE_L2
 from nmcompile.export.check.example import Example
 from nmcompile.export.check.lockstep import Lockstep
@@ -23,6 +22,7 @@ from nmcompile.files.open_onnx import OnnxFile
 SAME_TOP1 = 0.99
 ONNXRUNTIME, REFERENCE = "ONNX Runtime", "onnx.reference"
 Batches = Sequence[Example]
+Dtypes = Mapping[str, np.dtype[np.generic]]
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class RuntimeCheck:
 def compare_runtime(
     name: str,
     run: Runner,
-    inputs: Mapping[str, np.dtype[Any]],
+    inputs: Dtypes,
     outputs: int,
-    reference: Callable[[Example, Arrays], Any],
+    reference: Callable[[Example, Arrays], object],
     batches: Iterable[Example],
 ) -> RuntimeCheck:
     """Run the torch model and a runtime on the same batches and compare the outputs.
@@ -89,7 +89,7 @@ def compare_runtime(
     return RuntimeCheck(name, (squares / total) ** 0.5 if total else squares**0.5, same / samples if samples else 1.0)
 
 
-def _feeds(inputs: Mapping[str, np.dtype[Any]], batch: Example) -> dict[str, np.ndarray[Any, Any]]:
+def _feeds(inputs: Dtypes, batch: Example) -> dict[str, Array]:
     tensors = batch.tensors
     if len(tensors) != len(inputs):
         raise ExportError(f"the file has {len(inputs)} inputs, args and kwargs hold {len(tensors)} tensors")
@@ -97,7 +97,7 @@ def _feeds(inputs: Mapping[str, np.dtype[Any]], batch: Example) -> dict[str, np.
     return {name: x.detach().numpy().astype(dtype) for (name, dtype), x in feeds}
 
 
-def _check_finite(outputs: Sequence[np.ndarray[Any, Any]]) -> None:
+def _check_finite(outputs: Sequence[Array]) -> None:
     """Raise if no output is finite: such outputs are equal whatever the weights are."""
     if any(x.size for x in outputs) and not any(np.isfinite(x).any() for x in outputs):
         raise ExportError(
@@ -136,11 +136,11 @@ def check_runtimes(
 
 def _compare(
     file: OnnxFile,
-    inputs: Mapping[str, np.dtype[Any]],
+    inputs: Dtypes,
     model: nn.Module,
     lockstep: Callable[[], Lockstep],
     name: str,
-    load: Callable[[Any], Runner],
+    load: Callable[[onnx.ModelProto | str], Runner],
     batches: Batches,
 ) -> RuntimeCheck:
     outputs = len(file.proto.graph.output)
@@ -165,7 +165,7 @@ def _compare(
 def _same_outputs(exposed: Runner, run: Runner) -> Runner:
     """Return `exposed` with a check that it computes the same outputs as the file itself."""
 
-    def checked(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+    def checked(feeds: Mapping[str, Array]) -> Arrays:
         found = exposed(feeds)
         for mine, alone in zip(found, run(feeds), strict=False):
             distance = float(np.linalg.norm(difference(mine, alone)))

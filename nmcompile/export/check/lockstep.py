@@ -9,7 +9,6 @@ keeps them from spreading.
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from nmcompile.errors import ExportError
+from nmcompile.export.check.array_difference import Array
 from nmcompile.export.check.compare_layers import HALF, LayerCheck
 from nmcompile.export.check.example import Example
 from nmcompile.export.check.extract_layer import LayerPart
@@ -69,7 +69,7 @@ class Lockstep:
             kind = helper.np_dtype_to_tensor_dtype(dtype)
             self.proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
 
-    def run(self, batch: Example, found: Arrays) -> Any:
+    def run(self, batch: Example, found: Arrays) -> object:
         """Run the torch model on a batch with the integers among the outputs `found` of the exposed file.
 
         Raises:
@@ -85,7 +85,9 @@ class Lockstep:
             finally:
                 self.taken_over += sum(differing.values())
 
-    def _take_over(self, input: "_Input", integers: Mapping[str, Any], differing: dict[str, int], x: Tensor) -> Tensor:
+    def _take_over(
+        self, input: "_Input", integers: Mapping[str, Array], differing: dict[str, int], x: Tensor
+    ) -> Tensor:
         theirs = input.dequantized(integers[input.part.integers])
         check, differing[input.part.integers] = input.check(x, theirs)
         if not check.ok:
@@ -105,12 +107,12 @@ class _Input:
         self._pruned = onnxruntime_runner(part.input_model, target)
         self._whole = onnxruntime_runner(part.unpruned_model, target)
 
-    def dequantized(self, integers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def dequantized(self, integers: Array) -> Array:
         steps = integers.astype(np.int32) - self.part.input_zero.astype(np.int32)
-        result: np.ndarray[Any, Any] = steps.astype(self.part.input_scale.dtype) * self.part.input_scale
+        result: Array = steps.astype(self.part.input_scale.dtype) * self.part.input_scale
         return result
 
-    def check(self, x: Tensor, theirs: np.ndarray[Any, Any]) -> tuple[LayerCheck, int]:
+    def check(self, x: Tensor, theirs: Array) -> tuple[LayerCheck, int]:
         """Put `x`, the layer's prepared input, on the grid as the file does, and compare it with the file's input.
 
         Of two almost equal elements pruning may keep either. So the kept elements of each block are compared in order
@@ -128,11 +130,11 @@ class _Input:
         equal = min(float((part <= HALF).mean()) if part.size else 1.0 for part in parts)
         return LayerCheck(self.name, most, equal, True, theirs.size, DIGITS), differing
 
-    def _steps(self, mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        steps: np.ndarray[Any, Any] = np.abs(mine.astype(np.float64) - theirs) / self.part.input_scale
+    def _steps(self, mine: Array, theirs: Array) -> Array:
+        steps: Array = np.abs(mine.astype(np.float64) - theirs) / self.part.input_scale
         return steps
 
-    def _ordered(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _ordered(self, x: Array) -> Array:
         assert self.pattern is not None
         last = np.moveaxis(x, self.layer.channel_dim, -1)
         whole = np.pad(last, [(0, 0)] * (x.ndim - 1) + [(0, -last.shape[-1] % self.pattern.block)])

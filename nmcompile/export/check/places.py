@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +23,7 @@ def places_of(model: nn.Module) -> dict[str, Place]:
     return {**plain, **{triple.layer.name: triple for triple in triples_of(model)}}
 
 
-def follow(place: Place, layer: Layer, take_over: TakeOver) -> AbstractContextManager[Any]:
+def follow(place: Place, layer: Layer, take_over: TakeOver) -> AbstractContextManager[object]:
     """Inside, a layer reads what `take_over` returns for its input, both prepared for its GEMM."""
     if isinstance(place, GemmTriple):
         return observing([place], lambda triple: _Follower(triple, take_over))
@@ -44,7 +43,7 @@ class _Follower(Observer):
         return super().run(phase, {**values, "input": self.take_over(input)})
 
 
-def _follow_module(module: nn.Module, layer: Layer, take_over: TakeOver) -> AbstractContextManager[Any]:
+def _follow_module(module: nn.Module, layer: Layer, take_over: TakeOver) -> AbstractContextManager[object]:
     """Hook a plain module, which has no observer."""
     pads = [-pad for pad in getattr(layer, "pad_before", ())]
 

@@ -7,13 +7,13 @@ convolution that pads by itself and timm's norms with an activation do.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.config import Phase
 from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.export.write.write_onnx import ExportedNode
@@ -23,7 +23,7 @@ from nmcompile.three_gemm.observer import Observer, Results, Values, observing
 from nmcompile.three_gemm.triple import GemmTriple
 
 Calls = list[tuple[Tensor, Tensor]]
-OPERAND: Mapping[Any, tuple[int, str]] = {
+OPERAND: Mapping[object, tuple[int, str]] = {
     **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d), (1, "weight")),
     F.batch_norm: (1, "running_mean"),
     torch.batch_norm: (3, "running_mean"),
@@ -33,7 +33,7 @@ GENERATED = "nmcompile."  # forwards that fx generates name no module
 
 
 def record_calls(
-    model: nn.Module, nodes: Sequence[ExportedNode], layers: Mapping[str, DeployedLayer], run: Callable[[], Any]
+    model: nn.Module, nodes: Sequence[ExportedNode], layers: Mapping[str, DeployedLayer], run: Callable[[], object]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return by layer its prepared input, and its output with the norm that the file absorbed in it.
 
@@ -103,10 +103,10 @@ class _Watched:
         """Watch the module until `hooks` are closed."""
         inputs: list[Tensor] = []
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs.append(args[0].detach().clone())
 
-        def after(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+        def after(module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
             self._around.append((inputs.pop(), result.detach().clone()))
 
         # The first of all hooks: others may prune and quantize what the module is given.
@@ -127,13 +127,15 @@ class _Operators(TorchFunctionMode):
         super().__init__()
         self._watched = {id(one.operand): one for one in watched if one.has_own_forward}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if func in OPERAND:
             position, name = OPERAND[func]
             operand = args[position] if position < len(args) else (kwargs or {}).get(name)
             x = args[0] if args else (kwargs or {})["input"]
-            if id(operand) in self._watched:
+            if id(operand) in self._watched and isinstance(x, Tensor) and isinstance(result, Tensor):
                 self._watched[id(operand)].operators.append(_copies(x, result))
         return result
 

@@ -1,7 +1,6 @@
 """Runtimes that execute an exported model on the CPU."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import onnx
@@ -9,10 +8,11 @@ import onnxruntime
 from onnx.reference import ReferenceEvaluator
 
 from nmcompile.errors import ExportError, LibraryError
+from nmcompile.export.check.array_difference import Array
 from nmcompile.printable import first_line
 
-Arrays = list[np.ndarray[Any, Any]]
-Runner = Callable[[Mapping[str, np.ndarray[Any, Any]]], Arrays]
+Arrays = list[Array]
+Runner = Callable[[Mapping[str, Array]], Arrays]
 """A function from inputs by name to all outputs."""
 
 
@@ -30,7 +30,7 @@ def onnxruntime_runner(proto: onnx.ModelProto | str, target: str) -> Runner:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = proto if isinstance(proto, str) else proto.SerializeToString()
 
-    def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+    def run(feeds: Mapping[str, Array]) -> Arrays:
         try:
             return list(session.run(None, dict(feeds)))
         except Exception as error:  # ONNX Runtime's exceptions have no common class
@@ -43,14 +43,14 @@ def onnxruntime_runner(proto: onnx.ModelProto | str, target: str) -> Runner:
     return run
 
 
-def reference_runner(proto: onnx.ModelProto) -> Runner:
+def reference_runner(proto: onnx.ModelProto | str) -> Runner:
     """Load a model in ONNX's own evaluator.
 
     Raises:
         LibraryError: the evaluator fails, here or when it runs. It implements some operators in part only.
     """
 
-    def run(feeds: Mapping[str, np.ndarray[Any, Any]]) -> Arrays:
+    def run(feeds: Mapping[str, Array]) -> Arrays:
         try:
             with np.errstate(all="ignore"):
                 return list(evaluator.run(None, dict(feeds)))

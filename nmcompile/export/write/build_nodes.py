@@ -1,14 +1,13 @@
 """New nodes and initializers for a graph."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 
-def add_initializer(model: ir.Model, name: str, content: npt.NDArray[Any] | np.generic) -> ir.Value:
+def add_initializer(model: ir.Model, name: str, content: npt.NDArray[np.generic] | np.generic) -> ir.Value:
     """Add a constant to the graph; a name that is taken gets a number."""
     taken = model.graph.initializers
     unique = next(n for n in (name, *(f"{name}.{count}" for count in range(2, len(taken) + 3))) if n not in taken)

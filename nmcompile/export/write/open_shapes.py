@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -10,26 +9,27 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.errors import ConfigError, ExportError, nearest
 
 BATCH = "batch"
-Shapes = dict[str, Any]
+Shapes = dict[str, object]
 """Open dims by name of forward's arguments: for a tensor a dict from dims to `Dim`s, or None if all are fixed."""
 
 
-def open_batch(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
+def open_batch(plain: nn.Module, args: Args, kwargs: Kwargs) -> Shapes:
     """Open dim 0 of every input that has the first input's batch size."""
     tensors = [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor) and x.dim()]
     size, batch = tensors[0].shape[0] if tensors else None, Dim(BATCH)
 
-    def opened(x: Any) -> dict[int, Any] | None:
+    def opened(x: object) -> dict[int, object] | None:
         return {0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None
 
     shapes: Shapes = pytree.tree_map(opened, _arguments(plain, args, kwargs))
     return shapes
 
 
-def open_as_asked(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Any) -> Shapes:
+def open_as_asked(plain: nn.Module, args: Args, kwargs: Kwargs, asked: object) -> Shapes:
     """Return the user's `dynamic_shapes`, checked, by name, with None for arguments that it leaves out.
 
     Raises:
@@ -53,7 +53,7 @@ def open_as_asked(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return {name: _checked(f"dynamic_shapes[{name!r}]", x, asked.get(name)) for name, x in arguments.items()}
 
 
-def enlarged(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes) -> Any:
+def enlarged(plain: nn.Module, args: Args, kwargs: Kwargs, shapes: Shapes) -> tuple[Args, dict[str, object]]:
     """Return `args` and `kwargs` with 2 in place of 1 in open dims: torch.export takes a size of 1 for a constant."""
     by_tensor = _by_tensor(plain, args, kwargs, shapes)
 
@@ -63,11 +63,12 @@ def enlarged(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
                 x = torch.cat([x, x], dim)
         return x
 
-    return pytree.tree_map_only(Tensor, grown, (args, dict(kwargs)))
+    given: tuple[Args, dict[str, object]] = pytree.tree_map_only(Tensor, grown, (args, dict(kwargs)))
+    return given
 
 
 def names_of(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes, inputs: Sequence[Iterable[Any]]
+    plain: nn.Module, args: Args, kwargs: Kwargs, shapes: Shapes, inputs: Sequence[Iterable[int | ir.SymbolicDim]]
 ) -> dict[str | ir.SymbolicDim, str]:
     """Map torch.export's name of each open size to the name of its `Dim`; `inputs` are the graph's dims."""
     by_tensor = _by_tensor(plain, args, kwargs, shapes)
@@ -75,19 +76,20 @@ def names_of(
     names: dict[str | ir.SymbolicDim, str] = {}
     for x, dims in zip(tensors, map(tuple, inputs), strict=True):
         for dim, size in by_tensor.get(id(x), {}).items():
-            if isinstance(size, Dim) and not isinstance(dims[dim], int):
-                names.setdefault(str(dims[dim].value), size.__name__)
+            found = dims[dim]
+            if isinstance(size, Dim) and isinstance(found, ir.SymbolicDim):
+                names.setdefault(str(found.value), size.__name__)
     return names
 
 
-def _arguments(plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(plain: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, object]:
     try:
         return dict(inspect.signature(plain.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise ExportError(f"{type(plain).__name__} does not take these args and kwargs: {error}") from error
 
 
-def _checked(place: str, value: Any, asked: Any) -> Any:
+def _checked(place: str, value: object, asked: object) -> object:
     """Return the checked request for one argument, with a dict from dims to sizes for a tensor."""
     if asked is None:
         return None
@@ -111,22 +113,21 @@ def _checked(place: str, value: Any, asked: Any) -> Any:
     return dict(asked)
 
 
-def _is_open(size: Any) -> bool:
+def _is_open(size: object) -> bool:
     return isinstance(size, Dim | type(Dim.AUTO)) and size is not Dim.STATIC
 
 
-def _by_tensor(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Shapes
-) -> dict[int, Mapping[int, Any]]:
-    found: dict[int, Mapping[int, Any]] = {}
+def _by_tensor(plain: nn.Module, args: Args, kwargs: Kwargs, shapes: Shapes) -> dict[int, Mapping[int, object]]:
+    found: dict[int, Mapping[int, object]] = {}
     _pair(_arguments(plain, args, kwargs), shapes, found)
     return found
 
 
-def _pair(value: Any, shapes: Any, found: dict[int, Mapping[int, Any]]) -> None:
+def _pair(value: object, shapes: object, found: dict[int, Mapping[int, object]]) -> None:
     """Note the dims of every tensor in a structure."""
     if isinstance(value, Tensor):
-        found[id(value)] = dict(enumerate(shapes)) if isinstance(shapes, tuple | list) else shapes or {}
+        given = dict(enumerate(shapes)) if isinstance(shapes, tuple | list) else shapes
+        found[id(value)] = given if isinstance(given, Mapping) else {}
     elif isinstance(value, Mapping) and isinstance(shapes, Mapping):
         for key, one in value.items():
             _pair(one, shapes.get(key), found)

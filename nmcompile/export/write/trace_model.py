@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,9 +14,10 @@ from torch.export import Dim
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.errors import ExportError
 from nmcompile.export.outputs import left_out, outputs_of
-from nmcompile.export.write.open_shapes import enlarged, names_of, open_as_asked, open_batch
+from nmcompile.export.write.open_shapes import Shapes, enlarged, names_of, open_as_asked, open_batch
 from nmcompile.ir.einsum import linear_einsum
 from nmcompile.own_thread import exporting_alone
 from nmcompile.printable import first_line
@@ -45,12 +45,12 @@ class Traced:
 
 def trace_model(
     plain: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     *,
     dtype: torch.dtype,
     dynamic_batch: bool,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
 ) -> Traced:
     """Trace the model; initializers keep the names of parameters and buffers.
 
@@ -135,12 +135,12 @@ def _check_outputs(program: torch.export.ExportedProgram, model: str) -> None:
 
 
 def _exported(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Any
+    plain: nn.Module, args: Args, kwargs: Kwargs, shapes: Shapes | None
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     """Return the program that returns only tensors, and the results that it leaves out."""
     left: list[str] = []
 
-    def tensors_only(module: nn.Module, args: Any, result: Any) -> list[Any]:
+    def tensors_only(module: nn.Module, args: object, result: object) -> list[object]:
         left[:] = left_out(result)
         return outputs_of(result)
 
@@ -183,7 +183,7 @@ def _unread(program: torch.export.ExportedProgram) -> frozenset[str]:
     return frozenset(name for node, name in parameters.items() if not users[node])
 
 
-def _ranges(program: torch.export.ExportedProgram, shapes: Any) -> dict[str, tuple[float, float]]:
+def _ranges(program: torch.export.ExportedProgram, shapes: Shapes | None) -> dict[str, tuple[float, float]]:
     found = {str(size): (float(range.lower), float(range.upper)) for size, range in program.range_constraints.items()}
     dims = [dim for dim in pytree.tree_leaves(shapes) if isinstance(dim, Dim)]
     return found | {dim.__name__: (float(dim.min), float(dim.max)) for dim in dims}

@@ -5,11 +5,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_choice
 from nmcompile.errors import ExportError
 from nmcompile.export.deployed_layer import DeployedLayer
@@ -73,14 +73,14 @@ def write_onnx(
     plain: nn.Module,
     layers: Mapping[str, DeployedLayer],
     path: str | os.PathLike[str],
-    args: tuple[Any, ...],
+    args: Args,
     *,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Kwargs | None = None,
     target: str = "onnxruntime",
     container: str = "int8",
     precision: str = "fp32",
     dynamic_batch: bool = True,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
 ) -> OnnxReport:
     """Write a model with its layers as they are deployed.
 
