@@ -7,11 +7,15 @@ import sys
 from collections.abc import Callable, Iterable
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nmcompile.errors import ConfigError, NMCompileError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32"}
 
@@ -139,7 +143,7 @@ def _factory(name: str) -> Callable[[], Any]:
     return factory
 
 
-def _refusal(factory: Any) -> str:
+def _refusal(factory: object) -> str:
     """Return why something is not a factory; "" if it is one."""
     from torch import nn
 
@@ -154,7 +158,7 @@ def _refusal(factory: Any) -> str:
     return ""
 
 
-def _model(name: str) -> Any:
+def _model(name: str) -> "nn.Module":
     from torch import nn
 
     model = _factory(name)()
@@ -163,7 +167,7 @@ def _model(name: str) -> Any:
     return model
 
 
-def _examples(texts: Iterable[str]) -> tuple[Any, ...]:
+def _examples(texts: Iterable[str]) -> "tuple[Tensor, ...]":
     """Return random inputs, which tell models apart: zeros stay zeros in layers without bias and standardize to NaN."""
     import torch
 
@@ -171,7 +175,7 @@ def _examples(texts: Iterable[str]) -> tuple[Any, ...]:
     return tuple(_example(text, generator) for text in texts)
 
 
-def _example(text: str, generator: Any) -> Any:
+def _example(text: str, generator: "torch.Generator") -> "Tensor":
     import torch
 
     match = re.fullmatch(r"(\w+)\[(\d+(?:,\d+)*)\]", text.replace(" ", ""))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from operator import methodcaller
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from nmcompile.checks import check_choice, check_kind, check_number
 from nmcompile.errors import ConfigError, nearest
@@ -241,7 +241,7 @@ class CompileConfig:
         return _read(cls, data | {"layers": {name: _read_layer(layer) for name, layer in layers.items()}})
 
 
-def given_config(config: Any) -> CompileConfig:
+def given_config(config: CompileConfig | None) -> CompileConfig:
     """Return the config given to a function, or the default for None."""
     check_kind("config", config, CompileConfig | None, "a CompileConfig, or None")
     return CompileConfig() if config is None else config
@@ -250,35 +250,36 @@ def given_config(config: Any) -> CompileConfig:
 T = TypeVar("T")
 
 
-def _read_layer(data: Any) -> LayerConfig | None:
+def _read_layer(data: object) -> LayerConfig | None:
     if data is None:
         return None
     operands = _object(data, "LayerConfig").items()
     return _read(LayerConfig, {name: _read_operand(name, value) for name, value in operands})
 
 
-def _read(kind: type[T], data: Any) -> T:
+def _read(kind: type[T], data: object) -> T:
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for key in _object(data, kind.__name__):
+    given = _object(data, kind.__name__)
+    for key in given:
         if key not in known:
             raise ConfigError(f"unknown key {key!r} for {kind.__name__}; {nearest(key, known)}")
     try:
-        return kind(**data)
+        return kind(**given)
     except TypeError as error:
         raise ConfigError(f"{data} cannot be read as {kind.__name__}: {error}") from error
 
 
-def _object(data: Any, name: str) -> dict[str, Any]:
+def _object(data: object, name: str) -> dict[str, object]:
     if not isinstance(data, dict):
         raise ConfigError(f"{name} is {data!r}, expected a JSON object")
     return data
 
 
-def _read_operand(name: str, value: Any) -> Any:
+def _read_operand(name: str, value: object) -> object:
     return value if value is None or name.endswith("_bits") else _read(Pruning, value)
 
 
-def _layer_json(layer: LayerConfig) -> dict[str, Any]:
+def _layer_json(layer: LayerConfig) -> dict[str, object]:
     values = {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
     return {
         name: asdict(value) | {"pattern": str(value.pattern)} if isinstance(value, Pruning) else value

@@ -8,11 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from types import FunctionType
-from typing import Any
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import torch
 from torch import fx
 from torch.fx import _symbolic_trace as symbolic
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _lock = threading.RLock()
 _OWN = "nmcompile_own"
@@ -23,7 +26,7 @@ _OWN = "nmcompile_own"
 def tracing_alone() -> Iterator[None]:
     """Wait until no other thread traces or compiles, then let fx patch torch for this thread alone."""
     with _compile_lock(), _lock:
-        plain = symbolic.Tracer.trace
+        plain: Callable[..., fx.Graph] = symbolic.Tracer.trace
         if hasattr(plain, _OWN):  # this thread traces already
             yield
             return
@@ -32,9 +35,8 @@ def tracing_alone() -> Iterator[None]:
         inner = inspect.unwrap(plain)
         own = FunctionType(inner.__code__, vars(symbolic) | {"_new_patcher": _own_patcher}, "trace", inner.__defaults__)
 
-        def trace(*args: Any, **kwargs: Any) -> fx.Graph:
-            graph: fx.Graph = (own if here else plain)(*args, **kwargs)
-            return graph
+        def trace(*args: object, **kwargs: object) -> fx.Graph:
+            return own(*args, **kwargs) if here else plain(*args, **kwargs)
 
         setattr(trace, _OWN, True)
         flag = _replaced(symbolic, "_is_fx_tracing_flag", here)
@@ -60,7 +62,7 @@ def _compiling_here() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -69,9 +71,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _compile_lock() -> AbstractContextManager[Any]:
+def _compile_lock() -> AbstractContextManager[object]:
     """Return Dynamo's own lock, held while Dynamo compiles, which traces too."""
-    lock: AbstractContextManager[Any] = getattr(
+    lock: AbstractContextManager[object] = getattr(
         sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", nullcontext()
     )
     return lock
@@ -102,10 +104,10 @@ class OnThread:
     def __bool__(self) -> bool:
         return threading.get_ident() == self.thread
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(self, other: bool) -> bool:
         return bool(self) | other
 
-    def __and__(self, other: Any) -> Any:
+    def __and__(self, other: bool) -> bool:
         return bool(self) & other
 
     __ror__, __rand__ = __or__, __and__
@@ -118,7 +120,7 @@ class OnThread:
 class _Muted:
     """A stream that drops the writes of one thread."""
 
-    def __init__(self, stream: Any, here: OnThread) -> None:
+    def __init__(self, stream: TextIO, here: OnThread) -> None:
         self.stream = stream
         self.here = here
 
@@ -143,12 +145,12 @@ class _OwnPatcher(symbolic._Patcher):
         super().__init__()
         self.here = OnThread()
 
-    def patch_method(self, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
+    def patch_method(self, cls: type, name: str, new_fn: Callable[P, R], deduplicate: bool = True) -> None:
         """Replace a method for this thread; other threads run the original."""
-        original = getattr(cls, name)
+        original: Callable[P, R] = getattr(cls, name)
 
         @functools.wraps(new_fn)
-        def method(*args: Any, **kwargs: Any) -> Any:
+        def method(*args: P.args, **kwargs: P.kwargs) -> R:
             return (new_fn if self.here else original)(*args, **kwargs)
 
         super().patch_method(cls, name, method, deduplicate)

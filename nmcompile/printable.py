@@ -5,7 +5,6 @@ reaches a terminal or a markdown page goes through here; errors call it themselv
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from tabulate import tabulate
 
@@ -27,12 +26,21 @@ def in_markdown(text: object, longest: int = LONGEST) -> str:
     return printable(text, longest).translate(MARKDOWN)
 
 
-def table(rows: Sequence[Sequence[Any]], headers: Sequence[str], style: str = "simple", **options: Any) -> str:
+def table(
+    rows: Sequence[Sequence[object]],
+    headers: Sequence[str],
+    style: str = "simple",
+    *,
+    floatfmt: str | Sequence[str] = "g",
+    maxcolwidths: Sequence[int | None] | None = None,
+) -> str:
     """Return rows as a `tabulate` table, in which text stays in its cell and numbers stay numbers."""
     shown = in_markdown if style == "github" else printable
     cells = [[shown(cell, LONGEST_CELL) if isinstance(cell, str) else cell for cell in row] for row in rows]
     texts = [column for column in range(len(headers)) if any(isinstance(row[column], str) for row in rows)]
-    return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=texts, **options)
+    return tabulate(
+        cells, headers, tablefmt=style, disable_numparse=texts, floatfmt=floatfmt, maxcolwidths=maxcolwidths
+    )
 
 
 def _escaped(character: str) -> str:

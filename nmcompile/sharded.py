@@ -1,25 +1,28 @@
 """Tensors that are split among processes: DTensors, and the flat parameters of FSDP1."""
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from torch import Tensor, nn
 
 from nmcompile.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 PLAIN = Tensor, nn.Parameter
 
 
-def is_sharded(x: Any) -> bool:
+def is_sharded(x: object) -> "TypeGuard[DTensor]":
     """Return whether `x` is a DTensor."""
     return type(x) not in PLAIN and hasattr(x, "device_mesh")
 
 
 def gathered(x: Tensor) -> Tensor:
     """Return a DTensor in full and detached, which every process has to call; return any other tensor unchanged."""
-    return cast(Any, x).detach().full_tensor() if is_sharded(x) else x
+    return cast("DTensor", x.detach()).full_tensor() if is_sharded(x) else x
 
 
-def like_shard(x: Tensor, weight: Any) -> Any:
+def like_shard(x: Tensor, weight: "DTensor") -> "DTensor":
     """Return `x`, equal on all processes, as a DTensor placed like `weight`; nothing is communicated."""
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -96,7 +96,8 @@ class _Finder:
             self._note_python(name, reason + _listed(calls), kept | owned)
         roles = {found.site.role for found in self.regions.found if found.site.module == name}
         taken = [call for call in matched if call.node.name in roles]
-        inside = {node for call in taken for node in (call.node, *expression_of(call.weight))}
+        weights = [call.weight for call in taken if isinstance(call.weight, fx.Node)]
+        inside = {call.node for call in taken}.union(*map(expression_of, weights))
         self._note_uses(module, graph, inside)
 
     def _note_product(self, name: str, module: nn.Module, refused: Refused) -> None:

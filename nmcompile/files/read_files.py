@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import NoReturn, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 from nmcompile.checks import described
 from nmcompile.errors import FileError, NMCompileError, nearest
@@ -16,6 +16,9 @@ LARGEST_JSON = 2**20  # characters
 DEEPEST = 32  # nested lists and objects
 DIGITS = 20  # digits of a 64-bit integer
 OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+
+SCALARS: dict[object, tuple[object, ...]] = {float: (int, float), None: (NoneType,)}
+"""By declared type, the types of JSON values that it takes; others take their own."""
 
 T = TypeVar("T")
 
@@ -49,7 +52,7 @@ def read_regular(path: str | os.PathLike[str], largest: int) -> bytes:
 
 def parse_json(
     text: str | bytes, name: str, *, error: type[NMCompileError] = FileError, largest: int = LARGEST_JSON
-) -> Any:
+) -> object:
     """Return the content of JSON text, read strictly: no repeated key, NaN or infinity, and bounded digits and depth.
 
     Args:
@@ -71,7 +74,7 @@ def parse_json(
     return document
 
 
-def read_record(kind: type[T], document: Any, name: str) -> T:
+def read_record(kind: type[T], document: object, name: str) -> T:
     """Return a dataclass whose fields, each of its declared type, are those of a JSON object.
 
     Raises:
@@ -93,7 +96,7 @@ def read_record(kind: type[T], document: Any, name: str) -> T:
     return kind(**document)
 
 
-def fits(value: Any, kind: Any) -> bool:
+def fits(value: object, kind: type[T]) -> TypeGuard[T]:
     """Return whether a JSON value is of a type: a scalar type, or a dict, list or union of such types."""
     parts = get_args(kind)
     if isinstance(kind, UnionType):
@@ -102,11 +105,11 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(fits(item, parts[1]) for item in value.values())
     if get_origin(kind) is list:
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
-    return type(value) in {float: (int, float), None: (NoneType,)}.get(kind, (kind,))
+    return type(value) in SCALARS.get(kind, (kind,))
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
             raise ValueError(f"{key!r} occurs twice in one object")
@@ -130,8 +133,8 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_depth(document: Any) -> None:
-    level: list[Any] = [document]
+def _check_depth(document: object) -> None:
+    level: list[object] = [document]
     for _ in range(DEEPEST):
         level = [item for one in level for item in _items(one)]
         if not level:
@@ -139,5 +142,5 @@ def _check_depth(document: Any) -> None:
     raise ValueError(f"lists and objects are nested more than {DEEPEST} deep")
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _items(value: object) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

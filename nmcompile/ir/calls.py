@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
 
@@ -25,8 +26,8 @@ def linear_in_out(input: Tensor, weight: Tensor) -> Tensor:
     return input @ weight
 
 
-def _signatures() -> dict[Any, tuple[str, ...]]:
-    found: dict[Any, tuple[str, ...]] = {F.linear: LINEAR, linear_in_out: PRODUCT, torch.addmm: ADDMM}
+def _signatures() -> dict[object, tuple[str, ...]]:
+    found: dict[object, tuple[str, ...]] = {F.linear: LINEAR, linear_in_out: PRODUCT, torch.addmm: ADDMM}
     found |= dict.fromkeys((aten.linear, aten.linear.default), LINEAR)
     found |= dict.fromkeys((aten.addmm, aten.addmm.default), ADDMM)
     found |= dict.fromkeys((aten.convolution, aten.convolution.default, torch.convolution), CONVOLUTION)
@@ -43,15 +44,15 @@ class Call:
     """A conv or linear call: its node, its arguments by name, and whether the weight is stored (in, out)."""
 
     node: fx.Node
-    arguments: dict[str, Any]
+    arguments: dict[str, Argument]
     transposed: bool
 
     @property
-    def input(self) -> Any:
+    def input(self) -> Argument:
         return self.arguments.get("input")
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Argument:
         return self.arguments.get("weight")
 
     @property
@@ -85,7 +86,7 @@ class Call:
         has_bias = self.arguments.get("bias") is not None
         if len(weight_shape) == 2:
             return LinearLayer(name, weight_shape, has_bias, self.transposed)
-        given = {key: self.arguments[key] for key in CONV[3:] if self.arguments.get(key) is not None}
+        given: dict[str, Any] = {key: self.arguments[key] for key in CONV[3:] if self.arguments.get(key) is not None}
         return conv_layer(name, weight_shape, has_bias, **given)
 
 
@@ -101,7 +102,7 @@ def match_call(node: fx.Node) -> Call | None:
     return Call(node, arguments, names in (ADDMM, PRODUCT))
 
 
-def has_node(value: Any) -> bool:
+def has_node(value: Argument) -> bool:
     """Whether a node's argument holds another node."""
     nodes: list[fx.Node] = []
     fx.node.map_arg(value, nodes.append)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
@@ -76,7 +75,7 @@ class WholeGraph:
     norms: Mapping[fx.Node, str] = field(default_factory=dict)
     products: frozenset[fx.Node] = frozenset()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "WholeGraph":
+    def __deepcopy__(self, memo: dict[int, object]) -> "WholeGraph":
         # Read-only, and its keys are nodes: copies of a model share it.
         return self
 

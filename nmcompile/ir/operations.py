@@ -4,10 +4,9 @@
 backend replaces them (`LoweringError` if it did not). Every node carries a `NodeMeta`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument, Target
 
 from nmcompile.custom_op import custom_op
 from nmcompile.errors import LoweringError
@@ -110,14 +109,14 @@ def bias_gradient(grad_output: Tensor) -> Tensor:
     raise LoweringError("a bias_gradient node was executed, but no backend has lowered it")
 
 
-def add_node(graph: fx.Graph, meta: NodeMeta, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+def add_node(graph: fx.Graph, meta: NodeMeta, name: str, target: Target, args: tuple[Argument, ...]) -> fx.Node:
     """Append a node with the record that later passes, backends and reports read."""
     node = graph.create_node("call_function", target, args, {}, name=name)
     node.meta[KEY] = meta
     return node
 
 
-def replace_node(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+def replace_node(node: fx.Node, target: Target, args: tuple[Argument, ...]) -> None:
     """Give a node another target and arguments; name, users and meta stay."""
     node.target = target
     node.args = args

@@ -67,7 +67,7 @@ class ThreeGraphs:
     def __iter__(self) -> Iterator[tuple[Phase, fx.GraphModule]]:
         return iter(self.graphs.items())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A pickled GraphModule, also as the owner of a graph, is traced again when it is loaded: through the backends'
         # kernels, and without meta. A copy of its graph has no owner.
         return self.__dict__ | {"graphs": {phase: copy.deepcopy(module.graph) for phase, module in self}}
@@ -96,9 +96,10 @@ class Program:
         return next(site for site in self.captured.sites if site.layer.name == layer)
 
 
-def _operator(qualified_name: str, overload: str) -> Any:
+def _operator(qualified_name: str, overload: str) -> torch._ops.OpOverload:
     namespace, name = qualified_name.split("::")
-    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    operator: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return operator
 
 
 # Nodes name operators, which torch cannot pickle by itself.

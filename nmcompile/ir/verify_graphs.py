@@ -1,13 +1,14 @@
 """The rules that every three-GEMM graph keeps between passes; tests run it after each of them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx
 
+from nmcompile.arguments import Args
 from nmcompile.config import Phase
 from nmcompile.errors import PostconditionError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.graph_results import results_of
 from nmcompile.ir.node_meta import find_meta, kind_of, nodes_of_kind, row_of
 from nmcompile.ir.plan import READ, Operand, PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
@@ -74,7 +75,7 @@ def _problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph) -> str:
         Phase.BACKWARD: 1 + ("input_beyond" in three.saved) + ("output_beyond" in three.saved),
         Phase.UPDATE: 1 + three.layer.has_bias,
     }[phase]
-    returned = len(graph.output_node().args[0])  # type: ignore[arg-type]
+    returned = len(results_of(graph))
     return "" if returned == expected else f"{returned} outputs, expected {expected}"
 
 
@@ -89,10 +90,11 @@ def _plan_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, after: str)
         if is_rounded != (three.plan.rounds_bias and after in BIASES):
             return f"its bias is {'' if is_rounded else 'not '}rounded, which is not what is planned"
     gemm = next(nodes_of_kind(graph, "gemm"))
-    results: Any = graph.output_node().args[0]
     marked = _marked(gemm)
     if phase is Phase.FORWARD:
-        marked += [node for node in _marked(results[0]) if node not in marked]
+        output = results_of(graph)[0]
+        assert output is not None
+        marked += [node for node in _marked(output) if node not in marked]
     planned = set(_planned(three, phase, after))
     found = {row for node in marked if (row := row_of(node)) is not None}
     for row in planned - found:
@@ -131,7 +133,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _options(node: fx.Node) -> tuple[Any, ...] | None:
+def _options(node: fx.Node) -> Args | None:
     """Operator, N, M and axis, or bits and sign; None where they are no arguments: masks, and a backend's own nodes."""
     if node.target is ops.to_grid:
         return node.args[2:]
@@ -140,7 +142,7 @@ def _options(node: fx.Node) -> tuple[Any, ...] | None:
     return (*node.args[1:4], "channels") if node.target is ops.prune_mask else None
 
 
-def _planned_options(row: PlanRow) -> tuple[Any, ...]:
+def _planned_options(row: PlanRow) -> Args:
     if row.grid is not None:
         return row.grid.bits, row.grid.signed
     assert row.pattern is not None

@@ -1,10 +1,9 @@
 """Quantization and dequantization with a straight-through gradient."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from nmcompile.autograd_context import AutogradContext
 from nmcompile.checks import check_floating, check_kind
 from nmcompile.quantization.grid import Grid, integers
 
@@ -34,13 +33,13 @@ def fake_quantize(x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     # x + (quantized - x).detach() would be simpler, but off the grid by a rounding error.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor, scale: Tensor | float, grid: Grid) -> Tensor:
         on_grid = (integers(x, scale, grid) * scale).to(x.dtype)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((x >= grid.low * scale) & (x <= grid.high * scale))
         return on_grid
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return torch.where(inside, grad, 0.0), None, None

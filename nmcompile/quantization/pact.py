@@ -1,10 +1,9 @@
 """PACT (Choi et al. 2018): activations clipped at a learned value, then quantized."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from nmcompile.autograd_context import AutogradContext
 from nmcompile.checks import check_floating
 from nmcompile.errors import OperandError
 from nmcompile.quantization.grid import Grid, integers
@@ -50,13 +49,13 @@ def pact_quantize(x: Tensor, clip: Tensor, bits: int) -> Tensor:
 
 class _Pact(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor, clip: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, clip)
         scale = clip / grid.high
         return (integers(x, scale, grid) * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, clip = ctx.saved_tensors
         above = x >= clip
         return torch.where((x >= 0) & ~above, grad, 0.0), _sum(torch.where(above, grad, 0.0)).to(clip), None

@@ -1,7 +1,6 @@
 """SAWB, statistics-aware weight binning (Choi et al. 2018): the clip from two moments of the weights."""
 
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ def sawb_scale(w: Tensor, bits: int, *, dim: int | None = None) -> Tensor:
     return torch.where(step == 0, 1.0, step)
 
 
-def _check_dim(w: Tensor, dim: Any) -> None:
+def _check_dim(w: Tensor, dim: object) -> None:
     if isinstance(dim, bool) or not isinstance(dim, int) or not -w.dim() <= dim < w.dim():
         raise OperandError(f"dim is {described(dim)}; give a dim of a weight of shape {tuple(w.shape)}, or None")
 

@@ -1,8 +1,7 @@
 """The user's word that the weights of a model stand still, and what takes it back."""
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Frozen:
             forget([weight for weight in cached_weights() if id(weight) in self.parameters])
         self.holds = False
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[[], "Frozen"], tuple[()]]:
         return _ended, ()
 
 

@@ -6,7 +6,6 @@ torch calls `module.forward`, so what the instance holds hides what its class ha
 import functools
 import inspect
 from types import MethodType
-from typing import Any
 
 from torch import nn
 
@@ -65,15 +64,15 @@ def wrapper_of_own(module: nn.Module) -> str:
     return str(getattr(held, "__qualname__", held)) if _is_of_class(module, inner) else ""
 
 
-def _is_own(module: nn.Module, held: Any) -> bool:
+def _is_own(module: nn.Module, held: object) -> bool:
     """Whether something bound to the module is its class's forward."""
     return isinstance(held, MethodType) and held.__self__ is module and _is_of_class(module, held.__func__)
 
 
-def _is_of_class(module: nn.Module, function: Any) -> bool:
+def _is_of_class(module: nn.Module, function: object) -> bool:
     return function is type(module).forward or hasattr(function, GENERATED)
 
 
-def _is_offloaded(hook: Any) -> bool:
+def _is_offloaded(hook: object) -> bool:
     """Whether a hook of Accelerate brings the weights in for each call; several may be chained."""
     return bool(getattr(hook, "offload", False)) or any(map(_is_offloaded, getattr(hook, "hooks", ())))

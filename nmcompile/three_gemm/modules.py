@@ -6,11 +6,12 @@ the module, `isinstance` and `state_dict` keys stay what they were.
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, fx, nn
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
 from nmcompile.three_gemm.instance_forward import GENERATED, change_class, wrapper_of_own
@@ -33,7 +34,7 @@ class Rewritten:
 
     PREFIX = "ThreeGemm"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Args:
         # The class is made at run time, so what is pickled (and copied) is what it is made from.
         mixin, base = type(self).__bases__
         return rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
@@ -75,21 +76,21 @@ class ThreeGemm(Rewritten):
             raise AttributeError(f"this module runs several layers ({roles}); use three_gemms[role].graphs[phase]")
         return next(iter(self.three_gemms.values())).graphs[phase]
 
-    def _replicate_for_data_parallel(self) -> Any:
+    def _replicate_for_data_parallel(self) -> NoReturn:
         names = ", ".join(triple.layer.name for triple in self.three_gemms.values())
         raise ConfigError(
             f"layer {names!r}: nn.DataParallel runs replicas in threads, which would share a mask and a random stream; "
             "use DistributedDataParallel, or one device"
         )
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
             metadata[STEPS] = max((mask.steps for mask in self._masks()), default=0)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+        self, state_dict: Kwargs, prefix: str, local_metadata: dict[str, int], *args: object, **kwargs: object
     ) -> None:
         self._release()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)  # type: ignore[misc]
@@ -107,12 +108,12 @@ class ThreeGemm(Rewritten):
         triples: dict[str, GemmTriple] = self.__dict__.get("three_gemms", {})
         return [triple.mask for triple in triples.values() if triple.mask is not None]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         masks = self._masks()
         for mask in masks:
             mask.look()
         self._release()
-        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        result: nn.Module = super()._apply(fn, recurse)  # type: ignore[misc]
         for mask in masks:
             mask.move(fn(mask.tensor))
         for triple in self.three_gemms.values():
@@ -141,7 +142,7 @@ class ThreeGemmRegion(ThreeGemm):
 class ThreeGemmGraph(ThreeGemmRegion):
     """The same for a GraphModule, whose own deepcopy would keep nothing but what its graph names."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ThreeGemmGraph":
+    def __deepcopy__(self, memo: dict[int, object]) -> "ThreeGemmGraph":
         replica = object.__new__(type(self))
         memo[id(self)] = replica
         replica.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -211,7 +212,7 @@ def restore(module: nn.Module) -> None:
 # The layer's inference kernel reads the dense weights of its children, and the encoder packs a padded batch into a
 # nested tensor that nothing but that kernel takes. Padded positions then hold in eval() what they hold in train(), and
 # what eager holds there with gradients on; eager's packed batches come back with zeros there.
-FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+FAST_PATHS: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
@@ -245,12 +246,12 @@ def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Modul
     return _classes[mixin, base]
 
 
-def generated_forward(graph: fx.Graph) -> Callable[..., Any]:
+def generated_forward(graph: fx.Graph) -> Callable[..., object]:
     """The function of a module that a graph is the code of."""
     # Only the generated code is wanted; what it names, the module itself will hold. The graph that is kept gets no
     # owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    forward: Callable[..., Any] = type(fx.GraphModule(attributes, copy.deepcopy(graph))).forward
+    forward: Callable[..., object] = type(fx.GraphModule(attributes, copy.deepcopy(graph))).forward
     setattr(forward, GENERATED, True)
     return forward
 

@@ -6,7 +6,6 @@ y = F.linear(...)  ->  y = run_three_gemm(self.three_gemms, "linear", ...) in a 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import fx, nn
 
@@ -50,8 +49,7 @@ def _rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:
     """A copy of a module's graph that calls its three-GEMM layers by role."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    output: Any = graph.graph_copy(trace, copies)
-    graph.output(output)
+    graph.output(graph.graph_copy(trace, copies))
     graph.set_codegen(trace._codegen)
     for original in [node for node in trace.nodes if node.name in sites]:
         node = copies[original]

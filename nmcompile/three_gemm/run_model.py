@@ -4,24 +4,24 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.errors import CalibrationError, NMCompileError, OperandError
 
 TAKEN = (
     "give a tensor, a mapping of forward's arguments by name, or (inputs, labels), where inputs is a tensor, such a "
     "mapping, or a tuple or list of the arguments"
 )
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[Args, dict[str, object]]
 SHOWN = 8  # entries of a container in a message
 SEQUENCE = re.compile(r"(typing\.|collections\.abc\.)?(list|tuple|sequence)\b", re.IGNORECASE)
 
 
-def run_batch(model: nn.Module, batch: Any, name: str = "the batch") -> Any:
+def run_batch(model: nn.Module, batch: object, name: str = "the batch") -> object:
     """Call a model with a batch; `name` says in messages which one it is.
 
     Raises:
@@ -40,7 +40,7 @@ def run_batch(model: nn.Module, batch: Any, name: str = "the batch") -> Any:
         raise CalibrationError(f"{name} is {shown(batch)}, on which {forward} fails: {reason}; {TAKEN}") from error
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """The types and shapes in a batch."""
     if isinstance(value, Tensor | np.ndarray):
         kind = "" if isinstance(value, Tensor) else "numpy "
@@ -67,13 +67,14 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return _signature(children[0]) if is_wrapper else signature
 
 
-def _call(signature: inspect.Signature, batch: Any) -> Call:
+def _call(signature: inspect.Signature, batch: object) -> Call:
     """The arguments and keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):
         return _by_name(signature, batch)
-    is_sequence = isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence)
-    first = batch[0] if is_sequence and batch else None
-    if not is_sequence or (_takes_sequence(signature) and not isinstance(first, list | tuple | Mapping)):
+    if not isinstance(batch, list | tuple) or isinstance(batch, PackedSequence):
+        return (batch,), {}
+    first = batch[0] if batch else None
+    if _takes_sequence(signature) and not isinstance(first, list | tuple | Mapping):
         return (batch,), {}
     if isinstance(first, Mapping):
         return _by_name(signature, first)
@@ -84,7 +85,7 @@ def _call(signature: inspect.Signature, batch: Any) -> Call:
     return (tuple(first) if is_arguments else (first,)), {}
 
 
-def _by_name(signature: inspect.Signature, batch: Mapping[Any, Any]) -> Call:
+def _by_name(signature: inspect.Signature, batch: Kwargs) -> Call:
     """The entries that forward takes, without labels, say; the mapping itself where it is what forward takes."""
     parameters = signature.parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

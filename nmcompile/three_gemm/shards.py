@@ -5,9 +5,9 @@ the output is then split along features, a partial sum, or split as the input is
 layer sees it, so this is what tensor parallelism needs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -17,15 +17,18 @@ from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import LayerPlan
 from nmcompile.sharded import is_sharded, like_shard
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement, Shard
+
 
 @dataclass(frozen=True)
 class _Split:
     """What one mesh dim does: the placements of the input, its gradient, the bias, and the output."""
 
-    input: Any
-    input_gradient: Any
-    bias: Any
-    output: Any
+    input: "Placement"
+    input_gradient: "Placement"
+    bias: "Placement"
+    output: "Placement"
 
 
 class Shards:
@@ -41,7 +44,7 @@ class Shards:
         ConfigError: a layer that cannot run on shards: quantized, or with blocks that straddle them.
     """
 
-    def __init__(self, plan: LayerPlan, input: Any, weight: Any) -> None:
+    def __init__(self, plan: LayerPlan, input: Tensor, weight: "DTensor") -> None:
         self.layer = plan.layer
         if not is_sharded(input):
             raise OperandError(
@@ -54,18 +57,22 @@ class Shards:
             _split(self.layer, w, x, input.ndim) for w, x in zip(weight.placements, input.placements, strict=True)
         ]
 
-    def take(self, input: Any, weight: Any, bias: Any, mask: Tensor | None) -> tuple[Any, Any, Any, Tensor | None]:
+    def take(
+        self, input: Tensor, weight: "DTensor", bias: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The local operands; gradients go back to where they belong."""
         from torch.distributed.tensor import Partial
 
+        assert is_sharded(input)
         by_batch = self._by_batch()
         gradients = [Partial() if sums else w for sums, w in zip(by_batch, self.placements, strict=True)]
-        x = input.redistribute(placements=[split.input for split in self.splits])
-        x = x.to_local(grad_placements=[split.input_gradient for split in self.splits])
+        placed = input.redistribute(placements=[split.input for split in self.splits])
+        x = placed.to_local(grad_placements=[split.input_gradient for split in self.splits])
         if bias is not None:
-            bias = bias.redistribute(placements=[split.bias for split in self.splits])
-            sums = zip(by_batch, bias.placements, strict=True)
-            bias = bias.to_local(grad_placements=[Partial() if by else place for by, place in sums])
+            assert is_sharded(bias)
+            spread = bias.redistribute(placements=[split.bias for split in self.splits])
+            sums = zip(by_batch, spread.placements, strict=True)
+            bias = spread.to_local(grad_placements=[Partial() if by else place for by, place in sums])
             if not self._adds_bias():
                 bias = bias - bias.detach()  # zero, with the gradient of the bias
         mask = None if mask is None else like_shard(mask, weight).to_local()
@@ -81,7 +88,7 @@ class Shards:
         """The first of the processes that share this process's batch."""
         return self._first(not by_batch for by_batch in self._by_batch())
 
-    def _dims(self) -> list[tuple[Any, _Split]]:
+    def _dims(self) -> list[tuple["Placement", _Split]]:
         return list(zip(self.placements, self.splits, strict=True))
 
     def _by_batch(self) -> list[bool]:
@@ -90,15 +97,21 @@ class Shards:
 
     def _adds_bias(self) -> bool:
         """Whether this process adds the bias: of those whose outputs are added up, one does."""
-        here = zip(self.splits, self.mesh.get_coordinate(), strict=True)
+        here = zip(self.splits, self._here(), strict=True)
         return all(at == 0 for split, at in here if split.output.is_partial())
 
     def _first(self, alike: Iterable[bool]) -> int:
         """The rank of the first process on this one's mesh dims that are `alike`."""
-        here = self.mesh.get_coordinate()
+        here = self._here()
         return int(self.mesh.mesh[tuple(0 if same else at for same, at in zip(alike, here, strict=True))])
 
-    def give(self, output: Tensor) -> Any:
+    def _here(self) -> Sequence[int]:
+        """The place of this process on the mesh, which holds it: others do not run the layer."""
+        here = self.mesh.get_coordinate()
+        assert here is not None
+        return here
+
+    def give(self, output: Tensor) -> "DTensor":
         """The output of all processes."""
         from torch.distributed.tensor import DTensor
 
@@ -111,7 +124,7 @@ class Shards:
         return DTensor.from_local(output, self.mesh, places, run_check=False, shape=shape, stride=stride)
 
 
-def _split(layer: Layer, weight: Any, input: Any, dims: int) -> _Split:
+def _split(layer: Layer, weight: "Placement", input: "Placement", dims: int) -> _Split:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     channels = layer.channel_dim % dims
@@ -123,7 +136,7 @@ def _split(layer: Layer, weight: Any, input: Any, dims: int) -> _Split:
     return _Split(kept, kept, Replicate(), kept)
 
 
-def _check(plan: LayerPlan, weight: Any) -> None:
+def _check(plan: LayerPlan, weight: "DTensor") -> None:
     layer = plan.layer
     if any(row.is_quantized for row in plan.rows):
         raise ConfigError(
@@ -146,10 +159,11 @@ def _check(plan: LayerPlan, weight: Any) -> None:
             )
 
 
-def _parts(weight: Any) -> dict[int, int]:
+def _parts(weight: "DTensor") -> dict[int, int]:
     """Into how many parts each dim of a DTensor is split."""
     parts: dict[int, int] = {}
     for size, placement in zip(weight.device_mesh.shape, weight.placements, strict=True):
         if not placement.is_replicate():
-            parts[placement.dim] = parts.get(placement.dim, 1) * size
+            dim = cast("Shard", placement).dim
+            parts[dim] = parts.get(dim, 1) * size
     return parts

@@ -6,19 +6,39 @@ that prunes and quantizes nothing needs none of this: PyTorch knows the derivati
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from nmcompile.autograd_context import AutogradContext
 from nmcompile.errors import GradientError
 from nmcompile.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from nmcompile.three_gemm.triple import GemmTriple, MaskSource
 
-Sliced = tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]
+Dims = tuple[int | None, ...]
+"""The mapped dim of each argument, as `vmap` rules are given it; None where the argument is not mapped."""
+Sliced = tuple[tuple[Tensor | None, ...], Dims]
+Inputs = tuple[Any, ...]
+"""What `apply` was called with: the triple first, then its operands."""
+
+
+class LayerContext(AutogradContext, Protocol):
+    """The context of a layer's autograd function; `names` are those of the saved tensors."""
+
+    triple: "GemmTriple"
+    names: tuple[str, ...]
+
+
+class VmapInfo(Protocol):
+    """What a `vmap` rule is told of the transform."""
+
+    batch_size: int
+    randomness: str
 
 
 def are_transforms_active() -> bool:
@@ -55,16 +75,16 @@ class _Mask(Function):
         return _current(source, weight).detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: tuple["MaskSource", Tensor], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
+    def jvp(ctx: AutogradContext, *tangents: Tensor | None) -> None:
         return None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor | None, int | None]:
-        masks, dims = _by_slices(lambda *one: (mask_of(*one),), info, in_dims, inputs)
+    def vmap(info: VmapInfo, in_dims: Dims, source: "MaskSource", weight: Tensor) -> tuple[Tensor | None, int | None]:
+        masks, dims = _by_slices(lambda one: (mask_of(source, one),), info, in_dims[1:], [weight])
         return masks[0], dims[0]
 
 
@@ -76,50 +96,58 @@ class _Layer(Function):
         return triple.forward_of(triple.named(operands))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: LayerContext, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
         triple, *operands = inputs
         triple.save(ctx, operands, outputs[1:])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_forward(*operands)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: LayerContext, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _Gradients.apply(ctx.triple, ctx.names, ctx.needs_input_grad, grad_output, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
         return None, *gradients
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: LayerContext, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return _tangent(ctx.triple, ctx.saved_tensors, tangents), *(None for _ in ctx.triple.graphs.saved)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Sliced:
-        return _by_slices(_Layer.apply, info, in_dims, inputs)
+    def vmap(info: VmapInfo, in_dims: Dims, triple: "GemmTriple", *operands: Tensor | None) -> Sliced:
+        return _by_slices(partial(_Layer.apply, triple), info, in_dims[1:], operands)
 
 
 class _Gradients(Function):
     """The backward and the update graph of a pruned layer, which have no derivative."""
 
     @staticmethod
-    def forward(triple: "GemmTriple", *inputs: Any) -> tuple[Tensor | None, ...]:
-        return triple.gradients(*inputs)
+    def forward(
+        triple: "GemmTriple", names: Sequence[str], needs: Sequence[bool], *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return triple.gradients(names, needs, *tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor | None, ...]) -> None:
+    def setup_context(ctx: LayerContext, inputs: Inputs, outputs: tuple[Tensor | None, ...]) -> None:
         ctx.triple = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
+    def backward(ctx: LayerContext, *_: Tensor) -> None:
         raise no_second_derivative(ctx.triple)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Sliced:
-        triple, _, needs, *_ = inputs
+    def vmap(
+        info: VmapInfo,
+        in_dims: Dims,
+        triple: "GemmTriple",
+        names: Sequence[str],
+        needs: Sequence[bool],
+        *tensors: Tensor | None,
+    ) -> Sliced:
         if triple.draws_for(needs) and info.randomness != "different":
             raise GradientError(
                 f"layer {triple.layer.name!r}: its gradients are pruned at random, with draws of its own for each "
                 "sample; pass randomness='different' to torch.func.vmap"
             )
-        return _by_slices(_Gradients.apply, info, in_dims, inputs)
+        return _by_slices(partial(_Gradients.apply, triple, names, needs), info, in_dims[3:], tensors)
 
 
 def no_second_derivative(triple: "GemmTriple") -> GradientError:
@@ -154,11 +182,14 @@ def _tangent(triple: "GemmTriple", operands: Sequence[Tensor | None], tangents: 
 
 
 def _by_slices(
-    function: Callable[..., tuple[Any, ...]], info: Any, in_dims: tuple[Any, ...], inputs: Sequence[Any]
+    function: Callable[..., tuple[Tensor | None, ...]],
+    info: VmapInfo,
+    in_dims: Dims,
+    inputs: Sequence[Tensor | None],
 ) -> Sliced:
     """Run a function for each slice along the mapped dims, and stack its results along dim 0."""
     slices = [
-        [x.select(dim, index) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims, strict=True)]
+        [x if x is None or dim is None else x.select(dim, index) for x, dim in zip(inputs, in_dims, strict=True)]
         for index in range(info.batch_size)
     ]
     columns = list(zip(*(function(*one) for one in slices), strict=True))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +21,9 @@ from nmcompile.three_gemm.observer import Observer, Results, Values
 from nmcompile.three_gemm.shards import Shards
 from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, no_second_derivative, run_layer
 from nmcompile.weight_cache import FROZEN, Content, forget, weights_at_rest
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
 """The operands of a layer, in the order in which its autograd function takes them."""
@@ -180,7 +183,7 @@ class GemmTriple:
         for step in self.steps.activations:
             step.move(device)
 
-    def _shards(self, input: Tensor, weight: Tensor, rows: slice | None) -> Shards:
+    def _shards(self, input: Tensor, weight: "DTensor", rows: slice | None) -> Shards:
         if rows is not None:
             raise ConfigError(
                 f"layer {self.layer.name!r}: its weight packs three projections, and is split among processes; leave "

@@ -2,12 +2,12 @@
 
 import copy
 import sys
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from nmcompile.arguments import Kwargs
 from nmcompile.sharded import gathered, is_sharded
 from nmcompile.three_gemm.modules import Rewritten, rebuild
 
@@ -16,7 +16,7 @@ MARKS = "__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig
 """How the names begin under which modules remember that they were split."""
 
 
-def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def without_hooks(attributes: Kwargs) -> dict[str, object]:
     """Return a module's attributes without the hooks that gather, split and move its tensors."""
     return {name: _own_hooks(value) if name.endswith("_hooks") else value for name, value in attributes.items()}
 
@@ -27,7 +27,7 @@ def unsharded_copy(model: nn.Module) -> nn.Module:
     for module in fully_sharded:
         module.reshard()  # what was gathered for a call may have another dtype
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_sharded(tensor)]
-    memo: dict[int, Any] = {
+    memo: dict[int, object] = {
         id(tensor): tensor.detach().clone() for module in model.modules() for tensor in _computed(module)
     }
     if not tensors and not fully_sharded:
@@ -55,7 +55,7 @@ def _fully_sharded(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
-def _whole(tensor: Any) -> Any:
+def _whole(tensor: Tensor) -> Tensor:
     whole = gathered(tensor)
     return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
@@ -71,19 +71,19 @@ def _shell(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return empty
 
 
-def _own(module: nn.Module) -> dict[str, Any]:
+def _own(module: nn.Module) -> dict[str, object]:
     attributes = without_hooks(module.__dict__)
     return {name: value for name, value in attributes.items() if not name.startswith(MARKS)}
 
 
-def _own_hooks(hooks: Any) -> Any:
+def _own_hooks(hooks: object) -> object:
     if not isinstance(hooks, dict):  # a GraphModule has lists by such names
         return hooks
     own = {key: hook for key, hook in hooks.items() if not _origin(hook).startswith(SPLITTERS)}
     return hooks if len(own) == len(hooks) else type(hooks)(own)
 
 
-def _origin(hook: Any) -> str:
+def _origin(hook: object) -> str:
     while isinstance(hook, partial):
         hook = hook.func
     return str(getattr(hook, "__module__", ""))

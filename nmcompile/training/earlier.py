@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -85,7 +84,7 @@ def _obeyed(root: nn.Module) -> Iterator[tuple[str, WeightMask]]:
     """The masks of a finalized model whose weights are still zero where they say so."""
     for name, (mask, place) in root.__dict__[FINALIZED].items():
         path, _, attribute = name.rpartition(".")
-        weight: Any = None if place else getattr(root.get_submodule(path), attribute, None)
+        weight = None if place else getattr(root.get_submodule(path), attribute, None)
         if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != mask.tensor.shape:
             continue
         pruned = weight.detach()[~mask.tensor.to(weight.device)]

@@ -268,7 +268,7 @@ class WeightMask:
             self.tensor = moved
         self.accept_content()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         self.look()
         return self.__dict__ | {"owners": list(self.owners.items())}
 
@@ -278,7 +278,7 @@ class WeightMask:
         live_masks.add(self)
         watch_optimizers()  # in a process that has compiled nothing
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightMask":
+    def __deepcopy__(self, memo: dict[int, object]) -> "WeightMask":
         replica = type(self).__new__(type(self))
         memo[id(self)] = replica
         replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))

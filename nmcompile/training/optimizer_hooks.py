@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_compiled
 from nmcompile.printable import printable
 from nmcompile.sharded import is_sharded, like_shard
@@ -51,7 +52,7 @@ def step(model: nn.Module) -> None:
     _note_step(list(model.parameters()))
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+def _before_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     masks = list(_masks_of(_held(optimizer)))
     _steps_before[optimizer] = {id(mask): mask.notes for mask in masks}
     for mask in masks:
@@ -66,7 +67,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
         return None
     # The gradients are only computed in there.
     evaluate = partial(_evaluate, closure, masks, optimizer)
-    return (args, kwargs | {"closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
+    return (args, {**kwargs, "closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
 
 
 def _warn_of_resumption(optimizer: Optimizer, resumed: "Sequence[WeightMask]") -> None:
@@ -83,7 +84,7 @@ def _warn_of_resumption(optimizer: Optimizer, resumed: "Sequence[WeightMask]") -
         )
 
 
-def _evaluate(closure: Callable[[], Any], masks: "Sequence[WeightMask]", optimizer: Optimizer) -> Any:
+def _evaluate(closure: Callable[[], object], masks: "Sequence[WeightMask]", optimizer: Optimizer) -> object:
     """The loss, with the gradients that the optimizer shall see."""
     for mask in masks:
         mask.accept_version()  # of what the optimizer wrote on its way: line searches call closures more than once
@@ -101,7 +102,7 @@ def _decay(masks: "Sequence[WeightMask]", optimizer: Optimizer) -> None:
         mask.is_decayed = True
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _after_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
     # A GradScaler tells fused optimizers, which are called each time, what made them skip the step.
     found_inf = getattr(optimizer, "found_inf", None)
     _note_step(_held(optimizer), _steps_before.pop(optimizer, {}), found_inf if isinstance(found_inf, Tensor) else None)

@@ -60,6 +60,7 @@ def test_torch_goes_on_from_what_was_rounded_otherwise(
         found[-1][0, 3] += sign  # of the last layer, so no other one is affected
         after = lockstep.run(Example((images,)), found)
     step = sign * model.layers["head"].input.scale * model.layers["head"].weight.values[:, 3]
+    assert isinstance(before, Tensor) and isinstance(after, Tensor)
     torch.testing.assert_close(after - before, torch.cat([step[None], torch.zeros(3, 8)]))
     assert lockstep.taken_over == 1
     with torch.no_grad():

@@ -94,7 +94,7 @@ UNDERSTOOD: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
 def test_a_batch_is_understood_by_the_signature_of_forward(name: str) -> None:
     model, batch, expected = UNDERSTOOD[name]
     found = run_batch(model, batch)
-    assert found.keys() == expected.keys()
+    assert isinstance(found, dict) and found.keys() == expected.keys()
     assert all(same(found[key], expected[key]) for key in expected)
 
 
