@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,9 @@ class IsolatedSession:
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self.close = weakref.finalize(self, _stop, self._process)
         settings = struct.pack("<QqQ", limits.memory, threads or 0, math.ceil(limits.seconds) + GRACE)
-        source = [b"content", model.content] if model.path is None else [b"path", os.fsencode(model.path.absolute())]
+        source: list[worker.Part] = (
+            [b"content", model.content] if model.path is None else [b"path", os.fsencode(model.path.absolute())]
+        )
         self._ask([settings, *source], FileError, "open")
 
     def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -76,7 +77,7 @@ class IsolatedSession:
         Raises:
             LoweringError: an operator failed, the process died, or it took too much time or memory.
         """
-        parts: list[Any] = []
+        parts: list[worker.Part] = []
         for value in self.inputs:
             x = tensors[value.name]
             parts += [value.name.encode(), worker.pack_type(value.onnx_dtype, x.shape), _bytes(x)]
@@ -88,7 +89,7 @@ class IsolatedSession:
             self.close()
             raise LoweringError(f"{self._name}: its process did not return its outputs") from error
 
-    def _ask(self, parts: Sequence[Any], kind: type[NMCompileError], doing: str) -> list[bytearray]:
+    def _ask(self, parts: Sequence[worker.Part], kind: type[NMCompileError], doing: str) -> list[bytearray]:
         """Send a message and return its answer; any failure of the process ends it."""
         with self._lock:
             if not self.close.alive:
@@ -154,9 +155,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
 
 
-def _bytes(x: Tensor) -> Any:
+def _bytes(x: Tensor) -> memoryview:
     """Return the content of a contiguous tensor, for which NumPy may have no type."""
-    return x.reshape(-1).view(torch.uint8).numpy() if x.numel() else b""
+    return x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else memoryview(b"")
 
 
 def _tensor(value: Value, kind: bytes | bytearray, content: bytearray) -> Tensor:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from onnx import TensorProto, TensorShapeProto, ValueInfoProto
 from torch import Tensor
 
 from nmcompile.errors import FileError, OperandError, nearest
+
+if TYPE_CHECKING:
+    from onnxruntime import NodeArg
 
 DTYPES = {
     "tensor(float)": (torch.float32, TensorProto.FLOAT),
@@ -34,7 +37,7 @@ class Value:
     shape: tuple[int | str | None, ...]
 
     @classmethod
-    def of(cls, argument: Any) -> "Value":
+    def of(cls, argument: "NodeArg") -> "Value":
         """Make a value from ONNX Runtime's description."""
         if argument.type not in DTYPES:
             raise FileError(f"input or output {argument.name!r} is a {argument.type}; expected a tensor of numbers")

@@ -12,8 +12,13 @@ import signal
 import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Any
+from types import ModuleType
+from typing import IO, TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+Part = bytes | bytearray | memoryview
 OK, ERROR = b"ok", b"error"
 DTYPES = {
     1: "f4", 2: "u1", 3: "i1", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 16: "u2",
@@ -28,7 +33,7 @@ class Malformed(Exception):
     """A message that is malformed, or larger than allowed."""
 
 
-def send(stream: IO[bytes], parts: Sequence[Any]) -> None:
+def send(stream: IO[bytes], parts: Sequence[Part]) -> None:
     """Write a message; its parts are bytes-like objects."""
     stream.write(struct.pack("<I", len(parts)))
     for part in parts:
@@ -97,9 +102,9 @@ def main() -> None:
     settings, kind, model = receive(requests, MOST_BYTES)
     memory, threads, seconds = struct.unpack("<QqQ", settings)
     _limit(memory)
-    session: list[Any] = []
+    session: list[InferenceSession] = []
 
-    def open_model(_: Sequence[bytearray]) -> list[Any]:
+    def open_model(_: Sequence[bytearray]) -> list[Part]:
         source = bytes(model) if kind == b"content" else os.fsdecode(bytes(model))
         session.append(_open(onnxruntime, source, threads))
         return []
@@ -112,7 +117,7 @@ def main() -> None:
 
 
 def _answer(
-    answers: IO[bytes], do: Callable[[list[bytearray]], list[Any]], message: list[bytearray], seconds: int
+    answers: IO[bytes], do: Callable[[list[bytearray]], list[Part]], message: list[bytearray], seconds: int
 ) -> None:
     _alarm(seconds)
     try:
@@ -123,7 +128,7 @@ def _answer(
     send(answers, answer)
 
 
-def _open(onnxruntime: Any, source: bytes | str, threads: int) -> Any:
+def _open(onnxruntime: ModuleType, source: bytes | str, threads: int) -> "InferenceSession":
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if threads > 0:
@@ -131,7 +136,7 @@ def _open(onnxruntime: Any, source: bytes | str, threads: int) -> Any:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def _run(onnxruntime: Any, session: Any, message: Sequence[bytearray]) -> list[Any]:
+def _run(onnxruntime: ModuleType, session: "InferenceSession", message: Sequence[bytearray]) -> list[Part]:
     """Run the model on (name, type, content) of each input; return (type, content) of each output."""
     import numpy as np
 
@@ -141,7 +146,7 @@ def _run(onnxruntime: Any, session: Any, message: Sequence[bytearray]) -> list[A
         array = np.ndarray(shape, DTYPES[onnx_dtype], content or bytearray(1))
         alive.append(array)
         feeds[name.decode()] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, onnx_dtype)
-    parts: list[Any] = []
+    parts: list[Part] = []
     for value in session.run_with_ort_values([output.name for output in session.get_outputs()], feeds):
         shape = tuple(value.shape())
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[value.element_type()]).itemsize

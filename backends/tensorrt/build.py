@@ -8,9 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from nmcompile.backends.tensorrt.build_log import BuildLog, recorded
+from nmcompile.backends.tensorrt.build_log import BuildLog, Logger, recorded
 from nmcompile.backends.tensorrt.engine_layers import EngineLayer, layers_from_json, layers_from_log
 from nmcompile.backends.tensorrt.installed import find_tensorrt, gpu_name
 from nmcompile.backends.tensorrt.layer_report import EngineReport, explain
@@ -23,6 +23,9 @@ from nmcompile.files.open_onnx import OnnxFile, open_onnx
 from nmcompile.files.read_files import read_regular
 from nmcompile.files.read_weights import read_weights
 from nmcompile.files.write_atomically import sha256, write_atomically
+
+if TYPE_CHECKING:
+    import tensorrt
 
 LARGEST_CACHE = 2**30  # bytes
 
@@ -86,7 +89,7 @@ class _Build:
     """The objects of one build; TensorRT needs them alive until its end."""
 
     trt: ModuleType
-    logger: Any
+    logger: Logger
     log: BuildLog
     model: OnnxFile
 
@@ -111,7 +114,7 @@ class _Build:
             write_atomically(cache, bytes(config.get_timing_cache().serialize()))
         return bytes(plan), shapes
 
-    def _config(self, builder: Any, shapes: Shapes, sparse: bool) -> Any:
+    def _config(self, builder: "tensorrt.Builder", shapes: Shapes, sparse: bool) -> "tensorrt.IBuilderConfig":
         config = builder.create_builder_config()
         config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
         if sparse:
@@ -122,7 +125,7 @@ class _Build:
         config.add_optimization_profile(profile)
         return config
 
-    def _parse(self, network: Any) -> Any:
+    def _parse(self, network: "tensorrt.INetworkDefinition") -> "tensorrt.OnnxParser":
         parser = self.trt.OnnxParser(network, self.logger)
         path = self.model.path
         parsed = parser.parse(self.model.content) if path is None else parser.parse_from_file(str(path))
@@ -133,12 +136,12 @@ class _Build:
         return parser
 
 
-def _described(error: Any) -> str:
+def _described(error: "tensorrt.ParserError") -> str:
     where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
     return f"{where}{error.desc()} [{error.code().name}]"
 
 
-def _shapes(tensor: Any, batch: Batch) -> list[list[int]]:
+def _shapes(tensor: "tensorrt.ITensor", batch: Batch) -> list[list[int]]:
     shape = list(tensor.shape)
     if -1 in shape[1:]:
         raise LoweringError(
@@ -148,7 +151,7 @@ def _shapes(tensor: Any, batch: Batch) -> list[list[int]]:
     return [[size if first == -1 else first for first in shape[:1]] + shape[1:] for size in batch]
 
 
-def _sparse_flag(trt: ModuleType) -> Any:
+def _sparse_flag(trt: ModuleType) -> "tensorrt.BuilderFlag":
     if not hasattr(trt.BuilderFlag, "SPARSE_WEIGHTS"):
         raise BackendUnavailable(f"{trt.__name__} has no sparse tactics; install tensorrt, or build with sparse=False")
     return trt.BuilderFlag.SPARSE_WEIGHTS
@@ -158,7 +161,7 @@ def _content(path: Path) -> bytes:
     return read_regular(path, LARGEST_CACHE) if path.exists() else b""
 
 
-def _engine_layers(trt: ModuleType, logger: Any, log: BuildLog, plan: bytes) -> tuple[EngineLayer, ...]:
+def _engine_layers(trt: ModuleType, logger: Logger, log: BuildLog, plan: bytes) -> tuple[EngineLayer, ...]:
     """Read the layers from the plan if a GPU can load it, else from the listing at the end of the log."""
     if gpu_name() is None:
         return layers_from_log(log.lines)

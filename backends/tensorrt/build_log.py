@@ -10,7 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import tensorrt
 
 LOGGER = logging.getLogger("nmcompile.tensorrt")
 LEVELS = {
@@ -39,26 +42,32 @@ class BuildLog:
         return "; ".join(self.troubles[-count:]) or "TensorRT gave no reason"
 
 
+class Logger(Protocol):
+    """TensorRT's logger, with the log of the build that is under way."""
+
+    build_log: BuildLog | None
+
+
 @contextmanager
-def recorded(trt: ModuleType) -> Iterator[tuple[Any, BuildLog]]:
+def recorded(trt: ModuleType) -> Iterator[tuple[Logger, BuildLog]]:
     """Yield TensorRT's logger, and the log that it fills meanwhile; builds in several threads wait for each other."""
     logger, lock = _process_logger(trt)
     with lock:
-        logger.build_log = BuildLog()
+        log = logger.build_log = BuildLog()
         try:
-            yield logger, logger.build_log
+            yield logger, log
         finally:
             logger.build_log = None
 
 
 @functools.cache
-def _process_logger(trt: ModuleType) -> tuple[Any, threading.Lock]:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+def _process_logger(trt: ModuleType) -> tuple[Logger, threading.Lock]:
+    class ProcessLogger(trt.ILogger):  # type: ignore[misc, name-defined]
         build_log: BuildLog | None = None
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: "tensorrt.ILogger.Severity", message: str) -> None:
             if self.build_log is not None:
                 self.build_log.add(severity.name, message)
             LOGGER.log(LEVELS[severity.name], message)
 
-    return Logger(), threading.Lock()
+    return ProcessLogger(), threading.Lock()

@@ -6,7 +6,6 @@ Both need detailed profiling verbosity; without it they hold names only.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nmcompile.checks import described
 from nmcompile.errors import FileError
@@ -65,17 +64,17 @@ def layers_from_log(lines: Sequence[str]) -> tuple[EngineLayer, ...]:
     return tuple(_from_row(row, match) for row, match in listed if match is not None)
 
 
-def _from_entry(layer: Any) -> EngineLayer:
+def _from_entry(layer: object) -> EngineLayer:
     if isinstance(layer, str):
         return EngineLayer(layer, tuple(layer.split(" + ")))
     outputs = layer.get("Outputs", []) if isinstance(layer, dict) else None
-    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+    if not (isinstance(layer, dict) and isinstance(outputs, list) and all(isinstance(one, dict) for one in outputs)):
         raise FileError("not TensorRT's layer information: a layer is a name, or an object with a list 'Outputs'")
     types = tuple(_text(output, "Datatype") or _text(output, "Format/Datatype") for output in outputs)
     return _layer(_text(layer, "Name"), _text(layer, "Metadata"), _text(layer, "TacticName"), types)
 
 
-def _text(entry: dict[str, Any], key: str) -> str:
+def _text(entry: dict[str, object], key: str) -> str:
     value = entry.get(key, "")
     if not isinstance(value, str):
         raise FileError(f"not TensorRT's layer information: {key!r} is {described(value)}, expected text")

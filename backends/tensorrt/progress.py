@@ -2,12 +2,27 @@
 
 import threading
 from types import ModuleType
-from typing import Any
+from typing import NoReturn, Protocol
 
 from tqdm import tqdm
 
 
-def progress_monitor(trt: ModuleType) -> Any:
+class ProgressMonitor(Protocol):
+    """An `IProgressMonitor` of TensorRT that tells whether Ctrl-C has stopped the build."""
+
+    interrupted: bool
+
+    def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+        """Open a bar."""
+
+    def step_complete(self, phase: str, step: int) -> bool:
+        """Move a bar on; False stops the build."""
+
+    def phase_finish(self, phase: str) -> None:
+        """Close a bar."""
+
+
+def progress_monitor(trt: ModuleType) -> ProgressMonitor:
     """Make an `IProgressMonitor` with one bar per phase, nested like the phases; no bars unless stderr is a terminal.
 
     After Ctrl-C it stops the build, and its `interrupted` is set.
@@ -17,7 +32,7 @@ def progress_monitor(trt: ModuleType) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.interrupted = False
-            self.bars: dict[str, Any] = {}
+            self.bars: dict[str, tqdm[NoReturn]] = {}
             self.lock = threading.Lock()  # several of TensorRT's threads report
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:

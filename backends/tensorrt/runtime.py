@@ -2,7 +2,7 @@
 
 import os
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from nmcompile.backends.tensorrt.installed import find_tensorrt, gpu_name
 from nmcompile.backends.tensorrt.sidecar import Sidecar, read_plan
 from nmcompile.checks import check_path
 from nmcompile.errors import BackendUnavailable, FileError, LoweringError, OperandError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 DTYPES = {
     "FLOAT": torch.float32,
@@ -62,7 +65,7 @@ def _check_place(path: str | os.PathLike[str], sidecar: Sidecar, trt: ModuleType
 class TensorRTModel:
     """A loaded engine. It runs in torch's current stream, one call at a time; inputs come in the ONNX file's order."""
 
-    def __init__(self, engine: Any, trt: ModuleType) -> None:
+    def __init__(self, engine: "tensorrt.ICudaEngine", trt: ModuleType) -> None:
         self.engine = engine
         self.context = engine.create_execution_context()
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]

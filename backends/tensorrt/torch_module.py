@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.export import ExportedProgram
 from nmcompile.errors import BackendUnavailable
 
 
-def torch_tensorrt_module(model: nn.Module | ExportedProgram, args: Sequence[Tensor], **settings: Any) -> nn.Module:
+def torch_tensorrt_module(model: nn.Module | ExportedProgram, args: Sequence[Tensor], **settings: object) -> nn.Module:
     """Compile a model with Torch-TensorRT, with sparse tactics on (there they are off by default).
 
     Args:
@@ -23,7 +22,7 @@ def torch_tensorrt_module(model: nn.Module | ExportedProgram, args: Sequence[Ten
         BackendUnavailable: Torch-TensorRT cannot be imported.
     """
     try:
-        dynamo: Any = importlib.import_module("torch_tensorrt").dynamo
+        dynamo = importlib.import_module("torch_tensorrt").dynamo
     except (ImportError, OSError) as error:
         raise BackendUnavailable(f"Torch-TensorRT cannot be imported ({error}); pip install torch-tensorrt") from error
     program = model if isinstance(model, ExportedProgram) else torch.export.export(model, tuple(args))

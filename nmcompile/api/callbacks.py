@@ -4,10 +4,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from numbers import Integral
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from nmcompile.api.trainers import LightningTrainer, TrainerState, TrainingArguments
 from nmcompile.checks import check_kind, check_number
 from nmcompile.errors import BackendUnavailable, ConfigError
 
@@ -44,7 +46,7 @@ def lightning_callback(recipe: Iterator[nn.Module], begins: Sequence[int]) -> An
     phases = _Phases(recipe, begins)
 
     class RecipeCallback(_import("lightning.pytorch", "lightning").Callback):  # type: ignore[misc]
-        def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        def on_train_epoch_start(self, trainer: LightningTrainer, pl_module: nn.Module) -> None:
             phases.reach(trainer.current_epoch)
 
     return RecipeCallback()
@@ -55,13 +57,15 @@ def trainer_callback(recipe: Iterator[nn.Module], begins: Sequence[int]) -> Any:
     phases = _Phases(recipe, begins)
 
     class RecipeCallback(_import("transformers", "transformers").TrainerCallback):  # type: ignore[misc]
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_epoch_begin(
+            self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object
+        ) -> None:
             phases.reach(round(state.epoch or 0))
 
     return RecipeCallback()
 
 
-def _import(module: str, package: str) -> Any:
+def _import(module: str, package: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:

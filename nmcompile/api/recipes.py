@@ -9,7 +9,6 @@ the result. What a phase needs from the one before (a mask, a clip) is computed 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -23,7 +22,7 @@ SR_STE = 2e-4  # λ of Zhou et al. 2021
 
 
 def scheme_a(
-    model: nn.Module, *, calibration: Iterable[Any], config: CompileConfig | None = None, inplace: bool = False
+    model: nn.Module, *, calibration: Iterable[object], config: CompileConfig | None = None, inplace: bool = False
 ) -> Iterator[nn.Module]:
     """§6.4, scheme A, one phase: sparse weights from scratch with SR-STE, sparse activations, 4 bits, learned clips.
 
@@ -38,7 +37,7 @@ def scheme_a(
 
 
 def scheme_b(
-    model: nn.Module, *, calibration: Iterable[Any], config: CompileConfig | None = None, inplace: bool = False
+    model: nn.Module, *, calibration: Iterable[object], config: CompileConfig | None = None, inplace: bool = False
 ) -> Iterator[nn.Module]:
     """§6.4, scheme B: train with sparse activations in full precision; fix the weight masks; train sparse with 4 bits.
 

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nmcompile.api.finalize import finalize
 from nmcompile.api.sparse_state import load_sparse_state_dict, sparse_state_dict
+from nmcompile.api.trainers import LightningTrainer, TrainerState, TrainingArguments
 from nmcompile.errors import FileError, PassError
 from nmcompile.files.read_files import read_regular
 from nmcompile.files.write_atomically import write_atomically
@@ -54,13 +55,15 @@ class SparseTraining(Callback):  # type: ignore[misc]
         self.finalized = finalized
         self.is_restored = False
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., None]:
         # Both trainers call every event of theirs. Neither class of callbacks is imported, so both can be missing.
         if name.startswith("on_") or name == "teardown":
             return _do_nothing
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module, **kwargs: object
+    ) -> None:
         """Load the sparse state of the checkpoint that the Trainer resumes from."""
         record_of(model)
         if state.global_step:
@@ -68,7 +71,9 @@ class SparseTraining(Callback):  # type: ignore[misc]
             advice = "set TrainingArguments.resume_from_checkpoint to the folder if it lies outside of output_dir"
             _load_from(folders, model, f"the checkpoint of step {state.global_step}", advice)
 
-    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module, **kwargs: object
+    ) -> None:
         """Save the sparse state in the checkpoint that the Trainer has written."""
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if not args.should_save:
@@ -94,32 +99,32 @@ class SparseTraining(Callback):  # type: ignore[misc]
         folder = Path(arguments.output_dir, "finalized")
         self._finalize(model, folder, arguments.should_save, kwargs.get("processing_class"))
 
-    def setup(self, trainer: Any, module: nn.Module, stage: str) -> None:
+    def setup(self, trainer: LightningTrainer, module: nn.Module, stage: str) -> None:
         """Expect the sparse state of a checkpoint, if Lightning will load one."""
         self.is_restored = False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, str]:
         """Leave a trace in checkpoints of Lightning."""
         return {"key": STATE_KEY}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Do nothing: `on_load_checkpoint` has the model."""
 
-    def on_save_checkpoint(self, trainer: Any, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: LightningTrainer, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Put the sparse state into a checkpoint of Lightning."""
         checkpoint[STATE_KEY] = {name: tensor.cpu() for name, tensor in sparse_state_dict(module).items()}
 
-    def on_load_checkpoint(self, trainer: Any, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: LightningTrainer, module: nn.Module, checkpoint: dict[str, Any]) -> None:
         """Load it from there."""
         if STATE_KEY in checkpoint:
             load_sparse_state_dict(module, checkpoint[STATE_KEY])
             self.is_restored = True
 
-    def on_fit_start(self, trainer: Any, module: nn.Module) -> None:
+    def on_fit_start(self, trainer: LightningTrainer, module: nn.Module) -> None:
         """Refuse a model that is not compiled."""
         record_of(module)
 
-    def on_train_start(self, trainer: Any, module: nn.Module) -> None:
+    def on_train_start(self, trainer: LightningTrainer, module: nn.Module) -> None:
         """Warn where Lightning has loaded a checkpoint without a sparse state."""
         if trainer.ckpt_path and not self.is_restored:
             self.is_restored = True  # one warning is enough
@@ -127,7 +132,7 @@ class SparseTraining(Callback):  # type: ignore[misc]
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
 
-    def _finalize(self, model: nn.Module, folder: Path, writes: bool, processing: Any = None) -> None:
+    def _finalize(self, model: nn.Module, folder: Path, writes: bool, processing: object = None) -> None:
         if not self.finalized:
             return
         try:
@@ -138,28 +143,28 @@ class SparseTraining(Callback):  # type: ignore[misc]
             return
         if writes:
             _write(final, folder)
-            if hasattr(processing, "save_pretrained"):
-                processing.save_pretrained(folder)
+            if saves := getattr(processing, "save_pretrained", None):
+                saves(folder)
 
 
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
+def _do_nothing(*args: object, **kwargs: object) -> None:
     """An event that nothing is to be done at."""
 
 
-def _checkpoints(args: Any, state: Any) -> Iterator[Path]:
+def _checkpoints(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:
     """Yield where the checkpoint may lie that a Trainer resumes from, which does not tell its callbacks."""
     if isinstance(args.resume_from_checkpoint, str):
         yield Path(args.resume_from_checkpoint)
     yield Path(args.output_dir, f"checkpoint-{state.global_step}")
 
 
-def _is_of(folder: Path, state: Any) -> bool:
+def _is_of(folder: Path, state: TrainerState) -> bool:
     """Whether a checkpoint is the one that the Trainer's state was loaded from, and not of another run."""
     file = folder / "trainer_state.json"
     return file.is_file() and _marks(type(state).load_from_json(str(file))) == _marks(state)
 
 
-def _marks(state: Any) -> str:
+def _marks(state: TrainerState) -> str:
     return json.dumps([state.global_step, state.best_metric, state.log_history])
 
 
@@ -184,15 +189,16 @@ def _read(file: Path, largest: int) -> dict[str, Tensor]:
         raise FileError(f"{file}: not a whole safetensors file ({error})") from error
 
 
-def _lightning_folder(trainer: Any) -> Path:
+def _lightning_folder(trainer: LightningTrainer) -> Path:
     saving = trainer.checkpoint_callback
     return Path(getattr(saving, "dirpath", None) or trainer.log_dir or trainer.default_root_dir)
 
 
-def _write(model: Any, folder: Path) -> None:
-    # With adapters, save_pretrained would write these alone.
-    if hasattr(model, "save_pretrained") and not hasattr(model, "peft_config"):
-        model.save_pretrained(folder)
+def _write(model: nn.Module, folder: Path) -> None:
+    saves = getattr(model, "save_pretrained", None)
+    # With adapters it would write these alone.
+    if saves is not None and not hasattr(model, "peft_config"):
+        saves(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}

@@ -1,7 +1,6 @@
 """The entries of a sparse state, checked before any of them is loaded: it may be damaged, or come from elsewhere."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ CLOCK, DRAW, CLIP, DENSE = ".clock", ".draw", "clip", ".dense_phases"  # how key
 MOST = 2**62  # steps or calls: a counter goes on from what is loaded
 
 
-def check_readable(state: Any) -> None:
+def check_readable(state: object) -> None:
     """Raise unless `state` is named tensors in a format that this version reads."""
     if not isinstance(state, Mapping):
         raise StateError(f"the sparse state is of type {type(state).__name__}; give what sparse_state_dict returned")
@@ -43,13 +42,13 @@ def check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
         check_entry(name, state[name], mine)
 
 
-def check_entry(name: str, value: Any, mine: Tensor) -> None:
+def check_entry(name: str, value: object, mine: Tensor) -> None:
     """Raise unless an entry can take the place of the model's own."""
     if reason := _refusal(name, value, mine):
         raise StateError(f"{name!r} of the sparse state {reason}")
 
 
-def _refusal(name: str, value: Any, mine: Tensor) -> str:
+def _refusal(name: str, value: object, mine: Tensor) -> str:
     if not isinstance(value, Tensor):
         return f"is of type {type(value).__name__}; expected a tensor"
     if value.is_meta or value.layout != torch.strided or value.is_quantized:
