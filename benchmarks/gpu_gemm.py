@@ -63,7 +63,7 @@ def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> Row:
     x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
     compiled(x)
     weight = nmcompile.finalize(compiled).get_parameter("weight")
-    product = Product("", Operand(weight, 1), x, layer.bias, weight=weight)
+    product = Product(Operand(weight, 1), x, layer.bias, weight=weight)
     calls = {"dense": lambda: F.linear(x, weight, layer.bias), "compiled": lambda: compiled(x)}
     with weights_at_rest():
         if product.multiply() is not None:

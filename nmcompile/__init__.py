@@ -14,8 +14,8 @@ from nmcompile.api.freeze import freeze as freeze
 from nmcompile.api.sparse_state import load_sparse_state_dict as load_sparse_state_dict
 from nmcompile.api.sparse_state import sparse_state_dict as sparse_state_dict
 from nmcompile.api.verify import verify as verify
-from nmcompile.backends.shared.choose_kernel import load_choices as load_choices
-from nmcompile.backends.shared.choose_kernel import save_choices as save_choices
+from nmcompile.backends.shared.saved_choices import load_choices as load_choices
+from nmcompile.backends.shared.saved_choices import save_choices as save_choices
 from nmcompile.config import CompileConfig as CompileConfig
 from nmcompile.config import LayerConfig as LayerConfig
 from nmcompile.config import Phase as Phase

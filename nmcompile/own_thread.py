@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 import torch
 from torch import fx
 from torch.fx import _symbolic_trace as symbolic
+from torch.fx import graph_module
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,7 +50,9 @@ def exporting_alone() -> Iterator[None]:
     """Do as `tracing_alone`, and confine the flags by which `torch.export` says that the whole process compiles."""
     from torch.export import _trace
 
-    with tracing_alone(), _replaced(_trace, "_compiling_state_context", _compiling_here):
+    # fx would store the source of every graph that export makes on the way, for as long as the process lives.
+    sources = _replaced(graph_module, "_loader", _NoSources(graph_module._loader))
+    with tracing_alone(), _replaced(_trace, "_compiling_state_context", _compiling_here), sources:
         yield
 
 
@@ -115,6 +118,21 @@ class OnThread:
     def differs(self, record: logging.LogRecord) -> bool:
         """Return whether a log record comes from another thread."""
         return record.thread != self.thread
+
+
+class _NoSources:
+    """A store of generated sources to which one thread adds nothing."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.here = OnThread()
+
+    def cache(self, *args: Any, **kwargs: Any) -> str:
+        """Return the file name that stands for the source."""
+        return "<eval_with_key>" if self.here else str(self.store.cache(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
 
 
 class _Muted:

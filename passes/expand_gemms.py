@@ -13,6 +13,7 @@ from torch import fx
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.generated_code import GeneratedModule
 from nmcompile.ir.layers import ConvLayer, Layer
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import LayerPlan
@@ -38,7 +39,7 @@ def expand(plan: LayerPlan) -> ThreeGraphs:
     """The three dense graphs of one layer."""
     layer = plan.layer
     graphs = {Phase.FORWARD: _forward(layer), Phase.BACKWARD: _backward(layer), Phase.UPDATE: _update(layer)}
-    return ThreeGraphs(plan, {phase: fx.GraphModule(torch.nn.Module(), graph) for phase, graph in graphs.items()})
+    return ThreeGraphs(plan, {phase: GeneratedModule(torch.nn.Module(), graph) for phase, graph in graphs.items()})
 
 
 def _forward(layer: Layer) -> fx.Graph:

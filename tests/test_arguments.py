@@ -18,7 +18,7 @@ from nmcompile import NMPattern, Phase, pruning, quantization, training
 from nmcompile.api import recipes
 from nmcompile.api.callbacks import lightning_callback, trainer_callback
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
-from nmcompile.backends.shared.choose_kernel import load_choices, save_choices
+from nmcompile.backends.shared.saved_choices import load_choices, save_choices
 from nmcompile.backends.tensorrt import load_engine
 from nmcompile.errors import ConfigError, ExportError, NMCompileError
 from nmcompile.quantization import Grid, Histogram

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.backends.shared.choose_kernel import forget, load_choices, save_choices
+from nmcompile.backends.shared.known_choices import forget, known_choices
+from nmcompile.backends.shared.saved_choices import load_choices, save_choices
 from nmcompile.cli import cli
 from nmcompile.errors import NMCompileError
 from nmcompile.ir.plan import Reverted
@@ -167,10 +168,8 @@ def test_saved_choices_cannot_print_a_verdict(tmp_path: Path, nothing_loaded: No
     reason = HOSTILE.encode("unicode_escape").decode().replace("\\x", "\\u00")
     path.write_text(path.read_text().replace("{}", f'{{"p": {{"kernel": "dense", "reason": "{reason}"}}}}'))
     load_choices(path)
-    from nmcompile.backends.shared import choose_kernel as choices
-
-    assert choices._loaded["p"].reason == HOSTILE
-    assert_is_text(table([[str(choices._loaded["p"])]], ["kernel"]))
+    assert known_choices()["p"].reason == HOSTILE
+    assert_is_text(table([[str(known_choices()["p"])]], ["kernel"]))
 
 
 def test_what_accuracy_control_logs_is_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,6 @@
 """The CPU backend: native kernels that prune, find exact transposable 2:4 masks, and multiply 2:4 sparse operands."""
 
-import itertools
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import fx
@@ -13,11 +11,11 @@ from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.cpu.packed_integers import BITS
 from nmcompile.backends.cpu.prune import prune_natively, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
-from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
 from nmcompile.backends.shared.gemm_arguments import gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.ir import operations as ops
+from nmcompile.ir.choice_slot import ChoiceSlot
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, row_of, update_meta
 from nmcompile.ir.protocols import OTHER_KIND, Support
@@ -30,7 +28,6 @@ GEMMS: dict[tuple[Any, type[Layer]], Any] = {
     (ops.gemm_backward, ConvLayer): conv.conv_input_gradient,
     (ops.gemm_update, ConvLayer): conv.conv_weight_gradient,
 }
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def gemm_support(node: fx.Node) -> Support:
 def _lower_gemm(node: fx.Node) -> None:
     """Let a node choose its kernel, which masks or prunes the sparse operand itself if it can."""
     row, meta = pruned_row(node), meta_of(node)
-    name = f"{meta.layer.name} {meta.phase.value} {next(_numbers)}"
+    slot = ChoiceSlot(f"{meta.layer.name} {meta.phase.value}")
     target, arguments = GEMMS[node.target, type(meta.layer)], gemm_arguments(node)
     if _has_small_integers(node):
         target, arguments = linear_forward_on_grid, _arguments_on_grid(node, arguments)
@@ -86,8 +83,8 @@ def _lower_gemm(node: fx.Node) -> None:
     else:
         assert row is not None and row.pattern is not None
         arguments = *arguments, row.axis, row.pattern.block
-    ops.replace_node(node, target, (*arguments, name))
-    update_meta(node, choice=partial(latest, name))
+    ops.replace_node(node, target, (*arguments, slot.name))
+    update_meta(node, choice=slot)
 
 
 def _operator_support(node: fx.Node) -> Support:

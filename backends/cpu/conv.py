@@ -1,6 +1,6 @@
 """The three GEMMs of a convolution as the reference backend has them, by the sparse or by the dense kernel.
 
-The pruned operand is dense with zeros. `call` names the node that calls.
+The pruned operand is dense with zeros. `slot` is the name of the slot in which the node keeps its choice.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.spare_memory import empty, empty_like
 from nmcompile.backends.reference import conv
 from nmcompile.custom_op import custom_op
+from nmcompile.ir.choice_slot import keep
 from nmcompile.ir.operations import like
 from nmcompile.weight_cache import are_weights_at_rest
 
@@ -36,7 +37,7 @@ def conv_forward(
     padding: Ints,
     dilation: Ints,
     groups: int,
-    call: str,
+    slot: str,
 ) -> Tensor:
     """Y = X * W + b, `(N, C, *spatial)`, with W pruned along in-channels; channels last where X or W is."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -49,12 +50,13 @@ def conv_forward(
         return output if as_expected else empty(input, shape).copy_(output)
 
     phase = AT_REST if are_weights_at_rest() else "forward"
-    gemm = GemmCall(call, phase, geometry, (input, weight, mask, bias), *_matrix(weight, groups), lanes)
-    return gemm.run(
+    gemm = GemmCall(phase, geometry, (input, weight, mask, bias), *_matrix(weight, groups), lanes)
+    outcome = gemm.run(
         lambda: empty(input, shape),
         lambda output: sparse_forward(input, weight, mask, bias, output, geometry, kept_packs(weight, mask, groups)),
         dense,
     )
+    return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cpu_conv_input_gradient", fake=lambda input: torch.empty_like(input))
@@ -67,7 +69,7 @@ def conv_input_gradient(
     padding: Ints,
     dilation: Ints,
     groups: int,
-    call: str,
+    slot: str,
 ) -> Tensor:
     """dX, with W pruned along out-channels; `input` gives its shape and memory format."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -75,12 +77,13 @@ def conv_input_gradient(
     kernel = depth // weight.shape[1]
     # A position of the input meets one of `stride` taps in each direction, on average.
     lanes = grad_output.shape[0] * grad_output.shape[2:].numel()
-    gemm = GemmCall(call, "backward", geometry, (grad_output, weight, mask), weight.shape[1], out * kernel, lanes)
-    return gemm.run(
+    gemm = GemmCall("backward", geometry, (grad_output, weight, mask), weight.shape[1], out * kernel, lanes)
+    outcome = gemm.run(
         lambda: empty_like(input),
         lambda gradient: sparse_backward(grad_output, weight, mask, gradient, geometry),
         lambda: like(conv.conv_input_gradient(grad_output, masked(weight, mask), input, *_lists(geometry)), input),
     )
+    return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cpu_conv_weight_gradient", fake=lambda weight: torch.empty_like(weight))
@@ -94,17 +97,18 @@ def conv_weight_gradient(
     groups: int,
     axis: str,
     block: int,
-    call: str,
+    slot: str,
 ) -> Tensor:
     """dW, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`); `weight` gives shape and format."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     rows, lanes = _matrix(weight, groups)
     positions = grad_output.shape[0] * grad_output.shape[2:].numel()
-    return GemmCall(call, "update", geometry, (grad_output, input, weight), rows, positions, lanes).run(
+    outcome = GemmCall("update", geometry, (grad_output, input, weight), rows, positions, lanes).run(
         lambda: empty_like(weight),
         lambda gradient: sparse_update(grad_output, input, gradient, geometry, axis, block),
         lambda: like(conv.conv_weight_gradient(grad_output, input, weight, *_lists(geometry)), weight),
     )
+    return keep(slot, outcome)
 
 
 def _matrix(weight: Tensor, groups: int) -> tuple[int, int]:

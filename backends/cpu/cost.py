@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
-from nmcompile.backends.shared.choose_kernel import seconds
+from nmcompile.backends.shared.timing import seconds
 
 ROWS_OF_A_TASK = 1024
 TILE_VECTORS, VECTOR = 64, 16  # of the AVX-512 kernel; others have narrower ones, which the measured costs absorb

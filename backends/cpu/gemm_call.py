@@ -11,7 +11,7 @@ from nmcompile.backends.cpu.cost import predicted_speedup
 from nmcompile.backends.cpu.gemm import Geometry
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.packed_weights import forget_packs
-from nmcompile.backends.shared.choose_kernel import latest, note, run_best
+from nmcompile.backends.shared.choose_kernel import run_best
 from nmcompile.ir.choice import Choice
 
 AT_REST = "forward at rest"
@@ -25,7 +25,6 @@ class GemmCall:
     """What a GEMM is called with.
 
     Args:
-        name: of the node that calls, for `nmcompile.backends.shared.choose_kernel.latest`.
         phase: `"forward"`, `AT_REST` (with a weight that stays packed), `ON_GRID` (the same, packed as integers),
             `"backward"` or `"update"`; what a kernel prunes on the way is part of it.
         geometry: of the layer.
@@ -33,7 +32,6 @@ class GemmCall:
         rows, depth, lanes: of one group's product (see `nmcompile.backends.cpu.contraction`).
     """
 
-    name: str
     phase: str
     geometry: Geometry
     operands: tuple[Tensor | None, ...]
@@ -41,8 +39,10 @@ class GemmCall:
     depth: int
     lanes: int
 
-    def run(self, empty: Callable[[], Tensor], fill: Callable[[Tensor], bool], dense: Callable[[], Tensor]) -> Tensor:
-        """The product by the kernel that pays.
+    def run(
+        self, empty: Callable[[], Tensor], fill: Callable[[Tensor], bool], dense: Callable[[], Tensor]
+    ) -> tuple[Tensor, Choice]:
+        """Return the product by the kernel that pays, and which one that was.
 
         Args:
             empty: a tensor for the result.
@@ -52,8 +52,7 @@ class GemmCall:
         """
         refusal = self._refusal()
         if refusal:
-            note(self.name, Choice("dense", refusal))
-            return dense()
+            return dense(), Choice("dense", refusal)
 
         def sparse() -> Tensor | None:
             if not self._is_finite():
@@ -65,10 +64,10 @@ class GemmCall:
         layouts = tuple(None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in self.operands)
         problem = self.phase, self.geometry, layouts, threads
         work = self._multiplications()
-        result = run_best(self.name, problem, work, lambda: self._predicted(threads), sparse, dense)
-        if self.phase == AT_REST and (choice := latest(self.name)) and choice.kernel == "dense":
+        result, choice = run_best(problem, work, lambda: self._predicted(threads), sparse, dense)
+        if self.phase == AT_REST and choice.kernel == "dense":
             forget_packs(self.operands[1])
-        return result
+        return result, choice
 
     def _refusal(self) -> str:
         """Why there is no sparse kernel for these operands; empty if there is."""

@@ -1,6 +1,6 @@
 """The three GEMMs of a linear layer as the reference backend has them, by the sparse or by the dense kernel.
 
-The pruned operand is dense with zeros. `call` names the node that calls.
+The pruned operand is dense with zeros. `slot` is the name of the slot in which the node keeps its choice.
 """
 
 import torch
@@ -20,6 +20,8 @@ from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.cpu.spare_memory import empty
 from nmcompile.backends.reference import linear
 from nmcompile.custom_op import custom_op
+from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import keep
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.weight_cache import are_weights_at_rest
 
@@ -41,12 +43,19 @@ def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool)
 
 @custom_op("nmcompile::cpu_linear_forward", fake=empty_output)
 def linear_forward(
-    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W pruned along in-features."""
+    return keep(slot, choose_forward(input, weight, mask, bias, transposed))
+
+
+def choose_forward(
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool
+) -> tuple[Tensor, Choice]:
+    """Return the output, and the choice of the kernel that computed it."""
     matrix, kept = _matrix(weight, mask, transposed)
     phase = AT_REST if are_weights_at_rest() else "forward"
-    gemm = GemmCall(call, phase, GEOMETRY, (input, matrix, mask, bias), *_sizes(matrix), _rows(input))
+    gemm = GemmCall(phase, GEOMETRY, (input, matrix, mask, bias), *_sizes(matrix), _rows(input))
     return gemm.run(
         lambda: empty_output(input, weight, transposed),
         lambda output: sparse_forward(input, matrix, kept, bias, output, GEOMETRY, kept_packs(weight, mask)),
@@ -56,21 +65,22 @@ def linear_forward(
 
 @custom_op("nmcompile::cpu_linear_input_gradient", fake=_empty_input_gradient)
 def linear_input_gradient(
-    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
     """dX = dY W, `(..., out)` to `(..., in)`, with W pruned along out-features."""
     matrix, kept = _matrix(weight, mask, transposed)
-    gemm = GemmCall(call, "backward", GEOMETRY, (grad_output, matrix, mask), *_sizes(matrix.t()), _rows(grad_output))
-    return gemm.run(
+    gemm = GemmCall("backward", GEOMETRY, (grad_output, matrix, mask), *_sizes(matrix.t()), _rows(grad_output))
+    outcome = gemm.run(
         lambda: _empty_input_gradient(grad_output, weight, transposed),
         lambda gradient: sparse_backward(grad_output, matrix, kept, gradient, GEOMETRY),
         lambda: linear.linear_input_gradient(grad_output, masked(weight, mask), transposed),
     )
+    return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cpu_linear_weight_gradient", fake=_empty_weight_gradient)
 def linear_weight_gradient(
-    grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, call: str
+    grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, slot: str
 ) -> Tensor:
     """dW = dYᵀ X, of the weight's shape, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`)."""
 
@@ -79,11 +89,12 @@ def linear_weight_gradient(
         return sparse_update(grad_output, input, matrix, GEOMETRY, axis, block)
 
     size = grad_output.shape[-1], _rows(input), input.shape[-1]
-    return GemmCall(call, "update", GEOMETRY, (grad_output, input), *size).run(
+    outcome = GemmCall("update", GEOMETRY, (grad_output, input), *size).run(
         lambda: _empty_weight_gradient(grad_output, input, transposed),
         fill,
         lambda: linear.linear_weight_gradient(grad_output, input, transposed),
     )
+    return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cpu_linear_pruned_weight_gradient", fake=_empty_weight_gradient)
@@ -96,7 +107,7 @@ def linear_pruned_weight_gradient(
     axis: str,
     key: Tensor | None,
     transposed: bool,
-    call: str,
+    slot: str,
 ) -> Tensor:
     """The same with a dY that `prune_natively` would prune; the sparse kernel does so while it packs it."""
     pattern = NMPattern(n_keep, block)
@@ -113,11 +124,12 @@ def linear_pruned_weight_gradient(
         return sparse_update(pruned(), input, matrix, GEOMETRY, axis, block)
 
     size = grad_output.shape[-1], _rows(input), input.shape[-1]
-    return GemmCall(call, f"update, {operator} {pattern}", GEOMETRY, (grad_output, input), *size).run(
+    outcome = GemmCall(f"update, {operator} {pattern}", GEOMETRY, (grad_output, input), *size).run(
         lambda: _empty_weight_gradient(grad_output, input, transposed),
         fill,
         lambda: linear.linear_weight_gradient(pruned(), input, transposed),
     )
+    return keep(slot, outcome)
 
 
 def _matrix(weight: Tensor, mask: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor | None]:

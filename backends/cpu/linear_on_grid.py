@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from nmcompile.backends.cpu.gemm_call import ON_GRID, GemmCall
-from nmcompile.backends.cpu.linear import GEOMETRY, empty_output, linear_forward
+from nmcompile.backends.cpu.linear import GEOMETRY, choose_forward, empty_output
 from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
-from nmcompile.backends.shared.choose_kernel import latest, note
 from nmcompile.custom_op import custom_op
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import keep
 from nmcompile.quantization import Grid
 from nmcompile.weight_cache import are_weights_at_rest
 
@@ -30,41 +30,38 @@ def linear_forward_on_grid(
     input_bits: int,
     input_signed: bool,
     transposed: bool,
-    call: str,
+    slot: str,
 ) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W masked along in-features and put on its signed grid.
 
     X is on the grid of `input_step` already.
     """
     on_grid = GridWeight(weight, mask, step, bits, transposed)
-    x = GridInput(input, input_step, Grid(input_bits, input_signed))
-
-    def from_values() -> Tensor:
-        return linear_forward(input, on_grid.values(), None, bias, transposed, call)
-
     # A view lives for one call only (a part of attention's weight), and nothing can be kept of it.
     if not are_weights_at_rest() or weight._is_view():
-        return from_values()
-    tokens = input.shape[:-1].numel()
-    gemm = GemmCall(
-        f"{call} integers", ON_GRID, GEOMETRY, (input, weight, mask, step, input_step, bias), *on_grid.shape, tokens
-    )
-    output = gemm.run(
-        lambda: input.new_empty(*input.shape[:-1], on_grid.shape[0]),
+        return keep(slot, choose_forward(input, on_grid.values(), None, bias, transposed))
+    x = GridInput(input, input_step, Grid(input_bits, input_signed))
+    return keep(slot, _from_integers_or_values(x, on_grid, bias))
+
+
+def _from_integers_or_values(x: GridInput, on_grid: GridWeight, bias: Tensor | None) -> tuple[Tensor, Choice]:
+    """Choose between integers and values, and between the kernels for values; report both choices as one."""
+    input, (out_features, _) = x.values, on_grid.shape
+    on_values: Choice | None = None
+
+    def from_values() -> Tensor:
+        nonlocal on_values
+        result, on_values = choose_forward(input, on_grid.values(), None, bias, on_grid.transposed)
+        return result
+
+    operands = input, on_grid.weight, on_grid.mask, on_grid.step, x.step, bias
+    output, choice = GemmCall(ON_GRID, GEOMETRY, operands, *on_grid.shape, input.shape[:-1].numel()).run(
+        lambda: input.new_empty(*input.shape[:-1], out_features),
         lambda output: on_grid.multiply(x, bias, output),
         from_values,
     )
-    _note(call, gemm.name)
-    if (choice := latest(call)) and choice.kernel == "integers":
+    if choice.kernel == "sparse":
         on_grid.forget_values()
-    return output
-
-
-def _note(call: str, integers: str) -> None:
-    """Report the choice between integers and values together with that between the kernels for values."""
-    found, other = latest(integers), latest(call)
-    assert found is not None
-    if found.kernel == "sparse":
-        note(call, Choice("integers", found.reason, None, found.dense_seconds, integers_seconds=found.sparse_seconds))
-    elif other is not None:
-        note(call, replace(other, integers_seconds=found.sparse_seconds))
+        return output, Choice("integers", choice.reason, None, choice.dense_seconds, None, choice.sparse_seconds)
+    assert on_values is not None  # the values' kernel has just run
+    return output, replace(on_values, integers_seconds=choice.sparse_seconds)

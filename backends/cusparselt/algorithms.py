@@ -14,14 +14,16 @@ from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.library import Algorithm, Plan, Problem, algorithm_count, is_capturing, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
-from nmcompile.backends.shared.choose_kernel import seconds
+from nmcompile.backends.shared.recent import Recent
+from nmcompile.backends.shared.timing import seconds
 from nmcompile.errors import LibraryError
 
 SPLITS = (1, -1, 2, 4)  # parts of the sum that are computed side by side; -1 leaves it to the library (Hopper)
 TOLERANCE = 4  # relative error of the whole product, in steps of the dtype
 ROUNDS = 3
+SEARCHES = 4096  # whose results are remembered
 
-_found: dict[tuple[Problem, bool], Algorithm | None] = {}
+_found: Recent[tuple[Problem, bool], tuple[Algorithm | None]] = Recent(SEARCHES)
 
 
 class Trial(NamedTuple):
@@ -40,14 +42,16 @@ def best_algorithm(problem: Problem) -> Algorithm | None:
     """
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     key = problem, is_deterministic
-    if key not in _found:
+    found = _found.get(key)
+    if found is None:
         if is_capturing(problem.device):
             return None
         try:
-            _found[key] = _search(problem, is_deterministic)
+            found = (_search(problem, is_deterministic),)
         except (LibraryError, torch.OutOfMemoryError):  # it refuses the device or the problem, or finds no room
-            _found[key] = None
-    return _found[key]
+            found = (None,)
+        _found.put(key, found)
+    return found[0]
 
 
 def forget_algorithms() -> None:

@@ -1,21 +1,19 @@
 """The cuSPARSELt backend: GEMMs with a 2:4 operand on sparse tensor cores."""
 
-import itertools
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import fx
 
 from nmcompile.backends.cusparselt import operators
 from nmcompile.backends.cusparselt.support import cusparselt_support
-from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.backends.shared.fuse_nodes import Rule, pruned_alone, take_mask, take_pruning
 from nmcompile.backends.shared.gemm_arguments import gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.backends.triton import mask_kernel, prune
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.ir import operations as ops
+from nmcompile.ir.choice_slot import ChoiceSlot
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, update_meta
 from nmcompile.ir.protocols import OTHER_KIND, Support
@@ -27,7 +25,6 @@ GEMMS: dict[tuple[Any, type[Layer]], Any] = {
     (ops.gemm_forward, ConvLayer): operators.pointwise_forward,
     (ops.gemm_backward, ConvLayer): operators.pointwise_input_gradient,
 }
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,11 @@ class CusparseltBackend:
 
     def lower(self, node: fx.Node) -> None:
         meta = meta_of(node)
-        name = f"{meta.layer.name} {meta.phase.value} cusparselt {next(_numbers)}"
+        slot = ChoiceSlot(f"{meta.layer.name} {meta.phase.value} cusparselt")
         target = GEMMS[node.target, type(meta.layer)]
         arguments = _update_arguments(node) if node.target is ops.gemm_update else _weight_arguments(node)
-        ops.replace_node(node, target, (*arguments, name))
-        update_meta(node, choice=partial(latest, name))
+        ops.replace_node(node, target, (*arguments, slot.name))
+        update_meta(node, choice=slot)
 
 
 def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:

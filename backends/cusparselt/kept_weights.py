@@ -1,21 +1,20 @@
 """What is kept of a weight at rest: its compressed form for the sparse kernel, its masked one for the dense kernel."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from nmcompile.backends.cusparselt.library import is_capturing
-from nmcompile.backends.shared.choose_kernel import latest
 from nmcompile.ir.operations import apply_mask
 from nmcompile.weight_cache import WeightCache, is_cacheable
 
 _compressed: WeightCache[Tensor] = WeightCache()
 _masked: WeightCache[Tensor] = WeightCache()
-_captured: list[Tensor] = []
-"""What CUDA graphs read, which nobody frees."""
+_captured: list[tuple[StorageWeakRef, Tensor]] = []
+"""The forms that CUDA graphs read, each with the memory of its weight."""
 
 
 def is_kept(weight: Tensor | None, mask: Tensor | None) -> bool:
@@ -35,19 +34,19 @@ def masked_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
     return weight if mask is None else _get(_masked, weight, mask, None, lambda: apply_mask(weight, mask))
 
 
-@contextmanager
-def only_the_chosen(weight: Tensor | None, call: str) -> Iterator[None]:
-    """Forget what was made inside for the kernel that was not chosen; what was there before, graphs may read."""
-    before = {kernel: weight is not None and weight in kept for kernel, kept in _forms()}
-    yield
-    choice = latest(call)
-    for kernel, kept in _forms():
-        if weight is not None and choice is not None and choice.kernel != kernel and not before[kernel]:
-            kept.forget(weight)
+def forms_of(weight: Tensor | None) -> frozenset[str]:
+    """Name the kernels for which a form of the weight is cached."""
+    return frozenset(kernel for kernel, cache in _caches().items() if weight is not None and weight in cache)
 
 
-def _forms() -> tuple[tuple[str, WeightCache[Tensor]], ...]:
-    return ("sparse", _compressed), ("dense", _masked)
+def forget_other_forms(weight: Tensor | None, chosen: str, before: frozenset[str]) -> None:
+    """Free the forms that were cached for trying kernels that were not chosen; graphs may read those from `before`."""
+    for kernel in forms_of(weight) - before - {chosen}:
+        _caches()[kernel].forget(weight)
+
+
+def _caches() -> dict[str, WeightCache[Tensor]]:
+    return {"sparse": _compressed, "dense": _masked}
 
 
 def _get(
@@ -60,8 +59,17 @@ def _get(
     if not cache.has(weight, (mask,), how):
         return make()  # in each replay: what a capture makes is not there before one
     form = cache.get(weight, (mask,), how, make)
-    _captured.append(form)
+    _pin(form, weight)
     return form
+
+
+def _pin(form: Tensor, weight: Tensor) -> None:
+    """Let a form live as long as the memory of its weight, also when the cache drops it: a CUDA graph reads it there.
+
+    A weak reference to the weight itself would keep torch from swapping it.
+    """
+    _captured[:] = [(memory, pinned) for memory, pinned in _captured if not (memory.expired() or pinned is form)]
+    _captured.append((StorageWeakRef(weight.untyped_storage()), form))
 
 
 def _finished(form: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ COMPUTE_FLOAT32 = 2
 BIAS_POINTER = 8
 ALGORITHM_ID, ALGORITHM_COUNT, SPLIT_K = 0, 1, 3
 
-_captured: list["Plan"] = []
+_captured: set["Plan"] = set()
 """What CUDA graphs use, which nobody destroys."""
 
 
@@ -110,7 +110,7 @@ def kept_plan(problem: Problem, algorithm: Algorithm, stream: int) -> "Plan | No
     if is_capturing(problem.device):
         plan = plans.get(stream) or next(iter(plans.values()), None)
         if plan is not None:
-            _captured.append(plan)
+            _captured.add(plan)
         return plan
     if stream not in plans:
         plans[stream] = Plan(problem, algorithm)

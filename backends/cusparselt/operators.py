@@ -1,7 +1,7 @@
 """The GEMMs of linear layers and 1x1 convolutions as torch operators.
 
-The weight comes with its mask, or with its zeros. `call` names the node that calls. What the library does not take runs
-as the reference backend has it.
+The weight comes with its mask, or with its zeros. `slot` is the name of the slot in which the node
+keeps its choice. What the library does not take runs as the reference backend has it.
 """
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from nmcompile.backends.reference import conv, linear
 from nmcompile.backends.triton import prune
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.custom_op import custom_op
+from nmcompile.ir.choice_slot import keep
 from nmcompile.pruning.pattern import NMPattern
 
 
@@ -35,26 +36,28 @@ def _empty_image(input: Tensor, channels: int) -> Tensor:
 
 @custom_op("nmcompile::cusparselt_linear_forward", fake=_empty_output)
 def linear_forward(
-    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, call: str
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
     """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W 2:4 along in-features."""
     sparse = Operand(weight, 0 if transposed else 1, mask)
-    return Product(call, sparse, by_rows(input, -1), bias, weight=weight).run(
+    outcome = Product(sparse, by_rows(input, -1), bias, weight=weight).run(
         lambda rows: rows.view(*input.shape[:-1], sparse.rows),
         lambda: linear.linear_forward(input, masked_weight(weight, mask), bias, transposed).contiguous(),
     )
+    return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cusparselt_linear_input_gradient", fake=_empty_input_gradient)
 def linear_input_gradient(
-    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, call: str
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
     """dX = dY W, `(..., out)` to `(..., in)`, with W 2:4 along out-features."""
     sparse = Operand(weight, 1 if transposed else 0, mask)
-    return Product(call, sparse, by_rows(grad_output, -1)).run(
+    outcome = Product(sparse, by_rows(grad_output, -1)).run(
         lambda rows: rows.view(*grad_output.shape[:-1], sparse.rows),
         lambda: linear.linear_input_gradient(grad_output, masked_weight(weight, mask), transposed),
     )
+    return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cusparselt_linear_weight_gradient", fake=_empty_weight_gradient)
@@ -67,7 +70,7 @@ def linear_weight_gradient(
     axis: str,
     key: Tensor | None,
     transposed: bool,
-    call: str,
+    slot: str,
 ) -> Tensor:
     """dW = dYᵀ X, of the weight's shape.
 
@@ -84,23 +87,24 @@ def linear_weight_gradient(
     if not is_flat:  # blocks of tokens that are not neighbours
         return dense()
     sparse = Operand(by_rows(grad_output, -1), 0, None, operator, NMPattern(n_keep, block), key)
-    product = Product(call, sparse, by_rows(input, -1), by_depth=True, by_rows=not transposed)
-    return product.run(lambda gradient: gradient, dense)
+    product = Product(sparse, by_rows(input, -1), by_depth=True, by_rows=not transposed)
+    return keep(slot, product.run(lambda gradient: gradient, dense))
 
 
 @custom_op("nmcompile::cusparselt_pointwise_forward", fake=lambda input, weight: _empty_image(input, weight.shape[0]))
-def pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, call: str) -> Tensor:
+def pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, slot: str) -> Tensor:
     """Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
     sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
-    return Product(call, sparse, by_rows(input, 1), bias, weight=weight).run(
+    outcome = Product(sparse, by_rows(input, 1), bias, weight=weight).run(
         lambda rows: by_channels(rows, input, weight.shape[0]),
         lambda: _like(conv.conv_forward(input, masked_weight(weight, mask), bias, *_geometry(input)), input),
     )
+    return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cusparselt_pointwise_input_gradient", fake=lambda input: _empty_image(input, input.shape[1]))
 def pointwise_input_gradient(
-    grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, call: str
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, slot: str
 ) -> Tensor:
     """dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
     sparse = Operand(weight.flatten(1), 0, None if mask is None else mask.flatten(1))
@@ -109,9 +113,10 @@ def pointwise_input_gradient(
         gradient = conv.conv_input_gradient(grad_output, masked_weight(weight, mask), input, *_geometry(input))
         return _like(gradient, input)
 
-    return Product(call, sparse, by_rows(grad_output, 1)).run(
+    outcome = Product(sparse, by_rows(grad_output, 1)).run(
         lambda rows: by_channels(rows, input, weight.shape[1]), dense
     )
+    return keep(slot, outcome)
 
 
 def _like(image: Tensor, input: Tensor) -> Tensor:

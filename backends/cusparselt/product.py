@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.algorithms import best_algorithm
-from nmcompile.backends.cusparselt.kept_weights import compressed_weight, is_kept, only_the_chosen
+from nmcompile.backends.cusparselt.kept_weights import compressed_weight, forget_other_forms, forms_of, is_kept
 from nmcompile.backends.cusparselt.library import ALIGNMENT, Problem, kept_plan, stream_of
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
-from nmcompile.backends.shared.choose_kernel import note, run_best
+from nmcompile.backends.shared.choose_kernel import run_best
 from nmcompile.ir.choice import Choice
 
 
@@ -21,7 +21,6 @@ class Product:
     """`sparse @ dense + bias` for a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
 
     Args:
-        call: the name of the node that asks.
         sparse: the operand that keeps two of four along its depth.
         dense: `(depth, lanes)` if `by_depth`, else `(lanes, depth)`.
         bias: `(rows,)`.
@@ -30,7 +29,6 @@ class Product:
         weight: what the sparse operand is a view of, if that is to be compressed only once while it is at rest.
     """
 
-    call: str
     sparse: Operand
     dense: Tensor
     bias: Tensor | None = None
@@ -42,8 +40,8 @@ class Product:
     def sizes(self) -> Sizes:
         return Sizes(self.sparse.rows, self.sparse.depth, self.dense.shape[1 if self.by_depth else 0])
 
-    def run(self, restore: Callable[[Tensor], Tensor], dense: Callable[[], Tensor]) -> Tensor:
-        """The result by the kernel that pays.
+    def run(self, restore: Callable[[Tensor], Tensor], dense: Callable[[], Tensor]) -> tuple[Tensor, Choice]:
+        """Return the result by the kernel that pays, and which one that was.
 
         Args:
             restore: from the product's matrix to what the layer gives.
@@ -52,8 +50,7 @@ class Product:
         operand, sizes = self.sparse, self.sizes
         refusal = operand_refusal(operand.matrix, self.dense, *(() if self.bias is None else (self.bias,)))
         if refusal:
-            note(self.call, Choice("dense", refusal))
-            return dense()
+            return dense(), Choice("dense", refusal)
         device, strides = self.dense.device, (operand.matrix.stride(), self.dense.stride())
         work = operand.operator, operand.pattern, operand.dim, operand.mask is None, is_kept(self.weight, operand.mask)
         form = self.by_depth, self.by_rows, self.bias is None, self.dense.dtype, str(device)
@@ -64,8 +61,11 @@ class Product:
             result = self.multiply()
             return None if result is None else restore(result)
 
-        with torch.cuda.device_of(self.dense), only_the_chosen(self.weight, self.call):
-            return run_best(self.call, problem, multiplications, lambda: None, sparse, dense, device)
+        before = forms_of(self.weight)
+        with torch.cuda.device_of(self.dense):
+            result, choice = run_best(problem, multiplications, lambda: None, sparse, dense, device)
+        forget_other_forms(self.weight, choice.kernel, before)
+        return result, choice
 
     def multiply(self) -> Tensor | None:
         """By the library; None where no algorithm of it is right, or there is no plan for a graph that is captured."""

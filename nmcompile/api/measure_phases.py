@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.api.pipeline import lowered
 from nmcompile.backends.reference import ReferenceBackend
-from nmcompile.backends.shared.choose_kernel import seconds
+from nmcompile.backends.shared.timing import seconds
 from nmcompile.config import Phase
 from nmcompile.errors import PassError
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan

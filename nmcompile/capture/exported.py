@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
@@ -51,7 +52,8 @@ def export_whole(model: nn.Module, found: list[FoundSite], args: Args, kwargs: d
         # Export prints the graph that it could not finish; the report shows the reason, which is enough.
         with exporting_alone(), silent(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_TensorOutputs(model), args, kwargs, strict=False)
+            # torch leaves context variables behind, which go with a context of their own.
+            program = copy_context().run(torch.export.export, _TensorOutputs(model), args, kwargs, strict=False)
     except Exception as error:
         return Exported(
             None, failure=f"torch.export failed ({summary(error)})", called=_called_in_run(model, args, kwargs)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, fx
 
 from nmcompile.config import Phase
-from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import ChoiceSlot
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import PlanRow
 
@@ -50,7 +50,7 @@ class NodeMeta:
         refusals: of the backends that were asked before it.
         fused: the pruning that a GEMM does itself.
         mask_kernel: the operator that computes the mask of a weight, `"namespace::name"`; empty for the reference.
-        choice: returns the kernel that a GEMM ran last, None before it ran; only where a backend chooses at run time.
+        choice: the slot for the kernel that a GEMM ran last; only where a backend chooses at run time.
     """
 
     kind: Kind
@@ -61,7 +61,7 @@ class NodeMeta:
     refusals: tuple[Refusal, ...] = ()
     fused: Fused | None = None
     mask_kernel: str = ""
-    choice: Callable[[], Choice | None] | None = None
+    choice: ChoiceSlot | None = None
 
     @property
     def planned(self) -> PlanRow | None:

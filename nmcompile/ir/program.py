@@ -12,8 +12,10 @@ from torch import fx, nn
 from nmcompile.config import Phase
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import ChoiceSlot
+from nmcompile.ir.generated_code import GeneratedModule
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.node_meta import NodeMeta, Refusal, find_meta
+from nmcompile.ir.node_meta import NodeMeta, Refusal, find_meta, update_meta
 from nmcompile.ir.plan import LayerPlan, Plan
 
 
@@ -50,8 +52,8 @@ class ThreeGraphs:
 
     def choices(self) -> dict[Phase, Choice]:
         """The kernel that each GEMM ran last, where a backend chose one and the GEMM ran."""
-        asked = {phase: meta.choice() for phase in self.graphs for meta in self.metas(phase) if meta.choice is not None}
-        return {phase: choice for phase, choice in asked.items() if choice is not None}
+        slots = {phase: meta.choice for phase in self.graphs for meta in self.metas(phase) if meta.choice is not None}
+        return {phase: slot.latest for phase, slot in slots.items() if slot.latest is not None}
 
     def refusals(self) -> dict[Phase, tuple[Refusal, ...]]:
         """The backends that did not take a node and left it to the next one, each reason once."""
@@ -73,8 +75,20 @@ class ThreeGraphs:
         return self.__dict__ | {"graphs": {phase: copy.deepcopy(module.graph) for phase, module in self}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        modules = {phase: fx.GraphModule(nn.Module(), graph) for phase, graph in state["graphs"].items()}
+        for graph in state["graphs"].values():
+            _give_own_slots(graph)
+        modules = {phase: GeneratedModule(nn.Module(), graph) for phase, graph in state["graphs"].items()}
         self.__dict__.update(state | {"graphs": modules})
+
+
+def _give_own_slots(graph: fx.Graph) -> None:
+    """Give the nodes of a copied graph slots of their own, which start with the choices of the original."""
+    for node in graph.nodes:
+        meta = find_meta(node)
+        if meta is not None and (shared := meta.choice) is not None:
+            own = ChoiceSlot(shared.label, shared.latest)
+            update_meta(node, choice=own)
+            node.args = tuple(own.name if arg == shared.name else arg for arg in node.args)
 
 
 def _kernels(meta: NodeMeta) -> Iterator[str]:

@@ -7,6 +7,7 @@ the module, `isinstance` and `state_dict` keys stay what they were.
 import copy
 from collections.abc import Callable
 from typing import NoReturn, SupportsIndex
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
+from nmcompile.ir.generated_code import GeneratedModule
 from nmcompile.three_gemm.instance_forward import GENERATED, change_class, wrapper_of_own
 from nmcompile.three_gemm.triple import GemmTriple, MaskSource
 from nmcompile.weight_cache import forget
@@ -235,15 +237,16 @@ def run_three_gemm(
     return three_gemms[role](input, weight, bias)
 
 
-_classes: dict[tuple[type, type], type[nn.Module]] = {}
+_classes: "WeakValueDictionary[tuple[type, type], type[nn.Module]]" = WeakValueDictionary()
 
 
 def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Module]:
-    """One class for each mixin and base, so that equal layers share it."""
-    if (mixin, base) not in _classes:
+    """One class for each mixin and base while a module has it, so that equal layers share it."""
+    found = _classes.get((mixin, base))
+    if found is None:
         members = {"__module__": base.__module__}
-        _classes[mixin, base] = type(f"{mixin.PREFIX}{base.__name__}", (mixin, base), members)
-    return _classes[mixin, base]
+        found = _classes[mixin, base] = type(f"{mixin.PREFIX}{base.__name__}", (mixin, base), members)
+    return found
 
 
 def generated_forward(graph: fx.Graph) -> Callable[..., object]:
@@ -251,7 +254,8 @@ def generated_forward(graph: fx.Graph) -> Callable[..., object]:
     # Only the generated code is wanted; what it names, the module itself will hold. The graph that is kept gets no
     # owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    forward: Callable[..., object] = type(fx.GraphModule(attributes, copy.deepcopy(graph))).forward
+from typing import NoReturn, SupportsIndex
+from weakref import WeakValueDictionary
     setattr(forward, GENERATED, True)
     return forward
 

@@ -14,9 +14,14 @@ from nmcompile.backends.cpu.conv import conv_forward, conv_input_gradient, conv_
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward, linear_input_gradient, linear_weight_gradient
 from nmcompile.backends.shared import choose_kernel as choices
-from nmcompile.backends.shared.choose_kernel import SMALL, forget, latest, load_choices, run_best, save_choices
+from nmcompile.backends.shared import known_choices, timing
+from nmcompile.backends.shared.choose_kernel import SMALL, run_best
+from nmcompile.backends.shared.known_choices import forget
+from nmcompile.backends.shared.recent import Recent
+from nmcompile.backends.shared.saved_choices import load_choices, save_choices
 from nmcompile.errors import FileError, StateError
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import ChoiceSlot
 
 native = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 DENSE, SPARSE = torch.tensor(0), torch.tensor(1)
@@ -41,26 +46,40 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return times
 
 
-def run(call: str = "fc forward", problem: object = "a", size: int = SMALL, predicted: float = 1.5) -> Tensor:
-    return run_best(call, problem, size, lambda: predicted, lambda: SPARSE, lambda: DENSE)
+def run(problem: object = "a", size: int = SMALL, predicted: float = 1.5) -> tuple[Tensor, Choice]:
+    return run_best(problem, size, lambda: predicted, lambda: SPARSE, lambda: DENSE)
 
 
 @pytest.mark.parametrize(("sparse_seconds", "chosen"), [(0.5, SPARSE), (0.94, SPARSE), (0.99, DENSE), (2.0, DENSE)])
 def test_the_faster_kernel_runs(timed: dict[str, float], sparse_seconds: float, chosen: Tensor) -> None:
     timed["sparse"] = sparse_seconds
-    assert run() is chosen
+    result, choice = run()
+    assert result is chosen
     kernel = "sparse" if chosen is SPARSE else "dense"
-    assert latest("fc forward") == Choice(kernel, "measured", 1.5, 1.0, sparse_seconds)
+    assert choice == Choice(kernel, "measured", 1.5, 1.0, sparse_seconds)
 
 
 def test_equal_problems_are_measured_once(timed: dict[str, float]) -> None:
     timed["sparse"] = 0.5
-    run("first")
+    first = run()
     timed["sparse"] = 2.0
-    assert run("second") is SPARSE and latest("second") == latest("first")
-    assert run("third", problem="b") is DENSE
+    assert run() == first and first[0] is SPARSE
+    assert run(problem="b")[0] is DENSE
     forget()
-    assert run("second") is DENSE
+    assert run()[0] is DENSE
+
+
+def test_only_the_problems_that_were_used_last_are_remembered(
+    timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_choices, "_measured", Recent(2))
+    timed["sparse"] = 0.5
+    for problem in ("a", "b", "a", "c"):
+        run(problem)
+    timed["sparse"] = 2.0
+    assert run("a")[0] is SPARSE and run("c")[0] is SPARSE
+    assert run("b")[0] is DENSE, "measured again"
+    assert run("a")[0] is DENSE, "dropped for b"
 
 
 def test_choices_outlive_the_process_in_a_file(
@@ -68,13 +87,12 @@ def test_choices_outlive_the_process_in_a_file(
 ) -> None:
     timed["sparse"] = 0.5
     problem = ("forward", (3, 4), None)
-    run(problem=problem)
-    kept = latest("fc forward")
+    _, measured = run(problem)
     save_choices(tmp_path / "choices.json")
     forget()
     load_choices(tmp_path / "choices.json")
     monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
-    assert run("again", problem=problem) is SPARSE and latest("again") == kept
+    assert run(problem) == (SPARSE, measured)
     forget()
     save_choices(tmp_path / "none.json")
     load_choices(tmp_path / "none.json")
@@ -98,21 +116,20 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
-    assert run() is DENSE and latest("fc forward") == choices.CAPTURING
+    assert run() == (DENSE, choices.CAPTURING)
 
 
 def test_a_small_gemm_runs_dense_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
-    assert run(size=SMALL - 1) is DENSE
-    choice = latest("fc forward")
-    assert choice is not None and choice.kernel == "dense" and "small" in choice.reason and choice.speedup is None
+    result, choice = run(size=SMALL - 1)
+    assert result is DENSE and choice.kernel == "dense" and "small" in choice.reason and choice.speedup is None
 
 
 def test_where_algorithms_have_to_be_deterministic_no_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "seconds", lambda run: pytest.fail("measured"))
     torch.use_deterministic_algorithms(True)
     try:
-        assert run(predicted=0.5) is SPARSE and run(size=SMALL - 1) is DENSE
+        assert run(predicted=0.5)[0] is SPARSE and run(size=SMALL - 1)[0] is DENSE
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -120,14 +137,9 @@ def test_where_algorithms_have_to_be_deterministic_no_clock_decides(monkeypatch:
 def test_an_operand_that_keeps_too_much_runs_dense_and_is_not_remembered(timed: dict[str, float]) -> None:
     timed["sparse"] = 0.5
     for _ in range(2):  # before and after the measurement
-        assert run_best("nan", "a", SMALL, lambda: 1.0, lambda: None, lambda: DENSE) is DENSE
-        choice = latest("nan")
-        assert choice is not None and choice.kernel == "dense" and "NaN" in choice.reason
-        assert run() is SPARSE
-
-
-def test_a_call_that_never_ran_has_no_choice() -> None:
-    assert latest("nobody") is None
+        result, choice = run_best("a", SMALL, lambda: 1.0, lambda: None, lambda: DENSE)
+        assert result is DENSE and choice.kernel == "dense" and "NaN" in choice.reason
+        assert run()[0] is SPARSE
 
 
 COSTS = cost.Costs(linear=1.0, convolution=0.8, read=4.0, sparse=10.0, pack=8.0, copy=2.0)
@@ -180,18 +192,16 @@ def test_the_report_shows_what_was_chosen(timed: dict[str, float], monkeypatch: 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_run_dense_and_say_so(dtype: torch.dtype) -> None:
     x, weight = torch.randn(8, 16, dtype=dtype), torch.randn(4, 16, dtype=dtype)
-    got = linear_forward(x, weight, None, None, False, f"{dtype} forward")
+    slot = ChoiceSlot("fc forward")
+    got = linear_forward(x, weight, None, None, False, slot.name)
     assert torch.equal(got, nn.functional.linear(x, weight))
-    choice = latest(f"{dtype} forward")
-    assert choice is not None and f"no sparse kernel for {dtype} on cpu" in choice.reason
+    assert slot.latest is not None and f"no sparse kernel for {dtype} on cpu" in slot.latest.reason
 
 
 @native
-def test_mixed_dtypes_run_dense() -> None:
-    with pytest.raises(RuntimeError):  # as they do in PyTorch
-        linear_forward(torch.randn(8, 16), torch.randn(4, 16).bfloat16(), None, None, False, "mixed forward")
-    choice = latest("mixed forward")
-    assert choice is not None and "torch.bfloat16 on cpu, torch.float32 on cpu" in choice.reason
+def test_mixed_dtypes_are_refused_as_pytorch_refuses_them() -> None:
+    with pytest.raises(RuntimeError, match="same dtype"):
+        linear_forward(torch.randn(8, 16), torch.randn(4, 16).bfloat16(), None, None, False, "fc forward")
 
 
 @native
@@ -264,5 +274,5 @@ def test_a_gpu_is_timed_without_what_asks_for_its_work(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
-    assert choices.seconds(lambda: done.append("run"), torch.device("cuda", 1), 7) == 0.002
+    assert timing.seconds(lambda: done.append("run"), torch.device("cuda", 1), 7) == 0.002
     assert done == ["sleep 7", "record", "run", "record", "wait"]

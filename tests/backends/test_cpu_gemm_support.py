@@ -12,6 +12,7 @@ from nmcompile.backends.cpu.linear import linear_forward
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import ChoiceSlot
 from nmcompile.ir.node_meta import meta_of, nodes_of_kind
 from nmcompile.pruning import NMPattern
 
@@ -119,6 +120,6 @@ def test_autocast_runs_the_sparse_kernels_in_bfloat16(monkeypatch: pytest.Monkey
 def test_bfloat16_runs_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
     weight = (torch.ones(4, 8) * (torch.arange(8) % 4 < 2)).bfloat16()
-    assert linear_forward(torch.ones(1, 8).bfloat16(), weight, None, None, False, "c").eq(4).all()
-    choice = choices.latest("c")
-    assert choice is not None and choice.kernel == "sparse"
+    slot = ChoiceSlot("fc forward")
+    assert linear_forward(torch.ones(1, 8).bfloat16(), weight, None, None, False, slot.name).eq(4).all()
+    assert slot.latest is not None and slot.latest.kernel == "sparse"

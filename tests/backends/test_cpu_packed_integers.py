@@ -15,6 +15,7 @@ from nmcompile.backends.cpu import packed_integers
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.shared import choose_kernel as choices
+from nmcompile.backends.shared.known_choices import forget
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.operations import to_grid
 from nmcompile.native import kernels
@@ -214,7 +215,7 @@ def test_the_report_has_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_a_large_weight_is_measured_with_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    choices.forget()
+    forget()
     net, x = nn.Linear(1024, 1024), torch.randn(1, 1024)
     compiled = nmcompile.compile(net, "inference", args=(x,), config=CompileConfig(ends="sparse"), calibration=[x])
     compiled.eval()(x)

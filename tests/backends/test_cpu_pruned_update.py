@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support()
 
 RULES = [("mvue", 2, 4), ("mvue", 1, 2), ("mvue_approx", 2, 4), ("greedy", 2, 4)]
 KEY = torch.tensor(0x1234_5678_9ABC_DEF)
-run = partial(linear_pruned_weight_gradient, axis="auto", key=KEY, transposed=False, call="a")
+run = partial(linear_pruned_weight_gradient, axis="auto", key=KEY, transposed=False, slot="a")
 
 
 @pytest.fixture(params=["sparse", "dense"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import nmcompile
@@ -38,6 +39,7 @@ from nmcompile.backends.shared.sparse_operand import pattern_support
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.errors import BackendUnavailable, LibraryError
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import ChoiceSlot
 from nmcompile.ir.node_meta import find_meta
 from nmcompile.ir.operations import apply_mask
 from nmcompile.ir.protocols import Support
@@ -167,7 +169,7 @@ def test_products_are_padded_and_cut(
     sparse, dense = pruned(*shape, dim=dim), torch.randn(sizes.lanes, sizes.depth)
     bias = torch.randn(sizes.rows)
     given = dense.t().contiguous() if by_depth else dense
-    result = Product("call", Operand(sparse, dim), given, bias, by_depth, by_rows).multiply()
+    result = Product(Operand(sparse, dim), given, bias, by_depth, by_rows).multiply()
     assert result is not None and result.is_contiguous()
     expected = F.linear(dense, sparse.t() if dim == 0 else sparse, bias)
     torch.testing.assert_close(result, expected.t() if by_rows else expected)
@@ -196,7 +198,7 @@ def test_what_a_layer_multiplies_first_has_no_say(stand_in: list[Problem]) -> No
     for value in (0.0, torch.nan):
         forget_algorithms()
         dense = torch.full((8, 64), value)
-        Product("call", Operand(pruned(64, 64), 1), dense).multiply()
+        Product(Operand(pruned(64, 64), 1), dense).multiply()
         assert best_algorithm(PROBLEM._replace(has_bias=False)) == RIGHT
 
 
@@ -231,11 +233,10 @@ def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(
     stand_in: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(algorithms, "_right_algorithms", lambda *_: iter(()))
-    product_ = Product("wrong", Operand(pruned(64, 64), 1), torch.randn(8, 64))
+    product_ = Product(Operand(pruned(64, 64), 1), torch.randn(8, 64))
     dense = torch.ones(3)
-    assert product_.run(lambda rows: rows, lambda: dense) is dense
-    choice = choices.latest("wrong")
-    assert choice is not None and choice.kernel == "dense"
+    result, choice = product_.run(lambda rows: rows, lambda: dense)
+    assert result is dense and choice.kernel == "dense"
 
 
 @pytest.fixture
@@ -341,7 +342,7 @@ def test_a_graph_that_is_captured_makes_what_is_not_there(
 ) -> None:
     compiled, x = at_rest(nn.Linear(64, 64)), torch.randn(8, 64)
     monkeypatch.setattr(kept_weights, "is_capturing", lambda _: True)
-    captured: list[Tensor] = []
+    captured: list[tuple[StorageWeakRef, Tensor]] = []
     monkeypatch.setattr(kept_weights, "_captured", captured)
     with torch.no_grad():
         compiled(x), compiled(x)
@@ -349,11 +350,23 @@ def test_a_graph_that_is_captured_makes_what_is_not_there(
         monkeypatch.setattr(kept_weights, "is_capturing", lambda _: False)
         compiled(x)
         monkeypatch.setattr(kept_weights, "is_capturing", lambda _: True)
-        compiled(x)
+        compiled(x), compiled(x)
         assert len(compressions) == 3 and len(captured) == 1
         compiled.weight.mul_(2)  # type: ignore[operator]
         compiled(x)
     assert len(compressions) == 4 and len(captured) == 1, "what was there is of another weight"
+
+
+def test_the_form_that_a_graph_reads_goes_with_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[tuple[StorageWeakRef, Tensor]] = []
+    monkeypatch.setattr(kept_weights, "_captured", captured)
+    first, second, form = torch.ones(2), torch.ones(2), torch.ones(1)
+    kept_weights._pin(torch.zeros(1), first)
+    kept_weights._pin(form, second)
+    assert len(captured) == 2
+    del first
+    kept_weights._pin(form, second)
+    assert [pinned for _, pinned in captured] == [form]
 
 
 def layers() -> list[tuple[nn.Module, Tensor]]:
@@ -410,9 +423,10 @@ def test_other_devices_and_dtypes_run_dense_and_say_so() -> None:
     assert "on cpu" in support.operand_refusal(torch.ones(2, dtype=torch.float16))
     meta = torch.ones(2, device="meta")
     x, w = torch.randn(4, 8), pruned(8, 8)
-    assert torch.equal(linear_forward(x, w, None, None, False, "on cpu"), F.linear(x, w))
+    slot = ChoiceSlot("fc forward")
+    assert torch.equal(linear_forward(x, w, None, None, False, slot.name), F.linear(x, w))
     assert "meta" in support.operand_refusal(meta)
-    choice = choices.latest("on cpu")
+    choice = slot.latest
     assert choice is not None and choice.kernel == "dense" and "not on cuda" in choice.reason
 
 
@@ -495,7 +509,7 @@ def test_the_library_multiplies(sizes: Sizes, by_depth: bool, dim: int, dtype: t
     dense = torch.randn(sizes.lanes, sizes.depth, device=device, dtype=dtype)
     bias = torch.randn(sizes.rows, device=device, dtype=dtype)
     given = dense.t().contiguous() if by_depth else dense
-    result = Product("gpu", Operand(matrix, dim, mask), given, bias, by_depth).multiply()
+    result = Product(Operand(matrix, dim, mask), given, bias, by_depth).multiply()
     lines = torch.where(mask, matrix, 0.0).movedim(dim, 1)
     exact = F.linear(dense.double(), lines.double(), bias.double())
     assert result is not None

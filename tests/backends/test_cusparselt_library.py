@@ -108,7 +108,7 @@ def test_each_stream_has_a_plan_and_a_graph_takes_one_that_is_there(
 ) -> None:
     algorithm = Algorithm(3, 1)
     monkeypatch.setattr(library, "is_capturing", lambda _: True)
-    captured: list[Plan] = []
+    captured: set[Plan] = set()
     monkeypatch.setattr(library, "_captured", captured)
     assert kept_plan(PROBLEM, algorithm, 1) is None
     monkeypatch.setattr(library, "is_capturing", lambda _: False)
@@ -117,7 +117,8 @@ def test_each_stream_has_a_plan_and_a_graph_takes_one_that_is_there(
     monkeypatch.setattr(library, "is_capturing", lambda _: True)
     made = len(noted.calls)
     assert kept_plan(PROBLEM, algorithm, 2) is second and kept_plan(PROBLEM, algorithm, 3) is first
-    assert captured == [second, first] and len(noted.calls) == made
+    assert kept_plan(PROBLEM, algorithm, 3) is first
+    assert captured == {second, first} and len(noted.calls) == made
 
 
 def test_the_version_is_that_of_what_is_loaded(noted: Noted) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import nmcompile
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
-from nmcompile.backends.shared.choose_kernel import load_choices, save_choices
+from nmcompile.backends.shared.saved_choices import load_choices, save_choices
 from nmcompile.backends.tensorrt import load_engine
 from nmcompile.backends.tensorrt.sidecar import Sidecar, write_plan
 from nmcompile.demo.images import FILES, load_images

@@ -1,0 +1,39 @@
+"""Where a node keeps the kernel that it ran last.
+
+A torch operator takes no Python object and returns tensors alone, also where `torch.compile` has inlined the graph. So
+an operator gets the name of its node's slot, and finds the slot by it. Only the node holds the slot: both go with the
+graph.
+"""
+
+import itertools
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from nmcompile.ir.choice import Choice
+
+_numbers = itertools.count()
+_slots: "WeakValueDictionary[str, ChoiceSlot]" = WeakValueDictionary()
+
+
+class ChoiceSlot:
+    """The latest choice of one node; None before its operator first runs.
+
+    Args:
+        label: the readable part of the slot's name, such as the layer and its phase.
+        latest: the choice to start with.
+    """
+
+    def __init__(self, label: str, latest: Choice | None = None) -> None:
+        self.label = label
+        self.latest = latest
+        self.name = f"{label} {next(_numbers)}"
+        _slots[self.name] = self
+
+
+def keep(name: str, outcome: tuple[Tensor, Choice]) -> Tensor:
+    """Keep a choice in the slot of that name, if its graph is still alive, and return the result."""
+    result, choice = outcome
+    if (slot := _slots.get(name)) is not None:
+        slot.latest = choice
+    return result
