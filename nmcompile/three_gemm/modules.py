@@ -254,8 +254,7 @@ def generated_forward(graph: fx.Graph) -> Callable[..., object]:
     # Only the generated code is wanted; what it names, the module itself will hold. The graph that is kept gets no
     # owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
-from typing import NoReturn, SupportsIndex
-from weakref import WeakValueDictionary
+    forward: Callable[..., object] = type(GeneratedModule(attributes, copy.deepcopy(graph))).forward
     setattr(forward, GENERATED, True)
     return forward
 
