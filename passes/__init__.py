@@ -1,4 +1,4 @@
-"""Graph passes, one file each; the order in which `nmcompile.compile` runs them is `compile_passes`."""
+"""Graph passes, one file each; `compile_passes` is the order in which `nmcompile.compile` runs them."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from nmcompile.passes.quantize_weights import QuantizeWeights as QuantizeWeights
 
 
 def compile_passes(backends: Sequence[Backend]) -> tuple[Pass, ...]:
-    """From planned layers to lowered three-GEMM graphs."""
+    """Return the passes from planned layers to lowered three-GEMM graphs, in order."""
     return (
         ExpandGemms(),
         PruneWeights(),

@@ -22,7 +22,7 @@ from nmcompile.ir.program import Program, ThreeGraphs
 
 @dataclass(frozen=True)
 class ExpandGemms:
-    """Give every layer of the plan three graphs that prune nothing.
+    """A pass that gives every layer of the plan three graphs that prune nothing.
 
     A convolution's GEMMs stay implicit: their geometry is the layer's, no im2col is written. Its backward GEMM also
     takes the input and its update GEMM the weight, for shape and memory format.
@@ -36,7 +36,7 @@ class ExpandGemms:
 
 
 def expand(plan: LayerPlan) -> ThreeGraphs:
-    """The three dense graphs of one layer."""
+    """Return the three dense graphs of one layer."""
     layer = plan.layer
     graphs = {Phase.FORWARD: _forward(layer), Phase.BACKWARD: _backward(layer), Phase.UPDATE: _update(layer)}
     return ThreeGraphs(plan, {phase: GeneratedModule(torch.nn.Module(), graph) for phase, graph in graphs.items()})

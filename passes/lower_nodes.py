@@ -17,9 +17,9 @@ from nmcompile.ir.protocols import OTHER_KIND, Backend
 
 @dataclass(frozen=True)
 class LowerNodes:
-    """Hand each node to the first of `backends` that supports it; `NodeMeta.backend` names the one that took it.
+    """A pass that gives each node to the first of `backends` that supports it; `NodeMeta.backend` names that one.
 
-    The last backend has to take everything. `NodeMeta.refusals` keeps the reasons of the others, for the report.
+    The last backend has to take everything. `NodeMeta.refusals` keeps the reasons of the others.
     """
 
     backends: tuple[Backend, ...]

@@ -17,9 +17,10 @@ from nmcompile.pruning.references import OPERATORS
 
 @dataclass(frozen=True)
 class PruneGradients:
-    """Put the planned operator in front of dY. The bias gradient keeps reading the unpruned dY.
+    """A pass that puts the planned operator before dY. The bias gradient still reads the unpruned dY.
 
-    Random operators take a `key` placeholder, which the layer's random stream fills anew at each backward call.
+    Random operators take a `key` placeholder, for which the layer's random stream draws a new key in each backward
+    call.
     """
 
     name: ClassVar[str] = "prune-gradients"

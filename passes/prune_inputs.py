@@ -18,9 +18,9 @@ from nmcompile.passes.rewriting import gemm_node, placeholder, prune_operand
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """Prune X per sample along its channels; the gradients share X's mask (§7 of the paper).
+    """A pass that prunes X per sample along its channels; the gradients share X's mask (§7 of the paper).
 
-    Forward hands the pruned input and its mask on, so that the dense input need not be kept for this layer.
+    Forward passes on the pruned input and its mask, so the dense input need not be kept for this layer.
     """
 
     name: ClassVar[str] = "prune-inputs"

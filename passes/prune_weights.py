@@ -16,11 +16,11 @@ from nmcompile.passes.rewriting import placeholder, prune_operand
 
 @dataclass(frozen=True)
 class PruneWeights:
-    """Apply the mask to the weight of both GEMMs that read it; the update GEMM never does.
+    """A pass that applies the mask to the weight of the forward and backward GEMM; the update GEMM does not read it.
 
-    The backward GEMM is sparse only where the mask is transposable. With a row-wise mask it runs dense on the same
-    masked weight: that is the derivative of what forward computed. The mask comes from outside the graph, since it is
-    refreshed by optimizer steps and not by calls.
+    The backward GEMM is sparse only if the mask is transposable. With a row-wise mask it runs dense on the same masked
+    weight, which is the derivative of the forward GEMM. The mask comes from outside the graph, since optimizer steps
+    refresh it, and not calls.
     """
 
     name: ClassVar[str] = "prune-weights"

@@ -18,7 +18,7 @@ from nmcompile.passes.rewriting import gemm_node, placeholder
 
 @dataclass(frozen=True)
 class QuantizeBiases:
-    """Integer kernels add an integer bias; db passes straight through."""
+    """A pass that rounds biases, since integer kernels add an integer bias; db passes straight through."""
 
     name: ClassVar[str] = "quantize-biases"
 

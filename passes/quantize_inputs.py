@@ -1,4 +1,4 @@
-"""Put the input of the forward GEMM on its grid, behind its pruning.
+"""Put the input of the forward GEMM on its grid, after its pruning.
 
 gemm_forward(input, weight)      ->  gemm_forward(to_grid(input, input_step, bits), weight)
 gemm_update(grad_output, input)  ->  gemm_update(grad_output, input_quantized)
@@ -20,9 +20,9 @@ from nmcompile.passes.rewriting import gemm_node, placeholder, quantize_operand
 
 @dataclass(frozen=True)
 class QuantizeInputs:
-    """Quantize X with a step that is calibrated or learned; gradients pass straight through inside the grid.
+    """A pass that quantizes X with a calibrated or learned step; gradients pass straight through inside the grid.
 
-    What the grid clips has no gradient; it moves the clip instead (PACT), which the backward graph returns second.
+    Clipped values have no gradient; they move the clip instead (PACT), which the backward graph returns second.
     """
 
     name: ClassVar[str] = "quantize-inputs"
@@ -44,7 +44,7 @@ def _quantize_forward(three: ThreeGraphs, row: PlanRow) -> None:
     output = graph.output_node()
     results = output.args[0]
     assert isinstance(results, tuple)
-    # What pruning saved of the input is replaced by what quantization made of it.
+    # The pruned input that was saved for backward is replaced by the quantized one.
     kept = [(name, node) for name, node in zip(three.saved, results[1:], strict=True) if name != "input_pruned"]
     kept += [("input_quantized", quantized), ("input_beyond", beyond)]
     output.args = ((results[0], *(node for _, node in kept)),)

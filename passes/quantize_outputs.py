@@ -1,4 +1,4 @@
-"""Prune and quantize the output of a layer: behind its ReLU where that is pruned or its grid unsigned, else as it is.
+"""Prune and quantize the output of a layer: after its ReLU if that is pruned or its grid unsigned, else directly.
 
 Y = add_bias(...)                   ->  to_grid(apply_mask(relu(Y), output_mask), output_step, bits)
                                         to_grid(Y, output_step, bits)
@@ -23,10 +23,10 @@ from nmcompile.passes.rewriting import gemm_node, placeholder
 
 @dataclass(frozen=True)
 class QuantizeOutputs:
-    """Everything that reads the layer's output then reads an activation that is pruned and on its grid.
+    """A pass after which all readers of the layer's output read an activation that is pruned and on its grid.
 
-    Where a batch norm follows that export absorbs, the grid is the norm's (`nmcompile.ir.absorbed_norm`). The model's
-    own ReLU stays where it is and changes nothing any more, except that it lets no gradient through where a small
+    If a batch norm follows that export absorbs, the grid is the norm's (`nmcompile.three_gemm.absorbed_norm`). The
+    model's own ReLU stays where it is and changes nothing any more, except that it passes no gradient where a small
     activation was rounded to zero.
     """
 

@@ -14,9 +14,9 @@ from nmcompile.passes.rewriting import quantize_operand
 
 @dataclass(frozen=True)
 class QuantizeWeights:
-    """Quantize W, pruned or not, wherever a GEMM reads it; dW passes straight through to the dense weight.
+    """A pass that quantizes W, pruned or not, wherever a GEMM reads it; dW passes straight through to the dense weight.
 
-    The step comes from outside the graph: it is SAWB's of the dense weight, whose statistics masking would distort.
+    The step comes from outside the graph: it is SAWB's of the dense weight, as masking would distort its statistics.
     """
 
     name: ClassVar[str] = "quantize-weights"

@@ -1,4 +1,4 @@
-"""What the pruning and quantization passes share: placeholders, and a node put in front of a GEMM's operand."""
+"""Helpers of the pruning and quantization passes: placeholders, and a node inserted before a GEMM's operand."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ GEMMS = (ops.gemm_forward, ops.gemm_backward, ops.gemm_update)
 
 
 def gemm_node(three: ThreeGraphs, phase: Phase) -> fx.Node:
-    """The one GEMM of a graph that is not lowered yet."""
+    """Return the only GEMM of a graph that is not lowered yet."""
     found = [node for node in three[phase].graph.nodes if node.target in GEMMS]
     if len(found) != 1:
         raise PreconditionError(
@@ -27,7 +27,7 @@ def gemm_node(three: ThreeGraphs, phase: Phase) -> fx.Node:
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    """The placeholder of that name, made behind the others if it does not exist."""
+    """Return the placeholder of that name, made after the others if it does not exist."""
     existing: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
     for node in existing:
         if node.target == name:
@@ -39,7 +39,7 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
 def prune_operand(
     three: ThreeGraphs, meta: NodeMeta, operand: Operand, name: str, target: Any, args: tuple[Any, ...]
 ) -> fx.Node:
-    """Insert `target(*args)` before the GEMM and let it stand for the placeholder `operand` in the GEMM's arguments."""
+    """Insert `target(*args)` before the GEMM in place of the placeholder `operand` among the GEMM's arguments."""
     graph, gemm = three[meta.phase].graph, gemm_node(three, meta.phase)
     dense = placeholder(graph, operand)
     if dense not in gemm.all_input_nodes:
@@ -54,7 +54,7 @@ def prune_operand(
 
 
 def quantize_operand(three: ThreeGraphs, phase: Phase, operand: Operand, row: PlanRow) -> tuple[fx.Node, fx.Node]:
-    """Put what the GEMM reads as `operand`, pruned or not, on its grid; returns it as it was and as it is then."""
+    """Put the GEMM's `operand`, pruned or not, on its grid; return it as before and as quantized."""
     gemm = gemm_node(three, phase)
     position = ("input", "weight").index(operand) if phase is Phase.FORWARD else 1
     before = gemm.args[position]

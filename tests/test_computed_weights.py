@@ -154,7 +154,7 @@ def test_slices_that_overlap_are_an_error(x: Tensor) -> None:
 
     model = nmcompile.compile(nn.Sequential(nn.Linear(16, 16), Overlapping()), "weights", config=ALL)
     model(x)
-    with pytest.raises(PassError, match="another layer uses a part of its weight, and is pruned otherwise"):
+    with pytest.raises(PassError, match="another layer uses a part of its weight, and is pruned differently"):
         nmcompile.finalize(model)
 
 

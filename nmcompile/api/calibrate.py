@@ -1,4 +1,4 @@
-"""Find the clips of quantized activations from example data."""
+"""Calibration of the clips of quantized activations from example data."""
 
 import math
 from collections import defaultdict
@@ -26,19 +26,19 @@ from nmcompile.three_gemm.run_model import evaluating, run_batch, shown
 from nmcompile.three_gemm.triple import GemmTriple
 
 PERCENTILE = 99.99
-FACTORS = (1.0, 0.9, 1.1, 0.8, 1.2, 0.7, 0.6, 0.5)  # of equally good ones the first, as where no output is a float
-COARSE = 4  # bits; on finer grids rounding is no error to balance clipping with
-EXAMPLES = 8  # batches whose outputs are kept to choose among them
+FACTORS = (1.0, 0.9, 1.1, 0.8, 1.2, 0.7, 0.6, 0.5)  # the first of equally good ones wins, as if no output is a float
+COARSE = 4  # bits; on finer grids the rounding error is too small to balance against clipping
+EXAMPLES = 8  # batches whose outputs decide about the factor
 
 
 @torch.no_grad()
 def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
     """Set the clip of every quantized activation from a pass over `data`, in eval mode and with none of them quantized.
 
-    The histogram of each activation (after its pruning) is searched for the clip of the least squared error. That says
-    which clips fit together, but not how much clipping the model bears: errors of rounding add up through the layers
-    otherwise than errors of clipping. So all clips of coarse grids are then multiplied by the one factor with the least
-    squared error of the model's outputs on the first batches. Learned clips start from there. With
+    The histogram of each activation (after its pruning) is searched for the clip with the least squared error. That
+    says which clips fit together, but not how much clipping the model bears: rounding errors and clipping errors add up
+    differently through the layers. So all clips of coarse grids are then multiplied by one factor, the one with the
+    least squared error of the model's outputs on the first batches. Learned clips start from there. With
     `CompileConfig(clip="percentile")` each clip is the percentile 99.99 of its activation.
 
     Args:
@@ -46,7 +46,7 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
         data: batches, each a tensor; a mapping of forward's arguments by name (a dict, a `BatchEncoding`), of which
             entries that forward does not take, such as labels, are left out; or a tuple or list as a `DataLoader`
             yields it. Its first entry is then a tensor, such a mapping, or a tuple or list of forward's arguments.
-            Where forward requires several arguments, that many first entries are taken: (a, b, label) for
+            If forward requires several arguments, that many first entries are taken: (a, b, label) for
             `forward(a, b)`. Optional arguments are given by name, or nested: ((x, mask), label).
 
     Raises:
@@ -66,9 +66,9 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
 
 @torch.no_grad()
 def calibrate_reached(compiled: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
-    """Do what `calibrate` does, and return the names of the layers that the data does not reach.
+    """Calibrate as `calibrate` does, and return the names of the layers that the data does not reach.
 
-    They keep the clips that they have.
+    These layers keep their clips.
     """
     check_compiled("compiled", compiled)
     if not any(triples_of(compiled)):
@@ -88,7 +88,7 @@ def calibrate_reached(compiled: nn.Module, data: Iterable[Any]) -> tuple[str, ..
 
 
 def check_data(data: Any) -> None:
-    """Raise for a single batch: the rows of a tensor and the keys of a mapping are no batches."""
+    """Raise for a single batch: the rows of a tensor and the keys of a mapping are not batches."""
     if isinstance(data, Tensor | np.ndarray | Mapping | str | bytes) or not isinstance(data, Iterable):
         raise CalibrationError(f"the calibration data is {shown(data)}; give an iterable of batches, such as [batch]")
 
@@ -96,7 +96,7 @@ def check_data(data: Any) -> None:
 def _observe(
     compiled: nn.Module, data: Iterable[Any], steps: Mapping[int, ActivationStep]
 ) -> tuple[dict[int, Histogram], list[tuple[Any, list[Tensor]]]]:
-    """Histograms of all inputs, and some batches with their unquantized outputs."""
+    """Return histograms of all inputs, and some batches with their unquantized outputs."""
     observed: dict[int, Histogram] = defaultdict(Histogram)
     examples: list[tuple[Any, list[Tensor]]] = []
     with observing(triples_of(compiled), lambda triple: _Unquantized(triple, observed)):
@@ -132,13 +132,13 @@ def _scale_clips(compiled: nn.Module, steps: list[ActivationStep], examples: lis
 
 
 def _squared_error(ours: Tensor, exact: Tensor) -> float:
-    """Of what is finite: outputs may be masked with an infinity."""
+    """Return the squared error of the finite outputs: outputs may be masked with an infinity."""
     error = float((ours - exact)[exact.isfinite()].double().square().sum())
     return math.inf if math.isnan(error) else error
 
 
 def _floats(output: Any) -> list[Tensor]:
-    """The floating-point tensors that a model returns, in any structure."""
+    """Return the floating-point tensors that a model returns, in any structure."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -1,4 +1,4 @@
-"""Run a recipe inside Lightning's or Hugging Face's trainer: a phase begins with an epoch."""
+"""Callbacks that run a recipe inside Lightning's or Hugging Face's trainer: a phase begins with an epoch."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from nmcompile.errors import BackendUnavailable, ConfigError
 
 
 class _Phases:
-    """Advances a recipe at the epochs where its phases begin."""
+    """A recipe that advances at the epochs where its phases begin."""
 
     def __init__(self, recipe: Iterator[nn.Module], begins: Sequence[int]) -> None:
         check_kind("recipe", recipe, Iterator, "a recipe of nmcompile.training.recipes, called with inplace=True")
@@ -34,7 +34,7 @@ class _Phases:
 
 
 def lightning_callback(recipe: Iterator[nn.Module], begins: Sequence[int]) -> Any:
-    """A `lightning.pytorch.Callback` that starts the phases of a recipe at these epochs.
+    """Make a `lightning.pytorch.Callback` that starts the phases of a recipe at these epochs.
 
     Args:
         recipe: made with `inplace=True`, since the trainer keeps the module that it was given.
@@ -53,7 +53,7 @@ def lightning_callback(recipe: Iterator[nn.Module], begins: Sequence[int]) -> An
 
 
 def trainer_callback(recipe: Iterator[nn.Module], begins: Sequence[int]) -> Any:
-    """The same as a `transformers.TrainerCallback`."""
+    """Make a `transformers.TrainerCallback` that does the same as `lightning_callback`'s."""
     phases = _Phases(recipe, begins)
 
     class RecipeCallback(_import("transformers", "transformers").TrainerCallback):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Which backends a model's nodes are offered to, and in which order."""
+"""Choice of the backends that a model's nodes are offered to, and of their order."""
 
 from torch import nn
 
@@ -11,13 +11,14 @@ from nmcompile.errors import BackendUnavailable
 from nmcompile.ir.protocols import Backend
 
 ACCELERATED: tuple[Backend, ...] = (TritonBackend(), CusparseltBackend(), CpuBackend())
-"""What `backend="auto"` asks before the reference backend, in this order, where it is available; for a model on the CPU
-in the reverse order.
+"""Backends that `backend="auto"` asks before the reference backend if they are available, in this order.
+
+For a model on the CPU the order is reversed.
 """
 
 
 def choose_backends(backend: str | Backend, model: nn.Module) -> tuple[Backend, ...]:
-    """The backends to ask, in this order; the reference backend takes what is left."""
+    """Return the backends in the order in which they are asked; the reference backend takes the remaining nodes."""
     reference = ReferenceBackend()
     known = {one.name: one for one in ACCELERATED}
     if isinstance(backend, Backend) and not isinstance(backend, type):

@@ -1,4 +1,4 @@
-"""Layer by layer, how far a compiled model is from the dense one on the same batch."""
+"""Comparison of a compiled model with the dense one on the same batch, layer by layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One layer's output against the dense model's: signal to noise in decibels, and the cosine of the two."""
+    """One layer's output compared with the dense model's: signal to noise in decibels, and the cosine of the two."""
 
     layer: str
     sqnr: float
@@ -29,7 +29,7 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class CompareReport:
-    """The layers in call order. Errors of earlier layers are part of what later ones show."""
+    """The layers in call order. The difference of a later layer includes the errors of earlier ones."""
 
     layers: tuple[LayerDifference, ...]
 
@@ -40,11 +40,11 @@ class CompareReport:
 
 @torch.no_grad()
 def compare(dense: nn.Module, compiled: nn.Module, batch: Any) -> CompareReport:
-    """Run both models, in the modes that they are in, and compare what their layers return.
+    """Run both models in their present modes, and compare the outputs of their layers.
 
     Args:
         dense: the plain model, or a compiled one that serves as the reference.
-        compiled: what `compile` made of it.
+        compiled: the compiled model.
         batch: as in `calibrate`.
 
     Raises:

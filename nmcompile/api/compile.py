@@ -56,31 +56,31 @@ def compile(
     max_drop: float | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Rewrite every conv and linear node of a model into its three GEMMs, pruned as the paper's Table 1 says.
+    """Rewrite every conv and linear node of a model into its three GEMMs, pruned according to the paper's Table 1.
 
     The result has the same parameters, buffers and `state_dict()` keys: an optimizer made before still trains it. Its
     modules are copies of the model's that share every tensor, or with `inplace` the model's own.
 
-    A module whose own forward calls `F.linear` or a convolution gets a forward generated from its traced graph: Python
-    values that it reads (numbers, flags, globals) are those of the moment of compilation, tensors and buffers are not.
-    Code that a graph cannot stand for stays Python, and the report says why: it tests the identity or the type of a
-    value that is computed from inputs, for example. With `args`, the model also runs once in eval mode, and a generated
-    forward that does not give the very bits and classes of its original stays Python too.
+    A module whose own forward calls `F.linear` or a convolution gets a forward generated from its traced graph. Python
+    values that it reads (numbers, flags, globals) are frozen at compile time, tensors and buffers are not. Code that a
+    graph cannot represent stays Python, and the report says why: it tests the identity or the type of a value that is
+    computed from inputs, for example. With `args`, the model also runs once in eval mode, and a generated forward whose
+    results differ from its original's in any bit or class stays Python too.
 
     Other threads may run models meanwhile, and compile others.
 
     Args:
-        model: a module, a `GraphModule`, an `ExportedProgram`, or a model that was compiled before: it is planned
-            anew, but a layer that carries a mask stays masked, even if it turns out to be the first or the last, and a
-            mask that already meets the new pattern is kept.
+        model: a module, a `GraphModule`, an `ExportedProgram`, or a compiled model. A compiled model is planned anew,
+            except that a layer with a mask stays masked, even if it turns out to be the first or the last, and a mask
+            that already meets the new pattern is kept.
         mode: `"training"`, `"inference"`, a row of Table 1 (`"weights"`, `"t-weights"`, `"activations"`,
             `"gradients"`) or `"dense"`, which rewrites everything and prunes nothing.
-        args, kwargs: example inputs; with them the whole graph is known even where fx cannot trace the model.
+        args, kwargs: example inputs; with them the whole graph is known even if fx cannot trace the model.
         config: anything finer than the mode.
-        backend: `"auto"` (what runs here, by the device that the parameters are on now), `"cpu"`, `"triton"`,
-            `"cusparselt"`, `"reference"`, or a `Backend`; what it does not take the reference backend runs.
-        calibration: batches for the clips of quantized inputs (see `calibrate`); a clip that an earlier compilation
-            found for the same grid is kept without it.
+        backend: `"auto"` (the backends that run here, by the device of the parameters), `"cpu"`, `"triton"`,
+            `"cusparselt"`, `"reference"`, or a `Backend`; the reference backend runs the nodes that it does not take.
+        calibration: batches for the clips of quantized inputs (see `calibrate`); without them, a clip that an earlier
+            compilation found for the same grid is kept.
         validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers
             that hurt most are left dense until it does not fall further. Each layer costs one validation.
         inplace: edit the given module tree; always so after FSDP2's `fully_shard`, whose modules cannot be copied.
@@ -89,7 +89,7 @@ def compile(
         A module of the model's class.
 
     Raises:
-        ConfigError: an unknown mode, pattern, layer name or backend; `args` that are no tuple; `validation` without
+        ConfigError: an unknown mode, pattern, layer name or backend; `args` that are not a tuple; `validation` without
             `max_drop` or the reverse; `where="pays"` without `args`.
         CaptureError: nothing to compile, or the model refuses `args`.
         PreconditionError: a layer named in `config` cannot be pruned as asked.
@@ -106,7 +106,7 @@ def compile(
     rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
     earlier = earlier_of(source)
     if calibration is not None or validation is not None:
-        # On a copy, so that a failure leaves the model as it is; its masks and clips are taken over.
+        # On a copy: a failure leaves the model unchanged; its masks and clips are taken over.
         trial = rewrite(source, config=asked, earlier=earlier)
         if calibration is not None:
             rewrite = partial(rewrite, unreached=calibrate_reached(trial, calibration))
@@ -138,7 +138,7 @@ def analyze(
     config: CompileConfig | None = None,
     backend: str | Backend = "auto",
 ) -> Report:
-    """What `compile` would do, without changing anything, the random state included. Takes and raises the same."""
+    """Report what `compile` would do, without changing anything, the random state included; take and raise the same."""
     check_call(args, kwargs)
     source, asked = _module(model), given_config(config)
     dense_phases = None
@@ -155,7 +155,7 @@ def analyze(
 
 
 def inspect(compiled: nn.Module) -> Report:
-    """What was done to each layer, why, and what was seen of it at run time.
+    """Report what was done to each layer, why, and what was observed at run time.
 
     Args:
         compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.
@@ -176,7 +176,7 @@ def inspect(compiled: nn.Module) -> Report:
 
 
 def decompile(compiled: nn.Module) -> nn.Module:
-    """The plain model: the classes and forwards that it had, the same parameters and buffers, nothing masked."""
+    """Return the plain model: its original classes and forwards, the same parameters and buffers, nothing masked."""
     check_compiled("compiled", compiled)
     plain = share_copy(compiled)
     restore_all(plain)
@@ -184,7 +184,7 @@ def decompile(compiled: nn.Module) -> nn.Module:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `compile` made this module, or one that it wraps."""
+    """Return whether `compile` made this module, or one that it wraps."""
     check_kind("model", model, nn.Module, "a module")
     return any(RECORD in module.__dict__ for module in model.modules())
 
@@ -194,14 +194,14 @@ def _module(model: Model) -> nn.Module:
         return model.module()
     dynamo = sys.modules.get("torch._dynamo")
     while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
-        model = model._orig_mod  # what torch.compile wraps: the result is to be compiled by torch anew
+        model = model._orig_mod  # the module that torch.compile wraps: compile the result with torch again
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model is {described(model)}; give an nn.Module or an ExportedProgram")
     return model
 
 
 def _check_control(validation: Any, max_drop: Any) -> None:
-    """Check what accuracy control is asked for."""
+    """Check the options of accuracy control."""
     if (validation is None) != (max_drop is None):
         raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
     if validation is not None:
@@ -229,7 +229,7 @@ def _rewrite(
     reverted: Reverted | None = None,
     dense_phases: DensePhases | None = None,
 ) -> nn.Module:
-    """Capture, plan and lower, then change the module tree; what can fail comes first."""
+    """Capture, plan and lower, then change the module tree; the steps that can fail come first."""
     preset(mode)
     backends = choose_backends(backend, source)
     plain = decompile(source) if is_compiled(source) else source
@@ -243,12 +243,12 @@ def _rewrite(
 
 
 def _with_earlier(captured: Captured, earlier: Earlier, unreached: Sequence[str] = ()) -> Captured:
-    """What was captured, with what an earlier compilation and calibration have shown of it."""
+    """Add what an earlier compilation and the calibration have shown to a captured model."""
     uncalled = {name: why for name, why in captured.suspected.items() if name in earlier.uncalled}
     bypassed = {**dict.fromkeys(unreached, UNREACHED), **uncalled, **captured.bypassed}
     return replace(captured, carried=earlier.carried, bypassed=bypassed)
 
 
 def _without(config: CompileConfig, layers: tuple[str, ...]) -> CompileConfig:
-    """The config with more layers left dense."""
+    """Return the config with more layers left dense."""
     return replace(config, layers={**config.layers, **dict.fromkeys(layers)})

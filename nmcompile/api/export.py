@@ -1,4 +1,4 @@
-"""Write a compiled model to a file: ONNX, or a TensorRT plan built from it."""
+"""Export of a compiled model to a file: ONNX, or a TensorRT plan built from it."""
 
 import os
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ ENGINES = (".engine", ".plan")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, how it compares with the model, and for a plan what TensorRT made of it."""
+    """The written file, its comparison with the model, and for a plan TensorRT's report."""
 
     onnx: OnnxReport
     layers: Mapping[str, DeployedLayer]
@@ -60,13 +60,13 @@ def export(
     dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> ExportReport:
-    """Write a compiled model as its layers are deployed: zeros and grids in the weights, pruning and Q/DQ in front.
+    """Write a compiled model as deployed: zeros and grids in the weights, pruning and Q/DQ before the layers.
 
     Args:
-        compiled: what `compile` made, in eval mode, with calibrated inputs.
-        path: `.onnx`; or `.engine` or `.plan`, for which the ONNX file is written beside it first. A file that is there
-            is replaced once the new one is verified, and stays as it is after an error.
-        args, kwargs: an example of the inputs, a tuple and a dict; verification runs on it too, and values as in use
+        compiled: a compiled model, in eval mode, with calibrated inputs.
+        path: `.onnx`; or `.engine` or `.plan`, for which the ONNX file is first written beside it. An existing file is
+            replaced once the new one is verified, and is unchanged after an error.
+        args, kwargs: an example of the inputs, a tuple and a dict. Verification runs on it too, and realistic values
             show more there than zeros.
         target: the runtime of the file, `"onnxruntime"` (default of `.onnx`) or `"tensorrt"`: it decides how inputs
             are quantized.
@@ -80,10 +80,10 @@ def export(
             reference with the model, layer by layer and end to end.
 
     Raises:
-        ConfigError: an unknown suffix, target, container or precision; `args` that are no tuple, or hold no tensor.
+        ConfigError: an unknown suffix, target, container or precision; `args` that are not a tuple, or hold no tensor.
         CalibrationError: an input is to be quantized, but has no clip.
         ExportError: a model that cannot be written as asked, or a file that does not compute the same.
-        BackendUnavailable: a plan without TensorRT; the ONNX file is there all the same.
+        BackendUnavailable: a plan without TensorRT; the ONNX file is written anyway.
     """
     check_compiled("compiled", compiled)
     example = _example(args, kwargs)
@@ -118,19 +118,19 @@ def _example(args: Any, kwargs: Any) -> Example:
 
 
 def _chosen(path: Path, target: str | None) -> tuple[Path, Path, str]:
-    """The file asked for, its ONNX file, and the target."""
+    """Return the requested file, its ONNX file, and the target."""
     if path.suffix == ".onnx":
         return path, path, "onnxruntime" if target is None else target
     if path.suffix not in ENGINES:
         known = nearest(path.suffix, (".onnx", *ENGINES))
-        raise ConfigError(f"path {path.name!r} has the suffix {path.suffix!r}, of which nothing is known; {known}")
+        raise ConfigError(f"path {path.name!r} has the unknown suffix {path.suffix!r}; {known}")
     if target not in (None, "tensorrt"):
         raise ConfigError(f"{path.name} is a TensorRT plan, so its target cannot be {target!r}; leave target out")
     return path, path.with_suffix(".onnx"), "tensorrt"
 
 
 def _deployed(layer: DeployedLayer) -> tuple[str, str, str]:
-    """What is in the weight, and what happens to the input and the output."""
+    """Describe the weight, and the steps on the input and the output."""
     weight, input, output = (
         " ".join(str(what) for what in (part.pattern, part.grid) if what is not None)
         for part in (layer.weight, layer.input, layer.output)

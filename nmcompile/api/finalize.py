@@ -1,4 +1,4 @@
-"""The plain model with its pruning and quantization made real in the weights."""
+"""The plain model with its pruning and quantization applied to the weights."""
 
 import warnings
 from collections.abc import Iterator
@@ -29,19 +29,19 @@ from nmcompile.training.find_masks import masks_among
 
 @torch.no_grad()
 def finalize(compiled: nn.Module) -> nn.Module:
-    """The plain model, a copy, whose weights are zero where the current masks say so, and on their grid if quantized.
+    """Return a plain copy of the model whose weights are pruned by the current masks, and on their grid if quantized.
 
     A weight that a parametrization or a hook of `torch.nn.utils` computes (`weight_norm`, `spectral_norm`, `prune`)
-    becomes a parameter. Biases of layers with integer weights and inputs are whole steps of their accumulator, as those
-    layers add them.
+    becomes a parameter. Biases of layers with integer weights and inputs are rounded to whole steps of their
+    accumulator, as these layers add them.
 
     Args:
-        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay. Of one
-            that is split by FSDP2 or tensor parallelism every process has to call, and gets the whole plain model.
+        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay. If
+            FSDP2 or tensor parallelism splits the model, every process has to call, and gets the whole plain model.
 
     Raises:
         PassError: a pruned weight is computed in forward and is not a slice of a parameter (a standardized weight,
-            say), so that no parameter can hold its zeros.
+            say), so no parameter can hold its zeros.
         StateError: a part of a compiled model.
 
     Warns:
@@ -84,7 +84,7 @@ def _changes(triple: GemmTriple) -> bool:
 
 
 def _effective(model: nn.Module, triple: GemmTriple) -> tuple[Place | None, Tensor]:
-    """The place of the weight in a parameter, None where it has a name of its own, and its values."""
+    """Return the place of the weight in a parameter, None if it has a name of its own, and its values."""
     site, weight, stored = triple.site, effective_weight(model, triple), stored_weight(model, triple.site)
     if triple.mask is not None and stored is not None:
         triple.mask.current(stored, fingerprint(stored))
@@ -93,14 +93,14 @@ def _effective(model: nn.Module, triple: GemmTriple) -> tuple[Place | None, Tens
     if weight is None or (is_computed and place is None):
         how = "is computed in forward" if is_computed else "is set by a hook that is not one of torch.nn.utils"
         raise PassError(
-            f"layer {triple.layer.name!r}: its weight {how}, so that no parameter can hold its zeros; deploy the "
+            f"layer {triple.layer.name!r}: its weight {how}, so no parameter can hold its zeros; deploy the "
             f"compiled model itself, or leave it dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
     return place, weight
 
 
 def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By name, the biases that are added in whole steps."""
+    """Yield (name, bias), each bias rounded to whole accumulator steps."""
     for triple in triples_of(model):
         input = triple.steps.input
         if not triple.graphs.plan.rounds_bias or input is None or not input.is_calibrated:
@@ -120,12 +120,12 @@ def _write(model: nn.Module, name: str, weight: Tensor) -> None:
 
 
 def _check_shared(root: nn.Module, written: dict[str, tuple[Place | None, Tensor]]) -> None:
-    """Raise where layers that are pruned differently share elements of one parameter."""
+    """Raise if layers that are pruned differently share elements of one parameter."""
     for name, (place, values) in written.items():
         found = named_weight(root, name) if place is None else place.look(root)
         if found is not None and not torch.allclose(found, values, rtol=0, atol=0, equal_nan=True):
             raise PassError(
                 f"layer {name.removesuffix('.weight')!r}: another layer uses a part of its weight, and is pruned "
-                "otherwise, so that one parameter cannot hold the zeros of both; leave one of them dense with "
+                "differently, so one parameter cannot hold the zeros of both; leave one of them dense with "
                 "CompileConfig.layers"
             )

@@ -1,4 +1,4 @@
-"""The user's word that the weights of a compiled model stand still."""
+"""The user's promise that the weights of a compiled model do not change."""
 
 from torch import nn
 
@@ -11,15 +11,15 @@ from nmcompile.weight_cache import forget
 
 
 def freeze(model: nn.Module) -> None:
-    """Promise that no weight changes from now on, so that calls compare none of them.
+    """Promise that no weight changes from now on, so calls need not compare any.
 
     Without it, each call that does not train a weight reads it once, to see any write since its mask and its packed
     form were computed. On a GPU that has to wait for the result, so packed weights are cached there only after
-    `freeze`. Masked weights of dense kernels are cached only after it too, which takes as much memory as the weights.
-    Call it once before serving. Weights that a forward computes, or that FSDP2 gathers, are compared anyway.
+    `freeze`. The same holds everywhere for the masked weights of dense kernels, whose cache takes as much memory as the
+    weights. Call it once before serving. Weights that a forward computes, or that FSDP2 gathers, are compared anyway.
 
-    A call with gradients for a weight of the model, an optimizer step on one of its parameters, `load_state_dict`,
-    `load_sparse_state_dict`, `.to()` and compiling again take the promise back for the whole model. A copy of the model
+    These end the promise for the whole model: a call with gradients for a weight of the model, an optimizer step on one
+    of its parameters, `load_state_dict`, `load_sparse_state_dict`, `.to()` and compiling again. A copy of the model
     does not inherit it. A write by other means while it holds is not seen.
 
     Args:

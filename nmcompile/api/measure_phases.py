@@ -1,4 +1,4 @@
-"""`CompileConfig(where="pays")`: which phases lose by being pruned, from a measurement of each layer alone."""
+"""`CompileConfig(where="pays")`: finds the phases that pruning makes slower, by timing each layer alone."""
 
 import itertools
 import random
@@ -28,8 +28,8 @@ from nmcompile.training.bind_layers import TripleFactory
 from nmcompile.training.earlier import earlier_layers
 
 ROUNDS = 12
-HEAD_START = 8_000_000  # of a layer's step over the GPU, in its cycles: about four milliseconds
-MARGIN = 0.95  # of the dense time, that pruning must stay below: a run differs from the next by a few percent
+HEAD_START = 8_000_000  # cycles by which a layer's step is ahead of the GPU: about four milliseconds
+MARGIN = 0.95  # × the dense time, which pruning must stay below: runs differ by a few percent
 NOT_REACHED = "no call with args reaches it, so whether pruning pays is not known (where='pays')"
 
 Phases = tuple[Phase, ...]
@@ -38,10 +38,10 @@ Steps = Mapping[tuple[Phases, ...], Callable[[], object]]
 
 
 def find_dense_phases(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> DensePhases:
-    """The phases to leave dense, the same on all ranks: the first one measures.
+    """Return the phases to leave dense, the same on all ranks: the first one measures.
 
-    Each layer is timed with the input that `args` bring it: every combination of what it prunes, and the plain layer.
-    In `train()` that is forward and backward, in `eval()` the forward alone.
+    Each layer is timed with the input that `args` bring it: every combination of its pruned phases, and the plain
+    layer. In `train()` that is forward and backward, in `eval()` the forward alone.
 
     Args:
         trial: compiled, everything pruned; neither it nor any random state is changed.
@@ -57,7 +57,7 @@ def find_dense_phases(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     if distributed.get_rank() == 0:
         try:
             found = [(_measured(trial, args, kwargs), "")]
-        except Exception as error:  # the others wait, and have to hear of it
+        except Exception as error:  # the other ranks wait, and have to be told
             failure, found = error, [({}, f"{type(error).__name__}: {error}")]
     distributed.broadcast_object_list(found, src=0)
     ((dense, complaint),) = found
@@ -75,7 +75,7 @@ def _measured(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def decide(times: Times) -> dict[Phase, str]:
-    """The phases to leave dense, with the reason.
+    """Return the phases to leave dense, with the reason.
 
     Args:
         times: seconds of a step of the layer by the parts that it prunes; `()` is the plain layer.
@@ -113,7 +113,7 @@ def _inputs(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     inputs: dict[str, Tensor] = {}
     with evaluating(trial), observing(triples_of(trial), lambda triple: _Inputs(triple, inputs)):
         trial(*args, **kwargs)
-    # Nobody asks for the gradient of the model's own inputs, unless they say so.
+    # The gradient of the model's own inputs is needed only if one of them requires it.
     facts, leaves = record_of(trial)[1].program.captured.facts, pytree.tree_leaves((args, kwargs))
     asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
     return {name: x.requires_grad_(trial.training and (asked or not facts[name].first)) for name, x in inputs.items()}
@@ -128,7 +128,7 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
         parts = plan.parts()
         if not parts:
             continue
-        # A weight that was trained with a mask computes something else without it.
+        # A weight that was trained with a mask computes other results without it.
         carries = triple.site.weight in record.program.captured.carried and plan.find(Phase.FORWARD, "weight")
         held = parts[0] if carries else ()
         if name not in inputs:
@@ -143,16 +143,17 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
 
 
 def _problem(trial: nn.Module, triple: GemmTriple, input: Tensor) -> Any:
-    """What decides how long a layer takes: equal problems are measured once."""
+    """Return everything that decides how long a layer takes: equal problems are measured once."""
     rows = tuple(replace(row, layer="", reason="") for row in triple.graphs.plan.rows)
     layout = tuple(input.shape), input.stride(), input.dtype, input.requires_grad
     return replace(triple.layer, name=""), rows, layout, trial.training
 
 
 def _typical_times(steps: Steps, device: torch.device) -> Times:
-    """The median of some calls of each, in turns, behind a first one that chooses kernels and makes masks.
+    """Return the median time of some calls of each step, in turns, after a first call that is not timed.
 
-    Each turn has another order: what one leaves in caches and in the allocator, the next finds.
+    The first call chooses kernels and makes masks. Each turn has another order, as each step finds the caches and the
+    allocator as the previous step left them.
     """
     times: dict[tuple[Phases, ...], list[float]] = {parts: [] for parts in steps}
     order, dice = list(steps), random.Random(0)
@@ -166,7 +167,7 @@ def _typical_times(steps: Steps, device: torch.device) -> Times:
 
 
 def _steps(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Tensor) -> Steps:
-    """A step of one layer by the parts that it prunes."""
+    """Return a step of one layer for each choice of pruned parts."""
     weight, device = stored_weight(trial, triple.site), _device(trial, triple)
     dtype = layout.dtype if weight is None else weight.dtype
     values = torch.randn(triple.layer.weight_shape, device=device, dtype=dtype) if weight is None else weight.detach()
@@ -208,7 +209,7 @@ def _variants(
 
 
 def _layer(trial: nn.Module, record: Compilation, triple: GemmTriple, plan: LayerPlan) -> Callable[..., Tensor]:
-    """A layer by another plan: what would run in its place."""
+    """Return a layer by another plan, as it would run in the layer's place."""
     name, captured = plan.layer.name, record.program.captured
     if not plan.rewritten:
         graph = lowered(captured, Plan((plan,)), (ReferenceBackend(),)).layers[name][Phase.FORWARD]

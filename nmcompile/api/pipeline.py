@@ -1,4 +1,4 @@
-"""From a captured model to one that runs its three-GEMM graphs, and what it remembers of how it came about."""
+"""From a captured model to one that runs its three-GEMM graphs, and the record of how it was compiled."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def compilation_of(
 
 
 def lowered(captured: Captured, plan: Plan, backends: Sequence[Backend]) -> Program:
-    """The graphs of a plan, lowered by the first backend that takes each node."""
+    """Return the graphs of a plan, lowered by the first backend that takes each node."""
     program = Program(captured, plan)
     for one_pass in compile_passes(backends):
         one_pass.run(program)
@@ -45,9 +45,9 @@ def lowered(captured: Captured, plan: Plan, backends: Sequence[Backend]) -> Prog
 
 
 def bind_layers(model: nn.Module, done: Compilation, seed: int, earlier: Earlier) -> dict[str, GemmTriple]:
-    """The running form of every layer that is rewritten, by name; changes nothing in `model`.
+    """Return the running form of every rewritten layer, by name; change nothing in `model`.
 
-    Its masks, clips and streams are ordinary tensors, also where the caller is in `torch.inference_mode`.
+    Its masks, clips and streams are ordinary tensors, also if the caller is in `torch.inference_mode`.
     """
     with torch.inference_mode(False), torch.no_grad():
         factory = TripleFactory(model, done.program, done.config, seed, earlier)

@@ -1,6 +1,6 @@
-"""The public pruning operators: those of `nmcompile.pruning`, by a kernel where the tensor's device has one.
+"""The public pruning operators: those of `nmcompile.pruning`, by a kernel if the tensor's device has one.
 
-Kernels give the bits of the reference operators in `nmcompile.pruning.OPERATORS`, draw for draw.
+Kernels return the bits of the reference operators in `nmcompile.pruning.OPERATORS`, draw for draw.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,7 @@ PRUNE: dict[str, tuple[Callable[..., Tensor], Callable[..., None]]] = {
     "cpu": (cpu_prune, cpu_prune_out),
     "cuda": (triton_prune, triton_prune_out),
 }
-"""By device, the operators that return a pruned tensor and that write one; without a fitting kernel they run the
-reference.
-"""
+"""Operators by device: one returns a pruned tensor, one writes it; the reference runs if no kernel fits."""
 MASK: dict[str, Callable[[Tensor, int, int], Tensor]] = {"cpu": cpu_transposable_mask, "cuda": triton_transposable_mask}
 
 
@@ -33,7 +31,7 @@ class AcceleratedOperator(BlockOperator):
 
     @torch.no_grad()
     def write(self, x: Tensor, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor | None) -> Tensor:
-        """Prune operands that were checked, into `out` or a new tensor."""
+        """Prune checked operands into `out` or a new tensor."""
         if x.device.type not in PRUNE:
             return super().write(x, pattern, dim, key, out)
         prune, prune_out = PRUNE[x.device.type]
@@ -48,7 +46,7 @@ class AcceleratedOperator(BlockOperator):
 def transposable_mask(
     w: Tensor, pattern: NMPattern | str, *, dims: tuple[int, int] = (-2, -1), method: str = "exact"
 ) -> Tensor:
-    # Other arguments than the kernel's are left to the reference, which says what is wrong with them.
+    # The reference takes all other arguments, and raises for wrong ones.
     fits = isinstance(method, str) and method == "exact" and NMPattern.parse(pattern) == NMPattern(2, 4)
     if fits and isinstance(w, Tensor) and w.device.type in MASK and isinstance(dims, tuple) and len(dims) == 2:
         return MASK[w.device.type](w.detach(), *dims)
@@ -61,5 +59,5 @@ def _accelerated(name: str) -> AcceleratedOperator:
     return AcceleratedOperator(**{one.name: getattr(reference, one.name) for one in fields(BlockOperator)})
 
 
-# By name, as users import them from `nmcompile.pruning`.
+# The operators by the names under which users import them from `nmcompile.pruning`.
 ACCELERATED = {name: _accelerated(name) for name in OPERATORS}

@@ -3,8 +3,8 @@
     for model in scheme_b(model, calibration=loader):
         train(model)
 
-Every phase shares the parameters of the model that was given, so one optimizer can serve them all; the last model is
-the result. What a phase needs from the one before (a mask, a clip) is computed when the loop asks for it.
+Every phase shares the parameters of the given model, so one optimizer can serve them all; the last model is the result.
+What a phase needs from the previous one (a mask, a clip) is computed when the loop asks for the phase.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ SR_STE = 2e-4  # λ of Zhou et al. 2021
 def scheme_a(
     model: nn.Module, *, calibration: Iterable[object], config: CompileConfig | None = None, inplace: bool = False
 ) -> Iterator[nn.Module]:
-    """§6.4, scheme A, one phase: sparse weights from scratch with SR-STE, sparse activations, 4 bits, learned clips.
+    """Train sparse weights with SR-STE, sparse activations, 4 bits and learned clips (§6.4, scheme A, one phase).
 
     Args:
         model: untrained, or pretrained.
@@ -39,13 +39,13 @@ def scheme_a(
 def scheme_b(
     model: nn.Module, *, calibration: Iterable[object], config: CompileConfig | None = None, inplace: bool = False
 ) -> Iterator[nn.Module]:
-    """§6.4, scheme B: train with sparse activations in full precision; fix the weight masks; train sparse with 4 bits.
+    """Train with sparse activations in full precision; fix the weight masks; train sparse with 4 bits (§6.4, scheme B).
 
     Args and yields as `scheme_a`; the masks of the second phase come from the weights that the first has trained.
     """
     chosen = given_config(config)
     if calibration is not None:
-        check_data(calibration)  # now, not after the first phase
+        check_data(calibration)  # before the first phase, not after it
     sparse = compile_model(model, "activations", config=chosen, inplace=inplace)
     yield sparse
     fixed = replace(chosen, refresh=None, clip="pact")
@@ -53,7 +53,7 @@ def scheme_b(
 
 
 def asp(model: nn.Module, *, config: CompileConfig | None = None, inplace: bool = False) -> Iterator[nn.Module]:
-    """NVIDIA's recipe (arXiv 2104.08378): train dense; compute the masks once; train again with the same schedule."""
+    """Train dense, compute masks once, and train again with the same schedule: NVIDIA's recipe (arXiv 2104.08378)."""
     check_kind("model", model, nn.Module, "a module")
     yield decompile(model) if is_compiled(model) else model
     yield compile_model(model, "weights", config=replace(given_config(config), refresh=None), inplace=inplace)

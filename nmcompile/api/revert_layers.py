@@ -24,17 +24,17 @@ def revert_layers(
     validation: Callable[[nn.Module], float],
     max_drop: float,
 ) -> Reverted:
-    """The layers to leave dense, as few as a greedy search finds.
+    """Return the layers to leave dense, as few as a greedy search finds.
 
     Each layer is ranked by the score of a model in which it alone is dense; then layers are reverted in that order, one
-    more at a time (the idea of NNCF's accuracy control). It costs one validation a layer, and one a reverted layer. A
-    score that is NaN is below every other, so that the layers which make it so are reverted.
+    more at a time (the idea of NNCF's accuracy control). It costs one validation per layer, and one per reverted layer.
+    A score that is NaN is below every other, so the layers which cause it are reverted.
 
     Args:
-        dense_score: of the dense model.
+        dense_score: the dense model's score.
         candidates: the layers that may be reverted.
-        build: the compiled model with these layers dense.
-        validation: the score of a model; higher is better.
+        build: returns the compiled model with these layers dense.
+        validation: returns the score of a model; higher is better.
         max_drop: how far the score may be below `dense_score`.
 
     Raises:
@@ -65,7 +65,7 @@ def score_of(model: nn.Module, validation: Callable[[nn.Module], Any]) -> float:
     """Return the score of a model as a float; a tensor or array counts if it holds a single real number.
 
     Raises:
-        ConfigError: `validation` returns something else.
+        ConfigError: `validation` does not return a number.
     """
     score = validation(model)
     if isinstance(score, Tensor | np.ndarray) and math.prod(score.shape) == 1:

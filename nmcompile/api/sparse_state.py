@@ -1,6 +1,4 @@
-"""What exact resumption needs beside `state_dict()`, as named tensors: masks, step counts, random streams, clips, and
-which phases were found not to pay.
-"""
+"""The state for exact resumption beside `state_dict()`: masks, step counts, random streams, clips and dense phases."""
 
 import torch
 from torch import Tensor, nn
@@ -24,32 +22,32 @@ LOADED = "pruning did not pay where the loaded state was decided (where='pays')"
 
 
 def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What `state_dict()` does not hold, as tensors that safetensors can write.
+    """Return the state that `state_dict()` does not hold, as tensors that safetensors can write.
 
     Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
     (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
-    inputs and outputs), `seed` and `format`; with `where="pays"` also `<layer>.dense_phases` (bool, of the forward, the
-    backward and the update GEMM: whether its pruning was given up).
+    inputs and outputs), `seed` and `format`; with `where="pays"` also `<layer>.dense_phases` (bool, for the forward,
+    the backward and the update GEMM: whether it is left dense).
 
     Raises:
         StateError: the model is not compiled, or holds several compiled ones with layers of the same name.
     """
     layers = _layers(model)
     for mask in masks_among(layers).values():
-        # The next forward would see that the weight was written; in the model that loads it looks like a known one.
+        # Look now: the next forward here would see that the weight was written, but the loading model could not.
         mask.look()
     return _state(layers, _dense_phases(model))
 
 
 def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what `sparse_state_dict` returned, after `load_state_dict`: training goes on bit for bit.
+    """Load the result of `sparse_state_dict`, after `load_state_dict`: training continues bit for bit.
 
     A model that was compiled with `where="pays"` is planned as the state says, whatever was measured here; load before
     it is wrapped (by DDP, FSDP2 or `torch.compile`).
 
     Raises:
         StateError: the model is not compiled, or has no storage yet; or the state is of another format, plan, shape or
-            type, or holds a number that is none of its kind, or a mask that breaks the pattern of its layer. Nothing is
+            type, or holds a number that is not of its kind, or a mask that breaks the pattern of its layer. Nothing is
             loaded then.
     """
     layers, planned = _layers(model), _dense_phases(model)
@@ -80,7 +78,7 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
 def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
     for name, mask in masks_among(layers).items():
         steps, stale = (int(value) for value in state[f"{name}{CLOCK}"])
-        mask.look()  # which also has it where the weight is now
+        mask.look()  # also moves it to the weight's device
         mask.tensor.copy_(state[f"{name}.mask"])
         mask.steps, mask.is_resumed = steps, False
         mask.accept_content()
@@ -95,7 +93,7 @@ def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
 
 
 def _read_dense_phases(state: dict[str, Tensor], planned: DensePhases | None) -> DensePhases | None:
-    """What the state says of the layers that this model may leave dense; None where it does not say it of each."""
+    """Return the state's decision for the layers that this model may leave dense; None if a layer has none."""
     if planned is None and any(key.endswith(DENSE) for key in state):
         raise StateError("the sparse state was saved with CompileConfig(where='pays'); compile the model with it too")
     keys = {name: f"{name}{DENSE}" for name in planned or {}}

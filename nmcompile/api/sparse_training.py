@@ -20,9 +20,9 @@ from nmcompile.three_gemm.record import record_of
 from nmcompile.training.find_masks import masks_of
 
 STATE_FILE = "sparse_state.safetensors"
-"""Of the sparse state, in the folder of a checkpoint of Hugging Face's Trainer."""
+"""File of the sparse state, in the folder of a checkpoint of Hugging Face's Trainer."""
 STATE_KEY = "nmcompile_sparse_state"
-"""Of the sparse state, in a checkpoint of Lightning."""
+"""Key of the sparse state, in a checkpoint of Lightning."""
 HEADER = 2**24  # bytes of a sparse state beside its masks
 INEXACT = "its masks are computed anew; after sparse training they are not those that the weights were trained with"
 
@@ -36,19 +36,19 @@ class SparseTraining(Callback):  # type: ignore[misc]
     """A callback for `transformers.Trainer` and for `lightning.Trainer` (or `pytorch_lightning.Trainer`).
 
     It saves the sparse state of a compiled model with each checkpoint, loads it when training resumes (with
-    `load_best_model_at_end` also that of the best checkpoint), and warns where a checkpoint has none. At the end of
-    training it writes the finalized model, which computes what the trained one does; the trainers' own files hold the
-    dense weights, which compute something else.
+    `load_best_model_at_end` also that of the best checkpoint), and warns if a checkpoint has none. At the end of
+    training it writes the finalized model, which computes the same as the trained one; the trainers' own files hold the
+    dense weights, which do not.
 
-    Hugging Face: the state is `sparse_state.safetensors` in the checkpoint's folder, the finalized model the folder
-    `finalized` in `output_dir`, made by `save_pretrained` where the model has it. Lightning: the state is a part of the
-    checkpoint, the finalized model `finalized/model.safetensors` beside the checkpoints.
+    Hugging Face: the state is `sparse_state.safetensors` in the checkpoint's folder, the finalized model is the folder
+    `finalized` in `output_dir`, made by `save_pretrained` if the model has it. Lightning: the state is a part of the
+    checkpoint, the finalized model is `finalized/model.safetensors` beside the checkpoints.
 
     Args:
         finalized: whether to write the finalized model, for which the whole model is copied once.
     """
 
-    # What Lightning calls the callback in a checkpoint; it warns where a run that resumes from it lacks the callback.
+    # Lightning's key of the callback in a checkpoint; it warns if a run that resumes from it lacks the callback.
     state_key = _legacy_state_key = "nmcompile.training.SparseTraining"
 
     def __init__(self, *, finalized: bool = True) -> None:
@@ -115,7 +115,7 @@ class SparseTraining(Callback):  # type: ignore[misc]
         checkpoint[STATE_KEY] = {name: tensor.cpu() for name, tensor in sparse_state_dict(module).items()}
 
     def on_load_checkpoint(self, trainer: LightningTrainer, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Load it from there."""
+        """Load the sparse state from a checkpoint of Lightning."""
         if STATE_KEY in checkpoint:
             load_sparse_state_dict(module, checkpoint[STATE_KEY])
             self.is_restored = True
@@ -125,7 +125,7 @@ class SparseTraining(Callback):  # type: ignore[misc]
         record_of(module)
 
     def on_train_start(self, trainer: LightningTrainer, module: nn.Module) -> None:
-        """Warn where Lightning has loaded a checkpoint without a sparse state."""
+        """Warn if Lightning has loaded a checkpoint without a sparse state."""
         if trainer.ckpt_path and not self.is_restored:
             self.is_restored = True  # one warning is enough
             _warn_of_loss(module, f"{trainer.ckpt_path} holds no sparse state: {INEXACT}")
@@ -148,18 +148,18 @@ class SparseTraining(Callback):  # type: ignore[misc]
 
 
 def _do_nothing(*args: object, **kwargs: object) -> None:
-    """An event that nothing is to be done at."""
+    """Ignore an event."""
 
 
 def _checkpoints(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:
-    """Yield where the checkpoint may lie that a Trainer resumes from, which does not tell its callbacks."""
+    """Yield possible folders of the checkpoint that a Trainer resumes from, which it does not tell its callbacks."""
     if isinstance(args.resume_from_checkpoint, str):
         yield Path(args.resume_from_checkpoint)
     yield Path(args.output_dir, f"checkpoint-{state.global_step}")
 
 
 def _is_of(folder: Path, state: TrainerState) -> bool:
-    """Whether a checkpoint is the one that the Trainer's state was loaded from, and not of another run."""
+    """Return whether a checkpoint is the one that the Trainer's state was loaded from, and not another run's."""
     file = folder / "trainer_state.json"
     return file.is_file() and _marks(type(state).load_from_json(str(file))) == _marks(state)
 
@@ -178,7 +178,7 @@ def _load_from(folders: list[Path], model: nn.Module, what: str, advice: str) ->
 
 def _warn_of_loss(model: nn.Module, message: str) -> None:
     for mask in masks_of(model).values():
-        mask.is_resumed = False  # so that the first step does not warn once more
+        mask.is_resumed = False  # keeps the first step from warning again
     warnings.warn(message, stacklevel=4)
 
 

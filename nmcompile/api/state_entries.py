@@ -1,4 +1,4 @@
-"""The entries of a sparse state, checked before any of them is loaded: it may be damaged, or come from elsewhere."""
+"""Entries of a sparse state, checked before any of them is loaded: it may be damaged, or come from elsewhere."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from nmcompile.errors import StateError, nearest
 
 FORMAT = 1
 CLOCK, DRAW, CLIP, DENSE = ".clock", ".draw", "clip", ".dense_phases"  # how keys end
-MOST = 2**62  # steps or calls: a counter goes on from what is loaded
+MOST = 2**62  # steps or calls: a counter continues from the loaded number
 
 
 def check_readable(state: object) -> None:
@@ -29,7 +29,7 @@ def check_readable(state: object) -> None:
 
 
 def check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise unless the state has the entries that the model's own has, each with values that can be loaded."""
+    """Raise unless the state has the same entries as the model's own, each with values that can be loaded."""
     for name in expected.keys() - state.keys():
         raise StateError(
             f"the sparse state lacks {name!r}; {nearest(name, state)}; compile with the mode it was saved in"
@@ -43,7 +43,7 @@ def check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def check_entry(name: str, value: object, mine: Tensor) -> None:
-    """Raise unless an entry can take the place of the model's own."""
+    """Raise unless an entry can replace the model's own."""
     if reason := _refusal(name, value, mine):
         raise StateError(f"{name!r} of the sparse state {reason}")
 

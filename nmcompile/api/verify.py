@@ -49,7 +49,7 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All tensors that were checked; `ok` if none breaks its pattern."""
+    """All checked tensors; `ok` if none breaks its pattern."""
 
     checks: tuple[TensorCheck, ...]
 
@@ -121,7 +121,7 @@ def _file_checks(path: str | os.PathLike[str], pattern: NMPattern | None) -> Ite
         if wanted is None:
             continue
         blocks = -(-weight.rows.shape[-1] // wanted.block) * (weight.rows.size // max(1, weight.rows.shape[-1]))
-        # Zeros that a runtime cannot see are none.
+        # Zeros that a runtime cannot see do not count.
         violations = weight.violations(wanted) if not weight.hidden_by else max(1, blocks)
         yield TensorCheck(weight.node, "weight", "in", wanted, blocks, violations)
 
@@ -134,7 +134,7 @@ def _plain_checks(model: nn.Module, pattern: NMPattern) -> Iterator[TensorCheck]
 
 
 def _roots(model: nn.Module) -> dict[str, nn.Module]:
-    """The compiled and finalized models, by their path in the model that is or holds them."""
+    """Return the compiled and finalized models, by their path in the model that is or holds them."""
     roots: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
@@ -150,7 +150,7 @@ def _root_checks(path: str, root: nn.Module) -> Iterator[TensorCheck]:
 
 
 def _weights(root: nn.Module) -> Iterator[tuple[Tensor, WeightMask]]:
-    """The weights as the forward GEMM reads them, but those computed inside a forward, with their masks."""
+    """Yield the weights as the forward GEMM reads them, except those computed inside a forward, with their masks."""
     if RECORD in root.__dict__:
         bypassed = bypassed_layers(root)
         layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
@@ -163,7 +163,7 @@ def _weights(root: nn.Module) -> Iterator[tuple[Tensor, WeightMask]]:
 
 
 def mask_checks(weight: Tensor, mask: WeightMask) -> Iterator[TensorCheck]:
-    """Check a tensor of a weight's shape for what the mask promises: its pattern along in, or along both."""
+    """Check that a tensor of a weight's shape meets the mask's pattern: along in, or along both."""
     layer: Layer = mask.layer
     yield _check(mask.name, "weight", "in", weight.detach(), mask.pattern, layer.in_dim)
     if mask.is_transposable:

@@ -1,4 +1,4 @@
-"""Decide what is pruned and quantized of the operands of a layer's three GEMMs, as far as its sizes let it."""
+"""Decisions on how the operands of a layer's three GEMMs are pruned and quantized, within the limits of its sizes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import Axis, Operand, PlanRow
 from nmcompile.quantization import Grid
 
-ARRIVES = "its input is pruned and quantized where it arises"
+ARRIVES = "its input is pruned and quantized where it is computed"
 
 
 @dataclass(frozen=True)
 class OperandPlanner:
-    """Rows for the operands of one layer.
+    """A planner of rows for the operands of one layer.
 
     Args:
         layer: the layer.
-        is_nonnegative: whether its input is proven so.
-        arrives: whether its input is pruned and quantized where it arises.
+        is_nonnegative: whether its input is proven non-negative.
+        arrives: whether its input is already pruned and quantized where it is computed.
     """
 
     layer: Layer
@@ -54,7 +54,7 @@ class OperandPlanner:
                 yield self._sparse(Phase.FORWARD, operand, self._weight_operator(pruning), "in")
 
     def _weight_operator(self, pruning: Pruning) -> Pruning:
-        """Row-wise where the out-channels do not take tiles: the forward GEMM is sparse, the backward GEMM is not."""
+        """Fall back to row-wise if tiles do not fit the out-channels: then only the forward GEMM is sparse."""
         if pruning.is_transposable and not self.layer.fits_backward(pruning.pattern):
             return Pruning("greedy", pruning.pattern)
         return pruning
@@ -89,7 +89,7 @@ class OperandPlanner:
 
 
 def dense_row(layer: Layer, phase: Phase, reason: str) -> PlanRow:
-    """A GEMM that stays dense, with the reason."""
+    """Return the row of a GEMM that stays dense, with the reason."""
     return PlanRow(layer.name, phase, reason=reason)
 
 

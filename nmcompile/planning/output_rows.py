@@ -1,4 +1,4 @@
-"""Decide what is pruned and quantized where a result arises: at the ReLU or the norm behind a layer."""
+"""Decisions on how a result is pruned and quantized where it is computed: at the ReLU or the norm after a layer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from nmcompile.quantization import Grid
 
 @dataclass(frozen=True)
 class OutputPlanner:
-    """Rows for the results of layers, which may themselves be dense."""
+    """A planner of rows for the results of layers, which may themselves be dense."""
 
     captured: Captured
     default: LayerConfig
     config: CompileConfig
 
     def asked(self, site: Site) -> tuple[str | None, LayerConfig | None]:
-        """Return the key of the config that holds for a layer, and what the layer is to get."""
+        """Return the key of the config that applies to a layer, and the config of the layer."""
         return self.config.lookup(site.layer.name, site.weight) or (None, self.default)
 
     def rows(self, site: Site) -> Iterator[PlanRow]:
-        """Plan what `placement="activation"` prunes and quantizes at the ReLU behind a layer."""
+        """Plan what `placement="activation"` prunes and quantizes at the ReLU after a layer."""
         layer, (_, asked) = site.layer, self.asked(site)
         if self.config.placement == "operand" or asked is None or not self.captured.facts[layer.name].rectified:
             return
@@ -42,7 +42,7 @@ class OutputPlanner:
             yield PlanRow(layer.name, Phase.FORWARD, "output", self.config.clip, grid=grid)
 
     def reach(self, layer: Layer) -> bool:
-        """Whether all that the layer's input is computed from is pruned and quantized at its ReLU."""
+        """Return whether every source of the layer's input is pruned and quantized at its ReLU."""
         sources = self.captured.facts[layer.name].sources
         sites = [site for site in self.captured.sites if site.layer.name in sources]
         if not sources or len(sites) != len(sources):
@@ -50,13 +50,13 @@ class OutputPlanner:
         return all(any(row.operand == "output" for row in self.rows(site)) for site in sites)
 
     def result_rows(self, layer: Layer, planned: list[PlanRow]) -> Iterator[PlanRow]:
-        """Plan the 8-bit grid of a quantized layer whose result something else than quantized layers reads.
+        """Plan the 8-bit grid of a quantized layer whose result is also read by anything other than quantized layers.
 
-        It lies behind the ReLU that directly follows, where it takes half of a signed grid, so that one grid serves
-        runtimes with and without unsigned integers; else behind the norm.
+        It comes after the ReLU that directly follows, where it takes half of a signed grid, so one grid serves runtimes
+        with and without unsigned integers; else it comes after the norm.
         """
         if any(row.operand == "output" for row in planned):
             return
         grid = Grid(7, signed=False) if self.captured.facts[layer.name].rectified else Grid(8, signed=True)
-        operator = "mse" if self.config.clip == "pact" else self.config.clip  # 8 bits hold what there is
+        operator = "mse" if self.config.clip == "pact" else self.config.clip  # 8 bits need no learned clip
         yield PlanRow(layer.name, Phase.FORWARD, "output", operator, grid=grid)

@@ -1,7 +1,7 @@
-"""Decide, layer by layer and phase by phase, what is pruned, and say why where nothing is.
+"""Decisions, layer by layer and phase by phase, on what is pruned, with a reason if nothing is.
 
-The plan follows from the captured model and the configuration alone, never from a clock, so that every rank, every
-machine and every resumed run plans the same.
+The plan follows from the captured model and the configuration only, never from a clock, so every rank, every machine
+and every resumed run plans the same.
 """
 
 from collections.abc import Iterator
@@ -29,17 +29,17 @@ STORED = Grid(8, signed=True)
 
 
 def plan_phases(captured: Captured, default: LayerConfig, config: CompileConfig) -> Plan:
-    """The plan of a captured model.
+    """Plan a captured model.
 
     Args:
         captured: sites and facts.
-        default: what the mode asks for in layers that `config` does not name.
+        default: the mode's config, for layers that `config` does not name.
         config: overrides by layer name; a layer that it names exactly must fit its pattern.
 
     Raises:
         ConfigError: a key of `config.layers` that names no layer.
-        PreconditionError: a layer named exactly cannot take what it was given; or activations are to be pruned where
-            they arise, and no graph says where that is.
+        PreconditionError: a layer named exactly cannot take its config; or activations are to be pruned where they are
+            computed, and no graph says where that is.
     """
     if config.placement == "activation" and captured.whole is None:
         raise PreconditionError(
@@ -73,7 +73,7 @@ class _LayerPlanner:
     def plan(self) -> LayerPlan:
         key, given = self.outputs.asked(self.site)
         asked, reason = self._judge(key, given)
-        # Of the pruned modes only those that quantize have something to store.
+        # Only modes that quantize have something to store.
         is_stored = self.config.ends == "int8" and reason in (FIRST, LAST) and given is not None and given.weight_bits
         stored = PlanRow(self.layer.name, Phase.FORWARD, "weight", "sawb", grid=STORED, reason=reason)
         if asked is None:
@@ -93,13 +93,13 @@ class _LayerPlanner:
             rows += self.outputs.result_rows(self.layer, rows)
         rewrites_all = asked == LayerConfig()
         changed = any(row.is_sparse or row.is_quantized for row in rows)
-        # Export finds integer kernels for modules; a functional call or attention keeps what it adds.
+        # Export finds integer kernels for modules only; a functional call or attention keeps its bias and norm.
         is_module = is_integer and not self.site.role
         norm = self.captured.facts[self.layer.name].norm if is_module else ""
         return LayerPlan(self.layer, tuple(rows), rewrites_all or changed, norm, is_module and self.layer.has_bias)
 
     def _judge(self, key: str | None, given: LayerConfig | None) -> tuple[LayerConfig | None, str]:
-        """Return what the layer really gets, None if it stays as it is, and the reason that speaks for that."""
+        """Return the config that the layer really gets, None if it stays unchanged, and the reason for that."""
         reason = self._dense_reason(given, key not in (None, DEFAULT))
         if not reason or given is None:
             return given, reason
@@ -107,18 +107,18 @@ class _LayerPlanner:
         stays = reason in (FIRST, LAST, ADAPTER) or reason.startswith(TIED) or is_unreached
         if not (stays and self._carries_mask(given)):
             return None, reason
-        # Without data there are no clips to quantize activations with.
+        # Without data there are no clips for quantizing activations.
         carried = self.captured.carried[self.site.weight] - ({"input", "input_bits"} if is_unreached else set())
         return replace(given, **{one.name: None for one in fields(given) if one.name not in carried}), reason
 
     def _carries_mask(self, given: LayerConfig | None) -> bool:
-        """Whether the layer has a mask from an earlier compilation that the mode does not mean to drop."""
+        """Return whether the layer has a mask from an earlier compilation that the mode does not drop."""
         return self.site.weight in self.captured.carried and (given is None or given.weight is not None)
 
     def _mention_mask(
         self, given: LayerConfig | None, asked: LayerConfig | None, reason: str, rows: list[PlanRow]
     ) -> list[PlanRow]:
-        """The rows of a layer that carries a mask, with what becomes of the mask where that is not the plain rule."""
+        """Return the rows of a layer that carries a mask, with a note on the mask if an exception applies to it."""
         if not self._carries_mask(given) or (self.layer.name in self.captured.bypassed and not asked):
             return rows
         pruned = [row for row in rows if row.phase is Phase.FORWARD and row.operand == "weight" and row.is_sparse]
@@ -130,7 +130,7 @@ class _LayerPlanner:
         return [replace(row, reason=f"{row.reason}; {DROPPED}") if row in lost else row for row in rows]
 
     def _dense_reason(self, asked: LayerConfig | None, is_named: bool) -> str:
-        """Why the whole layer stays as it is, or nothing."""
+        """Return why the whole layer stays unchanged, or ""."""
         name, facts = self.layer.name, self.captured.facts[self.layer.name]
         if asked is None:
             return "left dense by CompileConfig.layers"
@@ -157,7 +157,7 @@ class _LayerPlanner:
         return ""
 
     def _other_axis(self) -> str:
-        """The layer that contracts the other dim of the same weight, or nothing."""
+        """Return the layer that contracts the other dim of the same weight, or ""."""
         behind = self.captured.behind
         for site in self.captured.sites:
             is_same = not (site.is_expression or self.site.is_expression) and site.layer.in_dim != self.layer.in_dim
@@ -170,16 +170,16 @@ class _LayerPlanner:
         return pruning.is_transposable and self.layer.fits_forward(pattern) and self.layer.fits_backward(pattern)
 
     def _phase_rows(self, phase: Phase, asked: LayerConfig, given: LayerConfig, reason: str) -> Iterator[PlanRow]:
-        """At least one row; `reason` is why the layer does not get all that it was given."""
+        """Plan at least one row; `reason` is why the layer does not get everything in its config."""
         why = reason if reason and any(self.operands.rows(phase, given)) else NOT_ASKED
         yield from list(self.operands.rows(phase, asked)) or [dense_row(self.layer, phase, why)]
 
     def _is_read_as_integers(self) -> bool:
-        """Whether nothing but quantized layers is known to read the result."""
+        """Return whether only quantized layers are known to read the result."""
         return all(self._takes_integers(name) for name in self.captured.facts[self.layer.name].readers)
 
     def _takes_integers(self, name: str) -> bool:
-        """Whether the layer of that name puts what it reads on a grid as it comes, with no pruning between."""
+        """Return whether the layer of that name puts its input on a grid directly, with no pruning in between."""
         site = next((site for site in self.captured.sites if site.layer.name == name), None)
         if site is None:
             return False
@@ -190,7 +190,7 @@ class _LayerPlanner:
         return not any(row.operand == "input" for row in reader.operands.rows(Phase.FORWARD, asked))
 
     def _check_exact(self, key: str | None, asked: LayerConfig | None, rows: list[PlanRow]) -> None:
-        """A layer that is named exactly gets what was asked, or an error: no silent dense."""
+        """Raise if a layer that is named exactly does not get its config: no silent dense."""
         if asked is None or key is None or key not in (self.layer.name, self.site.weight):
             return
         wanted = (

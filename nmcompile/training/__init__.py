@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # These stand on top of the package, which imports this module first.
+    # These are at the top of the package, which imports this module first.
     if name in ("callbacks", "recipes"):
         return importlib.import_module(f"nmcompile.api.{name}")
     if name == "SparseTraining":

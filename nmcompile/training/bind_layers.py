@@ -1,4 +1,4 @@
-"""Bind the three graphs of each layer to a model: its masks, shared where weights are, and its random stream."""
+"""Binding of each layer's three graphs to a model: its masks, shared like the weights, and its random stream."""
 
 from collections.abc import Iterator
 
@@ -19,13 +19,13 @@ from nmcompile.training.masks import WeightMask
 
 
 class TripleFactory:
-    """Makes the running form of each planned layer of `model`, without changing the model.
+    """A factory of the running forms of planned layers; it does not change the model.
 
     Args:
         model: the module tree that the layers will run in.
         program: with its graphs lowered.
         config: refresh period and SR-STE.
-        seed: of every random stream.
+        seed: seed of every random stream.
         earlier: state of an earlier compilation; a mask that meets the new pattern and a clip of the same grid are
             taken over.
     """
@@ -40,12 +40,12 @@ class TripleFactory:
         self.replicas = Replicas()
 
     def rewritten_sites(self) -> Iterator[Site]:
-        """The sites that the plan rewrites."""
+        """Return the sites that the plan rewrites."""
         rewritten = {plan.layer.name for plan in self.program.plan if plan.rewritten}
         return (site for site in self.program.captured.sites if site.layer.name in rewritten)
 
     def make(self, site: Site) -> GemmTriple:
-        """The running form of one site.
+        """Make the running form of one site.
 
         Raises:
             ConfigError: another layer shares the weight and asks for another mask.
@@ -120,7 +120,7 @@ def _find(model: nn.Module, name: str) -> Tensor:
 
 
 def _meets(kept: Tensor, mask: WeightMask) -> bool:
-    """Whether a mask obeys another mask's pattern: N:M along in, and along out too if that one is transposable."""
+    """Return whether a mask obeys another's pattern: N:M along in, and also along out if that is transposable."""
     if kept.shape != mask.tensor.shape:
         return False
     layer = mask.layer
@@ -129,7 +129,7 @@ def _meets(kept: Tensor, mask: WeightMask) -> bool:
 
 
 def count_violations(x: Tensor, pattern: NMPattern, dim: int) -> int:
-    """Count the blocks along `dim` that hold more than N non-zeros; a rest that fills no block counts as one."""
+    """Count the blocks along `dim` that hold more than N non-zeros; an incomplete last block counts as one."""
     line = (x != 0).movedim(dim, -1)
     count = line.shape[-1] // pattern.block
     whole, rest = line.split((count * pattern.block, line.shape[-1] % pattern.block), dim=-1)

@@ -1,4 +1,4 @@
-"""The learned clips of quantized activations (PACT)."""
+"""Learned clips of quantized activations (PACT)."""
 
 from torch import nn
 
@@ -7,10 +7,10 @@ from nmcompile.three_gemm.find_triples import triples_of
 
 
 def clips(compiled: nn.Module) -> list[nn.Parameter]:
-    """The clips that `CompileConfig(clip="pact")` learns, 0-d float32, to give to the optimizer.
+    """Return the clips that `CompileConfig(clip="pact")` learns, 0-d float32, to give to the optimizer.
 
-    They are no parameters of the model, so that `state_dict()` keeps the dense keys; `sparse_state_dict` saves them.
-    A group of their own with weight decay is PACT's regularization:
+    They are not parameters of the model, so `state_dict()` keeps the dense keys; `sparse_state_dict` saves them. A
+    group of their own with weight decay is PACT's regularization:
     `SGD([{"params": model.parameters()}, {"params": clips(model), "weight_decay": 1e-3}], ...)`.
     """
     check_compiled("compiled", compiled)

@@ -1,4 +1,4 @@
-"""What an earlier compilation left in a model: masks, clips, and which layers carry a mask."""
+"""State that an earlier compilation left in a model: masks, clips, and which layers carry a mask."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Earlier:
 
     Args:
         masks: by the full name of the weight.
-        steps: of quantized activations, by the full name of the layer and the operand.
+        steps: steps of quantized activations, by the full name of the layer and the operand.
         carried: by the full name of the weight, the fields of `LayerConfig` that a masked layer was given.
         uncalled: full names of the layers that were bypassed, or have never run masked although their model ran.
     """
@@ -56,7 +56,7 @@ def earlier_of(model: nn.Module) -> Earlier:
 
 
 def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
-    """Collect the state of the layers of one compiled model, which stands at `path`."""
+    """Collect the state of the layers of one compiled model, which is at `path`."""
     uncalled = frozenset(never_masked(layers))
     masked = [triple for triple in layers if triple.mask is not None and triple.layer.name not in uncalled]
     return Earlier(
@@ -68,7 +68,7 @@ def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
 
 
 def _fields(plan: LayerPlan) -> frozenset[str]:
-    """The fields of `LayerConfig` that the plan of a layer follows."""
+    """Return the fields of `LayerConfig` that the plan of a layer follows."""
     found = {
         "weight": plan.find(Phase.FORWARD, "weight"),
         "input": plan.find(Phase.FORWARD, "input"),
@@ -81,7 +81,7 @@ def _fields(plan: LayerPlan) -> frozenset[str]:
 
 
 def _obeyed(root: nn.Module) -> Iterator[tuple[str, WeightMask]]:
-    """The masks of a finalized model whose weights are still zero where they say so."""
+    """Yield the masks of a finalized model whose weights are still zero where the mask is."""
     for name, (mask, place) in root.__dict__[FINALIZED].items():
         path, _, attribute = name.rpartition(".")
         weight = None if place else getattr(root.get_submodule(path), attribute, None)

@@ -1,4 +1,4 @@
-"""The masks of a compiled model."""
+"""Lookup of the masks of a compiled model."""
 
 from collections.abc import Iterable
 
@@ -10,11 +10,11 @@ from nmcompile.training.masks import WeightMask
 
 
 def masks_of(model: nn.Module) -> dict[str, WeightMask]:
-    """The masks of a compiled model by the name of their weight."""
+    """Return the masks of a compiled model by the name of their weight."""
     return masks_among(triples_of(model))
 
 
 def masks_among(triples: Iterable[GemmTriple]) -> dict[str, WeightMask]:
-    """The masks that layers have, by the name of their weight."""
+    """Return the masks of the given layers, by the name of their weight."""
     masks = (triple.mask for triple in triples)
     return {mask.name: mask for mask in masks if isinstance(mask, WeightMask)}

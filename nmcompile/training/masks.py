@@ -35,8 +35,8 @@ class WeightMask:
     It becomes stale by an optimizer step (every `refresh`-th), by `load_state_dict`, and by any write to the weight
     that no optimizer step explains, such as an EMA update. Calls that do not train the weight compare its fingerprint,
     which shows every write; so do calls that train it until an optimizer is seen to step it. From then on, only its
-    version counter and address are compared while it is trained. The mask itself, its step count and whether it is
-    stale are what `sparse_state_dict` keeps.
+    version counter and address are compared while it is trained. `sparse_state_dict` saves the mask itself, its step
+    count and whether it is stale.
 
     Args:
         name: the weight's name.
@@ -45,8 +45,8 @@ class WeightMask:
         pattern: N:M.
         refresh: optimizer steps between two computations, None to keep the first mask.
         sr_ste: SR-STE's λ.
-        weight: for shape and device of the mask.
-        kernel: what a backend computes a transposable mask with, see `compute_mask`; empty for the reference.
+        weight: gives shape and device of the mask.
+        kernel: the backend's kernel for a transposable mask, see `compute_mask`; empty for the reference.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class WeightMask:
         self.kernel = kernel
         self.serial = next(_serials)  # A later compilation of the same weight has a higher one.
         self.counted = StepCount()
-        self.notes = 0  # of optimizer steps, those included that turn out to have been skipped
+        self.notes = 0  # of optimizer steps, including those that turn out to have been skipped
         self.backwards = 0
         self.is_decayed = False  # by SR-STE, for the step that is being made
         self.is_resumed = False  # with weights that sparse training may have made, and without its state
-        # Whole also where the weight is a shard; else with its strides.
+        # The full size, also if the weight is a shard; else with the weight's strides.
         like = torch.empty(weight.shape, device=weight.device) if is_sharded(weight) else weight
         self.tensor = torch.zeros_like(like, dtype=torch.bool, requires_grad=False)
         self.clock = WeightClock()
@@ -82,13 +82,13 @@ class WeightMask:
 
     @property
     def is_transposable(self) -> bool:
-        """Whether the mask is N:M along out too."""
+        """Return whether the mask is N:M along out too."""
         return self.operator in TRANSPOSABLE
 
     def current(self, weight: Tensor, content: Content | None, is_trained: bool = False) -> Tensor:
         """Return the mask, rebuilt from `weight` (bool, its shape) if it is stale; see `MaskSource`.
 
-        Another weight than the registered one gets a mask of its own, which is not kept.
+        A weight other than the registered one gets a mask of its own, which is not cached.
         """
         how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups, self.kernel
         if torch.compiler.is_compiling():
@@ -110,10 +110,10 @@ class WeightMask:
         return self.tensor
 
     def _fit(self, weight: Tensor) -> None:
-        """Have the mask where the weight is: a model is materialized, or loaded, in many ways."""
+        """Move the mask to the weight's device: a model is materialized, or loaded, in many ways."""
         if self.tensor.device == weight.device or weight.is_meta:
             return
-        # What is made in inference mode could not be written outside.
+        # A tensor made in inference mode could not be written outside of it.
         with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
             if self.tensor.is_meta:
                 self.tensor = torch.zeros(self.tensor.shape, dtype=torch.bool, device=weight.device)
@@ -122,7 +122,7 @@ class WeightMask:
                 self.tensor = self.tensor.to(weight.device)
 
     def _is_another(self, weight: Tensor, content: Content | None) -> bool:
-        """Whether `torch.func.functional_call` or the like has put other values in the weight's place."""
+        """Return whether `torch.func.functional_call` or the like has replaced the weight by other values."""
         if content == FROZEN or self.clock.is_of(weight):
             return False
         if any(getattr(owner, "_is_fsdp_managed_module", False) for owner in self.owners):
@@ -145,7 +145,7 @@ class WeightMask:
         return self.tensor.to(weight.device)
 
     def look(self) -> None:
-        """Become stale if the weight was written since it was last accepted; its content is known from now on."""
+        """Become stale if the weight was written since it was last accepted; its content is known from then on."""
         weight = self.weight()
         if weight is not None and not weight.is_meta:
             self._fit(weight)
@@ -158,13 +158,13 @@ class WeightMask:
             self.clock.is_stale = True
 
     def note_assignment(self) -> None:
-        """Become stale if another parameter was put in the weight's place."""
+        """Become stale if another parameter has replaced the weight."""
         weight = self.weight()
         if weight is not None and id(weight) != self.clock.accepted:
             self.mark_stale()
 
     def note_backward(self) -> None:
-        """Count a backward call: after many without a step, the optimizer that was seen steps the weight no more."""
+        """Count a backward call: after many without a step, the known optimizer counts as gone."""
         self.backwards += 1
         self.is_decayed = False
         if self.backwards == SILENT_BACKWARDS:
@@ -185,12 +185,12 @@ class WeightMask:
         )
 
     def mark_stale(self) -> None:
-        """Have the next forward rebuild the mask from the weight as it is then."""
+        """Make the next forward rebuild the mask from the weight as it is then."""
         self.clock.is_stale = True
         self.accept_version()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the weight is made of, as they are registered now (sharded ones under FSDP2)."""
+        """Yield the parameters that the weight is made of, as they are registered now (sharded ones under FSDP2)."""
         for owner, path in self.owners.items():
             if path is None:
                 yield from owner.parameters()
@@ -199,38 +199,38 @@ class WeightMask:
 
     @property
     def is_computed(self) -> bool:
-        """Whether the weight is no tensor of its own, but computed from others in forward."""
+        """Return whether the weight is not a tensor of its own, but computed from others in forward."""
         return None in self.owners.values()
 
     def weight(self) -> nn.Parameter | None:
-        """The parameter that is the weight, or None where the weight is computed from others."""
+        """Return the parameter that is the weight, or None if the weight is computed from others."""
         return None if self.is_computed else next(self.parameters(), None)
 
     @property
     def is_stale(self) -> bool:
-        """Whether the next `current` rebuilds the mask."""
+        """Return whether the next `current` rebuilds the mask."""
         return self.clock.is_stale
 
     @property
     def is_followed(self) -> bool:
-        """Whether an optimizer is known to step the weight: then calls that train it need no fingerprint."""
+        """Return whether an optimizer is known to step the weight: then calls that train it need no fingerprint."""
         return self.clock.is_followed
 
     def accept_version(self, content: int = UNKNOWN) -> None:
-        """Take the weight as it is now for known; see `WeightClock.accept`."""
+        """Accept the present weight as known; see `WeightClock.accept`."""
         self.clock.accept(self.weight(), content)
 
     def accept_content(self) -> None:
-        """Take the weight as it is now for known, down to the last bit."""
+        """Accept the present weight as known, down to the last bit."""
         self.clock.accept_content(self.weight())
 
     def was_moved(self) -> bool:
-        """Whether the weight has another version or address than was last accepted."""
+        """Return whether the weight has another version or address than when it was last accepted."""
         return self.clock.was_moved(self.weight())
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that may have changed the weight."""
+        """Return the number of optimizer steps that may have changed the weight."""
         return self.counted.read()
 
     @steps.setter
@@ -240,7 +240,7 @@ class WeightMask:
     def after_step(self, found_inf: Tensor | None = None) -> None:
         """Count an optimizer step that may have changed the weight.
 
-        `found_inf` is not zero if a GradScaler had a fused optimizer skip the step. On a GPU it is read only where the
+        `found_inf` is not zero if a GradScaler made a fused optimizer skip the step. On a GPU it is read only if the
         step may make the mask stale.
         """
         weight, accepted = self.weight(), self.clock.accepted
@@ -254,9 +254,9 @@ class WeightMask:
             self.clock.is_stale = True
 
     def move(self, tensor: Tensor) -> None:
-        """Put another tensor in the mask's place: the module moved to another device, or took another dtype.
+        """Replace the mask's tensor: the module moved to another device, or took another dtype.
 
-        Its values are not used: `to_empty` leaves them open.
+        The values of `tensor` are not used: `to_empty` leaves them uninitialized.
         """
         if not tensor.is_meta:
             moved = tensor.to(torch.bool)

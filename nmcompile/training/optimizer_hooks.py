@@ -1,6 +1,6 @@
-"""How masks learn of optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer.
+"""How masks learn about optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer.
 
-What is cached of weights at rest is freed there too, and a model that was frozen is so no more.
+The hooks also free the cached values of the stepped weights, and unfreeze a frozen model.
 """
 
 import warnings
@@ -32,13 +32,13 @@ live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
 """Every mask in the process; masks add themselves."""
 
 _steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
-"""Of optimizers that are making a step: how many steps each mask had noted, by its id."""
+"""For each optimizer that is making a step, the number of steps that each mask had noted, by the mask's id."""
 
 
 @cache
 def watch_optimizers() -> None:
-    """Register the two hooks, once for the process; they look at nothing but what is alive of this package."""
-    # Dynamo would trace what they read of a weight as constants.
+    """Register the two hooks, once per process; they look only at live objects of this package."""
+    # Dynamo would trace the weight's properties that the hooks read as constants.
     register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
     register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
 
@@ -63,38 +63,38 @@ def _before_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args
     if not callable(closure):
         _decay([mask for mask in masks if not mask.is_decayed], optimizer)
         return None
-    if isinstance(closure, partial) and closure.func is _evaluate:  # of an optimizer around this one
+    if isinstance(closure, partial) and closure.func is _evaluate:  # set by an optimizer around this one
         return None
-    # The gradients are only computed in there.
+    # The closure computes the gradients.
     evaluate = partial(_evaluate, closure, masks, optimizer)
     return (args, {**kwargs, "closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
 
 
 def _warn_of_resumption(optimizer: Optimizer, resumed: "Sequence[WeightMask]") -> None:
-    """Warn where weights were loaded, and the optimizer's state too, but no sparse state: once for a model."""
+    """Warn, once per model, if weights and the optimizer's state were loaded, but no sparse state."""
     for mask in resumed:
         mask.is_resumed = False
     states = (optimizer.state.get(weight) for mask in resumed for weight in mask.parameters())
     if any(state and float(state.get("step", 1)) for state in states):
         warnings.warn(
             f"{printable(resumed[0].name)}: its weights were loaded, and its optimizer's state, but no sparse state, "
-            "so its mask was computed anew. If they are of sparse training, it does not go on exactly: load what "
-            "nmcompile.sparse_state_dict returned, after load_state_dict (in trainers SparseTraining does so).",
+            "so its mask was recomputed. Sparse training does not resume exactly this way: load the result of "
+            "nmcompile.sparse_state_dict after load_state_dict (in trainers SparseTraining does so).",
             stacklevel=4,
         )
 
 
 def _evaluate(closure: Callable[[], object], masks: "Sequence[WeightMask]", optimizer: Optimizer) -> object:
-    """The loss, with the gradients that the optimizer shall see."""
+    """Return the loss, and compute the gradients that the optimizer will see."""
     for mask in masks:
-        mask.accept_version()  # of what the optimizer wrote on its way: line searches call closures more than once
+        mask.accept_version()  # after the optimizer's own writes: line searches call closures more than once
     loss = closure()
     _decay(masks, optimizer)
     return loss
 
 
 def _decay(masks: "Sequence[WeightMask]", optimizer: Optimizer) -> None:
-    # Of several compilations that share a weight, the last one decays it: the others may only wait to be collected.
+    # If several compilations share a weight, the last one decays it: the others may be waiting for collection.
     decaying = sorted((mask for mask in masks if mask.sr_ste), key=lambda mask: mask.serial)
     for mask in {id(mask.weight()): mask for mask in decaying}.values():
         _add_sr_ste(mask, getattr(optimizer, "grad_scale", None))
@@ -103,7 +103,7 @@ def _decay(masks: "Sequence[WeightMask]", optimizer: Optimizer) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
-    # A GradScaler tells fused optimizers, which are called each time, what made them skip the step.
+    # A GradScaler tells fused optimizers, which are called each time, whether to skip the step.
     found_inf = getattr(optimizer, "found_inf", None)
     _note_step(_held(optimizer), _steps_before.pop(optimizer, {}), found_inf if isinstance(found_inf, Tensor) else None)
 
@@ -113,7 +113,7 @@ def _note_step(
     before: Mapping[int, int] = MappingProxyType({}),
     found_inf: Tensor | None = None,
 ) -> None:
-    """Count a step, except where an optimizer inside this one did: then the mask has noted more steps than `before`."""
+    """Count a step, unless an optimizer inside this one did: then the mask has noted more steps than `before`."""
     thaw(parameters)
     for mask in _masks_of(parameters):
         if before.get(id(mask), mask.notes) == mask.notes:
@@ -136,10 +136,10 @@ def _masks_of(parameters: Sequence[Tensor]) -> "Iterator[WeightMask]":
 
 @torch.no_grad()
 def _add_sr_ste(mask: "WeightMask", scale: Tensor | None) -> None:
-    """g += λ (1 - mask) ∘ w: the pruned weights decay (Zhou et al. 2021, SR-STE).
+    """Add λ (1 - mask) ∘ w to the gradient: the pruned weights decay (Zhou et al. 2021, SR-STE).
 
-    Added here, right before the step, so that gradient accumulation cannot scale it. By `scale`, which a GradScaler
-    leaves to fused optimizers, those divide gradients.
+    It is added right before the step, so gradient accumulation cannot scale it. `scale` is the factor that a GradScaler
+    leaves in gradients for fused optimizers, which divide by it.
     """
     weight = mask.weight()
     if weight is not None and weight.grad is not None:

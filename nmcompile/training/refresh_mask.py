@@ -21,7 +21,7 @@ from nmcompile.training.weight_clock import (
 from nmcompile.weight_cache import FROZEN, Content
 
 NEVER, UNTIL_FOLLOWED, ALWAYS = range(3)
-"""When a compiled call compares the weight's fingerprint."""
+"""Conditions under which a compiled call compares the weight's fingerprint."""
 
 
 def when_compared(weight: Tensor, content: Content | None, is_trained: bool) -> int:
@@ -46,7 +46,7 @@ def refresh_mask(
     kernel: str,
     compares: int,
 ) -> None:
-    """Rebuild `mask` from `weight` if it is outdated; `compares` says when a fingerprint is to show that."""
+    """Rebuild `mask` from `weight` if it is outdated; `compares` says when to detect that by a fingerprint."""
     is_asked = compares == ALWAYS or (compares == UNTIL_FOLLOWED and not int(clock[FOLLOWED]))
     content = fingerprint(weight) if is_asked else None
     if is_outdated(weight, clock, content):
@@ -63,10 +63,10 @@ def refresh_mask(
 def compute_mask(
     weight: Tensor, operator: str, pattern: NMPattern, out_dim: int, in_dim: int, groups: int, kernel: str = ""
 ) -> Tensor:
-    """The mask of a weight: row-wise along `in_dim`, or transposable over tiles of (out, in) that cross no group.
+    """Compute the mask of a weight: row-wise along `in_dim`, or transposable over tiles (out, in) inside each group.
 
-    `kernel` names an operator, `"namespace::name"`, that takes a weight, `out_dim` and `in_dim` and gives the mask that
-    `operator` and `pattern` ask for. By name, since it has to be saved, and traced by `torch.compile`.
+    `kernel` names an operator, `"namespace::name"`, that takes a weight, `out_dim` and `in_dim` and returns the mask of
+    `operator` and `pattern`. It is a name because it has to be saved, and traced by `torch.compile`.
     """
     if operator == "greedy":
         return greedy_mask(weight, pattern, dim=in_dim)

@@ -1,13 +1,13 @@
-"""Counting the optimizer steps of a weight without waiting for the device that knows whether they were made."""
+"""Count of a weight's optimizer steps, without waiting for the device that knows whether they were made."""
 
 import torch
 from torch import Tensor
 
-PENDING = 100  # results of fused optimizers that are held until they are read
+PENDING = 100  # unread results of fused optimizers
 
 
 class StepCount:
-    """A count of optimizer steps, some of which a GradScaler may have had a fused optimizer skip.
+    """A count of optimizer steps, some of which a GradScaler may have made a fused optimizer skip.
 
     Args:
         made: steps so far.
@@ -18,7 +18,7 @@ class StepCount:
         self.pending: list[Tensor] = []
 
     def read(self) -> int:
-        """Return the steps that were made, which on a GPU may have to be waited for."""
+        """Return the number of steps that were made, waiting for the GPU if necessary."""
         if self.pending:
             made = torch.stack([found_inf.reshape(()) for found_inf in self.pending]) == 0
             self.pending.clear()
@@ -26,9 +26,9 @@ class StepCount:
         return self.made
 
     def add(self, found_inf: Tensor | None, period: int | None) -> bool:
-        """Count one step, unless `found_inf` is not zero; tell whether it may complete a period.
+        """Count one step, unless `found_inf` is not zero; return whether it may complete a period.
 
-        `found_inf` is read only where that decides.
+        `found_inf` is read only if it decides that.
         """
         before = self.made
         if found_inf is None:
@@ -40,5 +40,5 @@ class StepCount:
         most = self.made + len(self.pending)
         if period is None or most // period == before // period:
             return False
-        # Where every step counts, computing the same mask once more is cheaper than to wait for a GPU.
+        # If every step counts, recomputing the same mask is cheaper than waiting for a GPU.
         return period == 1 or self.read() // period > before // period
