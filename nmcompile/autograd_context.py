@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 class AutogradContext(Protocol):
-    """What `forward` and `setup_context` are given to keep tensors for the derivatives."""
+    """Context in which `forward` and `setup_context` keep tensors for the derivatives."""
 
     @property
     def needs_input_grad(self) -> tuple[bool, ...]:
-        """Whether each argument of `apply` needs a gradient."""
+        """Return whether each argument of `apply` needs a gradient."""
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of `save_for_backward`; None in the place of each None."""
+        """Return the tensors of `save_for_backward`, with None in place of each None."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors for `backward`."""

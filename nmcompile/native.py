@@ -1,4 +1,4 @@
-"""The native kernels, imported in this file alone. A pure installation has none; `MISSING` is then the reason."""
+"""The native kernels, imported only in this file. A pure installation has none; `MISSING` is then the reason."""
 
 import torch
 

@@ -106,9 +106,9 @@ class _Inputs(Observer):
 
 @torch.no_grad()
 def _inputs(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """By layer, a tensor on the meta device as large and laid out as its input, and with a gradient if that has one.
+    """Return for each layer a meta tensor like its input in size and layout, requiring a gradient if the input does.
 
-    Where the layer pads apart from its GEMM, it is padded already, and is once more when it is timed, in all variants.
+    If the layer pads apart from its GEMM, the input is already padded, and is padded again when timed, in all variants.
     """
     inputs: dict[str, Tensor] = {}
     with evaluating(trial), observing(triples_of(trial), lambda triple: _Inputs(triple, inputs)):

@@ -1,4 +1,4 @@
-"""What callbacks read of the two trainers, neither of which has to be installed."""
+"""The parts of the two trainers that callbacks read; neither trainer has to be installed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Which fx nodes are conv or linear calls, and the geometry that their arguments give."""
+"""Recognition of fx nodes that are conv or linear calls, and the geometry in their arguments."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,11 @@ CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
 ADDMM_NAMES = {"self": "bias", "input": "bias", "mat1": "input", "mat2": "weight"}
 LABEL = "label"
-"""Key of `node.meta`: how the author wrote a call that capture has rewritten."""
+"""Key of `node.meta`: the source form of a call that capture has rewritten."""
 
 
 def linear_in_out(input: Tensor, weight: Tensor) -> Tensor:
-    """Y = X W, the weight stored (in, out)."""
+    """Compute Y = X W, with the weight stored (in, out)."""
     return input @ weight
 
 
@@ -57,17 +57,17 @@ class Call:
 
     @property
     def label(self) -> str:
-        """The call as its author would know it, `F.linear`, `torch.addmm` or `matmul`."""
+        """Return the call as its author would know it, `F.linear`, `torch.addmm` or `matmul`."""
         written = self.node.meta.get(LABEL)
         return str(written or (f"torch.{self.function}" if self.transposed else f"F.{self.function}"))
 
     @property
     def function(self) -> str:
-        """The name of the function that is called."""
+        """Return the name of the called function."""
         return str(getattr(self.node.target, "__name__", self.node.target)).split(".")[0]
 
     def refusal(self) -> str:
-        """Why the call is no Y = X Wᵀ + b, or nothing."""
+        """Return why the call is not Y = X Wᵀ + b; "" if it is."""
         if self.transposed and any(self.arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
             return "addmm scales its product or its bias"
         constant = (self.arguments.get(name) for name in ("stride", "padding", "dilation", "groups"))
@@ -77,12 +77,12 @@ class Call:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """How many dims the weight may have."""
+        """Return the numbers of dims that the weight may have."""
         ranks = {"convolution": (3, 4, 5), "conv1d": (3,), "conv2d": (4,), "conv3d": (5,)}
         return ranks.get(self.function, (2,))
 
     def layer(self, name: str, weight_shape: tuple[int, ...]) -> Layer:
-        """The layer that the call is, for a weight of this shape."""
+        """Return the layer that the call is, for a weight of this shape."""
         has_bias = self.arguments.get("bias") is not None
         if len(weight_shape) == 2:
             return LinearLayer(name, weight_shape, has_bias, self.transposed)
@@ -91,7 +91,7 @@ class Call:
 
 
 def match_call(node: fx.Node) -> Call | None:
-    """The conv or linear call that a node is, if it is one."""
+    """Return the conv or linear call that a node is, or None."""
     if node.op != "call_function" or node.target not in SIGNATURES:
         return None
     names = SIGNATURES[node.target]
@@ -103,7 +103,7 @@ def match_call(node: fx.Node) -> Call | None:
 
 
 def has_node(value: Argument) -> bool:
-    """Whether a node's argument holds another node."""
+    """Return whether a node's argument holds another node."""
     nodes: list[fx.Node] = []
     fx.node.map_arg(value, nodes.append)
     return bool(nodes)

@@ -1,4 +1,4 @@
-"""What capture hands to the planner: where each layer stands, and what is known about it."""
+"""The result of capture, from which the planner works: where each layer is, and what is known about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ from nmcompile.ir.layers import Layer
 
 @dataclass(frozen=True)
 class Site:
-    """Where a conv/linear node runs.
+    """Place where a conv/linear node runs.
 
     Args:
         layer: the node's geometry; its name is the module's, or the weight parameter's for a functional call.
         module: name of the module whose forward runs the node.
-        role: `""` where the module itself is the layer; the fx node's name for a functional call in the module's
-            forward; `"in_proj"`, `"q_proj"`, `"k_proj"`, `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`.
-        weight: full name of the weight: a parameter's; where it is computed `<module>.weight`, or the module's and the
-            fx node's for a functional call.
-        is_expression: the weight is computed in forward (a parametrization, a standardized weight).
+        role: `""` if the module itself is the layer; the fx node's name for a functional call in the module's forward;
+            `"in_proj"`, `"q_proj"`, `"k_proj"`, `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`.
+        weight: full name of the weight. It is the parameter's name; for a computed weight `<module>.weight`, or the
+            module's and the fx node's name for a functional call.
+        is_expression: whether the weight is computed in forward (a parametrization, a standardized weight).
     """
 
     layer: Layer
@@ -31,18 +31,18 @@ class Site:
 
 @dataclass(frozen=True)
 class Facts:
-    """What data-flow analysis says about one layer.
+    """Results of the data-flow analysis of one layer.
 
     Args:
         first, last: whether it is an end of the model.
-        nonnegative: whether its input is proven so.
+        nonnegative: whether its input is proven non-negative.
         positions: output positions of one example run (tokens, or samples times pixels), None without shapes.
         rectified: whether every reader of its output is a ReLU.
-        sources: the layers whose outputs its input is computed from, `""` among them for anything else that stands
-            before it (a model input, an embedding); empty where nothing is known.
+        sources: the layers whose outputs its input is computed from, and `""` for anything else before it (a model
+            input, an embedding); empty if nothing is known.
         norm: the batch norm, called once, that alone reads its output; `""` if there is none.
-        readers: the layers that its output (behind the norm) reaches through ReLUs, max-pooling and views alone, `""`
-            among them for any other operator; empty where nothing is known, or where the model returns it.
+        readers: the layers that its output (after the norm) reaches only through ReLUs, max-pooling and views, and `""`
+            for any other operator; empty if nothing is known, or if the model returns it.
     """
 
     first: bool = False
@@ -60,10 +60,10 @@ class WholeGraph:
     """One graph of the whole model.
 
     Args:
-        graph: of fx.
+        graph: the fx graph.
         layers: each node that is (or holds) layers, with their names.
         source: `"fx"` or `"export"`.
-        constants: the placeholders that stand for parameters and buffers, by name.
+        constants: the placeholders of parameters and buffers, by name.
         norms: the nodes that are a batch norm, with the module's name.
         products: the nodes that multiply by a parameter and are not a layer.
     """
@@ -87,7 +87,7 @@ class Captured:
     Args:
         sites: every conv/linear node that can become three GEMMs.
         facts: by layer name.
-        skipped: by module name, conv/linear-like modules that are no GEMM node, with the reason.
+        skipped: by module name, conv/linear-like modules that are not a GEMM node, with the reason.
         python: by module name, modules whose forward stays Python although it holds functional layers, or whose code
             could not be traced, with the reason.
         uncaptured: by module name, the parameters that the code in `skipped` and `python` multiplies by.
@@ -96,10 +96,10 @@ class Captured:
         bypassed: by layer name, the code that reads the layer's weight without calling the layer.
         suspected: by layer name, code that may read the layer's weight without calling it; a run shows whether it does.
         tied: by layer name, the embedding that owns the same weight.
-        adapters: the layers that PEFT or its like put beside the model's own.
+        adapters: the layers that PEFT or similar libraries added to the model's own.
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
         whole: the whole model's graph, or None.
-        whole_reason: why there is none.
+        whole_reason: why there is no whole graph.
         carried: by weight, for layers that carry a mask of an earlier compilation, the fields of `LayerConfig` that it
             gave them.
     """

@@ -1,4 +1,4 @@
-"""Which kernel runs a GEMM on its pruned operands, and what that was decided on."""
+"""The choice of the kernel that runs a GEMM on its pruned operands, and the evidence for it."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ class Choice:
     Args:
         kernel: `"sparse"`, `"integers"` (sparse, and packed to four bits) or `"dense"`; all compute the same product of
             the same pruned operands.
-        reason: what decided.
+        reason: why it was chosen.
         predicted: the speed-up of the sparse kernel that the cost model expects, dense time / sparse time, if there
             is such a model.
-        dense_seconds, sparse_seconds, integers_seconds: of one call each, None where nothing was measured. Beside
-            integers, `dense_seconds` is the time of whatever other kernel is the fastest.
+        dense_seconds, sparse_seconds, integers_seconds: of one call each, None if not measured. Beside integers,
+            `dense_seconds` is the time of the fastest other kernel.
     """
 
     kernel: str
@@ -26,7 +26,7 @@ class Choice:
 
     @property
     def seconds(self) -> float | None:
-        """Of the chosen kernel."""
+        """Return the time of the chosen kernel."""
         return self.dense_seconds if self.kernel == "dense" else self._pruned_seconds
 
     @property
@@ -35,7 +35,7 @@ class Choice:
 
     @property
     def speedup(self) -> float | None:
-        """Dense time / sparse time as measured."""
+        """Return the measured dense time / sparse time."""
         if self.dense_seconds is None or not self._pruned_seconds:
             return None
         return self.dense_seconds / self._pruned_seconds

@@ -1,8 +1,8 @@
-"""Where a node keeps the kernel that it ran last.
+"""Slots in which nodes keep the kernel that they ran last.
 
-A torch operator takes no Python object and returns tensors alone, also where `torch.compile` has inlined the graph. So
-an operator gets the name of its node's slot, and finds the slot by it. Only the node holds the slot: both go with the
-graph.
+A torch operator takes no Python object and returns tensors only, also if `torch.compile` has inlined the graph. So an
+operator gets the name of its node's slot, and finds the slot by that name. Only the node holds the slot, so both are
+freed with the graph.
 """
 
 import itertools

@@ -1,17 +1,17 @@
-"""Recognize the einsum equations that are linear layers."""
+"""Recognition of einsum equations that are linear layers."""
 
 
 def linear_einsum(equation: str, weight: int) -> bool | None:
-    """Whether an einsum of two operands is a linear layer, one of them being its weight.
+    """Return whether an einsum of two operands is a linear layer, one operand being its weight.
 
-    A linear layer contracts the last dim of its input with one dim of a matrix and puts the other dim there.
+    A linear layer contracts the last dim of its input with one dim of a matrix and replaces it by the other dim.
 
     Args:
         equation: such as `"...i,oi->...o"`.
         weight: the operand that is the weight, 0 or 1.
 
     Returns:
-        True for a weight stored (out, in), False for (in, out), None where the einsum is not a linear layer.
+        True for a weight stored (out, in), False for (in, out), None if the einsum is not a linear layer.
     """
     terms, arrow, result = equation.replace(" ", "").partition("->")
     if terms.count(",") != 1:
@@ -28,6 +28,6 @@ def linear_einsum(equation: str, weight: int) -> bool | None:
 
 
 def _implied(terms: str) -> str:
-    """The result of an equation without an arrow: the letters that occur once, in alphabetical order."""
+    """Return the result of an equation without an arrow: the letters that occur once, in alphabetical order."""
     letters = sorted(letter for letter in set(terms) - {",", "."} if terms.count(letter) == 1)
     return ("..." if "..." in terms else "") + "".join(letters)

@@ -7,7 +7,7 @@ from torch.fx.node import Argument
 
 
 def expression_of(weight: fx.Node) -> list[fx.Node]:
-    """The nodes that a weight is computed from, in graph order, itself last."""
+    """Return the nodes that a weight is computed from, in graph order, itself last."""
     seen: set[fx.Node] = set()
     stack = [weight]
     while stack:

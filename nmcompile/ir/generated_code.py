@@ -1,4 +1,4 @@
-"""Graph modules whose source goes when their code does.
+"""Graph modules whose source is freed together with their code.
 
 fx stores the source of each `recompile` in Python's line cache, and keeps it as long as the process lives.
 """
@@ -15,7 +15,7 @@ class GeneratedModule(fx.GraphModule):
     """A `GraphModule` that leaves nothing behind; tracebacks show its source while its code is alive."""
 
     def recompile(self) -> PythonCode:
-        """Generate the code of the graph anew."""
+        """Regenerate the code of the graph."""
         generated = super().recompile()
         code = type(self).forward
         weakref.finalize(code, _forget_source, code.__code__.co_filename).atexit = False

@@ -1,4 +1,4 @@
-"""What one of the three graphs returns."""
+"""Results of one of the three graphs."""
 
 from torch import fx
 

@@ -1,4 +1,4 @@
-"""Along what a GEMM operand is cut into blocks, as a view that the pruning operators take."""
+"""Views of a GEMM operand in which the pruning operators find its blocks."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ Grouped = tuple[Tensor, int, Callable[[Tensor], Tensor]]
 
 
 def grouped(x: Tensor, axis: str, channel_dim: int, block: int) -> Grouped:
-    """The operand as the operators want it: a tensor, the dim along which blocks run, and the way back.
+    """Return the operand as the operators take it: a tensor, the dim along which blocks run, and the inverse view.
 
     Args:
         x: `(tokens..., features)` with `channel_dim=-1` (linear), or `(samples, channels, *spatial)` with

@@ -1,4 +1,4 @@
-"""What a conv or linear node is: its name, its geometry, and which weight dims are out and in."""
+"""Conv and linear layers: name, geometry, and which weight dims are out and in."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from nmcompile.pruning.pattern import NMPattern
 
 @dataclass(frozen=True)
 class Layer:
-    """What conv and linear nodes share. `weight_shape` is the shape of the weight as it is stored."""
+    """Common base of conv and linear layers. `weight_shape` is the shape of the stored weight."""
 
     name: str
     weight_shape: tuple[int, ...]
@@ -25,27 +25,27 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """`linear`, `conv1d`, `conv2d` or `conv3d`."""
+        """Return `linear`, `conv1d`, `conv2d` or `conv3d`."""
         raise NotImplementedError
 
     @property
     def channel_dim(self) -> int:
-        """The dim of the input and of the output that holds channels or features."""
+        """Return the dim of the input and of the output that holds channels or features."""
         raise NotImplementedError
 
     @property
     def out_features(self) -> int:
-        """Out-features or out-channels, all groups together."""
+        """Return the out-features or out-channels, all groups together."""
         return self.weight_shape[self.out_dim]
 
     @property
     def in_features(self) -> int:
-        """In-features or in-channels of one group: the length of the forward GEMM's contraction per kernel position."""
+        """Return the in-features or in-channels of one group: the forward GEMM's contraction per kernel position."""
         return self.weight_shape[self.in_dim]
 
     @property
     def parameters(self) -> int:
-        """Elements of the weight."""
+        """Return the number of elements of the weight."""
         return torch.Size(self.weight_shape).numel()
 
     @property
@@ -53,15 +53,15 @@ class Layer:
         return self.groups > 1 and self.in_features == 1
 
     def fits_forward(self, pattern: NMPattern) -> bool:
-        """Whether blocks of the pattern divide the in-channels of each group."""
+        """Return whether blocks of the pattern divide the in-channels of each group."""
         return self.in_features % pattern.block == 0
 
     def fits_backward(self, pattern: NMPattern) -> bool:
-        """Whether blocks of the pattern divide the out-channels of each group."""
+        """Return whether blocks of the pattern divide the out-channels of each group."""
         return (self.out_features // self.groups) % pattern.block == 0
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
-        """The input as the GEMM takes it, and whether a batch dim was added.
+        """Return the input as the GEMM takes it, and whether a batch dim was added.
 
         Raises:
             OperandError: an input of a rank that a convolution does not take.
@@ -71,7 +71,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LinearLayer(Layer):
-    """Y = X Wᵀ + b. `transposed` is for weights stored (in, out), as `addmm` and Hugging Face's Conv1D keep them."""
+    """Y = X Wᵀ + b. `transposed` is for weights stored (in, out), as in `addmm` and Hugging Face's Conv1D."""
 
     transposed: bool = False
 
@@ -94,8 +94,8 @@ class LinearLayer(Layer):
 class ConvLayer(Layer):
     """Convolution of 1 to 3 spatial dims; weight (out, in / groups, *kernel).
 
-    `padding` is symmetric zero padding done by the GEMM; `pad_before` (in `F.pad`'s order) is applied first,
-    with `padding_mode`, for what a convolution cannot pad by itself.
+    The GEMM does the symmetric zero padding `padding`. `pad_before` (in `F.pad`'s order) is applied first, with
+    `padding_mode`, for padding that a convolution cannot do itself.
     """
 
     stride: tuple[int, ...] = ()
@@ -141,7 +141,7 @@ def conv_layer(
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> ConvLayer:
-    """A `ConvLayer` from the arguments that `F.conv2d` and `nn.Conv2d` take, `"same"` and `"valid"` included."""
+    """Make a `ConvLayer` from the arguments of `F.conv2d` and `nn.Conv2d`, including `"same"` and `"valid"`."""
     dims = len(weight_shape) - 2
     stride, dilation = _per_dim(stride, dims), _per_dim(dilation, dims)
     if padding == "same":
@@ -150,7 +150,7 @@ def conv_layer(
     else:
         left = right = list(_per_dim(0 if isinstance(padding, str) else padding, dims))
     if padding_mode == "zeros":
-        # What a convolution pads is symmetric; the rest of an uneven "same" goes to the far side first, as in ATen.
+        # A convolution pads symmetrically; the remainder of an uneven "same" goes to the far side, as in ATen.
         pad_before = [n for a, b in zip(reversed(left), reversed(right), strict=True) for n in (0, b - a)]
         symmetric = tuple(left)
     else:

@@ -28,7 +28,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Fused:
-    """The pruning of an operand that a GEMM took into itself.
+    """The pruning of an operand that a GEMM performs itself.
 
     Args:
         row: the plan row of the node that is gone.
@@ -47,10 +47,10 @@ class NodeMeta:
         kind, layer, phase: set when the node is made.
         row: the plan row that a prune or quantize node carries out.
         backend: the name of the backend that took the node; empty before lowering.
-        refusals: of the backends that were asked before it.
+        refusals: those of the backends that were asked before it.
         fused: the pruning that a GEMM does itself.
         mask_kernel: the operator that computes the mask of a weight, `"namespace::name"`; empty for the reference.
-        choice: the slot for the kernel that a GEMM ran last; only where a backend chooses at run time.
+        choice: the slot for the kernel that a GEMM ran last; only if a backend chooses at run time.
     """
 
     kind: Kind
@@ -65,7 +65,7 @@ class NodeMeta:
 
     @property
     def planned(self) -> PlanRow | None:
-        """The plan row that the node carries out, fused into it or not."""
+        """Return the plan row that the node carries out, fused into it or not."""
         return self.row if self.fused is None else self.fused.row
 
 

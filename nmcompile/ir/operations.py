@@ -1,7 +1,7 @@
 """The targets of the nodes in the three graphs.
 
-`apply_mask`, `prune` and `to_grid` compute; the GEMM and bias operations only name what is to be computed, and a
-backend replaces them (`LoweringError` if it did not). Every node carries a `NodeMeta`.
+`apply_mask`, `prune` and `to_grid` compute; the GEMM and bias operations only name a computation, and a backend
+replaces them (`LoweringError` if it did not). Every node carries a `NodeMeta`.
 """
 
 import torch
@@ -21,7 +21,7 @@ _masked: WeightCache[Tensor] = WeightCache()
 
 
 def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` where the mask holds, else zero; a pruned NaN or infinity becomes zero too.
+    """Return `x` where the mask holds, else zero; a pruned NaN or infinity becomes zero too.
 
     The result for the weight of a frozen model is cached.
     """
@@ -34,9 +34,9 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 def prune(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:
-    """`x` pruned by a named operator along an axis (see `grouped`), with the reference operators.
+    """Prune `x` by a named reference operator along an axis (see `grouped`).
 
-    A custom operator, so that `torch.compile` neither traces through it nor changes how it rounds.
+    As a custom operator it is neither traced by `torch.compile` nor rounded differently.
     """
     view, dim, restore = grouped(x, axis, channel_dim, block)
     pruned = restore(OPERATORS[operator].prune(view, NMPattern(n_keep, block), dim, key))
@@ -45,67 +45,67 @@ def prune(
 
 @custom_op("nmcompile::prune_mask", fake=lambda x: torch.empty_like(x, dtype=torch.bool))
 def prune_mask(x: Tensor, operator: str, n_keep: int, block: int, channel_dim: int) -> Tensor:
-    """The mask, bool of the shape of `x`, that a greedy operator keeps along channels."""
+    """Return the mask, bool of the shape of `x`, that a greedy operator keeps along channels."""
     return like(OPERATORS[operator].mask(x, NMPattern(n_keep, block), channel_dim), x)
 
 
 def to_grid(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """`x` on its grid, in its own dtype: the nearest integer multiple of `step` that the grid has."""
+    """Return `x` on its grid, in its own dtype: the nearest integer multiple of `step` that the grid has."""
     grid = Grid(bits, signed)
     return like((integers(x, step, grid) * step).to(x.dtype), x)
 
 
 def to_accumulator(bias: Tensor, input_step: Tensor, weight_step: Tensor) -> Tensor:
-    """`(out,)` to whole steps of the accumulator of integers: input step times weight step, one or one for each row."""
+    """Round `(out,)` to whole steps of the integer accumulator: input step × weight step, one or one per row."""
     step = input_step.double() * weight_step.double().reshape(-1)
     return ((bias.double() / step).round() * step).to(bias.dtype)
 
 
 def beyond_grid(x: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """int8: 1 where `x` is clipped from above, -1 where from below, 0 elsewhere."""
+    """Return int8: 1 where `x` is clipped from above, -1 where from below, 0 elsewhere."""
     grid = Grid(bits, signed)
     return (x > grid.high * step).to(torch.int8) - (x < grid.low * step).to(torch.int8)
 
 
 def inside_grid(gradient: Tensor, beyond: Tensor) -> Tensor:
-    """The straight-through gradient: zero where the grid clips."""
+    """Return the straight-through gradient: zero where the grid clips."""
     return apply_mask(gradient, beyond == 0)
 
 
 def step_gradient(gradient: Tensor, beyond: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """The gradient of the step, 0-d: that of the clip (PACT: the sum over what is clipped) times clip / step."""
+    """Return the step's gradient, 0-d: the clip's (PACT: the sum over the clipped elements) times clip / step."""
     wide = torch.promote_types(gradient.dtype, step.dtype)
     return (gradient * beyond).sum(dtype=wide).to(step) * Grid(bits, signed).high
 
 
 def like(result: Tensor, x: Tensor) -> Tensor:
-    """`result` with the strides that `torch.empty_like(x)` has."""
+    """Return `result` with the strides of `torch.empty_like(x)`."""
     wanted = torch.empty_like(x, dtype=result.dtype)
     return result if result.stride() == wanted.stride() else wanted.copy_(result)
 
 
 def gemm_forward(input: Tensor, weight: Tensor) -> Tensor:
-    """Y = X Wᵀ, or the convolution of X with W."""
+    """Compute Y = X Wᵀ, or the convolution of X with W."""
     raise LoweringError("a gemm_forward node was executed, but no backend has lowered it")
 
 
 def gemm_backward(grad_output: Tensor, weight: Tensor, input: Tensor | None = None) -> Tensor:
-    """dX = dY W; a convolution also takes its input, for the shape and memory format of dX."""
+    """Compute dX = dY W; a convolution also takes its input, for the shape and memory format of dX."""
     raise LoweringError("a gemm_backward node was executed, but no backend has lowered it")
 
 
 def gemm_update(grad_output: Tensor, input: Tensor) -> Tensor:
-    """dW = dYᵀ X."""
+    """Compute dW = dYᵀ X."""
     raise LoweringError("a gemm_update node was executed, but no backend has lowered it")
 
 
 def add_bias(output: Tensor, bias: Tensor) -> Tensor:
-    """Y + b."""
+    """Compute Y + b."""
     raise LoweringError("an add_bias node was executed, but no backend has lowered it")
 
 
 def bias_gradient(grad_output: Tensor) -> Tensor:
-    """db = the sum of the unpruned dY over everything but channels."""
+    """Compute db, the sum of the unpruned dY over everything except channels."""
     raise LoweringError("a bias_gradient node was executed, but no backend has lowered it")
 
 

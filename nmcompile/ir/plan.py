@@ -1,4 +1,4 @@
-"""The plan: for every layer and phase, which operand is pruned or quantized how, and why not where it is not."""
+"""The plan: for every layer and phase, which operand is pruned or quantized and how, or else why not."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from nmcompile.quantization import Grid
 
 Operand = Literal["weight", "input", "grad_output", "output"]
 READ: tuple[Operand, ...] = ("weight", "input", "grad_output")
-"""The operands that a GEMM reads."""
+"""Operands that a GEMM reads."""
 
 Axis = Literal["in", "out", "batch", "flat", "auto"]
-"""Along what blocks run: channels or features (in, out), the batch, or the flattened tokens or positions."""
+"""Axis along which blocks run: channels or features (in, out), the batch, or the flattened tokens or positions."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PlanRow:
 
     @property
     def is_transposable(self) -> bool:
-        """Whether the row's mask is N:M along both axes of the weight."""
+        """Return whether the row's mask is N:M along both axes of the weight."""
         return self.operator in TRANSPOSABLE
 
     def __str__(self) -> str:
@@ -59,9 +59,9 @@ class PlanRow:
 class LayerPlan:
     """One layer and its rows, at least one for each phase.
 
-    `rewritten` is False where the layer stays the module that it was. `norm` is the batch norm behind it that export
-    absorbs, and behind which its output is quantized; `""` if there is none. `rounds_bias` says whether the bias is
-    added in whole steps of the accumulator of integers.
+    `rewritten` is False if the layer's module stays unchanged. `norm` is the batch norm after it that export absorbs,
+    and after which its output is quantized; `""` if there is none. `rounds_bias` says whether the bias is added in
+    whole steps of the integer accumulator.
     """
 
     layer: Layer
@@ -74,21 +74,22 @@ class LayerPlan:
         return tuple(row for row in self.rows if row.phase is phase)
 
     def is_pruned(self, phase: Phase) -> bool:
-        """Whether the GEMM of a phase reads a pruned operand."""
+        """Return whether the GEMM of a phase reads a pruned operand."""
         return any(row.is_sparse and row.operand in READ for row in self.rows_of(phase))
 
     def find(self, phase: Phase, operand: Operand) -> PlanRow | None:
-        """The row that prunes `operand` (`weight`, `input`, `grad_output`) in a phase, if there is one."""
+        """Return the row that prunes `operand` (`weight`, `input`, `grad_output`) in a phase, if there is one."""
         return next((row for row in self.rows_of(phase) if row.operand == operand and row.is_sparse), None)
 
     def grid_row(self, operand: Operand) -> PlanRow | None:
-        """The row that quantizes `weight` or `input` in the forward GEMM, if there is one."""
+        """Return the row that quantizes `weight` or `input` in the forward GEMM, if there is one."""
         rows = self.rows_of(Phase.FORWARD)
         return next((row for row in rows if row.operand == operand and row.is_quantized), None)
 
     def parts(self) -> tuple[tuple[Phase, ...], ...]:
-        """The phases that prune, those together that can only be pruned together: a mask acts on the forward and on the
-        backward GEMM, a pruned input on all three.
+        """Return the phases that prune, grouped if they can only be pruned together.
+
+        A mask acts on the forward and on the backward GEMM, a pruned input on all three.
         """
         if self.find(Phase.FORWARD, "input"):
             return (tuple(Phase),)
@@ -97,7 +98,7 @@ class LayerPlan:
         return ((weight,) if weight else ()) + tuple(gradients)
 
     def without(self, reasons: Mapping[Phase, str]) -> "LayerPlan":
-        """The plan that prunes nothing in these phases, for these reasons; grids and pruned outputs stay."""
+        """Return the plan that prunes nothing in these phases, for these reasons; grids and pruned outputs stay."""
         kept = [r for r in self.rows if r.phase not in reasons or r.is_quantized or r.operand == "output"]
         dense = [PlanRow(self.layer.name, phase, reason=reason) for phase, reason in reasons.items()]
         rows = (*kept, *dense)
@@ -106,7 +107,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All layers of a model in call order where it is known, else in `named_modules` order."""
+    """All layers of a model, in call order if it is known, else in `named_modules` order."""
 
     layers: tuple[LayerPlan, ...]
 
@@ -114,7 +115,7 @@ class Plan:
         return iter(self.layers)
 
     def without(self, dense: "DensePhases") -> "Plan":
-        """The plan that prunes nothing in some phases of some layers."""
+        """Return the plan that prunes nothing in some phases of some layers."""
         return Plan(tuple(p.without(dense[p.layer.name]) if dense.get(p.layer.name) else p for p in self.layers))
 
     def names(self) -> tuple[str, ...]:
@@ -122,12 +123,12 @@ class Plan:
 
 
 DensePhases = Mapping[str, Mapping[Phase, str]]
-"""By layer name, the phases whose pruning was given up because it does not pay, with the reason."""
+"""Phases by layer name that are left dense because pruning them does not pay, with the reason."""
 
 
 @dataclass(frozen=True)
 class Reverted:
-    """Which layers were left dense for the sake of accuracy, and the scores that decided."""
+    """Layers that were left dense for accuracy, and the scores that decided."""
 
     layers: tuple[str, ...]
     dense: float

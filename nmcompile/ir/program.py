@@ -1,4 +1,4 @@
-"""The unit that passes work on: a plan and, layer by layer, its three graphs."""
+"""The unit that passes work on: a plan and the three graphs of each layer."""
 
 import copy
 import copyreg
@@ -24,8 +24,8 @@ class ThreeGraphs:
     """The forward, backward and update graph of one layer.
 
     Placeholders are matched by name: `input`, `weight`, `bias`, `weight_mask` come from the caller, `grad_output` and
-    `key` from autograd and the random stream; any other name that the backward or update graph asks for is an extra
-    output of the forward graph, listed in `saved` in output order.
+    `key` from autograd and the random stream; any other placeholder of the backward or update graph is an extra output
+    of the forward graph, listed in `saved` in output order.
     """
 
     plan: LayerPlan
@@ -45,32 +45,32 @@ class ThreeGraphs:
         return (meta for meta in found if meta is not None)
 
     def kernels(self) -> dict[Phase, str]:
-        """Which backend runs which kind of node, phase by phase: `"prune: cpu, gemm: reference"`."""
+        """Return by phase which backend runs which kind of node: `"prune: cpu, gemm: reference"`."""
         return {
             phase: ", ".join(name for meta in self.metas(phase) for name in _kernels(meta)) for phase in self.graphs
         }
 
     def choices(self) -> dict[Phase, Choice]:
-        """The kernel that each GEMM ran last, where a backend chose one and the GEMM ran."""
+        """Return the kernel that each GEMM ran last, for GEMMs that ran and for which a backend chose one."""
         slots = {phase: meta.choice for phase in self.graphs for meta in self.metas(phase) if meta.choice is not None}
         return {phase: slot.latest for phase, slot in slots.items() if slot.latest is not None}
 
     def refusals(self) -> dict[Phase, tuple[Refusal, ...]]:
-        """The backends that did not take a node and left it to the next one, each reason once."""
+        """Return the backends that did not take a node and left it to the next one, each reason once."""
         return {
             phase: tuple(dict.fromkeys(one for meta in self.metas(phase) for one in meta.refusals))
             for phase in self.graphs
         }
 
     def mask_kernel(self) -> str:
-        """The operator that a backend computes the weight's mask with, `"namespace::name"`; empty for the reference."""
+        """Return the backend's operator that computes the weight's mask, `"namespace::name"`; "" for the reference."""
         return next((meta.mask_kernel for meta in self.metas(Phase.FORWARD) if meta.mask_kernel), "")
 
     def __iter__(self) -> Iterator[tuple[Phase, fx.GraphModule]]:
         return iter(self.graphs.items())
 
     def __getstate__(self) -> dict[str, object]:
-        # A pickled GraphModule, also as the owner of a graph, is traced again when it is loaded: through the backends'
+        # Loading a pickled GraphModule, also the owner of a pickled graph, would trace it again: through the backends'
         # kernels, and without meta. A copy of its graph has no owner.
         return self.__dict__ | {"graphs": {phase: copy.deepcopy(module.graph) for phase, module in self}}
 

@@ -1,4 +1,4 @@
-"""The rules that every three-GEMM graph keeps between passes; tests run it after each of them."""
+"""Rules that every three-GEMM graph keeps between passes; tests check them after each pass."""
 
 from collections.abc import Iterator
 
@@ -16,16 +16,16 @@ from nmcompile.ir.program import Program, ThreeGraphs
 Operands = tuple[Operand, ...]
 CALLER = {"input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step"}
 PRUNED: dict[str, Operands] = {"expand-gemms": (), "prune-weights": ("weight",), "prune-inputs": ("weight", "input")}
-"""The operands that are pruned once a pass has run; after every later pass all are."""
+"""Operands that are pruned after a pass has run; after every later pass all are."""
 BEFORE = ("expand-gemms", "prune-weights", "prune-inputs", "prune-gradients")
 QUANTIZED: dict[str, Operands] = dict.fromkeys(BEFORE, ()) | {"quantize-weights": ("weight",)}
-"""The same of quantized operands."""
+"""Operands that are quantized after a pass has run, likewise."""
 BIASES = ("quantize-biases", "quantize-outputs", "lower-nodes")
-"""The passes after which the biases are rounded too."""
+"""Passes after which the biases are rounded too."""
 OUTPUTS = ("quantize-outputs", "lower-nodes")
-"""The passes after which the outputs are pruned and quantized too."""
+"""Passes after which the outputs are pruned and quantized too."""
 READS: dict[Phase, Operands] = {Phase.FORWARD: ("weight", "input"), Phase.BACKWARD: ("weight",), Phase.UPDATE: ()}
-"""What the GEMM of each phase quantizes by itself; the update GEMM is handed the quantized input."""
+"""Operands that the GEMM of each phase quantizes itself; the update GEMM gets the quantized input."""
 
 
 def verify_graphs(program: Program, after: str) -> None:
@@ -33,10 +33,10 @@ def verify_graphs(program: Program, after: str) -> None:
 
     1. fx's own lint passes, and every call node carries a `NodeMeta` of its layer and phase.
     2. There is exactly one GEMM in each graph.
-    3. A placeholder of forward comes from the caller; one of backward or update is `grad_output`, `key`, something
-       that forward was given, or something that forward saved.
-    4. Forward returns its output and what it saved; backward dX and, with a quantized input or output, the gradient of
-       its step; update dW and, with a bias, db.
+    3. A placeholder of forward comes from the caller; one of backward or update is `grad_output`, `key`, an operand of
+       forward, or a value that forward saved.
+    4. Forward returns its output and the saved values; backward dX and, with a quantized input or output, the gradient
+       of its step; update dW and, with a bias, db.
     5. The GEMM reads, and forward returns, through prune and quantize nodes exactly what the plan prunes and quantizes,
        with the planned operator, pattern and axis, or grid; and a bias is rounded exactly where the plan says so.
 
@@ -118,12 +118,12 @@ def _planned(three: ThreeGraphs, phase: Phase, after: str) -> Iterator[PlanRow]:
 
 
 def _marked(node: fx.Node) -> list[fx.Node]:
-    """The prune and quantize nodes that a node depends on, itself included."""
+    """Return the prune and quantize nodes that a node depends on, itself included."""
     return [n for n in {node, *_sources(node)} if kind_of(n) in ("prune", "quantize")]
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:
-    """Every node that `node` depends on."""
+    """Return every node that `node` depends on."""
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -134,7 +134,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
 
 
 def _options(node: fx.Node) -> Args | None:
-    """Operator, N, M and axis, or bits and sign; None where they are no arguments: masks, and a backend's own nodes."""
+    """Return operator, N, M and axis, or bits and sign; None for masks and a backend's own nodes."""
     if node.target is ops.to_grid:
         return node.args[2:]
     if node.target is ops.prune:

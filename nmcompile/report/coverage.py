@@ -1,4 +1,4 @@
-"""Count the parameters that layers cover, each once however many layers read it."""
+"""Counts of the parameters that layers cover, each counted once however many layers read it."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from nmcompile.ir.captured import Captured
 
 
 def covered_parameters(captured: Captured, layers: Iterable[str]) -> int:
-    """The number of elements that the weights of these layers are, or are computed from.
+    """Return the number of elements that the weights of these layers are, or are computed from.
 
     A layer that reads a part of one parameter (an expert's matrix of a 3-d weight) covers that part.
     """
@@ -23,14 +23,14 @@ def covered_parameters(captured: Captured, layers: Iterable[str]) -> int:
 
 
 def uncaptured_parameters(captured: Captured) -> int:
-    """The number of elements of the parameters that only code without layers multiplies by."""
+    """Return the number of elements of the parameters that only code without layers multiplies by."""
     sizes = _sizes(captured)
     behind = {name for names in captured.behind.values() for name in names}
     return sum(sizes[name] for name in {name for names in captured.uncaptured.values() for name in names} - behind)
 
 
 def all_parameters(captured: Captured) -> int:
-    """The number of elements of all parameters of the model."""
+    """Return the number of elements of all parameters of the model."""
     return sum(_sizes(captured).values())
 
 

@@ -1,4 +1,4 @@
-"""Graphs as text, and the whole model's graph with its layers opened."""
+"""Graphs as text, and the whole model's graph with its layers expanded."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ LONGEST_LINE = 1000  # characters
 
 
 def format_three_graphs(three: ThreeGraphs) -> str:
-    """One node a line: its name, kind, target with arguments, and what the plan says of it."""
+    """Format one node per line: its name, kind, target with arguments, and its part of the plan."""
     return "\n".join(_format(phase, module.graph) for phase, module in three)
 
 
@@ -30,7 +30,7 @@ def _format(phase: Phase, graph: fx.Graph) -> str:
 
 
 def inline_forward(program: Program) -> fx.Graph | None:
-    """The whole graph with each rewritten layer replaced by the nodes of its forward graph.
+    """Return the whole graph with each rewritten layer replaced by the nodes of its forward graph.
 
     Nodes that hold several layers (attention) stay one call.
     """

@@ -1,4 +1,4 @@
-"""The part of a report on one layer: its plan, its graphs, and what a run showed of it."""
+"""The part of a report about one layer: its plan, its graphs, and the observations of a run."""
 
 import math
 from collections.abc import Mapping
@@ -20,9 +20,7 @@ OPERANDS: dict[Operand, str] = {"weight": "W", "input": "X", "output": "Y", "gra
 
 @dataclass(frozen=True)
 class Observation:
-    """What a run showed of one layer: whether it was called, its output positions, and for each phase the backend and
-    the kernel that it chose.
-    """
+    """Observations of one layer in a run: whether it was called, its output positions, its backends and kernels."""
 
     called: bool
     positions: int | None
@@ -31,7 +29,7 @@ class Observation:
 
 
 class PrintableGraphs:
-    """The three graphs of a layer by phase; `str()` prints them one node a line."""
+    """The three graphs of a layer by phase; `str()` prints them with one node per line."""
 
     def __init__(self, graphs: ThreeGraphs) -> None:
         self.three = graphs
@@ -45,9 +43,9 @@ class PrintableGraphs:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer.
+    """Report of one layer.
 
-    `macs` is for one of its three GEMMs (all take the same), None where no shape is known. `refusals` are the backends
+    `macs` is for one of its three GEMMs (all take the same), None if no shape is known. `refusals` are the backends
     that were asked before the one which took a node, with their reasons.
     """
 
@@ -84,14 +82,14 @@ class LayerReport:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why phases are dense, or sparse where the plain rule would leave them dense; each reason once."""
+        """Return why phases are dense, or sparse where the default rules would leave them dense; each reason once."""
         return tuple(dict.fromkeys(row.reason for row in self.plan.rows if row.reason))
 
     @property
     def note(self) -> str:
-        """The status where it is unusual, and the reasons."""
+        """Return the status if it is unusual, and the reasons."""
         if self.status not in ("sparse", "dense"):
-            # Why a layer is pruned where the plain rule would leave it dense holds whether or not it ran.
+            # The reason why a layer is pruned against the default rules holds whether or not it ran.
             return "; ".join((self.status, *(row.reason for row in self.plan.rows if row.is_sparse and row.reason)))
         absorbed = (f"absorbs {self.plan.norm!r} in eval()",) if self.plan.norm else ()
         return "; ".join((*self.reasons, *absorbed))
@@ -110,10 +108,10 @@ def layer_report(program: Program, plan: LayerPlan, seen: Observation, unseen: s
     """Report on one layer of a program.
 
     Args:
-        program: the layer's.
-        plan: the layer's.
-        seen: of the layer.
-        unseen: the status of a layer that should have been called and was not; empty where nothing ran.
+        program: the layer's program.
+        plan: the layer's plan.
+        seen: the layer's observation.
+        unseen: the status of a layer that should have been called and was not; empty if nothing ran.
     """
     graphs = program.layers[plan.layer.name]
     in_gemm = (row for row in plan.rows if row.operand in READ)

@@ -1,4 +1,4 @@
-"""Why faster backends did not take a GEMM or the pruning of its operand; an equal reason of many layers stands once."""
+"""Reasons why faster backends did not take a GEMM or the pruning of its operand; an equal reason is listed once."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ ByPhase = dict[Phase, list[str]]
 
 
 def layers_by_refusal(layers: Iterable[LayerReport]) -> dict[str, ByPhase]:
-    """Return the names of the layers in which each reason stands, phase by phase.
+    """Return the names of the layers for each reason, phase by phase.
 
     Phases that prune nothing are left out: the plan says why they are dense.
     """
@@ -24,7 +24,7 @@ def layers_by_refusal(layers: Iterable[LayerReport]) -> dict[str, ByPhase]:
 
 
 def _reasons(refusals: Iterable[Refusal]) -> list[str]:
-    """Spell out refusals, with the backends that give the same reason in one: `"gemm: cusparselt, cpu: ..."`."""
+    """Spell out refusals, merging backends that give the same reason: `"gemm: cusparselt, cpu: ..."`."""
     backends = defaultdict[tuple[Kind, str], list[str]](list)
     for one in refusals:
         backends[one.kind, one.reason].append(one.backend)

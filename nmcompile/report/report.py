@@ -29,7 +29,7 @@ class Report:
     reverted: Reverted | None = None
 
     def layer(self, name: str) -> LayerReport:
-        """Return one layer by name; an unknown one is an error with the nearest name."""
+        """Return one layer by name; raise for an unknown name, with the nearest one."""
         check_kind("name", name, str, "the name of a layer")
         for layer in self.layers:
             if layer.name == name:
@@ -38,20 +38,20 @@ class Report:
 
     @property
     def graph(self) -> fx.Graph | None:
-        """The whole model with every rewritten layer as its forward nodes, or None (see `graph_reason`)."""
+        """Return the whole model with every rewritten layer as its forward nodes, or None (see `graph_reason`)."""
         return inline_forward(self.program)
 
     @property
     def graph_reason(self) -> str:
-        """Why there is no whole graph."""
+        """Return why there is no whole graph."""
         return self.program.captured.whole_reason
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Totals: layers, parameters, and per phase the share of MACs in sparse GEMMs, expected MACs and BOPs.
+        """Return totals: layers, parameters, and per phase the share of MACs in sparse GEMMs, expected MACs and BOPs.
 
         `parameters` counts those that a GEMM reads, each once; `uncaptured_parameters` are read by code that is not a
-        layer. The MACs of `uncounted_layers`, whose shapes nobody has seen, are in none of them.
+        layer. The MACs of `uncounted_layers`, whose shapes are unknown, are in none of them.
         """
         captured = self.program.captured
         sparse = [layer for layer in self.layers if layer.status == "sparse"]
@@ -101,7 +101,7 @@ def build_report(
     mode: str,
     reverted: Reverted | None = None,
 ) -> Report:
-    """Build the report of a program; `observed` is empty where nothing was compiled."""
+    """Build the report of a program; `observed` is empty if nothing was compiled."""
     ran = any(seen.called for seen in observed.values())
     unseen = "bypassed: the model ran without calling it" if ran else "not called yet" if observed else ""
     nothing = Observation(called=False, positions=None)

@@ -1,4 +1,4 @@
-"""A report as text for a terminal, and the same as markdown."""
+"""A report as text for a terminal, and as markdown."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ def _tables(report: "Report", style: str) -> tuple[str, str]:
 
 
 def _kernels(report: "Report", style: str) -> str:
-    """Tabulate the chosen kernels and what was measured; empty before a backend that chooses has run."""
+    """Tabulate the chosen kernels and the measured times; empty before a backend that chooses has run."""
     rows = [
         [layer.name or "(model)", *(str(layer.choices.get(phase, "–")) for phase in Phase)]
         for layer in report.layers
@@ -129,7 +129,7 @@ def _totals(report: "Report") -> str:
 
 
 def _gain(report: "Report") -> str:
-    """Say what the choice of kernels gained, or that there was none."""
+    """Return how much the choice of kernels gained, or that there was none."""
     choices = [choice for layer in report.layers for choice in layer.choices.values()]
     measured = [choice for choice in choices if choice.speedup is not None]
     metas = (meta for layer in report.layers for phase in Phase for meta in layer.graphs.three.metas(phase))

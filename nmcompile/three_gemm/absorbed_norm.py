@@ -1,8 +1,8 @@
-"""The batch norm behind a quantized layer: in eval() it computes what export makes of the two.
+"""The batch norm after a quantized layer: in eval() it computes the same as export does for the two.
 
-In train() it is the norm that it was. In eval() its gain goes into the layer's scale and its shift is rounded to whole
-steps of the layer's accumulator, as integer kernels add it. What it hands on is then put on the grid of the layer's
-output, if the plan has one; the gradient passes straight through inside the grid.
+In train() it is the original norm. In eval() its gain goes into the layer's scale and its shift is rounded to whole
+steps of the layer's accumulator, as integer kernels add it. Its result is then put on the grid of the layer's output,
+if the plan has one; the gradient passes straight through inside the grid.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ class AbsorbedNorm(Rewritten):
         return shift + ((shift / step).round() * step - shift).detach()
 
     def _is_along_channels(self, input: Tensor) -> bool:
-        """A linear layer's features lie last; the norm's channels are dim 1."""
+        """Return whether the norm's dim 1 is the layer's channel dim; a linear layer's features are the last dim."""
         return self.absorbing_layer.three_gemms[""].layer.channel_dim % input.dim() == 1
 
     def _in_eval(self, input: Tensor, is_rounded: bool) -> Tensor:
@@ -68,6 +68,6 @@ class AbsorbedNorm(Rewritten):
 
 
 def absorb(norm: nn.Module, layer: nn.Module) -> None:
-    """Let `norm`, the batch norm that alone reads the output of the rewritten `layer`, compute as described."""
-    norm.__dict__["absorbing_layer"] = layer  # no child: that would change the names of parameters
+    """Make `norm`, the batch norm that alone reads the output of the rewritten `layer`, compute as described."""
+    norm.__dict__["absorbing_layer"] = layer  # not a child, which would change the names of parameters
     put_class(norm, AbsorbedNorm)

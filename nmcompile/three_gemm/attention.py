@@ -12,10 +12,10 @@ from nmcompile.three_gemm.modules import ThreeGemm
 class ThreeGemmAttention(ThreeGemm):
     """Attention whose projections are layers: `in_proj` (or `q_proj`, `k_proj`, `v_proj`) and `out_proj`.
 
-    The packed `in_proj_weight` stays one parameter with one mask; where query, key and value are not one tensor, each
-    is projected by its rows. Between the projections happens what `nn.MultiheadAttention` does when it does not take
-    its inference fast path, which would read the dense weights. A layer that the plan leaves alone has no triple and
-    runs as `F.linear`.
+    The packed `in_proj_weight` stays one parameter with one mask; if query, key and value are not one tensor, each is
+    projected by its rows. Between the projections it computes the same as `nn.MultiheadAttention` outside of its
+    inference fast path, which would read the dense weights. A layer that the plan leaves alone has no triple and runs
+    as `F.linear`.
     """
 
     embed_dim: int
@@ -43,7 +43,7 @@ class ThreeGemmAttention(ThreeGemm):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: `(L, N, E)`, `(N, L, E)` with `batch_first`, or `(L, E)`."""
+        """Run as `nn.MultiheadAttention.forward`: `(L, N, E)`, `(N, L, E)` with `batch_first`, or `(L, E)`."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give attn_mask too")
         self._check_dims(query, key, value)
@@ -80,9 +80,9 @@ class ThreeGemmAttention(ThreeGemm):
     def _check_masks(
         self, scores: tuple[int, int], batch: int | None, mask: Tensor | None, padding: Tensor | None
     ) -> None:
-        """Refuse, as eager does, masks of another shape: they would broadcast, and hide other tokens than they say.
+        """Refuse, as eager does, masks of another shape, which would broadcast and hide the wrong tokens.
 
-        `scores` is (L, S); `batch` is None where the inputs have none.
+        `scores` is (L, S); `batch` is None if the inputs have none.
         """
         heads = self.num_heads if batch is None else batch * self.num_heads
         self._check_shape("attn_mask", mask, scores, (heads, *scores))
@@ -99,7 +99,7 @@ class ThreeGemmAttention(ThreeGemm):
         return f"attention with layer {next(iter(self.three_gemms.values())).layer.name!r}"
 
     def _tokens_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(L, N, E) each; tensors that were the same object stay so, since that decides how they are projected."""
+        """Return (L, N, E) each; tensors that were one object stay one, since that decides how they are projected."""
         if not batched:
             return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         if not self.batch_first:
@@ -153,7 +153,7 @@ class ThreeGemmAttention(ThreeGemm):
         return k, v, mask, padding
 
     def _merge(self, mask: Tensor | None, padding: Tensor | None, batch: int) -> Tensor | None:
-        """One additive mask, (1 or N * heads, L or 1, S)."""
+        """Return one additive mask, (1 or N * heads, L or 1, S)."""
         if padding is None:
             return mask
         spread = padding.view(batch, 1, 1, -1).expand(-1, self.num_heads, -1, -1).reshape(batch * self.num_heads, 1, -1)
@@ -162,7 +162,7 @@ class ThreeGemmAttention(ThreeGemm):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The context, (L * N, E), and the weights of every head, (N, heads, L, S), if they are needed."""
+        """Return the context, (L * N, E), and the weights of every head, (N, heads, L, S), if they are needed."""
         length, batch, heads, drop = q.shape[0], q.shape[1], self.num_heads, self.dropout if self.training else 0.0
         q, k, v = (x.reshape(x.shape[0], batch * heads, self.head_dim).transpose(0, 1) for x in (q, k, v))
         if need_weights:
@@ -180,14 +180,14 @@ class ThreeGemmAttention(ThreeGemm):
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A bool mask (True is hidden) as the -inf that is added to the scores; a float mask as it is."""
+    """Return a bool mask (True is hidden) as -inf to add to the scores; return a float mask unchanged."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
 def _unpack(packed: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """(L, N, parts * E) into contiguous thirds, laid out as eager lays them out."""
+    """Split (L, N, parts * E) into contiguous thirds, laid out as in eager."""
     stacked = packed.unflatten(-1, (parts, -1)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
     thirds: tuple[Tensor, ...] = stacked.unbind(0)
     return thirds

@@ -11,11 +11,11 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 @torch.no_grad()
 def effective_weight(model: nn.Module, triple: GemmTriple) -> Tensor | None:
-    """The weight as the forward GEMM reads it; None where it is computed inside a forward."""
+    """Return the weight as the forward GEMM reads it; None if it is computed inside a forward."""
     weight = stored_weight(model, triple.site)
     if weight is None:
         return None
-    # A mask that is computed tells that its layer ran.
+    # A computed mask would signal that its layer ran.
     mask = triple.mask
     if mask is None:
         pruned = weight

@@ -1,4 +1,4 @@
-"""The three-GEMM layers of a compiled model and their masks."""
+"""Lookup of the three-GEMM layers of a compiled model."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 
 def triples_of(model: nn.Module) -> Iterator[GemmTriple]:
-    """Every three-GEMM layer of a compiled model."""
+    """Yield every three-GEMM layer of a compiled model."""
     for module in model.modules():
         if isinstance(module, ThreeGemm):
             yield from module.three_gemms.values()

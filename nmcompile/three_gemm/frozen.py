@@ -1,4 +1,4 @@
-"""The user's word that the weights of a model stand still, and what takes it back."""
+"""The user's promise that the weights of a model do not change, and the events that end it."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -12,10 +12,10 @@ _all: "weakref.WeakSet[Frozen]" = weakref.WeakSet()
 
 
 class Frozen:
-    """The word for one model, shared by its layers; a copy of the model does not inherit it.
+    """The promise for one model, shared by its layers; a copy of the model does not inherit it.
 
     Args:
-        parameters: of the model, as they are registered.
+        parameters: the model's parameters, as they are registered.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
@@ -24,11 +24,11 @@ class Frozen:
         _all.add(self)
 
     def covers(self, weight: Tensor) -> bool:
-        """Whether the word is about this tensor: not if `torch.func.functional_call` has put another in its place."""
+        """Return whether the promise covers this tensor; `torch.func.functional_call` may have replaced the weight."""
         return isinstance(weight, nn.Parameter) if torch.compiler.is_compiling() else id(weight) in self.parameters
 
     def end(self) -> None:
-        """Take the word back, and free what it let be cached."""
+        """End the promise, and free the values that were cached under it."""
         if self.holds and not torch.compiler.is_compiling():
             forget([weight for weight in cached_weights() if id(weight) in self.parameters])
         self.holds = False
@@ -38,7 +38,7 @@ class Frozen:
 
 
 def thaw(parameters: Iterable[Tensor]) -> None:
-    """Take the word back for every model that holds one of these parameters."""
+    """End the promise of every model that holds one of these parameters."""
     frozen = [one for one in _all if one.holds]
     changed = frozenset(map(id, parameters)) if frozen else frozenset()
     for one in frozen:

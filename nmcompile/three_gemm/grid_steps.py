@@ -14,12 +14,12 @@ _weight_steps: WeightCache[Tensor] = WeightCache()
 
 
 class ActivationStep:
-    """Holds the clip of one layer, outside `parameters()` and `state_dict()`: dense checkpoints keep their keys.
+    """The clip of one layer, kept out of `parameters()` and `state_dict()`: dense checkpoints keep their keys.
 
     Args:
         layer: the layer's name, for messages.
-        row: the plan's row, with the grid, and `pact` as operator where the clip is learned.
-        device: of the layer's weight.
+        row: the plan's row, with the grid, and `pact` as operator if the clip is learned.
+        device: device of the layer's weight.
     """
 
     def __init__(self, layer: str, row: PlanRow, device: torch.device) -> None:
@@ -28,16 +28,16 @@ class ActivationStep:
         self.row = row
         self.grid: Grid = row.grid
         self.is_calibrated = False
-        # Whatever the model is on: a clip on meta would lose its value.
+        # On the CPU even for a model on meta, where a clip would lose its value.
         device = torch.device("cpu") if device.type == "meta" else device
         self.clip = nn.Parameter(torch.full((), torch.nan, device=device), requires_grad=row.operator == "pact")
 
     def current(self) -> Tensor:
-        """The step, positive, 0-d float32; NaN before it is calibrated."""
+        """Return the step, positive, 0-d float32; NaN before it is calibrated."""
         return positive_clip(self.clip) / self.grid.high
 
     def check(self) -> None:
-        """Raise CalibrationError where no clip was found yet."""
+        """Raise CalibrationError if no clip was found yet."""
         if not self.is_calibrated:
             raise CalibrationError(
                 f"layer {self.layer!r}: its {self.row.operand} is to be quantized, but no clip is calibrated; pass "
@@ -58,13 +58,13 @@ class ActivationStep:
 
 @dataclass
 class GridSteps:
-    """What a layer multiplies its integers by; None where an operand is in full precision.
+    """The steps that a layer's integers are multiplied by; None if an operand is in full precision.
 
     Args:
-        weight_grid: of the weight.
+        weight_grid: grid of the weight.
         weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
-        input: of the input.
-        output: of the output, behind its ReLU where that grid is unsigned.
+        input: step of the input.
+        output: step of the output, after its ReLU if that grid is unsigned.
     """
 
     weight_grid: Grid | None = None
@@ -74,12 +74,12 @@ class GridSteps:
 
     @property
     def activations(self) -> tuple[ActivationStep, ...]:
-        """Those that are there, of the input and of the output."""
+        """Return the existing steps of the input and of the output."""
         return tuple(step for step in (self.input, self.output) if step is not None)
 
     @torch.no_grad()
     def of_weight(self, weight: Tensor) -> Tensor | None:
-        """SAWB's step of the dense weight: no state, so that eval() is frozen as long as the weight is."""
+        """Return SAWB's step of the dense weight. It is not state, so eval() is constant as long as the weight is."""
         if self.weight_grid is None:
             return None
         bits, dim = self.weight_grid.bits, self.weight_dim
@@ -89,12 +89,12 @@ class GridSteps:
 
     @torch.no_grad()
     def of_accumulator(self, weight: Tensor) -> Tensor | None:
-        """The step of the GEMM's integer sums, float64, one or `(out,)`; None unless weight and input are quantized."""
+        """Return the step of the integer sums, float64, one or `(out,)`; None unless weight and input are quantized."""
         step, input_step = self.of_weight(weight), self.of_input()
         return None if step is None or input_step is None else step.double().reshape(-1) * input_step.double()
 
     def check(self) -> None:
-        """Raise CalibrationError where an activation has no clip yet."""
+        """Raise CalibrationError if an activation has no clip yet."""
         if self.input is not None:
             self.input.check()
         if self.output is not None:

@@ -1,6 +1,6 @@
 """A forward that is set on a module itself: a copy of its class's own, Accelerate's hook around that, or other code.
 
-torch calls `module.forward`, so what the instance holds hides what its class has.
+torch calls `module.forward`, so a forward on the instance hides that of its class.
 """
 
 import functools
@@ -10,13 +10,13 @@ from types import MethodType
 from torch import nn
 
 GENERATED = "three_gemm_generated"
-"""Set on the forwards that are generated for rewritten modules: a copy of a module holds that of another class."""
+"""Mark on the forwards that are generated for rewritten modules: a module's copy holds another class's forward."""
 HOOK, HOOKED = "_hf_hook", "_old_forward"
-"""Where Accelerate's `add_hook_to_module` keeps the hook and the forward that it wraps."""
+"""Attributes in which Accelerate's `add_hook_to_module` keeps the hook and the forward that it wraps."""
 
 
 def foreign_forward(module: nn.Module) -> str:
-    """Why the class's forward does not tell what the module computes, or nothing."""
+    """Return why the class's forward does not determine what the module computes; "" if it does."""
     if forward_slot(module) is None:
         code = module.__dict__["forward"]
         name = getattr(code, "__qualname__", type(code).__name__)
@@ -29,11 +29,11 @@ def foreign_forward(module: nn.Module) -> str:
 
 
 def forward_slot(module: nn.Module) -> str | None:
-    """The attribute of the instance that holds its class's forward.
+    """Return the attribute of the instance that holds its class's forward.
 
     Returns:
-        `""` where the instance holds none; `"forward"`, or `"_old_forward"` under a hook of Accelerate; None where
-        other code stands in the place of forward.
+        `""` if the instance holds none; `"forward"`, or `"_old_forward"` under a hook of Accelerate; None if other code
+        replaces forward.
     """
     held = module.__dict__.get("forward")
     if "forward" not in module.__dict__:
@@ -45,7 +45,7 @@ def forward_slot(module: nn.Module) -> str | None:
 
 
 def change_class(module: nn.Module, new: type[nn.Module]) -> None:
-    """Give a module another class; a forward of its own class that it holds becomes that of the new one."""
+    """Give a module another class; if it holds its class's forward, it gets the new one's."""
     slot = forward_slot(module)
     module.__class__ = new
     if slot:
@@ -53,9 +53,9 @@ def change_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 
 def wrapper_of_own(module: nn.Module) -> str:
-    """The name of code on the instance around its class's forward, as of Accelerate's mixed precision, or nothing.
+    """Return the name of code on the instance around its class's forward, as of Accelerate's mixed precision, or "".
 
-    It would go on calling the forward of a class that the module no longer has.
+    Such code would still call the forward of a class that the module no longer has.
     """
     if forward_slot(module) is not None:
         return ""
@@ -65,7 +65,7 @@ def wrapper_of_own(module: nn.Module) -> str:
 
 
 def _is_own(module: nn.Module, held: object) -> bool:
-    """Whether something bound to the module is its class's forward."""
+    """Return whether something bound to the module is its class's forward."""
     return isinstance(held, MethodType) and held.__self__ is module and _is_of_class(module, held.__func__)
 
 
@@ -74,5 +74,5 @@ def _is_of_class(module: nn.Module, function: object) -> bool:
 
 
 def _is_offloaded(hook: object) -> bool:
-    """Whether a hook of Accelerate brings the weights in for each call; several may be chained."""
+    """Return whether a hook of Accelerate loads the weights for each call; several may be chained."""
     return bool(getattr(hook, "offload", False)) or any(map(_is_offloaded, getattr(hook, "hooks", ())))

@@ -1,7 +1,7 @@
 """The modules that call three-GEMM triples: same object, same parameters, same class and one more.
 
 A module is rewritten by giving it a subclass of its own class; `restore` gives the class back. So hooks, references to
-the module, `isinstance` and `state_dict` keys stay what they were.
+the module, `isinstance` and `state_dict` keys stay the same.
 """
 
 import copy
@@ -23,21 +23,21 @@ from nmcompile.weight_cache import forget
 STEPS = "nmcompile_steps"
 """Key of the metadata of a state dict: how many optimizer steps a module has made with its masks."""
 RECORD = "_nmcompile"
-"""Under this name a compiled model remembers how it came about."""
+"""Attribute of a compiled model that records how it was compiled."""
 FINALIZED = "_nmcompile_finalized"
-"""Under this name a finalized model remembers the masks that its weights obey, and the places of those in slices."""
+"""Attribute of a finalized model that records the masks that its weights obey, and the places of those in slices."""
 
 
 RESERVED = ("three_gemms", "three_gemm_graph", "absorbing_layer")
 
 
 class Rewritten:
-    """Mixin of every module whose class was changed; what it needs beyond its own state lies in its `__dict__`."""
+    """Mixin of every module whose class was changed; its additional state is in the module's `__dict__`."""
 
     PREFIX = "ThreeGemm"
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Args:
-        # The class is made at run time, so what is pickled (and copied) is what it is made from.
+        # The class is made at run time, so its ingredients are pickled (and copied) instead.
         mixin, base = type(self).__bases__
         return rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
 
@@ -53,21 +53,21 @@ class ThreeGemm(Rewritten):
 
     @property
     def forward_graph(self) -> fx.GraphModule:
-        """Y = X Wᵀ + b with what the plan prunes in the forward GEMM."""
+        """Return the graph of Y = X Wᵀ + b, with the pruning that the plan has for the forward GEMM."""
         return self._only_graph(Phase.FORWARD)
 
     @property
     def backward_graph(self) -> fx.GraphModule:
-        """dX = dY W with what the plan prunes in the backward GEMM."""
+        """Return the graph of dX = dY W, with the pruning that the plan has for the backward GEMM."""
         return self._only_graph(Phase.BACKWARD)
 
     @property
     def update_graph(self) -> fx.GraphModule:
-        """dW = dYᵀ X and db with what the plan prunes in the update GEMM."""
+        """Return the graph of dW = dYᵀ X and db, with the pruning that the plan has for the update GEMM."""
         return self._only_graph(Phase.UPDATE)
 
     def _release(self) -> None:
-        """Let go of what is cached of the weights: with weak references to them torch cannot swap tensors."""
+        """Free the cached values of the weights: torch cannot swap tensors that are weakly referenced."""
         forget(list(self.parameters()))  # type: ignore[attr-defined]
         for triple in self.three_gemms.values():
             triple.thaw()
@@ -96,7 +96,7 @@ class ThreeGemm(Rewritten):
     ) -> None:
         self._release()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)  # type: ignore[misc]
-        # Weights from a file of tensors alone come without metadata, and may be of any training.
+        # Weights from a file of only tensors come without metadata, and may come from any training.
         steps = local_metadata.get(STEPS, 0 if "version" in local_metadata else 1)
         for mask in self._masks():
             mask.note_load(steps)
@@ -120,7 +120,7 @@ class ThreeGemm(Rewritten):
             mask.move(fn(mask.tensor))
         for triple in self.three_gemms.values():
             for step in triple.steps.activations:
-                # Of a bool tensor only the device changes; the clip stays float32.
+                # `fn` only changes the device of a bool tensor; the clip stays float32.
                 step.move(fn(torch.empty(0, dtype=torch.bool, device=step.clip.device)).device)
         return result
 
@@ -142,7 +142,7 @@ class ThreeGemmRegion(ThreeGemm):
 
 
 class ThreeGemmGraph(ThreeGemmRegion):
-    """The same for a GraphModule, whose own deepcopy would keep nothing but what its graph names."""
+    """A GraphModule with a generated forward. Its own deepcopy would keep only what its graph names."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ThreeGemmGraph":
         replica = object.__new__(type(self))
@@ -152,7 +152,7 @@ class ThreeGemmGraph(ThreeGemmRegion):
 
 
 def check_names(model: nn.Module) -> None:
-    """Raise where a plain module has something of its own under a name that a rewritten one uses.
+    """Raise if a plain module uses a name that a rewritten one needs.
 
     Raises:
         ConfigError: names the module.
@@ -168,7 +168,7 @@ def check_names(model: nn.Module) -> None:
 
 
 def install(module: nn.Module, mixin: type[ThreeGemm], triples: dict[str, GemmTriple]) -> None:
-    """Let `module` run `triples` through the forward of a mixin."""
+    """Make `module` run `triples` through the forward of a mixin."""
     module.__dict__["three_gemms"] = triples
     put_class(module, mixin)
 
@@ -179,14 +179,14 @@ def put_class(module: nn.Module, mixin: type[Rewritten]) -> None:
 
 
 def install_graph(module: nn.Module, graph: fx.Graph, triples: dict[str, GemmTriple]) -> None:
-    """Let `module` run `triples` through a forward generated from a graph of its own."""
+    """Make `module` run `triples` through a forward generated from its own graph."""
     module.__dict__.update(three_gemms=triples, three_gemm_graph=graph)
     mixin = ThreeGemmGraph if isinstance(module, fx.GraphModule) else ThreeGemmRegion
     change_class(module, _region_class(mixin, type(module), graph))
 
 
 def restore(module: nn.Module) -> None:
-    """Give a rewritten module its own class back; others stay as they are.
+    """Give a rewritten module its own class back; leave others unchanged.
 
     Raises:
         PassError: something else has changed the class since (a parametrization, FSDP).
@@ -212,13 +212,13 @@ def restore(module: nn.Module) -> None:
 
 
 # The layer's inference kernel reads the dense weights of its children, and the encoder packs a padded batch into a
-# nested tensor that nothing but that kernel takes. Padded positions then hold in eval() what they hold in train(), and
-# what eager holds there with gradients on; eager's packed batches come back with zeros there.
+# nested tensor that only that kernel takes. Without them, padded positions hold the same in eval() as in train(), and
+# the same as in eager with gradients on; eager's packed batches hold zeros there.
 FAST_PATHS: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
-"""By class, the attribute that opens torch's inference fast path, and the value that closes it."""
+"""Attribute by class that opens torch's inference fast path, and the value that closes it."""
 
 
 def turn_off_fast_path(model: nn.Module) -> None:
@@ -233,7 +233,7 @@ def turn_off_fast_path(model: nn.Module) -> None:
 def run_three_gemm(
     three_gemms: dict[str, GemmTriple], role: str, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The target of a functional conv/linear node in a generated forward."""
+    """Run a functional conv/linear node; the target of such nodes in a generated forward."""
     return three_gemms[role](input, weight, bias)
 
 
@@ -241,7 +241,7 @@ _classes: "WeakValueDictionary[tuple[type, type], type[nn.Module]]" = WeakValueD
 
 
 def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Module]:
-    """One class for each mixin and base while a module has it, so that equal layers share it."""
+    """Return the class for a mixin and base, which equal layers share as long as a module has it."""
     found = _classes.get((mixin, base))
     if found is None:
         members = {"__module__": base.__module__}
@@ -250,9 +250,9 @@ def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Modul
 
 
 def generated_forward(graph: fx.Graph) -> Callable[..., object]:
-    """The function of a module that a graph is the code of."""
-    # Only the generated code is wanted; what it names, the module itself will hold. The graph that is kept gets no
-    # owner, which would be pickled with it.
+    """Return the function that a graph is the code of."""
+    # Only the generated code is wanted; the module itself will hold the attributes that it names. The stored graph gets
+    # no owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
     forward: Callable[..., object] = type(GeneratedModule(attributes, copy.deepcopy(graph))).forward
     setattr(forward, GENERATED, True)

@@ -1,4 +1,4 @@
-"""The one door to what flows through a compiled layer: an observer runs the layer's graphs in its place."""
+"""The only access to values inside a compiled layer: an observer runs the layer's graphs in its place."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +20,10 @@ Results = tuple[Tensor | None, ...]
 
 
 class Observer:
-    """Runs one layer, and the batch norm that it absorbs, while it is set on the layer.
+    """A runner of one layer, and of the batch norm that it absorbs, while it is set on the layer.
 
     It changes nothing by default: a subclass overrides a method to look at, or to replace, operands and results. It may
-    run a layer that is not calibrated yet. `run_eagerly` is `run`, kept out of what `torch.compile` traces.
+    run a layer that is not calibrated yet. `run_eagerly` is `run`, hidden from tracing by `torch.compile`.
     """
 
     def __init__(self, triple: "GemmTriple") -> None:
@@ -41,7 +41,7 @@ class Observer:
 
 @contextmanager
 def observing(triples: Iterable["GemmTriple"], make: "Callable[[GemmTriple], Observer]") -> Iterator[None]:
-    """Inside, run each layer through the observer that `make` returns for it.
+    """Run each layer through the observer that `make` returns for it, inside this context.
 
     Raises:
         StateError: a layer has an observer already.

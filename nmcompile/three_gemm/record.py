@@ -1,4 +1,4 @@
-"""The record of a compilation, kept on the root of a compiled model."""
+"""The record of a compilation, stored on the root of a compiled model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 @dataclass(frozen=True)
 class Compilation:
-    """Kept on the root of a compiled model.
+    """Record of a compilation, stored on the root of the compiled model.
 
     Args:
         program: with its graphs lowered.
-        mode, config, backends: that were asked for.
-        reverted: what accuracy control decided, if it was asked to.
-        dense_phases: what was found not to pay; None if nobody asked.
+        mode, config, backends: as requested.
+        reverted: the decision of accuracy control, if it was requested.
+        dense_phases: the phases found not to pay; None if that was not requested.
     """
 
     program: Program
@@ -35,20 +35,20 @@ class Compilation:
 
 
 def restore_all(model: nn.Module) -> None:
-    """The plain modules again."""
+    """Restore the plain modules."""
     for module in model.modules():
         restore(module)
         module.__dict__.pop(RECORD, None)
 
 
 def bypassed_layers(root: nn.Module) -> dict[str, str]:
-    """The layers of a compiled model that ran whose weight other code seems to read: the run did not call them."""
+    """Return the layers of a compiled model that its run did not call and whose weight other code seems to read."""
     suspected = root.__dict__[RECORD].program.captured.suspected
     return {name: suspected[name] for name in never_masked(list(triples_of(root))) if name in suspected}
 
 
 def record_of(compiled: nn.Module) -> tuple[nn.Module, Compilation]:
-    """The compiled model, which DDP or torch.compile may wrap, and its record.
+    """Return the compiled model, which DDP or torch.compile may wrap, and its record.
 
     Raises:
         StateError: the model is not compiled.
@@ -60,7 +60,7 @@ def record_of(compiled: nn.Module) -> tuple[nn.Module, Compilation]:
 
 
 def never_masked(layers: Sequence[GemmTriple]) -> Iterator[str]:
-    """The layers of a model that ran that have never run masked: neither here, nor where their mask was loaded from."""
+    """Yield the layers of a model that ran which never ran masked, neither here nor where their mask comes from."""
     ran = any(triple.called for triple in layers)
     for triple in layers:
         was_computed = triple.mask is not None and not triple.mask.is_stale

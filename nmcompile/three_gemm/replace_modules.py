@@ -20,12 +20,12 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 
 def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, GemmTriple]) -> None:
-    """Rewrite the modules of `model` in place; what can fail comes first, so that nothing is left half changed.
+    """Rewrite the modules of `model` in place; the steps that can fail come first, so nothing is left half changed.
 
     Args:
         model: the tree that `program` was captured from, or one with the same names.
         program: with its graphs lowered.
-        triples: by layer name, the running form of the layers that are rewritten.
+        triples: by layer name, the running form of the rewritten layers.
     """
     by_module: dict[str, dict[str, Site]] = {}
     for site in program.captured.sites:
@@ -46,7 +46,7 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
 
 
 def _rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:
-    """A copy of a module's graph that calls its three-GEMM layers by role."""
+    """Return a copy of a module's graph that calls its three-GEMM layers by role."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(trace, copies))
@@ -56,7 +56,7 @@ def _rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:
         call = match_call(node)
         if call is None:
             raise PreconditionError(
-                f"node {original.name!r} of layer {sites[original.name].layer.name!r} is no conv or linear"
+                f"node {original.name!r} of layer {sites[original.name].layer.name!r} is not a conv or linear"
             )
         with graph.inserting_before(node):
             holder = graph.create_node("get_attr", "three_gemms")

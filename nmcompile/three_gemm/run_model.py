@@ -1,4 +1,4 @@
-"""A batch of a data loader as a call of a model, understood by the signature of the model's forward."""
+"""Calls of a model with a batch of a data loader, matched to the signature of the model's forward."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ SEQUENCE = re.compile(r"(typing\.|collections\.abc\.)?(list|tuple|sequence)\b", 
 
 
 def run_batch(model: nn.Module, batch: object, name: str = "the batch") -> object:
-    """Call a model with a batch; `name` says in messages which one it is.
+    """Call a model with a batch; `name` identifies the batch in messages.
 
     Raises:
         CalibrationError: forward takes no such batch, or fails on it.
@@ -32,7 +32,7 @@ def run_batch(model: nn.Module, batch: object, name: str = "the batch") -> objec
     try:
         signature.bind(*args, **kwargs)
         return model(*args, **kwargs)
-    except Exception as error:  # from the model's own code, or what a layer says of what the batch brings it
+    except Exception as error:  # from the model's own code, or from a layer about its input
         if isinstance(error, NMCompileError) and not isinstance(error, OperandError):
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -41,7 +41,7 @@ def run_batch(model: nn.Module, batch: object, name: str = "the batch") -> objec
 
 
 def shown(value: object) -> str:
-    """The types and shapes in a batch."""
+    """Return the types and shapes in a batch as text."""
     if isinstance(value, Tensor | np.ndarray):
         kind = "" if isinstance(value, Tensor) else "numpy "
         return f"{kind}{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -59,7 +59,7 @@ def _listed(parts: Iterable[str]) -> str:
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
-    """What forward takes, looked up in the only child where a wrapper such as DDP passes on everything it is given."""
+    """Return the signature of forward, or that of the only child if a wrapper such as DDP passes on all arguments."""
     signature = inspect.signature(model.forward)
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     children = list(model.children())
@@ -68,7 +68,7 @@ def _signature(model: nn.Module) -> inspect.Signature:
 
 
 def _call(signature: inspect.Signature, batch: object) -> Call:
-    """The arguments and keyword arguments that a batch stands for."""
+    """Return the arguments and keyword arguments that a batch represents."""
     if isinstance(batch, Mapping):
         return _by_name(signature, batch)
     if not isinstance(batch, list | tuple) or isinstance(batch, PackedSequence):
@@ -86,7 +86,7 @@ def _call(signature: inspect.Signature, batch: object) -> Call:
 
 
 def _by_name(signature: inspect.Signature, batch: Kwargs) -> Call:
-    """The entries that forward takes, without labels, say; the mapping itself where it is what forward takes."""
+    """Return the entries that forward takes, without labels, say; or the mapping itself if forward takes that."""
     parameters = signature.parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -96,7 +96,7 @@ def _by_name(signature: inspect.Signature, batch: Kwargs) -> Call:
 
 
 def _positional(signature: inspect.Signature) -> tuple[int, float]:
-    """How many positional arguments forward needs, and the most that it takes."""
+    """Return how many positional arguments forward needs, and the most that it takes."""
     parameters = signature.parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     is_open = any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -104,7 +104,7 @@ def _positional(signature: inspect.Signature) -> tuple[int, float]:
 
 
 def _takes_sequence(signature: inspect.Signature) -> bool:
-    """Whether the annotation of the first argument says that it is a list or tuple, of images for example."""
+    """Return whether the first argument is annotated as a list or tuple, of images for example."""
     first = next(iter(signature.parameters.values()), None)
     if first is None or first.annotation is first.empty:
         return False
@@ -116,7 +116,7 @@ def _takes_sequence(signature: inspect.Signature) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; after it, in the mode that it was in."""
+    """Put every module in eval mode inside this context; restore its mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

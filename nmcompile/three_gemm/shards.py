@@ -1,8 +1,8 @@
 """Weights that are split among processes: a layer with a DTensor as weight runs on this process's shard.
 
 A mesh dim may split the weight along its out-features (column-wise), along its in-features (row-wise), or not at all:
-the output is then split along features, a partial sum, or split as the input is. FSDP2 gathers a weight before the
-layer sees it, so this is what tensor parallelism needs.
+the output is then split along features, a partial sum, or split like the input. FSDP2 gathers a weight before the layer
+sees it, so only tensor parallelism needs this.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Split:
-    """What one mesh dim does: the placements of the input, its gradient, the bias, and the output."""
+    """Placements of the input, its gradient, the bias, and the output for one mesh dim."""
 
     input: "Placement"
     input_gradient: "Placement"
@@ -35,7 +35,7 @@ class Shards:
     """One call of a layer whose weight is a DTensor.
 
     Args:
-        plan: of the layer.
+        plan: the layer's plan.
         input: a DTensor on the weight's mesh.
         weight: the weight.
 
@@ -60,7 +60,7 @@ class Shards:
     def take(
         self, input: Tensor, weight: "DTensor", bias: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The local operands; gradients go back to where they belong."""
+        """Return the local operands; gradients go back to where they belong."""
         from torch.distributed.tensor import Partial
 
         assert is_sharded(input)
@@ -80,39 +80,39 @@ class Shards:
 
     @property
     def draw_rank(self) -> int:
-        """The rank whose keys this layer draws with: processes with equal operands have to draw alike."""
+        """Return the rank whose keys this layer draws: processes with equal operands have to draw the same keys."""
         return self._first(w.is_replicate() and s.input.is_replicate() for w, s in self._dims())
 
     @property
     def batch_rank(self) -> int:
-        """The first of the processes that share this process's batch."""
+        """Return the first of the processes that share this process's batch."""
         return self._first(not by_batch for by_batch in self._by_batch())
 
     def _dims(self) -> list[tuple["Placement", _Split]]:
         return list(zip(self.placements, self.splits, strict=True))
 
     def _by_batch(self) -> list[bool]:
-        """For each mesh dim, whether it splits the batch, so that gradients of the whole weight have to be added up."""
+        """Return for each mesh dim whether it splits the batch, so gradients of the whole weight have to be summed."""
         return [w.is_replicate() and split.input.is_shard() for w, split in self._dims()]
 
     def _adds_bias(self) -> bool:
-        """Whether this process adds the bias: of those whose outputs are added up, one does."""
+        """Return whether this process adds the bias: of the processes whose outputs are summed, one does."""
         here = zip(self.splits, self._here(), strict=True)
         return all(at == 0 for split, at in here if split.output.is_partial())
 
     def _first(self, alike: Iterable[bool]) -> int:
-        """The rank of the first process on this one's mesh dims that are `alike`."""
+        """Return the rank of the first process on this one's mesh dims that are `alike`."""
         here = self._here()
         return int(self.mesh.mesh[tuple(0 if same else at for same, at in zip(alike, here, strict=True))])
 
     def _here(self) -> Sequence[int]:
-        """The place of this process on the mesh, which holds it: others do not run the layer."""
+        """Return the place of this process on the mesh; processes outside of it do not run the layer."""
         here = self.mesh.get_coordinate()
         assert here is not None
         return here
 
     def give(self, output: Tensor) -> "DTensor":
-        """The output of all processes."""
+        """Return the output of all processes."""
         from torch.distributed.tensor import DTensor
 
         places = [split.output for split in self.splits]
@@ -160,7 +160,7 @@ def _check(plan: LayerPlan, weight: "DTensor") -> None:
 
 
 def _parts(weight: "DTensor") -> dict[int, int]:
-    """Into how many parts each dim of a DTensor is split."""
+    """Return the number of parts that each dim of a DTensor is split into."""
     parts: dict[int, int] = {}
     for size, placement in zip(weight.device_mesh.shape, weight.placements, strict=True):
         if not placement.is_replicate():

@@ -19,7 +19,7 @@ Hook = WeightNorm | SpectralNorm | prune.BasePruningMethod
 
 
 def is_computed_in_forward(model: nn.Module, site: Site) -> bool:
-    """Whether a generated forward computes the weight of a compiled model's layer, and no parametrization or hook."""
+    """Return whether a generated forward, and no parametrization or hook, computes the weight of a layer."""
     if not site.is_expression or "three_gemm_graph" not in model.get_submodule(site.module).__dict__:
         return False
     path, _, attribute = site.weight.rpartition(".")
@@ -29,7 +29,7 @@ def is_computed_in_forward(model: nn.Module, site: Site) -> bool:
 
 @torch.no_grad()
 def stored_weight(model: nn.Module, site: Site) -> Tensor | None:
-    """Return the dense weight of a compiled model's layer, computed if need be; None where nobody knows how."""
+    """Return the dense weight of a compiled model's layer, computed if necessary; None if it cannot be computed."""
     if is_computed_in_forward(model, site):
         return _computed(model.get_submodule(site.module), site.role)
     path, _, attribute = site.weight.rpartition(".")
@@ -41,7 +41,7 @@ def stored_weight(model: nn.Module, site: Site) -> Tensor | None:
 
 
 def named_weight(model: nn.Module, name: str) -> Tensor | None:
-    """Return the tensor of a full name, computed where it is parametrized, gathered where it is split; or None."""
+    """Return the tensor of a full name, computed if it is parametrized, gathered if it is split; or None."""
     path, _, attribute = name.rpartition(".")
     try:
         weight = getattr(model.get_submodule(path), attribute, None)
@@ -79,7 +79,7 @@ def make_plain(module: nn.Module, attribute: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a parameter the elements of a slice lie."""
+    """Position of a slice's elements in a parameter."""
 
     parameter: str
     size: tuple[int, ...]
@@ -87,12 +87,12 @@ class Place:
     offset: int
 
     def look(self, model: nn.Module) -> Tensor:
-        """The slice of the model's parameter as it is now."""
+        """Return the present slice of the model's parameter."""
         return model.get_parameter(self.parameter).as_strided(self.size, self.stride, self.offset)
 
 
 def find_place(model: nn.Module, site: Site, weight: Tensor) -> Place | None:
-    """Find the parameter that a computed weight is a view of, each element once; None where it is a new tensor."""
+    """Find the parameter that a computed weight is a view of, each element once; None if it is a new tensor."""
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
         return None
     for name, parameter in model.get_submodule(site.module).named_parameters(prefix=site.module):
@@ -115,7 +115,7 @@ def _attribute(module: nn.Module, target: str) -> Argument:
 
 
 def _value(hook: Hook, module: nn.Module) -> Tensor:
-    """The weight that a hook computes in eval(): the power iteration of a spectral norm does not go on."""
+    """Return the weight that a hook computes in eval(), without another power iteration of a spectral norm."""
     if isinstance(hook, prune.BasePruningMethod):
         value: Tensor = hook.apply_mask(module)
     elif isinstance(hook, SpectralNorm):
@@ -126,7 +126,7 @@ def _value(hook: Hook, module: nn.Module) -> Tensor:
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    """A class like the module's, which it does not share with what it was copied from.
+    """Return a class like the module's that is not shared with the module's original.
 
     A parametrized weight is a property of the class, and is taken from there when the parametrization is removed.
     """

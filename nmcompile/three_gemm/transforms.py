@@ -1,6 +1,6 @@
 """Layers under the transforms of `torch.func` (`grad`, `vmap`, `jacrev`, `jvp`, ...) and under forward-mode AD.
 
-A transform hands wrapped tensors around, which no kernel can read. Inside a `torch.autograd.Function` they are plain
+A transform passes wrapped tensors around, which no kernel can read. Inside a `torch.autograd.Function` they are plain
 again, so everything that reads a pruned layer's tensors is one here. Their `vmap` rules run slice by slice. A layer
 that prunes and quantizes nothing needs none of this: PyTorch knows the derivatives of its operators.
 """
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from nmcompile.three_gemm.triple import GemmTriple, MaskSource
 
 Dims = tuple[int | None, ...]
-"""The mapped dim of each argument, as `vmap` rules are given it; None where the argument is not mapped."""
+"""Mapped dim of each argument, as given to `vmap` rules; None if the argument is not mapped."""
 Sliced = tuple[tuple[Tensor | None, ...], Dims]
 Inputs = tuple[Any, ...]
-"""What `apply` was called with: the triple first, then its operands."""
+"""Arguments of `apply`: the triple first, then its operands."""
 
 
 class LayerContext(AutogradContext, Protocol):
@@ -35,19 +35,19 @@ class LayerContext(AutogradContext, Protocol):
 
 
 class VmapInfo(Protocol):
-    """What a `vmap` rule is told of the transform."""
+    """Information about the transform that a `vmap` rule gets."""
 
     batch_size: int
     randomness: str
 
 
 def are_transforms_active() -> bool:
-    """Tell whether a transform of `torch.func` or a forward-mode AD level is active."""
+    """Return whether a transform of `torch.func` or a forward-mode AD level is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def mask_of(source: "MaskSource", weight: Tensor) -> Tensor:
-    """Return the mask of a weight that a transform may have wrapped; under `vmap` each weight has a mask of its own."""
+    """Return the mask of a weight that a transform may have wrapped; under `vmap` each weight has its own mask."""
     if not torch._C._are_functorch_transforms_active():
         return _current(source, weight)
     mask: Tensor = _Mask.apply(source, weight)  # type: ignore[no-untyped-call]
@@ -89,7 +89,7 @@ class _Mask(Function):
 
 
 class _Layer(Function):
-    """The forward graph of a pruned layer: its output, then what the other two graphs read of it."""
+    """The forward graph of a pruned layer: its output, then the values that the other two graphs read."""
 
     @staticmethod
     def forward(triple: "GemmTriple", *operands: Tensor | None) -> tuple[Tensor, ...]:

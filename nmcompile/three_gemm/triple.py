@@ -26,49 +26,49 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
-"""The operands of a layer, in the order in which its autograd function takes them."""
+"""Operands of a layer, in the order in which its autograd function takes them."""
 
 
 class MaskSource(Protocol):
-    """Where the current mask of a weight comes from."""
+    """Source of the current mask of a weight."""
 
     tensor: Tensor
     steps: int
 
     @property
     def is_stale(self) -> bool:
-        """Whether the next `current` rebuilds the mask."""
+        """Return whether the next `current` rebuilds the mask."""
 
     @property
     def is_followed(self) -> bool:
-        """Whether an optimizer is known to step the weight, so that calls which train it compare nothing."""
+        """Return whether an optimizer is known to step the weight: then calls that train it compare nothing."""
 
     def current(self, weight: Tensor, content: Content | None, is_trained: bool = False) -> Tensor:
         """Return the mask, bool of the weight's shape; rebuilt from `weight` if it is stale.
 
-        `content` is the weight's fingerprint, `FROZEN` where nothing is to be compared, or None where it is not known.
+        `content` is the weight's fingerprint, `FROZEN` if nothing is to be compared, or None if it is not known.
         """
 
     def preview(self, weight: Tensor) -> Tensor:
         """Return the mask that `current` would return, without a change of state."""
 
     def mark_stale(self) -> None:
-        """Have the next `current` rebuild the mask."""
+        """Make the next `current` rebuild the mask."""
 
     def note_load(self, steps: int) -> None:
-        """Hear that `load_state_dict` has written the weight, after `steps` steps of sparse training."""
+        """Note that `load_state_dict` has written the weight, after `steps` steps of sparse training."""
 
     def look(self) -> None:
         """Become stale if the weight was written, before something else changes it."""
 
     def move(self, tensor: Tensor) -> None:
-        """Put another tensor (on another device) in the mask's place, the weight having moved too."""
+        """Replace the mask's tensor by one on another device, as the weight has moved too."""
 
     def note_assignment(self) -> None:
-        """Become stale if another parameter was put in the weight's place."""
+        """Become stale if another parameter has replaced the weight."""
 
     def note_backward(self) -> None:
-        """Hear of a backward call that computed a gradient of the weight."""
+        """Note a backward call that computed a gradient of the weight."""
 
 
 class GemmTriple:
@@ -76,14 +76,14 @@ class GemmTriple:
 
     Args:
         graphs: lowered.
-        site: where the layer stands, and the name of its weight.
-        mask: of that weight, or None.
-        stream: of the keys for random operators.
-        steps: of its grids.
+        site: where the layer is, and the name of its weight.
+        mask: mask of that weight, or None.
+        stream: the stream of keys for random operators.
+        steps: steps of its grids.
 
-    `called` and `positions` (output positions of the last call) are what reports show of a run. `is_dense` tells that
-    nothing is pruned or quantized, `is_bilinear` that the output is linear in the input and in the weight. `observer`
-    runs the layer in place of `run` while it is set; only `observing` sets it.
+    `called` and `positions` (output positions of the last call) are what reports show of a run. `is_dense` says that
+    nothing is pruned or quantized, `is_bilinear` that the output is linear in the input and in the weight. While
+    `observer` is set, it runs the layer in place of `run`; only `observing` sets it.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class GemmTriple:
         return self.graphs.layer
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
-        """The layer's output.
+        """Return the layer's output.
 
         Args:
-            input: what the layer's module takes, floating point.
+            input: the input of the layer's module, floating point.
             weight: the dense weight, of the layer's shape.
             bias: `(out,)`, given exactly if the layer has one.
-            rows: run only these rows of weight, mask and bias (attention projects queries, keys and values apart).
+            rows: run only these rows of weight, mask and bias (attention projects queries, keys and values separately).
         """
         is_trained = torch.is_grad_enabled() and weight.requires_grad
         is_transformed = not torch.compiler.is_compiling() and are_transforms_active()
@@ -146,12 +146,12 @@ class GemmTriple:
         return mask_of(source, weight) if is_transformed else source.current(weight, content, is_trained)
 
     def thaw(self) -> None:
-        """Take back `nmcompile.freeze`, if it was called."""
+        """End the promise of `nmcompile.freeze`, if it was given."""
         if self.frozen is not None:
             self.frozen.end()
 
     def _look(self, weight: Tensor, is_trained: bool) -> Content | None:
-        """The fingerprint of the weight, where something may depend on it and the call can afford to look."""
+        """Return the fingerprint of the weight, if something may depend on it and the call can afford to look."""
         if self.frozen is not None and self.frozen.holds:
             if is_trained:
                 self.frozen.end()
@@ -164,20 +164,20 @@ class GemmTriple:
             return None if self.mask is None or self.mask.is_followed else fingerprint(weight)
         if self.mask is None and self.steps.weight_grid is None:
             return None
-        # A GPU would be waited for: too much in each training step of a model with weights that are not trained.
+        # Waiting for a GPU costs too much in each training step of a model with untrained weights.
         is_asked = weight.device.type == "cpu" or not torch.is_grad_enabled()
         return fingerprint(weight) if is_asked else None
 
     @staticmethod
     def _at_rest(content: Content | None, weight: Tensor, is_trained: bool) -> AbstractContextManager[None]:
-        """Where values of the weight may be cached: on a GPU only if they are never compared."""
+        """Return a context in which values of the weight may be cached: on a GPU only if they are never compared."""
         is_compiling = torch.compiler.is_compiling()
         if content is None or is_trained or is_compiling or (content != FROZEN and weight.device.type != "cpu"):
             return nullcontext()
         return weights_at_rest(content)
 
     def _move(self, device: torch.device) -> None:
-        """Have the random stream and the clips where the layer runs."""
+        """Move the random stream and the clips to where the layer runs."""
         if self.draws:
             self.stream.move(device)
         for step in self.steps.activations:
@@ -202,10 +202,10 @@ class GemmTriple:
         return self.run_graph(phase, values, self.graphs[phase])
 
     def run_graph(self, phase: Phase, values: Values, graph: Callable[..., Results]) -> Results:
-        """Run the graph of a phase, or what stands in for it, outside autocast: the operands have their dtypes."""
+        """Run the graph of a phase, or its replacement, outside autocast: the operands have their dtypes."""
         arguments = [values[name] for name in self.placeholders[phase]]
         device = next(v for v in values.values() if v is not None).device.type
-        # Dynamo takes autocast for off behind such a block; operands that are cast already lose nothing without it.
+        # Dynamo takes autocast for off after such a block; operands that are cast already do not need it.
         is_on = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if is_on else nullcontext():
             return graph(*arguments)
@@ -215,7 +215,7 @@ class GemmTriple:
         return self.__dict__ | {"observer": None}
 
     def draws_for(self, needs: Sequence[bool]) -> bool:
-        """Tell whether gradients are pruned at random; `needs` is that of `gradients`."""
+        """Return whether gradients are pruned at random; `needs` is that of `gradients`."""
         phases = {Phase.BACKWARD: _needs_backward(needs), Phase.UPDATE: _needs_update(needs)}
         return any(is_run and "key" in self.placeholders[phase] for phase, is_run in phases.items())
 
@@ -224,12 +224,12 @@ class GemmTriple:
         return dict(zip(OPERANDS, operands, strict=True))
 
     def forward_of(self, values: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
-        """Return the output, which is a view of nothing, and what the other two graphs read of the forward graph."""
+        """Return the output, which is never a view, and the forward values that the other two graphs read."""
         output, *saved = cast(tuple[Tensor, ...], self.run(Phase.FORWARD, values))
         return output if torch.compiler.is_compiling() or not output._is_view() else _own(output, output.shape), *saved
 
     def save(self, ctx: Any, operands: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
-        """Save what the backward and the update graph read, if autograd will run them."""
+        """Save the values that the backward and the update graph read, if autograd will run them."""
         values = self.named(operands) | dict(zip(self.graphs.saved, saved, strict=True))
         wanted = set(self.placeholders[Phase.BACKWARD]) if _needs_backward(ctx.needs_input_grad) else set()
         if _needs_update(ctx.needs_input_grad):
@@ -244,10 +244,10 @@ class GemmTriple:
         """Return the gradients of the operands.
 
         Args:
-            names: of the saved tensors.
+            names: names of the saved tensors.
             needs: whether each argument of the autograd function, this triple first, needs a gradient.
             grad_output: dY.
-            saved: what `save` saved.
+            saved: the tensors that `save` saved.
         """
         values = dict(zip(names, saved, strict=True)) | {"grad_output": grad_output}
         if self.mask is not None and needs[2] and not torch.compiler.is_compiling():
@@ -283,14 +283,14 @@ class _ThreeGemmFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         triple: GemmTriple = ctx.triple
-        # Under torch.compile grad mode says nothing here, and AOTAutograd refuses double backward by itself.
+        # Under torch.compile the grad mode is meaningless here, and AOTAutograd itself refuses double backward.
         if torch.is_grad_enabled() and not triple.is_dense and not torch.compiler.is_compiling():
             raise no_second_derivative(triple)
         return None, *triple.gradients(ctx.names, ctx.needs_input_grad, grad_output, *ctx.saved_tensors)
 
 
 def _needs_backward(needs: Sequence[bool]) -> bool:
-    """Tell whether anyone asks for dX, or for the gradient of a step that comes with it."""
+    """Return whether dX is needed, or the gradient of a step that comes with it."""
     return bool(needs[1] or any(needs[6:]))
 
 
@@ -299,13 +299,13 @@ def _needs_update(needs: Sequence[bool]) -> bool:
 
 
 def _own(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return `x` in another shape as a tensor of its own, not a view: operators may then write to it in place."""
+    """Return `x` in another shape as a tensor that is not a view: operators may then write to it in place."""
     result: Tensor = torch.ops.aten._unsafe_view(x, shape)
     return result
 
 
 def _rows(x: Tensor | None, rows: slice) -> Any:
-    """Those rows of an operand; a scalar holds for all."""
+    """Return these rows of an operand; a scalar holds for all."""
     return x if x is None or x.dim() == 0 else x[rows]
 
 
@@ -321,7 +321,7 @@ def _placeholders(graph: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _autocast(*tensors: Tensor | None) -> Sequence[Any]:
-    """What autocast does to the operands of `F.linear` and `F.conv2d`."""
+    """Cast operands as autocast does for `F.linear` and `F.conv2d`."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -13,7 +13,7 @@ from nmcompile.three_gemm.modules import Rewritten, rebuild
 
 SPLITTERS = "torch.distributed.fsdp.", "torch.distributed.tensor."
 MARKS = "__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module_applied"
-"""How the names begin under which modules remember that they were split."""
+"""Prefixes of the names under which modules remember that they were split."""
 
 
 def without_hooks(attributes: Kwargs) -> dict[str, object]:
@@ -22,10 +22,10 @@ def without_hooks(attributes: Kwargs) -> dict[str, object]:
 
 
 def unsharded_copy(model: nn.Module) -> nn.Module:
-    """Copy a model as one process alone would hold it. Every process of a split model has to call."""
+    """Copy a model as a single process would hold it. Every process of a split model has to call."""
     fully_sharded = _fully_sharded(model)
     for module in fully_sharded:
-        module.reshard()  # what was gathered for a call may have another dtype
+        module.reshard()  # tensors gathered for a call may have another dtype
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if is_sharded(tensor)]
     memo: dict[int, object] = {
         id(tensor): tensor.detach().clone() for module in model.modules() for tensor in _computed(module)
@@ -46,7 +46,7 @@ def unsharded_copy(model: nn.Module) -> nn.Module:
 
 
 def _computed(module: nn.Module) -> list[Tensor]:
-    """Attributes with a history, which torch refuses to copy: weights that hooks have computed for the last call."""
+    """Return attributes with a history, which torch refuses to copy: weights that hooks computed for the last call."""
     return [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
 
 
@@ -61,7 +61,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _shell(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """An empty module of the class that `kind` was before `fully_shard`."""
+    """Return an empty module of the class that `kind` was before `fully_shard`."""
     first, *rest = kind.__bases__
     if issubclass(first, Rewritten):
         return rebuild(first, type(_shell(module, rest[0])), module.__dict__.get("three_gemm_graph"))
@@ -77,7 +77,7 @@ def _own(module: nn.Module) -> dict[str, object]:
 
 
 def _own_hooks(hooks: object) -> object:
-    if not isinstance(hooks, dict):  # a GraphModule has lists by such names
+    if not isinstance(hooks, dict):  # a GraphModule has lists with such names
         return hooks
     own = {key: hook for key, hook in hooks.items() if not _origin(hook).startswith(SPLITTERS)}
     return hooks if len(own) == len(hooks) else type(hooks)(own)

@@ -32,7 +32,7 @@ live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
 """Every mask in the process; masks add themselves."""
 
 _steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
-"""For each optimizer that is making a step, the number of steps that each mask had noted, by the mask's id."""
+"""Number of steps that each mask had noted, by the mask's id, for each optimizer that is making a step."""
 
 
 @cache

@@ -176,6 +176,6 @@ def test_a_trace_that_does_not_show_the_call_is_refused_before_anything_is_chang
         if node.name == site.role:
             node.target = torch.add
     triples = {site.layer.name: object() for site in captured.sites}
-    with pytest.raises(PreconditionError, match=f"node '{site.role}' of layer '1.w' is no conv or linear"):
+    with pytest.raises(PreconditionError, match=f"node '{site.role}' of layer '1.w' is not a conv or linear"):
         replace_modules(model, program, triples)  # type: ignore[arg-type]
     assert not any(isinstance(one, ThreeGemm) for one in model.modules())
