@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.graph_results import results_of, set_results
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
@@ -43,8 +44,7 @@ def _prune_forward(three: ThreeGraphs, row: PlanRow) -> None:
         mask = ops.add_node(graph, meta, "input_mask", ops.prune_mask, args)
     masked = (dense, mask)
     pruned = prune_operand(three, replace(meta, kind="view"), "input", "input_pruned", ops.apply_mask, masked)
-    output = graph.output_node()
-    output.args = ((*output.args[0], pruned, mask),)  # type: ignore[misc]
+    set_results(graph, [*results_of(graph), pruned, mask])
     three.saved = (*three.saved, "input_pruned", "input_mask")
     three[Phase.FORWARD].recompile()
 

@@ -6,12 +6,14 @@ dX = gemm_backward(...)          ->  inside_grid(gemm_backward(...), input_beyon
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
+from torch.fx.node import Argument, Target
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
+from nmcompile.ir.graph_results import results_of, set_results
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
@@ -41,29 +43,24 @@ def _quantize_forward(three: ThreeGraphs, row: PlanRow) -> None:
     before, quantized = quantize_operand(three, Phase.FORWARD, "input", row)
     with graph.inserting_before(gemm):
         beyond = _view(three, Phase.FORWARD, "input_beyond", ops.beyond_grid, (before, *_grid_args(graph, row)))
-    output = graph.output_node()
-    results = output.args[0]
-    assert isinstance(results, tuple)
+    output, *saved = results_of(graph)
     # The pruned input that was saved for backward is replaced by the quantized one.
-    kept = [(name, node) for name, node in zip(three.saved, results[1:], strict=True) if name != "input_pruned"]
+    kept = [(name, node) for name, node in zip(three.saved, saved, strict=True) if name != "input_pruned"]
     kept += [("input_quantized", quantized), ("input_beyond", beyond)]
-    output.args = ((results[0], *(node for _, node in kept)),)
+    set_results(graph, [output, *(node for _, node in kept)])
     three.saved = tuple(name for name, _ in kept)
     three[Phase.FORWARD].recompile()
 
 
 def _clip_gradient(three: ThreeGraphs, row: PlanRow) -> None:
     graph = three[Phase.BACKWARD].graph
-    output = graph.output_node()
-    results = output.args[0]
-    assert isinstance(results, tuple) and isinstance(results[0], fx.Node)
-    gradient = results[0]
+    gradient = results_of(graph)[0]
     beyond = placeholder(graph, "input_beyond")
     step_args = (gradient, beyond, *_grid_args(graph, row))
-    with graph.inserting_before(output):
+    with graph.inserting_before(graph.output_node()):
         inside = _view(three, Phase.BACKWARD, "grad_input_inside", ops.inside_grid, (gradient, beyond))
         step = _view(three, Phase.BACKWARD, "grad_input_step", ops.step_gradient, step_args)
-    output.args = ((inside, step),)
+    set_results(graph, [inside, step])
     three[Phase.BACKWARD].recompile()
 
 
@@ -80,5 +77,5 @@ def _grid_args(graph: fx.Graph, row: PlanRow) -> tuple[fx.Node, int, bool]:
     return placeholder(graph, "input_step"), row.grid.bits, row.grid.signed
 
 
-def _view(three: ThreeGraphs, phase: Phase, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+def _view(three: ThreeGraphs, phase: Phase, name: str, target: Target, args: tuple[Argument, ...]) -> fx.Node:
     return ops.add_node(three[phase].graph, NodeMeta("view", three.layer, phase), name, target, args)

@@ -7,14 +7,16 @@ gemm_backward(grad_output, weight)  ->  the same, and the gradient of output_ste
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
+from torch.fx.node import Argument, Target
 
 from nmcompile.config import Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir import operations as ops
+from nmcompile.ir.graph_results import results_of, set_results
 from nmcompile.ir.node_meta import Kind, NodeMeta, row_of
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
@@ -44,7 +46,7 @@ class QuantizeOutputs:
 
 def _rewrite_forward(three: ThreeGraphs, prune: PlanRow | None, grid: PlanRow | None) -> None:
     graph = three[Phase.FORWARD].graph
-    results: Any = graph.output_node().args[0]
+    results = results_of(graph)
     gemm_node(three, Phase.FORWARD)
     _refuse_twice(three, results[0])
     saved: dict[str, fx.Node] = {}
@@ -61,7 +63,7 @@ def _rewrite_forward(three: ThreeGraphs, prune: PlanRow | None, grid: PlanRow | 
             on_grid = output, *_grid_args(graph, grid)
             saved["output_beyond"] = _add(three, Phase.FORWARD, "view", "output_beyond", ops.beyond_grid, on_grid)
             output = _add(three, Phase.FORWARD, "quantize", "output_quantized", ops.to_grid, on_grid, grid)
-    graph.output_node().args = ((output, *results[1:], *saved.values()),)
+    set_results(graph, [output, *results[1:], *saved.values()])
     three.saved = (*three.saved, *saved)
     three[Phase.FORWARD].recompile()
 
@@ -87,12 +89,11 @@ def _rewrite_gradient(three: ThreeGraphs, phase: Phase, prune: PlanRow | None, g
     three[phase].recompile()
 
 
-def _return_step_gradient(three: ThreeGraphs, args: tuple[Any, ...]) -> None:
-    output = three[Phase.BACKWARD].graph.output_node()
-    results: Any = output.args[0]
-    with output.graph.inserting_before(output):
+def _return_step_gradient(three: ThreeGraphs, args: tuple[Argument, ...]) -> None:
+    graph = three[Phase.BACKWARD].graph
+    with graph.inserting_before(graph.output_node()):
         step = _add(three, Phase.BACKWARD, "view", "grad_output_step", ops.step_gradient, args)
-    output.args = ((*results, step),)
+    set_results(graph, [*results_of(graph), step])
 
 
 def _refuse_twice(three: ThreeGraphs, result: fx.Node) -> None:
@@ -114,8 +115,8 @@ def _add(
     phase: Phase,
     kind: Kind,
     name: str,
-    target: Any,
-    args: tuple[Any, ...],
+    target: Target,
+    args: tuple[Argument, ...],
     row: PlanRow | None = None,
 ) -> fx.Node:
     return ops.add_node(three[phase].graph, NodeMeta(kind, three.layer, phase, row), name, target, args)

@@ -1,8 +1,7 @@
 """Helpers of the pruning and quantization passes: placeholders, and a node inserted before a GEMM's operand."""
 
-from typing import Any
-
 from torch import fx
+from torch.fx.node import Argument, Target
 
 from nmcompile.config import Phase
 from nmcompile.errors import PreconditionError
@@ -37,7 +36,7 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def prune_operand(
-    three: ThreeGraphs, meta: NodeMeta, operand: Operand, name: str, target: Any, args: tuple[Any, ...]
+    three: ThreeGraphs, meta: NodeMeta, operand: Operand, name: str, target: Target, args: tuple[Argument, ...]
 ) -> fx.Node:
     """Insert `target(*args)` before the GEMM in place of the placeholder `operand` among the GEMM's arguments."""
     graph, gemm = three[meta.phase].graph, gemm_node(three, meta.phase)

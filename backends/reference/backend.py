@@ -1,8 +1,8 @@
 """The reference backend: dense PyTorch math on pruned operands, on any device. Slow, obvious and trusted."""
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -14,7 +14,7 @@ from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import KEY, meta_of
 from nmcompile.ir.protocols import Support
 
-GEMMS: dict[tuple[Any, type[Layer]], Any] = {
+GEMMS: dict[tuple[object, type[Layer]], Callable[..., Tensor]] = {
     (ops.gemm_forward, LinearLayer): linear.linear_forward,
     (ops.gemm_backward, LinearLayer): linear.linear_input_gradient,
     (ops.gemm_update, LinearLayer): linear.linear_weight_gradient,

@@ -5,14 +5,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import Fused, row_of, update_meta
 
-Rule = tuple[Any, ...]
+Rule = tuple[Argument, ...]
 """Operator, N, M, axis and key of a prune node."""
 
 
@@ -63,6 +63,6 @@ def _masked_weight(_: Tensor, weight: Tensor, mask: Tensor, *rest: object) -> Te
     return ops.apply_mask(weight, mask)
 
 
-def _pruned_gradient(prune: Callable[..., Tensor], gradient: Tensor, _: Tensor, *rule_and_rest: Any) -> Tensor:
+def _pruned_gradient(prune: Callable[..., Tensor], gradient: Tensor, _: Tensor, *rule_and_rest: object) -> Tensor:
     operator, n_keep, block, axis, key = rule_and_rest[:5]
     return prune(gradient, operator, n_keep, block, axis, -1, key)

@@ -8,16 +8,15 @@
 A backward convolution reads the shape and the memory format of X, an update those of W.
 """
 
-from typing import Any
-
 from torch import fx
+from torch.fx.node import Argument
 
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of
 
 
-def gemm_arguments(node: fx.Node) -> tuple[Any, ...]:
+def gemm_arguments(node: fx.Node) -> tuple[Argument, ...]:
     """Return the arguments of a GEMM that is not lowered yet. A forward one takes its bias from the node that adds it.
 
     The bias is None if the layer has none, or if others than that node read the product.
@@ -26,7 +25,7 @@ def gemm_arguments(node: fx.Node) -> tuple[Any, ...]:
     return *node.args, *bias, *_geometry(meta_of(node).layer)
 
 
-def _take_bias(node: fx.Node) -> Any:
+def _take_bias(node: fx.Node) -> Argument:
     """Remove the node that adds the bias: eager adds it inside the kernel, which rounds otherwise."""
     adding = [user for user in node.users if user.target is ops.add_bias]
     if not adding or len(node.users) > 1:
@@ -37,7 +36,7 @@ def _take_bias(node: fx.Node) -> Any:
     return bias
 
 
-def _geometry(layer: Layer) -> tuple[Any, ...]:
+def _geometry(layer: Layer) -> tuple[Argument, ...]:
     if isinstance(layer, LinearLayer):
         return (layer.transposed,)
     assert isinstance(layer, ConvLayer)

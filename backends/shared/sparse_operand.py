@@ -1,7 +1,5 @@
 """The operand that a sparse kernel takes in each GEMM, and whether it keeps two of four along the sum."""
 
-from typing import Any
-
 from torch import fx
 
 from nmcompile.ir import operations as ops
@@ -11,7 +9,7 @@ from nmcompile.ir.protocols import Support
 from nmcompile.pruning.pattern import NMPattern
 
 # Its position in the node's arguments, and the axes along which its blocks may run.
-OPERAND: dict[Any, tuple[int, frozenset[Axis]]] = {
+OPERAND: dict[object, tuple[int, frozenset[Axis]]] = {
     ops.gemm_forward: (1, frozenset({"in"})),
     ops.gemm_backward: (1, frozenset({"out"})),
     ops.gemm_update: (0, frozenset({"auto", "batch", "flat"})),
@@ -20,10 +18,10 @@ OPERAND: dict[Any, tuple[int, frozenset[Axis]]] = {
 
 def pruned_row(node: fx.Node) -> PlanRow | None:
     """The plan row that pruned the operand of a GEMM node that is not lowered yet, on a grid or not."""
-    operand: Any = node.args[OPERAND[node.target][0]]
-    while kind_of(operand) == "quantize":
+    operand = node.args[OPERAND[node.target][0]]
+    while isinstance(operand, fx.Node) and kind_of(operand) == "quantize":
         operand = operand.args[0]
-    return row_of(operand)
+    return row_of(operand) if isinstance(operand, fx.Node) else None
 
 
 def operand_support(node: fx.Node) -> Support:

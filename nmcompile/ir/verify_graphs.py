@@ -92,9 +92,7 @@ def _plan_problem(three: ThreeGraphs, phase: Phase, graph: fx.Graph, after: str)
     gemm = next(nodes_of_kind(graph, "gemm"))
     marked = _marked(gemm)
     if phase is Phase.FORWARD:
-        output = results_of(graph)[0]
-        assert output is not None
-        marked += [node for node in _marked(output) if node not in marked]
+        marked += [node for node in _marked(results_of(graph)[0]) if node not in marked]
     planned = set(_planned(three, phase, after))
     found = {row for node in marked if (row := row_of(node)) is not None}
     for row in planned - found:

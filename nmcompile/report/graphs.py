@@ -1,10 +1,9 @@
 """Graphs as text, and the whole model's graph with its layers expanded."""
 
-from typing import Any
-
 from torch import fx
 
 from nmcompile.config import Phase
+from nmcompile.ir.graph_results import results_of
 from nmcompile.ir.node_meta import meta_of
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.printable import printable
@@ -19,8 +18,7 @@ def format_three_graphs(three: ThreeGraphs) -> str:
 
 def _format(phase: Phase, graph: fx.Graph) -> str:
     names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    outputs: Any = graph.output_node().args[0]
-    lines = [f"{phase.value}({', '.join(names)}) -> {', '.join(str(node) for node in outputs)}"]
+    lines = [f"{phase.value}({', '.join(names)}) -> {', '.join(str(node) for node in results_of(graph))}"]
     for node in graph.nodes:
         if node.op == "call_function":
             call = f"{getattr(node.target, '__name__', node.target)}({', '.join(map(str, node.args))})"
@@ -63,5 +61,4 @@ def _inline(graph: fx.Graph, program: Program, name: str, node: fx.Node, copies:
             inner[step] = copies[source] if operand == "input" else graph.create_node("get_attr", target)
         elif step.op != "output":
             inner[step] = graph.node_copy(step, lambda n: inner[n])
-    result: Any = forward.output_node().args[0]
-    return inner[result[0]]
+    return inner[results_of(forward)[0]]

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmcompile.ir.plan import PlanRow
 from nmcompile.report.layers import LayerReport
@@ -36,7 +36,7 @@ def to_json(report: "Report") -> str:
     )
 
 
-def _layer(layer: LayerReport) -> dict[str, Any]:
+def _layer(layer: LayerReport) -> dict[str, object]:
     return {
         "name": layer.name,
         "kind": layer.layer.kind,
@@ -50,7 +50,7 @@ def _layer(layer: LayerReport) -> dict[str, Any]:
     }
 
 
-def _row(row: PlanRow) -> dict[str, Any]:
+def _row(row: PlanRow) -> dict[str, object]:
     return {
         "phase": row.phase.value,
         "operand": row.operand,
