@@ -17,7 +17,8 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
 from nmcompile.ir.generated_code import GeneratedModule
 from nmcompile.three_gemm.instance_forward import GENERATED, change_class, wrapper_of_own
-from nmcompile.three_gemm.triple import GemmTriple, MaskSource
+from nmcompile.three_gemm.mask_source import MaskSource
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.weight_cache import forget
 
 STEPS = "nmcompile_steps"

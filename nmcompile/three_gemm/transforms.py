@@ -16,22 +16,24 @@ from torch.autograd import Function, forward_ad
 from nmcompile.autograd_context import AutogradContext
 from nmcompile.errors import GradientError
 from nmcompile.fingerprint import fingerprint
+from nmcompile.three_gemm.autograd_function import (
+    LayerContext,
+    draws_for,
+    gradients,
+    named,
+    no_second_derivative,
+    save,
+)
+from nmcompile.three_gemm.mask_source import MaskSource
 
 if TYPE_CHECKING:
-    from nmcompile.three_gemm.triple import GemmTriple, MaskSource
+    from nmcompile.three_gemm.triple import GemmTriple
 
 Dims = tuple[int | None, ...]
 """Mapped dim of each argument, as given to `vmap` rules; None if the argument is not mapped."""
 Sliced = tuple[tuple[Tensor | None, ...], Dims]
 Inputs = tuple[Any, ...]
 """Arguments of `apply`: the triple first, then its operands."""
-
-
-class LayerContext(AutogradContext, Protocol):
-    """The context of a layer's autograd function; `names` are those of the saved tensors."""
-
-    triple: "GemmTriple"
-    names: tuple[str, ...]
 
 
 class VmapInfo(Protocol):
@@ -46,7 +48,7 @@ def are_transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def mask_of(source: "MaskSource", weight: Tensor) -> Tensor:
+def mask_of(source: MaskSource, weight: Tensor) -> Tensor:
     """Return the mask of a weight that a transform may have wrapped; under `vmap` each weight has its own mask."""
     if not torch._C._are_functorch_transforms_active():
         return _current(source, weight)
@@ -54,7 +56,7 @@ def mask_of(source: "MaskSource", weight: Tensor) -> Tensor:
     return mask
 
 
-def _current(source: "MaskSource", weight: Tensor) -> Tensor:
+def _current(source: MaskSource, weight: Tensor) -> Tensor:
     is_followed = torch.is_grad_enabled() and source.is_followed
     return source.current(weight, None if is_followed else fingerprint(weight))
 
@@ -62,7 +64,7 @@ def _current(source: "MaskSource", weight: Tensor) -> Tensor:
 def run_layer(triple: "GemmTriple", *operands: Tensor | None) -> Tensor:
     """Return the output of a layer for its operands, in the order of `OPERANDS`."""
     if triple.is_dense:
-        return triple.forward_of(triple.named(operands))[0]
+        return triple.forward_of(named(operands))[0]
     outputs: tuple[Tensor, ...] = _Layer.apply(triple, *operands)  # type: ignore[no-untyped-call]
     return outputs[0]
 
@@ -71,11 +73,11 @@ class _Mask(Function):
     """The mask of a weight."""
 
     @staticmethod
-    def forward(source: "MaskSource", weight: Tensor) -> Tensor:
+    def forward(source: MaskSource, weight: Tensor) -> Tensor:
         return _current(source, weight).detach()
 
     @staticmethod
-    def setup_context(ctx: AutogradContext, inputs: tuple["MaskSource", Tensor], output: Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: tuple[MaskSource, Tensor], output: Tensor) -> None:
         ctx.mark_non_differentiable(output)
 
     @staticmethod
@@ -83,7 +85,7 @@ class _Mask(Function):
         return None
 
     @staticmethod
-    def vmap(info: VmapInfo, in_dims: Dims, source: "MaskSource", weight: Tensor) -> tuple[Tensor | None, int | None]:
+    def vmap(info: VmapInfo, in_dims: Dims, source: MaskSource, weight: Tensor) -> tuple[Tensor | None, int | None]:
         masks, dims = _by_slices(lambda one: (mask_of(source, one),), info, in_dims[1:], [weight])
         return masks[0], dims[0]
 
@@ -93,12 +95,12 @@ class _Layer(Function):
 
     @staticmethod
     def forward(triple: "GemmTriple", *operands: Tensor | None) -> tuple[Tensor, ...]:
-        return triple.forward_of(triple.named(operands))
+        return triple.forward_of(named(operands))
 
     @staticmethod
     def setup_context(ctx: LayerContext, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
         triple, *operands = inputs
-        triple.save(ctx, operands, outputs[1:])
+        save(triple, ctx, operands, outputs[1:])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_forward(*operands)
 
@@ -123,7 +125,7 @@ class _Gradients(Function):
     def forward(
         triple: "GemmTriple", names: Sequence[str], needs: Sequence[bool], *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
-        return triple.gradients(names, needs, *tensors)
+        return gradients(triple, names, needs, *tensors)
 
     @staticmethod
     def setup_context(ctx: LayerContext, inputs: Inputs, outputs: tuple[Tensor | None, ...]) -> None:
@@ -142,21 +144,12 @@ class _Gradients(Function):
         needs: Sequence[bool],
         *tensors: Tensor | None,
     ) -> Sliced:
-        if triple.draws_for(needs) and info.randomness != "different":
+        if draws_for(triple, needs) and info.randomness != "different":
             raise GradientError(
                 f"layer {triple.layer.name!r}: its gradients are pruned at random, with draws of its own for each "
                 "sample; pass randomness='different' to torch.func.vmap"
             )
         return _by_slices(partial(_Gradients.apply, triple, names, needs), info, in_dims[3:], tensors)
-
-
-def no_second_derivative(triple: "GemmTriple") -> GradientError:
-    """Return the error of a second derivative through a pruned layer."""
-    return GradientError(
-        f"layer {triple.layer.name!r}: a second derivative was asked for (backward with create_graph=True), but a "
-        "pruned GEMM has none; compute the penalty on nmcompile.decompile(model), or leave the layer out with "
-        f"CompileConfig(layers={{{triple.layer.name!r}: None}})"
-    )
 
 
 def _tangent(triple: "GemmTriple", operands: Sequence[Tensor | None], tangents: Sequence[Tensor | None]) -> Tensor:
@@ -167,7 +160,7 @@ def _tangent(triple: "GemmTriple", operands: Sequence[Tensor | None], tangents: 
             "pruned or quantized; use reverse mode (torch.func.grad, vjp), or leave the layer out with "
             f"CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
-    values, (dx, dw, db) = triple.named(operands), tangents[:3]
+    values, (dx, dw, db) = named(operands), tangents[:3]
     x, bias, mask = values["input"], values["bias"], values["weight_mask"]
     assert x is not None
     no_bias = None if bias is None else torch.zeros_like(bias)

@@ -1,8 +1,8 @@
-"""Three graphs behind one autograd function, and the mixin for the modules that call them."""
+"""One conv or linear call that runs on three graphs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, fx
@@ -14,61 +14,18 @@ from nmcompile.ir.captured import Site
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.sharded import PLAIN, is_sharded
+from nmcompile.three_gemm.autograd_function import ThreeGemmFunction, own
 from nmcompile.three_gemm.draw_stream import DrawStream
 from nmcompile.three_gemm.frozen import Frozen
 from nmcompile.three_gemm.grid_steps import GridSteps
+from nmcompile.three_gemm.mask_source import MaskSource
 from nmcompile.three_gemm.observer import Observer, Results, Values
 from nmcompile.three_gemm.shards import Shards
-from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, no_second_derivative, run_layer
+from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, run_layer
 from nmcompile.weight_cache import FROZEN, Content, forget, weights_at_rest
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
-"""Operands of a layer, in the order in which its autograd function takes them."""
-
-
-class MaskSource(Protocol):
-    """Source of the current mask of a weight."""
-
-    tensor: Tensor
-    steps: int
-
-    @property
-    def is_stale(self) -> bool:
-        """Return whether the next `current` rebuilds the mask."""
-
-    @property
-    def is_followed(self) -> bool:
-        """Return whether an optimizer is known to step the weight: then calls that train it compare nothing."""
-
-    def current(self, weight: Tensor, content: Content | None, is_trained: bool = False) -> Tensor:
-        """Return the mask, bool of the weight's shape; rebuilt from `weight` if it is stale.
-
-        `content` is the weight's fingerprint, `FROZEN` if nothing is to be compared, or None if it is not known.
-        """
-
-    def preview(self, weight: Tensor) -> Tensor:
-        """Return the mask that `current` would return, without a change of state."""
-
-    def mark_stale(self) -> None:
-        """Make the next `current` rebuild the mask."""
-
-    def note_load(self, steps: int) -> None:
-        """Note that `load_state_dict` has written the weight, after `steps` steps of sparse training."""
-
-    def look(self) -> None:
-        """Become stale if the weight was written, before something else changes it."""
-
-    def move(self, tensor: Tensor) -> None:
-        """Replace the mask's tensor by one on another device, as the weight has moved too."""
-
-    def note_assignment(self) -> None:
-        """Become stale if another parameter has replaced the weight."""
-
-    def note_backward(self) -> None:
-        """Note a backward call that computed a gradient of the weight."""
 
 
 class GemmTriple:
@@ -129,14 +86,15 @@ class GemmTriple:
         with self._at_rest(content, weight, is_trained):
             weight_step = self.steps.of_weight(weight)
             if rows is not None:
-                weight, mask, bias, weight_step = (_rows(t, rows) for t in (weight, mask, bias, weight_step))
+                weight = weight[rows]
+                mask, bias, weight_step = (_rows(t, rows) for t in (mask, bias, weight_step))
             input, weight, bias = _autocast(input, weight, bias)
             input, unbatched = self.layer.prepare(input)
             operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
-            run = run_layer if is_transformed else _ThreeGemmFunction.apply
+            run = run_layer if is_transformed else ThreeGemmFunction.apply
             output: Tensor = run(self, *operands)
         self._observe(output)
-        output = _own(output, output.shape[1:]) if unbatched else output
+        output = own(output, output.shape[1:]) if unbatched else output
         return output if shards is None else shards.give(output)
 
     @staticmethod
@@ -210,59 +168,14 @@ class GemmTriple:
         with torch.autocast(device, enabled=False) if is_on else nullcontext():
             return graph(*arguments)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A copy is not observed.
         return self.__dict__ | {"observer": None}
-
-    def draws_for(self, needs: Sequence[bool]) -> bool:
-        """Return whether gradients are pruned at random; `needs` is that of `gradients`."""
-        phases = {Phase.BACKWARD: _needs_backward(needs), Phase.UPDATE: _needs_update(needs)}
-        return any(is_run and "key" in self.placeholders[phase] for phase, is_run in phases.items())
-
-    def named(self, operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-        """Return the operands of the layer by name."""
-        return dict(zip(OPERANDS, operands, strict=True))
 
     def forward_of(self, values: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         """Return the output, which is never a view, and the forward values that the other two graphs read."""
         output, *saved = cast(tuple[Tensor, ...], self.run(Phase.FORWARD, values))
-        return output if torch.compiler.is_compiling() or not output._is_view() else _own(output, output.shape), *saved
-
-    def save(self, ctx: Any, operands: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> None:
-        """Save the values that the backward and the update graph read, if autograd will run them."""
-        values = self.named(operands) | dict(zip(self.graphs.saved, saved, strict=True))
-        wanted = set(self.placeholders[Phase.BACKWARD]) if _needs_backward(ctx.needs_input_grad) else set()
-        if _needs_update(ctx.needs_input_grad):
-            wanted |= set(self.placeholders[Phase.UPDATE])
-        ctx.triple = self
-        ctx.names = tuple(name for name in values if name in wanted)
-        ctx.save_for_backward(*(values[name] for name in ctx.names))
-
-    def gradients(
-        self, names: Sequence[str], needs: Sequence[bool], grad_output: Tensor, *saved: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the operands.
-
-        Args:
-            names: names of the saved tensors.
-            needs: whether each argument of the autograd function, this triple first, needs a gradient.
-            grad_output: dY.
-            saved: the tensors that `save` saved.
-        """
-        values = dict(zip(names, saved, strict=True)) | {"grad_output": grad_output}
-        if self.mask is not None and needs[2] and not torch.compiler.is_compiling():
-            self.mask.note_backward()
-        backward_key, update_key = _keys(self)
-        grad_input = grad_weight = grad_bias = None
-        grad_steps: list[Tensor | None] = []
-        if _needs_backward(needs):
-            grad_input, *grad_steps = self.run(Phase.BACKWARD, values | {"key": backward_key})
-        if _needs_update(needs):
-            grad_weight, *rest = self.run(Phase.UPDATE, values | {"key": update_key})
-            grad_bias = rest[0] if rest else None
-        asked = (name in self.placeholders[Phase.BACKWARD] for name in ("input_step", "output_step"))
-        input_step, output_step = (grad_steps.pop(0) if ask and grad_steps else None for ask in asked)
-        return grad_input, grad_weight, grad_bias, None, None, input_step, output_step
+        return output if torch.compiler.is_compiling() or not output._is_view() else own(output, output.shape), *saved
 
     def _observe(self, output: Tensor) -> None:
         self.called = True
@@ -271,60 +184,23 @@ class GemmTriple:
         self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
 
 
-class _ThreeGemmFunction(torch.autograd.Function):
-    """Y = X Wᵀ by the forward graph; dX and (dW, db) by the backward and the update graph."""
-
-    @staticmethod
-    def forward(ctx: Any, triple: GemmTriple, *operands: Tensor | None) -> Tensor:
-        output, *saved = triple.forward_of(triple.named(operands))
-        triple.save(ctx, operands, saved)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        triple: GemmTriple = ctx.triple
-        # Under torch.compile the grad mode is meaningless here, and AOTAutograd itself refuses double backward.
-        if torch.is_grad_enabled() and not triple.is_dense and not torch.compiler.is_compiling():
-            raise no_second_derivative(triple)
-        return None, *triple.gradients(ctx.names, ctx.needs_input_grad, grad_output, *ctx.saved_tensors)
-
-
-def _needs_backward(needs: Sequence[bool]) -> bool:
-    """Return whether dX is needed, or the gradient of a step that comes with it."""
-    return bool(needs[1] or any(needs[6:]))
-
-
-def _needs_update(needs: Sequence[bool]) -> bool:
-    return bool(needs[2] or needs[3])
-
-
-def _own(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return `x` in another shape as a tensor that is not a view: operators may then write to it in place."""
-    result: Tensor = torch.ops.aten._unsafe_view(x, shape)
-    return result
-
-
-def _rows(x: Tensor | None, rows: slice) -> Any:
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
     """Return these rows of an operand; a scalar holds for all."""
     return x if x is None or x.dim() == 0 else x[rows]
-
-
-def _keys(triple: GemmTriple) -> tuple[Tensor | None, Tensor | None]:
-    if not triple.draws:
-        return None, None
-    keys = triple.stream.next_keys()
-    return keys[0], keys[1]
 
 
 def _placeholders(graph: fx.GraphModule) -> tuple[str, ...]:
     return tuple(str(node.target) for node in graph.graph.nodes if node.op == "placeholder")
 
 
-def _autocast(*tensors: Tensor | None) -> Sequence[Any]:
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast operands as autocast does for `F.linear` and `F.conv2d`."""
-    device = next(t for t in tensors if t is not None).device.type
+    device = input.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    eligible = (t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors)
-    return [t.to(dtype) if ok and t is not None else t for t, ok in zip(tensors, eligible, strict=True)]
+    return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

@@ -1,0 +1,125 @@
+"""The autograd function of a layer: what its forward graph saves, and the gradients of the other two graphs."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from nmcompile.autograd_context import AutogradContext
+from nmcompile.config import Phase
+from nmcompile.errors import GradientError
+
+if TYPE_CHECKING:
+    from nmcompile.three_gemm.triple import GemmTriple
+
+OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
+"""Operands of a layer, in the order in which its autograd function takes them."""
+
+
+class LayerContext(AutogradContext, Protocol):
+    """The context of a layer's autograd function; `names` are those of the saved tensors."""
+
+    triple: "GemmTriple"
+    names: tuple[str, ...]
+
+
+class ThreeGemmFunction(torch.autograd.Function):
+    """Y = X Wᵀ by the forward graph; dX and (dW, db) by the backward and the update graph."""
+
+    @staticmethod
+    def forward(ctx: LayerContext, triple: "GemmTriple", *operands: Tensor | None) -> Tensor:
+        output, *saved = triple.forward_of(named(operands))
+        save(triple, ctx, operands, saved)
+        return output
+
+    @staticmethod
+    def backward(ctx: LayerContext, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        triple = ctx.triple
+        # Under torch.compile the grad mode is meaningless here, and AOTAutograd itself refuses double backward.
+        if torch.is_grad_enabled() and not triple.is_dense and not torch.compiler.is_compiling():
+            raise no_second_derivative(triple)
+        return None, *gradients(triple, ctx.names, ctx.needs_input_grad, grad_output, *ctx.saved_tensors)
+
+
+def named(operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Return the operands of a layer by name."""
+    return dict(zip(OPERANDS, operands, strict=True))
+
+
+def save(
+    triple: "GemmTriple", ctx: LayerContext, operands: Sequence[Tensor | None], saved: Sequence[Tensor | None]
+) -> None:
+    """Save the values that the backward and the update graph read, if autograd will run them."""
+    values = named(operands) | dict(zip(triple.graphs.saved, saved, strict=True))
+    wanted = set(triple.placeholders[Phase.BACKWARD]) if _needs_backward(ctx.needs_input_grad) else set()
+    if _needs_update(ctx.needs_input_grad):
+        wanted |= set(triple.placeholders[Phase.UPDATE])
+    ctx.triple = triple
+    ctx.names = tuple(name for name in values if name in wanted)
+    ctx.save_for_backward(*(values[name] for name in ctx.names))
+
+
+def gradients(
+    triple: "GemmTriple", names: Sequence[str], needs: Sequence[bool], grad_output: Tensor, *saved: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the operands.
+
+    Args:
+        triple: of the layer.
+        names: names of the saved tensors.
+        needs: whether each argument of the autograd function, the triple first, needs a gradient.
+        grad_output: dY.
+        saved: the tensors that `save` saved.
+    """
+    values = dict(zip(names, saved, strict=True)) | {"grad_output": grad_output}
+    if triple.mask is not None and needs[2] and not torch.compiler.is_compiling():
+        triple.mask.note_backward()
+    backward_key, update_key = _keys(triple)
+    grad_input = grad_weight = grad_bias = None
+    grad_steps: list[Tensor | None] = []
+    if _needs_backward(needs):
+        grad_input, *grad_steps = triple.run(Phase.BACKWARD, values | {"key": backward_key})
+    if _needs_update(needs):
+        grad_weight, *rest = triple.run(Phase.UPDATE, values | {"key": update_key})
+        grad_bias = rest[0] if rest else None
+    asked = (name in triple.placeholders[Phase.BACKWARD] for name in ("input_step", "output_step"))
+    input_step, output_step = (grad_steps.pop(0) if ask and grad_steps else None for ask in asked)
+    return grad_input, grad_weight, grad_bias, None, None, input_step, output_step
+
+
+def draws_for(triple: "GemmTriple", needs: Sequence[bool]) -> bool:
+    """Return whether gradients are pruned at random; `needs` is that of `gradients`."""
+    phases = {Phase.BACKWARD: _needs_backward(needs), Phase.UPDATE: _needs_update(needs)}
+    return any(is_run and "key" in triple.placeholders[phase] for phase, is_run in phases.items())
+
+
+def no_second_derivative(triple: "GemmTriple") -> GradientError:
+    """Return the error of a second derivative through a pruned layer."""
+    return GradientError(
+        f"layer {triple.layer.name!r}: a second derivative was asked for (backward with create_graph=True), but a "
+        "pruned GEMM has none; compute the penalty on nmcompile.decompile(model), or leave the layer out with "
+        f"CompileConfig(layers={{{triple.layer.name!r}: None}})"
+    )
+
+
+def own(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return `x` in another shape as a tensor that is not a view: operators may then write to it in place."""
+    result: Tensor = torch.ops.aten._unsafe_view(x, shape)
+    return result
+
+
+def _needs_backward(needs: Sequence[bool]) -> bool:
+    """Return whether dX is needed, or the gradient of a step that comes with it."""
+    return bool(needs[1] or any(needs[6:]))
+
+
+def _needs_update(needs: Sequence[bool]) -> bool:
+    return bool(needs[2] or needs[3])
+
+
+def _keys(triple: "GemmTriple") -> tuple[Tensor | None, Tensor | None]:
+    if not triple.draws:
+        return None, None
+    keys = triple.stream.next_keys()
+    return keys[0], keys[1]
