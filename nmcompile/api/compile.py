@@ -36,8 +36,8 @@ from nmcompile.report.layers import Observation
 from nmcompile.report.report import Report, build_report
 from nmcompile.three_gemm.copy_model import share_copy
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.modules import RECORD, check_names
-from nmcompile.three_gemm.record import record_of, restore_all
+from nmcompile.three_gemm.record import RECORD, record_of, restore_all
+from nmcompile.three_gemm.rewritten import check_names
 from nmcompile.training.earlier import Earlier, earlier_of
 
 Model = nn.Module | ExportedProgram

@@ -12,8 +12,7 @@ from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.operations import to_accumulator
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.modules import FINALIZED, RECORD
-from nmcompile.three_gemm.record import bypassed_layers, restore_all
+from nmcompile.three_gemm.record import FINALIZED, RECORD, bypassed_layers, restore_all
 from nmcompile.three_gemm.stored_weights import (
     Place,
     find_place,

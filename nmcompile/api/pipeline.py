@@ -12,9 +12,9 @@ from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.passes import compile_passes
 from nmcompile.planning.plan_phases import plan_phases
+from nmcompile.three_gemm.fast_paths import close_fast_paths
 from nmcompile.three_gemm.frozen import thaw
-from nmcompile.three_gemm.modules import FINALIZED, RECORD, turn_off_fast_path
-from nmcompile.three_gemm.record import Compilation, restore_all
+from nmcompile.three_gemm.record import FINALIZED, RECORD, Compilation, restore_all
 from nmcompile.three_gemm.replace_modules import replace_modules
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import TripleFactory
@@ -62,6 +62,6 @@ def install_layers(model: nn.Module, done: Compilation, triples: dict[str, GemmT
     for module in model.modules():
         module.__dict__.pop(FINALIZED, None)
     replace_modules(model, done.program, triples)
-    turn_off_fast_path(model)
+    close_fast_paths(model)
     model.__dict__[RECORD] = done
     watch_optimizers()

@@ -12,8 +12,7 @@ from nmcompile.errors import StateError
 from nmcompile.ir.plan import DensePhases
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
-from nmcompile.three_gemm.modules import RECORD
-from nmcompile.three_gemm.record import record_of
+from nmcompile.three_gemm.record import RECORD, record_of
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.find_masks import masks_among

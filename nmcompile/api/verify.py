@@ -24,9 +24,8 @@ from nmcompile.printable import table
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.modules import FINALIZED, RECORD
 from nmcompile.three_gemm.observer import Observer, Results, Values, observing
-from nmcompile.three_gemm.record import bypassed_layers
+from nmcompile.three_gemm.record import FINALIZED, RECORD, bypassed_layers
 from nmcompile.three_gemm.stored_weights import named_weight
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import count_violations

@@ -23,7 +23,7 @@ from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import WholeGraph
 from nmcompile.ir.expression import expression_of
 from nmcompile.own_thread import exporting_alone, silent
-from nmcompile.three_gemm.modules import FAST_PATHS
+from nmcompile.three_gemm.fast_paths import FAST_PATHS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nmcompile.capture.clones import shadow_tree
 from nmcompile.capture.names import summary
 from nmcompile.capture.state import contents_unchanged, unchanged
 from nmcompile.ir.calls import LABEL
-from nmcompile.three_gemm.modules import generated_forward
+from nmcompile.three_gemm.rewritten import generated_forward
 
 Forward = Callable[..., object]
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from torch import nn
 
 from nmcompile.capture.regions import METADATA, is_traceable, names_in
 from nmcompile.capture.sites import FoundSite
-from nmcompile.three_gemm.modules import FAST_PATHS
+from nmcompile.three_gemm.fast_paths import FAST_PATHS
 
 
 @dataclass

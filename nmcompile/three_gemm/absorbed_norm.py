@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.quantization import absorbed_step, fake_quantize
-from nmcompile.three_gemm.modules import Rewritten, ThreeGemm, put_class
+from nmcompile.three_gemm.modules import ThreeGemm
+from nmcompile.three_gemm.rewritten import Rewritten, put_class
 
 
 class AbsorbedNorm(Rewritten):

@@ -1,4 +1,4 @@
-"""What a layer asks of the mask of its weight."""
+"""The protocol between a layer and the mask of its weight."""
 
 from typing import Protocol
 

@@ -11,8 +11,13 @@ from nmcompile.ir.plan import DensePhases, Reverted
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.modules import RECORD, restore
+from nmcompile.three_gemm.modules import restore
 from nmcompile.three_gemm.triple import GemmTriple
+
+RECORD = "_nmcompile"
+"""Attribute of a compiled model that records how it was compiled."""
+FINALIZED = "_nmcompile_finalized"
+"""Attribute of a finalized model that records the masks that its weights obey, and the places of those in slices."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nmcompile.arguments import Kwargs
 from nmcompile.sharded import gathered, is_sharded
-from nmcompile.three_gemm.modules import Rewritten, rebuild
+from nmcompile.three_gemm.rewritten import Rewritten, rebuild
 
 SPLITTERS = "torch.distributed.fsdp.", "torch.distributed.tensor."
 MARKS = "__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module_applied"

@@ -9,8 +9,7 @@ from nmcompile.config import Phase
 from nmcompile.ir.plan import LayerPlan
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
-from nmcompile.three_gemm.modules import FINALIZED, RECORD
-from nmcompile.three_gemm.record import never_masked
+from nmcompile.three_gemm.record import FINALIZED, RECORD, never_masked
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.find_masks import masks_among
 from nmcompile.training.masks import WeightMask

@@ -1,0 +1,86 @@
+"""The classes of rewritten modules, made at run time: each derives from a mixin and from the module's own class."""
+
+import copy
+from collections.abc import Callable
+from typing import SupportsIndex
+from weakref import WeakValueDictionary
+
+from torch import fx, nn
+
+from nmcompile.arguments import Args
+from nmcompile.errors import ConfigError
+from nmcompile.ir.generated_code import GeneratedModule
+from nmcompile.three_gemm.instance_forward import GENERATED, change_class
+
+RESERVED = ("three_gemms", "three_gemm_graph", "absorbing_layer")
+"""Names under which rewritten modules keep additional state in their `__dict__`."""
+
+
+class Rewritten:
+    """Mixin of every module whose class was changed; its additional state is in the module's `__dict__`."""
+
+    PREFIX = "ThreeGemm"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Args:
+        # The class is made at run time, so its ingredients are pickled (and copied) instead.
+        mixin, base = type(self).__bases__
+        return rebuild, (mixin, base, self.__dict__.get("three_gemm_graph")), self.__dict__
+
+
+def put_class(module: nn.Module, mixin: type[Rewritten]) -> None:
+    """Give `module` a subclass of its own class and the mixin."""
+    change_class(module, _layer_class(mixin, type(module)))
+
+
+_classes: "WeakValueDictionary[tuple[type, type], type[nn.Module]]" = WeakValueDictionary()
+
+
+def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Module]:
+    """Return the class for a mixin and base, which equal layers share as long as a module has it."""
+    found = _classes.get((mixin, base))
+    if found is None:
+        members = {"__module__": base.__module__}
+        found = _classes[mixin, base] = type(f"{mixin.PREFIX}{base.__name__}", (mixin, base), members)
+    return found
+
+
+def generated_forward(graph: fx.Graph) -> Callable[..., object]:
+    """Return the function that a graph is the code of."""
+    # Only the generated code is wanted; the module itself will hold the attributes that it names. The stored graph gets
+    # no owner, which would be pickled with it.
+    attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    forward: Callable[..., object] = type(GeneratedModule(attributes, copy.deepcopy(graph))).forward
+    setattr(forward, GENERATED, True)
+    return forward
+
+
+def region_class(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph) -> type[nn.Module]:
+    """Make a class of the mixin and the base whose forward is the code of a graph."""
+    members = {"__module__": base.__module__, "forward": generated_forward(graph)}
+    return type(f"ThreeGemm{base.__name__}", (mixin, base), members)
+
+
+def rebuild(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
+    """Make an empty module of the class that `install` or `install_graph` gives a module of class `base`."""
+    plain = base.__new__(base)
+    if graph is not None:
+        plain.__class__ = region_class(mixin, base, graph)
+    else:
+        plain.__class__ = _layer_class(mixin, base)
+    return plain
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise if a plain module uses a name that a rewritten one needs.
+
+    Raises:
+        ConfigError: names the module.
+    """
+    for path, module in model.named_modules():
+        own = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+        for name in RESERVED:
+            if not isinstance(module, Rewritten) and (name in own or hasattr(type(module), name)):
+                raise ConfigError(
+                    f"module {path!r} ({type(module).__name__}) has an attribute {name!r}, under which a compiled "
+                    "module keeps its graphs; rename it"
+                )
