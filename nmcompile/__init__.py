@@ -1,16 +1,16 @@
 """N:M fine-grained sparsity for PyTorch: every conv and linear node as three explicit, pruned GEMMs."""
 
+from nmcompile.api.analyze import analyze as analyze
 from nmcompile.api.calibrate import calibrate as calibrate
 from nmcompile.api.compare import compare as compare
-from nmcompile.api.compile import analyze as analyze
 from nmcompile.api.compile import compile as compile
-from nmcompile.api.compile import decompile as decompile
-from nmcompile.api.compile import inspect as inspect
-from nmcompile.api.compile import is_compiled as is_compiled
+from nmcompile.api.decompile import decompile as decompile
+from nmcompile.api.decompile import is_compiled as is_compiled
 from nmcompile.api.export import ExportReport as ExportReport
 from nmcompile.api.export import export as export
 from nmcompile.api.finalize import finalize as finalize
 from nmcompile.api.freeze import freeze as freeze
+from nmcompile.api.inspect import inspect as inspect
 from nmcompile.api.sparse_state import load_sparse_state_dict as load_sparse_state_dict
 from nmcompile.api.sparse_state import sparse_state_dict as sparse_state_dict
 from nmcompile.api.verify import verify as verify

@@ -1,46 +1,25 @@
-"""The front door: compile, analyze, inspect, decompile, in the order of the data flow."""
+"""`compile`: read on from here to follow a model on its way to three GEMMs a layer."""
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 from nmcompile.api.calibrate import calibrate_reached, check_data
-from nmcompile.api.choose_backends import choose_backends
 from nmcompile.api.measure_phases import find_dense_phases
-from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers
+from nmcompile.api.pipeline import bind_layers, install_layers, plan_and_lower
+from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
-from nmcompile.capture import capture_model
-from nmcompile.checks import (
-    check_call,
-    check_callable,
-    check_compiled,
-    check_kind,
-    check_number,
-    described,
-)
-from nmcompile.config import CompileConfig, given_config, preset
-from nmcompile.errors import CaptureError, ConfigError
-from nmcompile.ir.captured import Captured
-from nmcompile.ir.plan import DensePhases, Reverted
+from nmcompile.checks import check_call, check_callable, check_kind, check_number
+from nmcompile.config import CompileConfig
+from nmcompile.errors import ConfigError
 from nmcompile.ir.protocols import Backend
-from nmcompile.planning.plan_phases import UNREACHED
-from nmcompile.report.layers import Observation
-from nmcompile.report.report import Report, build_report
 from nmcompile.three_gemm.copy_model import share_copy
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.record import RECORD, record_of, restore_all
-from nmcompile.three_gemm.rewritten import check_names
-from nmcompile.training.earlier import Earlier, earlier_of
-
-Model = nn.Module | ExportedProgram
 
 
 def compile(
@@ -101,103 +80,15 @@ def compile(
     if calibration is not None:
         check_data(calibration)
     check_kind("inplace", inplace, bool, "True or False")
-    source, asked, reverted = _module(model), given_config(config), None
-    chosen = asked
-    rewrite = partial(_rewrite, mode=mode, args=args, kwargs=kwargs, backend=backend)
-    earlier = earlier_of(source)
-    if calibration is not None or validation is not None:
-        # On a copy: a failure leaves the model unchanged; its masks and clips are taken over.
-        trial = rewrite(source, config=asked, earlier=earlier)
-        if calibration is not None:
-            rewrite = partial(rewrite, unreached=calibrate_reached(trial, calibration))
-        earlier = replace(earlier_of(trial), carried=earlier.carried)
-        if validation is not None and max_drop is not None:
-
-            def build(layers: tuple[str, ...]) -> nn.Module:
-                return rewrite(source, config=_without(asked, layers), earlier=earlier)
-
-            names = [triple.layer.name for triple in triples_of(trial)]
-            reverted = revert_layers(score_of(decompile(source), validation), names, build, validation, max_drop)
-            chosen = _without(asked, reverted.layers)
-    dense_phases = None
-    if asked.where == "pays":
-        trial = rewrite(source, config=chosen, earlier=earlier)
-        dense_phases = find_dense_phases(trial, *_example(args, kwargs))
-        earlier = replace(earlier_of(trial), carried=earlier.carried)
-    return rewrite(
-        source, config=chosen, earlier=earlier, inplace=inplace, reverted=reverted, dense_phases=dense_phases
-    )
-
-
-def analyze(
-    model: Model,
-    mode: str = "training",
-    *,
-    args: tuple[Any, ...] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-    config: CompileConfig | None = None,
-    backend: str | Backend = "auto",
-) -> Report:
-    """Report what `compile` would do, without changing anything, the random state included; take and raise the same."""
-    check_call(args, kwargs)
-    source, asked = _module(model), given_config(config)
-    dense_phases = None
-    if asked.where == "pays":
-        trial = compile(source, mode, args=args, kwargs=kwargs, config=replace(asked, where="all"), backend=backend)
-        dense_phases = find_dense_phases(trial, *_example(args, kwargs))
-    plain = decompile(source) if is_compiled(source) else source
-    check_names(plain)
-    preset(mode)
-    backends = choose_backends(backend, source)
-    captured = _with_earlier(capture_model(plain, args, kwargs), earlier_of(source))
-    done = compilation_of(captured, mode, asked, backends, dense_phases=dense_phases)
-    return build_report(done.program, {}, model_name=type(plain).__name__, mode=mode)
-
-
-def inspect(compiled: nn.Module) -> Report:
-    """Report what was done to each layer, why, and what was observed at run time.
-
-    Args:
-        compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.
-
-    Raises:
-        StateError: the model is not compiled.
-    """
-    check_compiled("compiled", compiled)
-    root, record = record_of(compiled)
-    observed = {
-        triple.layer.name: Observation(
-            triple.called, triple.positions, triple.graphs.kernels(), triple.graphs.choices()
-        )
-        for triple in triples_of(root)
-    }
-    name = type(root).__name__
-    return build_report(record.program, observed, model_name=name, mode=record.mode, reverted=record.reverted)
-
-
-def decompile(compiled: nn.Module) -> nn.Module:
-    """Return the plain model: its original classes and forwards, the same parameters and buffers, nothing masked."""
-    check_compiled("compiled", compiled)
-    plain = share_copy(compiled)
-    restore_all(plain)
-    return plain
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Return whether `compile` made this module, or one that it wraps."""
-    check_kind("model", model, nn.Module, "a module")
-    return any(RECORD in module.__dict__ for module in model.modules())
-
-
-def _module(model: Model) -> nn.Module:
-    if isinstance(model, ExportedProgram):
-        return model.module()
-    dynamo = sys.modules.get("torch._dynamo")
-    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
-        model = model._orig_mod  # the module that torch.compile wraps: compile the result with torch again
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"model is {described(model)}; give an nn.Module or an ExportedProgram")
-    return model
+    request = request_of(model, mode, args, kwargs, config, backend)
+    # Each step tries the request out on a copy, so that a failure leaves the model as it is.
+    if calibration is not None:
+        request = find_clips(request, calibration)
+    if validation is not None and max_drop is not None:
+        request = control_accuracy(request, validation, max_drop)
+    if request.config.where == "pays":
+        request = keep_what_pays(request)
+    return rewrite(request, inplace)
 
 
 def _check_control(validation: Any, max_drop: Any) -> None:
@@ -209,46 +100,32 @@ def _check_control(validation: Any, max_drop: Any) -> None:
         check_number("max_drop", max_drop, Real, 0, math.inf, "how much the score may fall, a number >= 0")
 
 
-def _example(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:
-    if args is None and kwargs is None:
-        raise ConfigError("where='pays' times the layers with the inputs that an example brings them; pass args=")
-    return args or (), kwargs
+def find_clips(request: Request, data: Iterable[Any]) -> Request:
+    """Calibrate a trial; its clips go on, and layers that the data does not reach stay dense."""
+    trial = rewrite(request)
+    unreached = calibrate_reached(trial, data)
+    return request.after(trial, unreached)
 
 
-def _rewrite(
-    source: nn.Module,
-    *,
-    mode: str,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
-    config: CompileConfig,
-    backend: str | Backend,
-    earlier: Earlier,
-    unreached: Sequence[str] = (),
-    inplace: bool = False,
-    reverted: Reverted | None = None,
-    dense_phases: DensePhases | None = None,
-) -> nn.Module:
-    """Capture, plan and lower, then change the module tree; the steps that can fail come first."""
-    preset(mode)
-    backends = choose_backends(backend, source)
-    plain = decompile(source) if is_compiled(source) else source
-    check_names(plain)
-    captured = _with_earlier(capture_model(plain, args, kwargs), earlier, unreached)
-    done = compilation_of(captured, mode, config, backends, reverted, dense_phases)
-    target = source if inplace else plain if plain is not source else share_copy(source)
-    triples = bind_layers(target, done, torch.initial_seed(), earlier)
+def control_accuracy(request: Request, validation: Callable[[nn.Module], float], max_drop: float) -> Request:
+    """Leave the layers dense that hurt the score most, until it falls by `max_drop` at most."""
+    names = [triple.layer.name for triple in triples_of(rewrite(request))]
+    dense = score_of(share_copy(request.plain), validation)
+    reverted = revert_layers(dense, names, lambda layers: rewrite(request.without(layers)), validation, max_drop)
+    return replace(request.without(reverted.layers), reverted=reverted)
+
+
+def keep_what_pays(request: Request) -> Request:
+    """Time the layers of a trial, and leave the phases dense that pruning does not make faster."""
+    trial = rewrite(request)
+    dense_phases = find_dense_phases(trial, request.args, request.kwargs)
+    return replace(request.after(trial), dense_phases=dense_phases)
+
+
+def rewrite(request: Request, inplace: bool = False) -> nn.Module:
+    """Plan and lower the graphs, then change a module tree: a copy, or the model itself; what can fail comes first."""
+    done = plan_and_lower(request)
+    target = request.model if inplace else share_copy(request.plain)
+    triples = bind_layers(target, done, torch.initial_seed(), request.earlier)
     install_layers(target, done, triples)
     return target
-
-
-def _with_earlier(captured: Captured, earlier: Earlier, unreached: Sequence[str] = ()) -> Captured:
-    """Add what an earlier compilation and the calibration have shown to a captured model."""
-    uncalled = {name: why for name, why in captured.suspected.items() if name in earlier.uncalled}
-    bypassed = {**dict.fromkeys(unreached, UNREACHED), **uncalled, **captured.bypassed}
-    return replace(captured, carried=earlier.carried, bypassed=bypassed)
-
-
-def _without(config: CompileConfig, layers: tuple[str, ...]) -> CompileConfig:
-    """Return the config with more layers left dense."""
-    return replace(config, layers={**config.layers, **dict.fromkeys(layers)})

@@ -16,7 +16,7 @@ from nmcompile.api.pipeline import lowered
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.shared.timing import seconds
 from nmcompile.config import Phase
-from nmcompile.errors import PassError
+from nmcompile.errors import ConfigError, PassError
 from nmcompile.ir.plan import DensePhases, LayerPlan, Plan
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.observer import Observer, Results, Values, observing
@@ -37,7 +37,7 @@ Times = Mapping[tuple[Phases, ...], float]
 Steps = Mapping[tuple[Phases, ...], Callable[[], object]]
 
 
-def find_dense_phases(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> DensePhases:
+def find_dense_phases(trial: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> DensePhases:
     """Return the phases to leave dense, the same on all ranks: the first one measures.
 
     Each layer is timed with the input that `args` bring it: every combination of its pruned phases, and the plain
@@ -48,8 +48,12 @@ def find_dense_phases(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         args, kwargs: for one call of it.
 
     Raises:
+        ConfigError: neither args nor kwargs.
         PassError: on another rank, that the first one failed.
     """
+    if args is None and kwargs is None:
+        raise ConfigError("where='pays' times the layers with the inputs that an example brings them; pass args=")
+    args, kwargs = args or (), kwargs or {}
     if not (distributed.is_available() and distributed.is_initialized()):
         return _measured(trial, args, kwargs)
     failure: Exception | None = None
@@ -68,10 +72,10 @@ def find_dense_phases(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     return dense
 
 
-def _measured(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> DensePhases:
+def _measured(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DensePhases:
     devices = {parameter.device for parameter in trial.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(list(devices)):
-        return _measure_layers(trial, _inputs(trial, args, kwargs or {}))
+        return _measure_layers(trial, _inputs(trial, args, kwargs))
 
 
 def decide(times: Times) -> dict[Phase, str]:

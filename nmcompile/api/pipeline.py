@@ -1,13 +1,15 @@
 """From a captured model to one that runs its three-GEMM graphs, and the record of how it was compiled."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from nmcompile.api.request import Request
 from nmcompile.config import CompileConfig, preset
 from nmcompile.ir.captured import Captured
-from nmcompile.ir.plan import DensePhases, Plan, Reverted
+from nmcompile.ir.plan import DensePhases, Plan
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.passes import compile_passes
@@ -23,17 +25,28 @@ from nmcompile.training.optimizer_hooks import watch_optimizers
 from nmcompile.weight_cache import forget
 
 
-def compilation_of(
+def plan_and_lower(request: Request) -> Compilation:
+    """Decide what each layer gets, and write its three graphs."""
+    config, backends, dense_phases = request.config, request.backends, request.dense_phases
+    program = _program(request.captured, request.mode, config, backends, dense_phases)
+    return Compilation(program, request.mode, config, backends, request.reverted, dense_phases)
+
+
+def plan_again(done: Compilation, dense_phases: DensePhases) -> Compilation:
+    """Plan and lower a compiled model once more, with other phases left dense."""
+    program = _program(done.program.captured, done.mode, done.config, done.backends, dense_phases)
+    return replace(done, program=program, dense_phases=dense_phases)
+
+
+def _program(
     captured: Captured,
     mode: str,
     config: CompileConfig,
-    backends: tuple[Backend, ...],
-    reverted: Reverted | None = None,
-    dense_phases: DensePhases | None = None,
-) -> Compilation:
-    """Plan a captured model and lower its graphs."""
+    backends: Sequence[Backend],
+    dense_phases: DensePhases | None,
+) -> Program:
     plan = plan_phases(captured, preset(mode), config).without(dense_phases or {})
-    return Compilation(lowered(captured, plan, backends), mode, config, backends, reverted, dense_phases)
+    return lowered(captured, plan, backends)
 
 
 def lowered(captured: Captured, plan: Plan, backends: Sequence[Backend]) -> Program:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from nmcompile.api.pipeline import bind_layers, compilation_of, install_layers
+from nmcompile.api.pipeline import bind_layers, install_layers, plan_again
 from nmcompile.api.state_entries import CLIP, CLOCK, DENSE, DRAW, FORMAT, check_entries, check_entry, check_readable
 from nmcompile.api.verify import mask_checks
 from nmcompile.checks import check_compiled
@@ -109,8 +109,7 @@ def _are_same(one: DensePhases, other: DensePhases) -> bool:
 
 def _replan(model: nn.Module, layers: list[GemmTriple], decided: DensePhases, state: dict[str, Tensor]) -> None:
     root, record = record_of(model)
-    what = record.program.captured, record.mode, record.config, record.backends, record.reverted
-    done = compilation_of(*what, dense_phases=decided)
+    done = plan_again(record, decided)
     triples = bind_layers(root, done, 0, earlier_layers(layers))  # the seed is loaded with the rest
     _check(state, list(triples.values()), decided)
     install_layers(root, done, triples)

@@ -64,6 +64,9 @@ FAILURES: dict[str, dict[str, Any]] = {
     "one weight, two masks": {
         "config": CompileConfig(layers={"left": weight("greedy", "2:4"), "right": weight("greedy", "1:2")})
     },
+    "calibration refused": {"mode": "inference", "calibration": [torch.zeros(2, 7)]},
+    "score that is no number": {"validation": lambda model: "good", "max_drop": 0.1},
+    "nothing to measure with": {"config": CompileConfig(where="pays")},
 }
 
 

@@ -1,0 +1,30 @@
+"""The report on what `compile` would do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nmcompile.api.compile import keep_what_pays
+from nmcompile.api.pipeline import plan_and_lower
+from nmcompile.api.request import Model, request_of
+from nmcompile.checks import check_call
+from nmcompile.config import CompileConfig
+from nmcompile.ir.protocols import Backend
+from nmcompile.report.report import Report, build_report
+
+
+def analyze(
+    model: Model,
+    mode: str = "training",
+    *,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    config: CompileConfig | None = None,
+    backend: str | Backend = "auto",
+) -> Report:
+    """Report what `compile` would do, without changing anything, the random state included; take and raise the same."""
+    check_call(args, kwargs)
+    request = request_of(model, mode, args, kwargs, config, backend)
+    if request.config.where == "pays":
+        request = keep_what_pays(request)
+    done = plan_and_lower(request)
+    return build_report(done.program, {}, model_name=type(request.plain).__name__, mode=mode)

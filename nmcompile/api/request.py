@@ -1,0 +1,104 @@
+"""The question that `compile` and `analyze` answer, checked, with the model captured."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from nmcompile.api.choose_backends import choose_backends
+from nmcompile.api.decompile import decompile, is_compiled
+from nmcompile.capture import capture_model
+from nmcompile.checks import described
+from nmcompile.config import CompileConfig, given_config, preset
+from nmcompile.errors import CaptureError
+from nmcompile.ir.captured import Captured
+from nmcompile.ir.plan import DensePhases, Reverted
+from nmcompile.ir.protocols import Backend
+from nmcompile.planning.plan_phases import UNREACHED
+from nmcompile.three_gemm.rewritten import check_names
+from nmcompile.training.earlier import Earlier, earlier_of
+
+Model = nn.Module | ExportedProgram
+
+
+@dataclass(frozen=True)
+class Request:
+    """One compilation of one model: what was asked for, what capture saw, and what trials have found so far.
+
+    Args:
+        model: the module tree, perhaps compiled before.
+        plain: the model without an earlier compilation; `model` itself where there was none.
+        mode, args, kwargs, config: as `compile` takes them; trials add layers to leave dense to the config.
+        backends: that are offered each node, in this order.
+        captured: `plain` as the compiler sees it.
+        earlier: masks and clips of an earlier compilation or of a trial.
+        reverted: what accuracy control decided, if it was asked to.
+        dense_phases: what was found not to pay; None if nobody asked.
+    """
+
+    model: nn.Module
+    plain: nn.Module
+    mode: str
+    args: tuple[Any, ...] | None
+    kwargs: Mapping[str, Any] | None
+    config: CompileConfig
+    backends: tuple[Backend, ...]
+    captured: Captured
+    earlier: Earlier
+    reverted: Reverted | None = None
+    dense_phases: DensePhases | None = None
+
+    def without(self, layers: Iterable[str]) -> "Request":
+        """Ask for the same with more layers left dense."""
+        return replace(self, config=replace(self.config, layers={**self.config.layers, **dict.fromkeys(layers)}))
+
+    def after(self, trial: nn.Module, unreached: Iterable[str] = ()) -> "Request":
+        """Take over the masks and clips of a trial that ran, and what it showed of layers that were not called.
+
+        Args:
+            trial: a model that this request was rewritten to.
+            unreached: the layers whose inputs it could not calibrate.
+        """
+        # A trial gives every pruned layer a mask, which says nothing of what the model carried before.
+        earlier = replace(earlier_of(trial), carried=self.earlier.carried)
+        return replace(self, earlier=earlier, captured=_known(self.captured, earlier, unreached))
+
+
+def request_of(
+    model: Model,
+    mode: str,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    config: CompileConfig | None,
+    backend: str | Backend,
+) -> Request:
+    """Check what a user asks for and capture the model; nothing is changed."""
+    source, asked = _module_of(model), given_config(config)
+    preset(mode)
+    backends = choose_backends(backend, source)
+    plain = decompile(source) if is_compiled(source) else source
+    check_names(plain)
+    earlier = earlier_of(source)
+    captured = _known(capture_model(plain, args, kwargs), earlier)
+    return Request(source, plain, mode, args, kwargs, asked, backends, captured, earlier)
+
+
+def _module_of(model: Model) -> nn.Module:
+    if isinstance(model, ExportedProgram):
+        return model.module()
+    dynamo = sys.modules.get("torch._dynamo")
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod  # the module that torch.compile wraps: compile the result with torch again
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model is {described(model)}; give an nn.Module or an ExportedProgram")
+    return model
+
+
+def _known(captured: Captured, earlier: Earlier, unreached: Iterable[str] = ()) -> Captured:
+    """Add to what was captured what runs have shown of it."""
+    uncalled = {name: why for name, why in captured.suspected.items() if name in earlier.uncalled}
+    bypassed = {**dict.fromkeys(unreached, UNREACHED), **uncalled, **captured.bypassed}
+    return replace(captured, carried=earlier.carried, bypassed=bypassed)
