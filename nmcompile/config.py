@@ -65,7 +65,7 @@ class Pruning:
 
     @property
     def is_transposable(self) -> bool:
-        """Whether the operator finds masks that are N:M along both axes of a weight."""
+        """Return whether the operator finds masks that are N:M along both axes of a weight."""
         return self.operator in TRANSPOSABLE
 
 

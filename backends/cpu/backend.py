@@ -32,10 +32,9 @@ GEMMS: dict[tuple[Any, type[Layer]], Any] = {
 
 @dataclass(frozen=True)
 class CpuBackend:
-    """Takes the prune nodes whose operator has a native kernel, `transposable` masks with the pattern 2:4, and the GEMM
-    nodes with an operand that keeps two of four.
+    """A backend for prune nodes with a native kernel, `transposable` masks of 2:4, and GEMMs with a 2:4 operand.
 
-    On another device than the CPU they run as the reference does.
+    On any device except the CPU they run as in the reference.
     """
 
     name: str = "cpu"
@@ -61,7 +60,7 @@ class CpuBackend:
 
 
 def gemm_support(node: fx.Node) -> Support:
-    """Whether there is a sparse kernel for a GEMM node that is not lowered yet."""
+    """Return whether there is a sparse kernel for a GEMM node that is not lowered yet."""
     layer, support = meta_of(node).layer, operand_support(node)
     if isinstance(layer, ConvLayer) and layer.spatial_dims > 2:
         return Support(False, f"no sparse kernel for {layer.kind}")
@@ -69,7 +68,7 @@ def gemm_support(node: fx.Node) -> Support:
 
 
 def _lower_gemm(node: fx.Node) -> None:
-    """Let a node choose its kernel, which masks or prunes the sparse operand itself if it can."""
+    """Make a node choose its kernel, which masks or prunes the sparse operand itself if it can."""
     row, meta = pruned_row(node), meta_of(node)
     slot = ChoiceSlot(f"{meta.layer.name} {meta.phase.value}")
     target, arguments = GEMMS[node.target, type(meta.layer)], gemm_arguments(node)
@@ -88,20 +87,20 @@ def _lower_gemm(node: fx.Node) -> None:
 
 
 def _operator_support(node: fx.Node) -> Support:
-    """Whether there is a kernel for the operator and the pattern of a prune node."""
+    """Return whether there is a kernel for the operator and the pattern of a prune node."""
     operator, n_keep, block = node.args[1:4]
     assert isinstance(operator, str) and isinstance(n_keep, int) and isinstance(block, int)
     return prune_support(operator, n_keep, block)
 
 
 def _prunes_while_packing(node: fx.Node) -> bool:
-    """Whether a linear layer's update reads a gradient that is pruned for it alone, by an operator with a kernel."""
+    """Return whether only a linear layer's update reads the pruned gradient, and a kernel has its operator."""
     is_linear, pruned = isinstance(meta_of(node).layer, LinearLayer), pruned_alone(node)
     return is_linear and pruned is not None and _operator_support(pruned).ok
 
 
 def _pruned_update_arguments(node: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of an update that prunes the gradient while it packs it."""
+    """Return the arguments of an update that prunes the gradient while packing it."""
     pruned = pruned_alone(node)
     assert pruned is not None
     dense, rule = take_pruning(node, pruned, prune_natively)
@@ -110,7 +109,7 @@ def _pruned_update_arguments(node: fx.Node, arguments: tuple[Any, ...]) -> tuple
 
 
 def _has_small_integers(node: fx.Node) -> bool:
-    """Whether a linear layer's forward reads input and masked weight from grids that packed integers can hold."""
+    """Return whether a linear layer's forward reads input and masked weight from grids that fit packed integers."""
     is_linear = isinstance(meta_of(node).layer, LinearLayer)
     input, quantized, *_ = node.args
     if not (is_linear and node.target is ops.gemm_forward and _is_on_grid(input) and _is_on_grid(quantized)):
@@ -137,7 +136,7 @@ def _arguments_on_grid(node: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, 
 
 
 def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The weight and the mask that the kernel applies while it reads the weight; without the node that would do it."""
+    """Return the weight and the mask that the kernel applies itself, and remove the node that would apply it."""
     pruned = node.args[1]
     assert isinstance(pruned, fx.Node)
     weight, mask = take_mask(node)
@@ -147,7 +146,7 @@ def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def mask_support(node: fx.Node) -> Support:
-    """Whether there is a kernel for the mask that a node computes, or applies to a weight."""
+    """Return whether there is a kernel for the mask that a node computes, or applies to a weight."""
     row = row_of(node)
     if row is None or (row.operator, row.pattern) != ("transposable", PATTERN):
         return Support(False, "no native kernel for masks except exact transposable ones of 2:4")

@@ -25,8 +25,8 @@ class Axis(NamedTuple):
     """An index in mixed radix, the last digit fastest.
 
     Args:
-        digits: for each its size, and what one step of it adds to the offset in the tensor (in elements), to the row
-            and to the column in the image.
+        digits: size of each digit, and the increments of one step: of the offset in the tensor (in elements), and of
+            the row and the column in the image.
         start: offset, row and column at index 0.
     """
 
@@ -38,7 +38,7 @@ class Axis(NamedTuple):
         return math.prod(digit[0] for digit in self.digits)
 
     def ends(self, place: int) -> Pair:
-        """The lowest and the highest row (`place` 1) or column (2)."""
+        """Return the lowest and the highest row (`place` 1) or column (2)."""
         reach = [(digit[0] - 1) * digit[place + 1] for digit in self.digits]
         return self.start[place] + sum(min(0, r) for r in reach), self.start[place] + sum(max(0, r) for r in reach)
 
@@ -47,7 +47,7 @@ class Axis(NamedTuple):
 
 
 class Contraction(NamedTuple):
-    """What `nmcompile._kernels.gemm` takes. An element of `dense` whose place is outside the image is zero."""
+    """Arguments of `nmcompile._kernels.gemm`. An element of `dense` whose place is outside the image is zero."""
 
     sparse: Tensor
     rows: int
@@ -64,11 +64,11 @@ class Contraction(NamedTuple):
 
     @property
     def multiplications(self) -> int:
-        """What the product takes with a dense S."""
+        """Return the number of multiplications with a dense S."""
         return self.rows * self.sparse_depth.size * self.dense_lanes.size
 
     def settled(self) -> "Contraction":
-        """The same; without an image where no place is outside of it, so that reads run on from row to row."""
+        """Return the same contraction, without an image if every place is inside it: reads then cross rows."""
         axes = self.dense_depth, self.dense_lanes
         for place, size in ((1, self.height), (2, self.width)):
             ends = [axis.ends(place) for axis in axes]
@@ -79,7 +79,7 @@ class Contraction(NamedTuple):
 
 
 class Window(NamedTuple):
-    """How a kernel moves over an image, by height and width."""
+    """Movement of a kernel over an image, by height and width."""
 
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
@@ -87,7 +87,7 @@ class Window(NamedTuple):
 
 
 def forward(input: Tensor, weight: Tensor, output: Tensor, window: Window) -> Contraction:
-    """Y from X and W of one group, written to `output`."""
+    """Contract X and W of one group to Y, written to `output`."""
     depth = _plain((weight.shape[2], weight.stride(2)), (weight.shape[3], weight.stride(3)), _dim(weight, 1))
     kernel, positions = _kernel(input, weight, window), _positions(input, output, window)
     height, width = input.shape[2:]
@@ -108,7 +108,7 @@ def forward(input: Tensor, weight: Tensor, output: Tensor, window: Window) -> Co
 
 
 def update(grad_output: Tensor, input: Tensor, grad_weight: Tensor, window: Window, samples: int) -> Contraction:
-    """dW from dY and X of one group, written to `grad_weight`; `samples` that lie side by side in depth divide all."""
+    """Contract dY and X of one group to dW, written to `grad_weight`; depth runs across `samples` samples first."""
     (h, w), count = grad_output.shape[2:], grad_output.shape[0]
     of, to = input.stride(0), grad_output.stride(0)
     positions, kernel = _positions(input, grad_output, window), _kernel(input, grad_weight, window)
@@ -135,7 +135,7 @@ def update(grad_output: Tensor, input: Tensor, grad_weight: Tensor, window: Wind
 
 
 def backward(grad_output: Tensor, weight: Tensor, grad_input: Tensor, window: Window) -> Iterator[Contraction]:
-    """dX from dY and W of one group: one contraction for each class of input positions that the same weights reach.
+    """Yield contractions of dY and W of one group to dX: one per class of input positions that meet the same weights.
 
     With stride s an input position h meets the weights k for which h + padding - k·dilation divides by s, so all h that
     are equal modulo s meet the same. `grad_input` has to be zero where none do.
@@ -148,7 +148,7 @@ def backward(grad_output: Tensor, weight: Tensor, grad_input: Tensor, window: Wi
 
 
 def reaches_all(weight: Tensor, window: Window) -> bool:
-    """Whether some weight meets every input position, so that `backward` writes all of dX."""
+    """Return whether every input position meets some weight, so `backward` writes all of dX."""
     return all(
         _taps(phase, weight.shape[2 + i], *(value[i] for value in window)).number
         for i in range(2)
@@ -209,13 +209,13 @@ def _backward_of(
 
 
 def _kernel(input: Tensor, weight: Tensor, window: Window) -> tuple[tuple[int, int, int, int], ...]:
-    """What a step of the kernel's row and column adds to a place in the input."""
+    """Return the digits of the kernel's row and column as places in the input."""
     (v, h), (row, column) = window.dilation, input.stride()[2:]
     return (weight.shape[2], v * row, v, 0), (weight.shape[3], h * column, 0, h)
 
 
 def _positions(input: Tensor, output: Tensor, window: Window) -> tuple[tuple[int, int, int, int], ...]:
-    """What a step of the output's row and column adds to a place in the input."""
+    """Return the digits of the output's row and column as places in the input."""
     (v, h), (row, column) = window.stride, input.stride()[2:]
     return (output.shape[2], v * row, v, 0), (output.shape[3], h * column, 0, h)
 

@@ -1,4 +1,4 @@
-"""The three GEMMs of a convolution as the reference backend has them, by the sparse or by the dense kernel.
+"""The three GEMMs of a convolution as in the reference backend, by the sparse or by the dense kernel.
 
 The pruned operand is dense with zeros. `slot` is the name of the slot in which the node keeps its choice.
 """
@@ -39,7 +39,7 @@ def conv_forward(
     groups: int,
     slot: str,
 ) -> Tensor:
-    """Y = X * W + b, `(N, C, *spatial)`, with W pruned along in-channels; channels last where X or W is."""
+    """Compute Y = X * W + b, `(N, C, *spatial)`, with W pruned along in-channels; channels last if X or W is."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     shape = _output_shape(input, weight, geometry)
     lanes = shape.numel() // max(1, shape.shape[1])
@@ -71,7 +71,7 @@ def conv_input_gradient(
     groups: int,
     slot: str,
 ) -> Tensor:
-    """dX, with W pruned along out-channels; `input` gives its shape and memory format."""
+    """Compute dX, with W pruned along out-channels; `input` gives its shape and memory format."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     out, depth = _matrix(weight, groups)
     kernel = depth // weight.shape[1]
@@ -99,7 +99,7 @@ def conv_weight_gradient(
     block: int,
     slot: str,
 ) -> Tensor:
-    """dW, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`); `weight` gives shape and format."""
+    """Compute dW, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`); `weight` gives the format."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     rows, lanes = _matrix(weight, groups)
     positions = grad_output.shape[0] * grad_output.shape[2:].numel()
@@ -112,12 +112,12 @@ def conv_weight_gradient(
 
 
 def _matrix(weight: Tensor, groups: int) -> tuple[int, int]:
-    """Rows and columns of one group's weight as a matrix."""
+    """Return rows and columns of one group's weight as a matrix."""
     return weight.shape[0] // groups, weight.shape[1:].numel()
 
 
 def _output_shape(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Return a meta tensor of the result's sizes and strides, which are those of eager's convolution.
+    """Return a meta tensor with the result's sizes and strides, which are those of eager's convolution.
 
     Eager computes a 1-d convolution as a 2-d one of height 1, and reads its input as a contiguous one.
     """
@@ -136,9 +136,9 @@ def _empty_image(sizes: list[int], is_channels_last: bool) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Tell whether eager takes an operand for channels last: where dims of size 1 leave that open, strides decide."""
+    """Return whether eager takes an operand for channels last: strides decide if dims of size 1 leave it open."""
     if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
-        return False  # as most are, without arithmetic on strides
+        return False  # the usual case, without arithmetic on strides
     return suggest_memory_format(x) == torch.channels_last
 
 

@@ -3,9 +3,9 @@
     dense   rows · depth · lanes · m + rows · depth · r
     sparse  rows · depth · lanes · m' · waste + rows · depth · p + depth · lanes · c · tasks
 
-with what this machine takes, measured once: m and m' for a multiplication, r to read an element of the weight, p to
-pack one, c to copy an element of the dense operand into a panel, once for every task over some of the rows. `waste` is
-what a tile leaves unused of its vectors, and the writing of code.
+with the costs of this machine, measured once: m and m' for a multiplication, r to read an element of the weight, p to
+pack one, c to copy an element of the dense operand into a panel, once for every task over some of the rows. `waste`
+accounts for the unused part of a tile's vectors, and for the writing of code.
 """
 
 import functools
@@ -20,12 +20,12 @@ from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 from nmcompile.backends.shared.timing import seconds
 
 ROWS_OF_A_TASK = 1024
-TILE_VECTORS, VECTOR = 64, 16  # of the AVX-512 kernel; others have narrower ones, which the measured costs absorb
+TILE_VECTORS, VECTOR = 64, 16  # of the AVX-512 kernel; the measured costs absorb the narrower vectors of others
 SAMPLES = (
     (512, 512, 512),
     (2048, 512, 16),
     (16, 512, 2048),
-)  # rows, depth and lanes: in each another term is the largest
+)  # rows, depth and lanes; each makes another term the largest
 
 
 class Costs(NamedTuple):
@@ -40,7 +40,7 @@ class Costs(NamedTuple):
 
 
 def predicted_speedup(rows: int, depth: int, lanes: int, is_linear: bool, threads: int) -> float:
-    """Dense time / sparse time of one product."""
+    """Predict dense time / sparse time of one product."""
     costs, (products, weights) = _costs(threads), _dense_terms(rows, depth, lanes)
     dense = products * (costs.linear if is_linear else costs.convolution) + weights * costs.read
     return dense / sum(term * cost for term, cost in zip(_sparse_terms(rows, depth, lanes), costs[3:], strict=True))
@@ -79,7 +79,7 @@ def _sparse(x: Tensor, weight: Tensor) -> bool:
 
 
 def _solved(terms: list[tuple[int, ...]], times: list[float]) -> list[float]:
-    """The cost of each term; noise may make a small one negative."""
+    """Return the cost of each term; noise may make a small one negative."""
     costs = torch.linalg.solve(torch.tensor(terms, dtype=torch.float64), torch.tensor(times, dtype=torch.float64))
     solved: list[float] = costs.clamp(min=0).tolist()
     return solved

@@ -1,8 +1,8 @@
 """The three GEMMs of a layer by the native sparse kernel.
 
-Each writes its result into a tensor, or returns False where the pruned operand keeps more than two of some four (a
-block with a NaN is kept whole): the caller then runs the dense kernel. Zeros are skipped, so the other operand has to
-be finite: a dense product gives NaN where infinity or NaN meets a zero. `GemmCall` sees to that.
+Each function writes its result into a tensor, or returns False if the pruned operand keeps more than two of some four
+(a block with a NaN is kept whole): the caller then runs the dense kernel. Zeros are skipped, so the other operand has
+to be finite: a dense product yields NaN where infinity or NaN meets a zero. `GemmCall` ensures that.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from nmcompile.pruning.pattern import NMPattern
 
 
 class Geometry(NamedTuple):
-    """Of a convolution of one or two spatial dims; of a linear layer with nothing in it."""
+    """Geometry of a 1-d or 2-d convolution; empty for a linear layer."""
 
     stride: Sequence[int] = ()
     padding: Sequence[int] = ()
@@ -37,13 +37,13 @@ class Geometry(NamedTuple):
         return Window(_pair(self.stride, 1), _pair(self.padding, 0), _pair(self.dilation, 1))
 
     def images(self, x: Tensor) -> Tensor:
-        """A view `(samples, channels, height, width)` of what the layer reads or writes."""
+        """Return a view `(samples, channels, height, width)` of the layer's input or output."""
         if self.is_linear:
             return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
         return x if x.dim() == 4 else x.unsqueeze(2)
 
     def kernels(self, weight: Tensor) -> Tensor:
-        """A view `(out, in, height, width)` of the weight."""
+        """Return a view `(out, in, height, width)` of the weight."""
         return weight.view(*weight.shape, *(1,) * (4 - weight.dim())) if self.is_linear else self.images(weight)
 
 
@@ -56,9 +56,9 @@ def sparse_forward(
     geometry: Geometry,
     packs: Packs | None = None,
 ) -> bool:
-    """Y = X Wᵀ + b for a weight that is pruned along in-channels, or that is where the mask holds.
+    """Compute Y = X Wᵀ + b for a weight that is pruned along in-channels, or that is where the mask holds.
 
-    `packs` keeps the packed weight for the next call with the same weight and mask.
+    `packs` caches the packed weight for the next call with the same weight and mask.
     """
     window, groups, weight = geometry.window, geometry.groups, _without_overlap(weight)
     x, w, y = _readable(geometry.images(input), window), geometry.kernels(weight), geometry.images(output)
@@ -74,10 +74,10 @@ def sparse_forward(
 def sparse_backward(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, grad_input: Tensor, geometry: Geometry
 ) -> bool:
-    """dX = dY W for a weight that is pruned along out-channels, or that is where the mask holds."""
+    """Compute dX = dY W for a weight that is pruned along out-channels, or that is where the mask holds."""
     window, groups, weight = geometry.window, geometry.groups, _without_overlap(weight)
     dy, w, dx = geometry.images(grad_output), geometry.kernels(weight), geometry.images(grad_input)
-    # Behind a stride, neighbours in a row are not written together either.
+    # With a stride, neighbours in a row are not written together either.
     is_row_written = window.stride == (1, 1) or dx.stride(1) == 1
     target = dx if is_row_written else torch.empty_like(dx, memory_format=torch.channels_last)
     parts = zip(dy.chunk(groups, 1), w.chunk(groups), target.chunk(groups, 1), strict=True)
@@ -93,7 +93,7 @@ def sparse_backward(
 def sparse_update(
     grad_output: Tensor, input: Tensor, grad_weight: Tensor, geometry: Geometry, axis: str, block: int
 ) -> bool:
-    """dW = dYᵀ X for a dY that is pruned along `axis` (see `nmcompile.ir.grouping.grouped`) in blocks."""
+    """Compute dW = dYᵀ X for a dY that is pruned along `axis` (see `nmcompile.ir.grouping.grouped`) in blocks."""
     window, groups = geometry.window, geometry.groups
     dy, x, dw = geometry.images(grad_output), geometry.images(input), geometry.kernels(grad_weight)
     x, samples = _readable(x, window), _samples_of_block(dy, axis, block, geometry)
@@ -109,13 +109,13 @@ def sparse_pruned_update(
     pattern: NMPattern,
     key: Tensor | None,
 ) -> bool:
-    """dW = dYᵀ X of a linear layer, with dY pruned along its tokens while it is packed.
+    """Compute dW = dYᵀ X of a linear layer, pruning dY along its tokens while packing it.
 
     Args:
-        grad_output: `(tokens, out)`, features side by side, not pruned yet.
+        grad_output: `(tokens, out)`, features contiguous, not pruned yet.
         input: `(tokens, in)`.
         grad_weight: `(out, in)`, written.
-        operator, pattern, key: as for `nmcompile.backends.cpu.prune.cpu_prune`, which takes them.
+        operator, pattern, key: as for `nmcompile.backends.cpu.prune.cpu_prune`, which must accept them.
     """
     geometry = Geometry()
     dy, x, dw = geometry.images(grad_output), geometry.images(input), geometry.kernels(grad_weight)
@@ -124,30 +124,30 @@ def sparse_pruned_update(
 
 
 def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """What the dense kernels read."""
+    """Return the masked weight, which the dense kernels read."""
     return weight if mask is None else apply_mask(weight, mask)
 
 
 def _samples_of_block(grad_output: Tensor, axis: str, block: int, geometry: Geometry) -> int:
-    """`block` where a block runs across samples, at each position; 1 where it runs along positions."""
+    """Return `block` if a block runs across samples, at each position; 1 if it runs along positions."""
     across = axis == "batch" or (axis == "auto" and not geometry.is_linear)
     return block if across and grad_output.shape[0] % block == 0 else 1
 
 
 def _readable(input: Tensor, window: Window) -> Tensor:
-    """The input in the layout that a window with a stride can read: neighbours in a row are then not used together."""
+    """Return the input in a layout for a window with a stride, which does not use neighbours in a row together."""
     if window.stride == (1, 1) or input.stride(1) == 1:
         return input
     return input.contiguous(memory_format=torch.channels_last)
 
 
 def _without_overlap(weight: Tensor) -> Tensor:
-    """An expanded weight has no mask with its strides."""
+    """Copy an expanded weight, as no mask can have its strides."""
     return weight.contiguous() if 0 in weight.stride() else weight
 
 
 def _masks(weight: Tensor, mask: Tensor | None, groups: int) -> Sequence[Tensor | None]:
-    """The mask of each group, with the strides of the weight."""
+    """Return the mask of each group, with the strides of the weight."""
     if mask is not None and mask.stride() != weight.stride():
         mask = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.bool).copy_(mask)
     return _chunks(mask, groups)

@@ -1,4 +1,4 @@
-"""One call of a GEMM: what its kernels read and how large the product is."""
+"""One call of a GEMM: the operands of its kernels and the size of the product."""
 
 import math
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from nmcompile.ir.choice import Choice
 AT_REST = "forward at rest"
 ON_GRID = "forward at rest on a grid"
 DTYPES = torch.float32, torch.bfloat16
-READING = 16  # multiplications take about as long as reading a weight from memory
+READING = 16  # multiplications that take as long as reading a weight from memory
 
 
 @dataclass(frozen=True)
 class GemmCall:
-    """What a GEMM is called with.
+    """Arguments of a GEMM.
 
     Args:
         phase: `"forward"`, `AT_REST` (with a weight that stays packed), `ON_GRID` (the same, packed as integers),
-            `"backward"` or `"update"`; what a kernel prunes on the way is part of it.
-        geometry: of the layer.
-        operands: that the kernels read.
-        rows, depth, lanes: of one group's product (see `nmcompile.backends.cpu.contraction`).
+            `"backward"` or `"update"`; it includes the pruning that a kernel does itself.
+        geometry: the layer's geometry.
+        operands: the operands of the kernels.
+        rows, depth, lanes: sizes of one group's product (see `nmcompile.backends.cpu.contraction`).
     """
 
     phase: str
@@ -42,13 +42,13 @@ class GemmCall:
     def run(
         self, empty: Callable[[], Tensor], fill: Callable[[Tensor], bool], dense: Callable[[], Tensor]
     ) -> tuple[Tensor, Choice]:
-        """Return the product by the kernel that pays, and which one that was.
+        """Return the product by the kernel that pays, and the choice of that kernel.
 
         Args:
-            empty: a tensor for the result.
-            fill: write the result with the sparse kernel; False where the operand is not 2:4. It only runs where the
-                dense operand is finite, so that both kernels give the same NaN.
-            dense: the result by the dense kernel.
+            empty: returns a tensor for the result.
+            fill: writes the result with the sparse kernel; False if the operand is not 2:4. It only runs if the dense
+                operand is finite, so both kernels yield the same NaN.
+            dense: returns the result of the dense kernel.
         """
         refusal = self._refusal()
         if refusal:
@@ -70,7 +70,7 @@ class GemmCall:
         return result, choice
 
     def _refusal(self) -> str:
-        """Why there is no sparse kernel for these operands; empty if there is."""
+        """Return why there is no sparse kernel for these operands; empty if there is one."""
         tensors = [x for x in self.operands if x is not None and x.dtype != torch.bool]
         kinds = {(x.dtype, x.device.type) for x in tensors}
         dtypes = DTYPES[:1] if self.phase == ON_GRID else DTYPES
@@ -81,11 +81,11 @@ class GemmCall:
         return "" if support.ok else support.reason
 
     def _is_finite(self) -> bool:
-        """Tell whether the operands hold no NaN or infinity that the sparse kernel would not multiply by a zero.
+        """Return whether the operands hold no NaN or infinity that the sparse kernel would not multiply by a zero.
 
         It skips zeros of the sparse operand, and reads zeros around images, where the dense kernel reads nothing. A sum
-        reads an operand once, at the speed of memory. One that overflows only costs the sparse kernel. Integers are
-        checked where they are packed.
+        reads an operand once, at the speed of memory. If the sum overflows, only the sparse kernel is lost. Integers
+        are checked where they are packed.
         """
         if self.phase == ON_GRID:
             return True
@@ -94,12 +94,12 @@ class GemmCall:
         return all(x is None or math.isfinite(float(x.detach().sum())) for x in read)
 
     def _multiplications(self) -> int:
-        """What the dense product takes, or what as many take as reading the weight if that is more."""
+        """Return the multiplications of the dense product, or the equivalent of reading the weight if that is more."""
         lanes = max(self.lanes, READING) if self.phase == ON_GRID else self.lanes
         return self.rows * self.depth * lanes * self.geometry.groups
 
     def _predicted(self, threads: int) -> float | None:
-        """The cost model knows nothing of integers and of bfloat16."""
+        """Return the predicted speed-up; None for integers and bfloat16, which the cost model does not cover."""
         first = self.operands[0]
         if self.phase == ON_GRID or (first is not None and first.dtype != torch.float32):
             return None

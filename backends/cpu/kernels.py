@@ -1,4 +1,4 @@
-"""Whether the native kernels are there, and what tensors they take."""
+"""Availability of the native kernels, and the tensors that they take."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def kernel_support() -> Support:
-    """Whether the compiled module is there; never raises."""
+    """Return whether the compiled module is available; never raise."""
     if MISSING:
         return Support(False, f"nmcompile._kernels cannot be imported ({MISSING}); reinstall nmcompile with a compiler")
     return Support(True, f"native kernels for blocks of at most {kernels.MAX_BLOCK} elements")
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels take tensors like `x`. Wrong operands are refused too: the references say what is wrong."""
+    """Return whether the kernels take tensors like `x`; the references raise the errors for wrong ones."""
     return x.device.type == "cpu" and x.layout == torch.strided and x.dtype in DTYPES and not MISSING

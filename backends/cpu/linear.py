@@ -1,4 +1,4 @@
-"""The three GEMMs of a linear layer as the reference backend has them, by the sparse or by the dense kernel.
+"""The three GEMMs of a linear layer as in the reference backend, by the sparse or by the dense kernel.
 
 The pruned operand is dense with zeros. `slot` is the name of the slot in which the node keeps its choice.
 """
@@ -45,7 +45,7 @@ def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool)
 def linear_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
-    """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W pruned along in-features."""
+    """Compute Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W pruned along in-features."""
     return keep(slot, choose_forward(input, weight, mask, bias, transposed))
 
 
@@ -67,7 +67,7 @@ def choose_forward(
 def linear_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
-    """dX = dY W, `(..., out)` to `(..., in)`, with W pruned along out-features."""
+    """Compute dX = dY W, `(..., out)` to `(..., in)`, with W pruned along out-features."""
     matrix, kept = _matrix(weight, mask, transposed)
     gemm = GemmCall("backward", GEOMETRY, (grad_output, matrix, mask), *_sizes(matrix.t()), _rows(grad_output))
     outcome = gemm.run(
@@ -82,7 +82,7 @@ def linear_input_gradient(
 def linear_weight_gradient(
     grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, slot: str
 ) -> Tensor:
-    """dW = dYᵀ X, of the weight's shape, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`)."""
+    """Compute dW = dYᵀ X, shaped like W, with dY pruned along `axis` in blocks (see `nmcompile.ir.grouping`)."""
 
     def fill(gradient: Tensor) -> bool:
         matrix = gradient.t() if transposed else gradient
@@ -109,7 +109,7 @@ def linear_pruned_weight_gradient(
     transposed: bool,
     slot: str,
 ) -> Tensor:
-    """The same with a dY that `prune_natively` would prune; the sparse kernel does so while it packs it."""
+    """Compute dW = dYᵀ X with dY as `prune_natively` would prune it; the sparse kernel prunes while packing."""
     pattern = NMPattern(n_keep, block)
     is_flat = axis != "batch" or grad_output.dim() == 2
 
@@ -133,7 +133,7 @@ def linear_pruned_weight_gradient(
 
 
 def _matrix(weight: Tensor, mask: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor | None]:
-    """Weight and mask as `(out, in)`."""
+    """Return weight and mask as `(out, in)`."""
     if not transposed:
         return weight, mask
     return weight.t(), None if mask is None else mask.t()

@@ -1,7 +1,7 @@
-"""The forward GEMM of a linear layer with a weight on a 4-bit grid: from its packed integers, or from its values.
+"""The forward GEMM of a linear layer with a weight on a 4-bit grid, by its packed integers or by its values.
 
-With few tokens, reading the weight takes the time, and packed integers are a tenth of the values' bytes. With many, an
-instruction multiplies more integers than values.
+With few tokens, most of the time goes into reading the weight, and packed integers are a tenth of the values' bytes.
+With many tokens, an instruction multiplies more integers than values.
 """
 
 from dataclasses import replace
@@ -32,12 +32,12 @@ def linear_forward_on_grid(
     transposed: bool,
     slot: str,
 ) -> Tensor:
-    """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W masked along in-features and put on its signed grid.
+    """Compute Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W masked along in-features and put on its signed grid.
 
-    X is on the grid of `input_step` already.
+    X is already on the grid of `input_step`.
     """
     on_grid = GridWeight(weight, mask, step, bits, transposed)
-    # A view lives for one call only (a part of attention's weight), and nothing can be kept of it.
+    # A view (a part of attention's weight) lives for one call only, so nothing of it can be cached.
     if not are_weights_at_rest() or weight._is_view():
         return keep(slot, choose_forward(input, on_grid.values(), None, bias, transposed))
     x = GridInput(input, input_step, Grid(input_bits, input_signed))

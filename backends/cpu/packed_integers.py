@@ -1,7 +1,7 @@
 """A weight on a grid of four bits: its integers packed as 2:4, three bits for each weight, and its values.
 
-What was made of a weight at rest is kept until it, its mask or its step is written. The kernel multiplies integers by
-the integers of the input: sums are exact, and an instruction multiplies four times as many as of floats.
+Both are cached until the weight, its mask or its step is written. The kernel multiplies integers by the integers of the
+input: sums are exact, and an instruction multiplies four times as many integers as floats.
 """
 
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ BITS = 4
 
 @dataclass
 class Forms:
-    """What is kept of a weight: nothing before somebody asks for it.
+    """Cached forms of a weight, each empty until it is needed.
 
     Args:
-        values: those that are left on the grid, as the weight lies.
-        packed: the packed integers, or a None where they cannot be packed.
+        values: the kept values on the grid, in the weight's layout.
+        packed: the packed integers, or a None if they cannot be packed.
     """
 
     values: Tensor | None = None
@@ -38,12 +38,12 @@ _kept: WeightCache[Forms] = WeightCache()
 
 
 class GridInput(NamedTuple):
-    """What `to_grid` gave.
+    """A result of `to_grid`.
 
     Args:
         values: `(..., in)` float32.
-        step: of the grid, 0-d.
-        grid: of at most `BITS` bits.
+        step: step of the grid, 0-d.
+        grid: grid of at most `BITS` bits.
     """
 
     values: Tensor
@@ -51,9 +51,9 @@ class GridInput(NamedTuple):
     grid: Grid
 
     def codes(self) -> Tensor | None:
-        """The integers from the grid's lowest one on, uint8 `(tokens, in)`, filled up to whole blocks.
+        """Return the integers from the grid's lowest one on, uint8 `(tokens, in)`, padded to whole blocks.
 
-        None where a value, such as a NaN, is not on the grid.
+        None if a value, such as a NaN, is not on the grid.
         """
         found = integers(self.values, self.step, self.grid)
         if not torch.equal(found * self.step, self.values):
@@ -64,7 +64,7 @@ class GridInput(NamedTuple):
 
 @dataclass(frozen=True)
 class GridWeight:
-    """`to_grid(apply_mask(weight, mask), step, bits, signed=True)`, made when it is read.
+    """The weight `to_grid(apply_mask(weight, mask), step, bits, signed=True)`, made when it is read.
 
     Args:
         weight: `(out, in)`, or `(in, out)` if `transposed`, float32.
@@ -81,21 +81,21 @@ class GridWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Out- and in-features."""
+        """Return out- and in-features."""
         first, second = self.weight.shape
         return (second, first) if self.transposed else (first, second)
 
     @cached_property
     def forms(self) -> Forms:
-        """Where its forms are kept; of a weight that may change, nowhere."""
+        """Return the cached forms, or new ones if the weight may change."""
         others = self.mask, self.step
         return _kept.get(self.weight, others, self.bits, Forms) if is_cacheable(self.weight, *others) else Forms()
 
     def values(self) -> Tensor:
-        """What a kernel without integers reads."""
+        """Return the values for a kernel without integers."""
         forms = self.forms
         if forms.values is None:
-            # An inference tensor would have no version counter, by which packed forms of it are kept.
+            # An inference tensor has no version counter, which the cache of its packed forms needs.
             with torch.inference_mode(False), torch.no_grad():
                 forms.values = to_grid(masked(self.weight, self.mask), self.step, self.bits, True)
         return forms.values
@@ -104,7 +104,7 @@ class GridWeight:
         self.forms.values = None
 
     def multiply(self, input: GridInput, bias: Tensor | None, output: Tensor) -> bool:
-        """Write X Wᵀ + b to a contiguous `output`; False where one of the operands has no such integers."""
+        """Write X Wᵀ + b to a contiguous `output`; return False if an operand has no such integers."""
         forms, out_features = self.forms, self.shape[0]
         forms.packed = forms.packed or [self._pack()]
         (packed,), codes = forms.packed, input.codes()
@@ -117,7 +117,7 @@ class GridWeight:
         return True
 
     def _pack(self) -> "kernels.PackedIntegers | None":
-        """The integers in three bits for each weight; None where a NaN is no integer, or some four keep three."""
+        """Return the integers in three bits for each weight; None if there is a NaN, or some four keep three."""
         found = integers(masked(self.weight, self.mask), self.step, Grid(self.bits, signed=True))
         if not bool(found.isfinite().all()):
             return None

@@ -1,4 +1,4 @@
-"""Packed weights that are kept between calls, while a layer runs without gradients."""
+"""A cache of packed weights, for layers that run without gradients."""
 
 from torch import Tensor
 
@@ -6,16 +6,16 @@ from nmcompile.native import kernels
 from nmcompile.weight_cache import WeightCache, is_cacheable
 
 Packs = list["kernels.PackedSparse | None"]
-"""The packed operands of the GEMMs that a layer's groups are; empty before the first of them runs."""
+"""Packed operands of the GEMMs of a layer's groups; empty before the first of them runs."""
 
 _kept: WeightCache[Packs] = WeightCache()
 
 
 def kept_packs(weight: Tensor, mask: Tensor | None, groups: int = 1) -> Packs | None:
-    """Where the packed forms of a weight are kept; None where the weight is about to change."""
+    """Return the cache entry for the packed forms of a weight; None if the weight is about to change."""
     return _kept.get(weight, (mask,), groups, list) if is_cacheable(weight, mask) else None
 
 
 def forget_packs(weight: Tensor | None) -> None:
-    """Free what is kept of a weight, if anything is: the dense kernel was found to be faster."""
+    """Free the cached forms of a weight, if any: the dense kernel was found to be faster."""
     _kept.forget(weight)

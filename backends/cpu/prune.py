@@ -1,7 +1,7 @@
-"""The pruning operators by native kernels. Where a kernel cannot run, its operator runs the reference.
+"""The pruning operators by native kernels. If a kernel cannot run, its operator runs the reference.
 
-Results are those of `nmcompile.pruning.OPERATORS[operator].prune(x, pattern, dim, key)` bit for bit and draw for draw,
-whatever the number of threads. With `relu`, those of `torch.relu(x)`.
+Results equal those of `nmcompile.pruning.OPERATORS[operator].prune(x, pattern, dim, key)` bit for bit and draw for
+draw, whatever the number of threads; with `relu`, those for `torch.relu(x)`.
 """
 
 import torch
@@ -25,7 +25,7 @@ NATIVE = RANKING | {"mvue", "mvue_approx"}
 
 
 def prune_support(operator: str, n_keep: int, block: int) -> Support:
-    """Whether the compiled module has the operator for the pattern N:M = `n_keep`:`block`."""
+    """Return whether the compiled module has the operator for the pattern N:M = `n_keep`:`block`."""
     support = kernel_support()
     if not support.ok:
         return support
@@ -42,7 +42,7 @@ def prune_support(operator: str, n_keep: int, block: int) -> Support:
 def cpu_prune(
     x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """`x` pruned, with the strides of `torch.empty_like(x)`.
+    """Prune `x`; the result has the strides of `torch.empty_like(x)`.
 
     Args:
         x: any shape, strides and device; float64, float32, bfloat16 or float16.
@@ -54,7 +54,7 @@ def cpu_prune(
         relu: prune max(x, 0).
 
     Raises:
-        OperandError: `x` is no tensor that the operator takes, or the key is missing or no key.
+        OperandError: the operator does not take `x`, or the key is missing or not a key.
         ConfigError: the pattern does not fit the operator.
     """
     result = empty_like(x)
@@ -73,10 +73,10 @@ def cpu_prune_out(
     key: Tensor | None = None,
     relu: bool = False,
 ) -> None:
-    """`cpu_prune` into `out`, a tensor of the shape, dtype and device of `x` and any strides.
+    """Run `cpu_prune` into `out`, a tensor of the shape, dtype and device of `x` and any strides.
 
     Raises:
-        OperandError: as `cpu_prune` does, or `out` is another tensor than that.
+        OperandError: as `cpu_prune`, or `out` has another shape, dtype or device.
     """
     check_output("out", out, x, tuple(x.shape), x.dtype)
     _write(x, operator, NMPattern(n_keep, block), dim, key, relu, out)
@@ -85,18 +85,18 @@ def cpu_prune_out(
 def prune_natively(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:
-    """What `nmcompile.ir.operations.prune` gives, bit for bit, with the native kernel."""
+    """Prune with the native kernel; the result equals that of `nmcompile.ir.operations.prune` bit for bit."""
     view, dim, restore = grouped(x, axis, channel_dim, block)
     return like(restore(cpu_prune(view, operator, n_keep, block, dim, key)), x)
 
 
 def reference(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, relu: bool) -> Tensor:
-    """What the kernels equal."""
+    """Return the reference result, which the kernels match bit for bit."""
     return OPERATORS[operator].prune(torch.relu(x.detach()) if relu else x, pattern, dim, key)
 
 
 def runs_natively(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, relu: bool) -> bool:
-    """Whether the kernel takes the operands. Wrong ones are refused too: the reference says what is wrong."""
+    """Return whether the kernel takes the operands; not wrong ones, for which the reference raises its error."""
     keyed = operator in RANKING or (key is not None and key.dtype == torch.int64 and key.dim() == 0)
     fits = takes(x) and -x.dim() <= dim < x.dim() and not (relu and operator not in RANKING)
     return fits and keyed and prune_support(operator, pattern.n_keep, pattern.block).ok
@@ -130,7 +130,7 @@ def call_kernel(
 
 
 def word_of(operator: str, key: Tensor | None) -> int:
-    """A key as the kernels take it."""
+    """Return a key in the form that the kernels take."""
     return 0 if key is None or operator in RANKING else int(key) & WORD
 
 

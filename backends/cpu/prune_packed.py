@@ -1,6 +1,6 @@
 """The pruning operators straight into the 2:4 format of `nmcompile.pruning.packed`, in one pass over the tensor.
 
-The patterns are 1:2 and 2:4; both fit the format. What is packed is the pruned tensor under `two_of_four`.
+The patterns are 1:2 and 2:4; both fit the format. The pruned tensor is packed under its `two_of_four` mask.
 """
 
 import torch
@@ -23,7 +23,7 @@ def _empty(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def cpu_prune_packed(
     x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`cpu_prune(x, ...)` packed along `dim`.
+    """Run `cpu_prune(x, ...)` and pack the result along `dim`.
 
     Args:
         x: as for `cpu_prune`; the size of `dim` is a multiple of four.
@@ -33,7 +33,7 @@ def cpu_prune_packed(
         Values, of the dtype of `x`, and indices, uint8; both contiguous.
 
     Raises:
-        OperandError: as `cpu_prune` does, or the size of `dim` is not a multiple of four.
+        OperandError: as `cpu_prune`, or the size of `dim` is not a multiple of four.
         ConfigError: the pattern does not fit the operator or the format.
     """
     values, indices = _empty(x, dim)
@@ -53,10 +53,10 @@ def cpu_prune_packed_out(
     key: Tensor | None = None,
     relu: bool = False,
 ) -> None:
-    """`cpu_prune_packed` into `values` and `indices`, of its shapes and dtypes and any strides.
+    """Run `cpu_prune_packed` into `values` and `indices`, of its shapes and dtypes and any strides.
 
     Raises:
-        OperandError: as `cpu_prune_packed` does, or an output has another shape, dtype or device.
+        OperandError: as `cpu_prune_packed`, or an output has another shape, dtype or device.
         ConfigError: the pattern does not fit the operator or the format.
     """
     of_values, of_indices = packed_shapes(tuple(x.shape), check(x, dim))

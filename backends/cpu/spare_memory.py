@@ -1,4 +1,4 @@
-"""Large results in memory that earlier ones have left. It stays with the process, as much as was in use at one time."""
+"""Reuse of freed memory for large results. The process keeps at most as much as was in use at one time."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ from torch._subclasses import FakeTensor
 from nmcompile.backends.cpu.kernels import takes
 from nmcompile.native import kernels
 
-LARGE = 1 << 22  # bytes; the C library gives more than that back to the system, or takes long to find it
+LARGE = 1 << 22  # bytes; the C library returns larger blocks to the system, or takes long to find one
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like(x, requires_grad=False)`, in spare memory where it is large."""
+    """Return `torch.empty_like(x, requires_grad=False)`, in spare memory if it is large."""
     return empty(x, torch.empty_like(x, device="meta"))
 
 
 def empty(x: Tensor, shape: Tensor) -> Tensor:
-    """A tensor with dtype and device of `x`, and sizes and strides of `shape`, in spare memory where it is large."""
+    """Return a tensor with dtype and device of `x`, sizes and strides of `shape`, in spare memory if it is large."""
     if isinstance(x, FakeTensor) or not takes(x) or shape.numel() * x.itemsize < LARGE:
         return torch.empty_strided(shape.shape, shape.stride(), dtype=x.dtype, device=x.device)
     memory = kernels.memory(shape.numel() * x.itemsize)

@@ -1,6 +1,6 @@
-"""The exact transposable 2:4 mask by a native kernel, and what follows from it in the same pass over the weight.
+"""The exact transposable 2:4 mask by a native kernel, with the results that follow from it in the same pass.
 
-Where the kernel cannot run, the operators run `nmcompile.pruning.transposable_mask` and pack with torch. Both give the
+If the kernel cannot run, the operators run `nmcompile.pruning.transposable_mask` and pack with torch. Both give the
 same bits.
 """
 
@@ -23,7 +23,7 @@ MASK_KERNEL = "nmcompile::cpu_transposable_mask"
 
 
 class Outputs(NamedTuple):
-    """What to write; None is not wanted. A packed form is values and indices, see `nmcompile.pruning.packed`."""
+    """Outputs to write, None if not wanted. A packed form is values and indices, see `nmcompile.pruning.packed`."""
 
     mask: Tensor | None = None
     pruned: Tensor | None = None
@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
 
 @custom_op("nmcompile::cpu_transposable_mask", fake=lambda w: torch.empty_like(w, dtype=torch.bool))
 def cpu_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
-    """`transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
+    """Compute `transposable_mask(w, "2:4", dims=(out_dim, in_dim))`, bit for bit.
 
     Args:
         w: any shape, strides and device; float64, float32, bfloat16 or float16.
@@ -55,7 +55,7 @@ def cpu_transposable_mask(w: Tensor, out_dim: int, in_dim: int) -> Tensor:
     fake=lambda w, out_dim, in_dim: (*_empty_packed(w, in_dim), *_empty_packed(w, out_dim)),
 )
 def cpu_transposable_pack(w: Tensor, out_dim: int, in_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`w` under its transposable mask, packed for the forward and for the backward GEMM.
+    """Prune `w` by its transposable mask, and pack it for the forward and for the backward GEMM.
 
     Args:
         w: any shape, strides and device; float64, float32, bfloat16 or float16.
@@ -85,7 +85,7 @@ def cpu_transposable_out(
     """Write the mask (bool), the pruned weight and the packed forms into given tensors, of any strides, in one pass.
 
     Raises:
-        OperandError: an output has another shape, dtype or device than the operator would give it.
+        OperandError: an output has another shape, dtype or device than the operator's own result.
     """
     outputs = Outputs(mask, pruned, forward_values, forward_indices, backward_values, backward_indices)
     _write(w, out_dim, in_dim, outputs)
@@ -121,7 +121,7 @@ def _write_by_reference(w: Tensor, rows: int, columns: int, outputs: Outputs) ->
 
 
 def _kernel_takes(w: Tensor, rows: int, columns: int, outputs: Outputs) -> bool:
-    """False also for operands that are wrong: the reference says what is wrong with them."""
+    """Return whether the kernel takes the operands; not wrong ones, for which the reference raises its error."""
     on_cpu = w.device.type == "cpu" and w.dtype in DTYPES and w.layout == torch.strided
     plain = not any(out is not None and out.is_neg() for out in outputs)
     return on_cpu and plain and rows != columns and kernel_support().ok and w.dim() - 2 <= kernels.MAX_BATCH_DIMS

@@ -1,7 +1,7 @@
-"""Which of the library's algorithms to take.
+"""Choice among the library's algorithms.
 
-Some are wrong for some shapes, and the default is often not the fastest: each is checked against the dense product of
-random operands before it is timed, once for each problem.
+Some are wrong for some shapes, and the default is often not the fastest. So each is checked against the dense product
+of random operands before it is timed, once for each problem.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from nmcompile.errors import LibraryError
 SPLITS = (1, -1, 2, 4)  # parts of the sum that are computed side by side; -1 leaves it to the library (Hopper)
 TOLERANCE = 4  # relative error of the whole product, in steps of the dtype
 ROUNDS = 3
-SEARCHES = 4096  # whose results are remembered
+SEARCHES = 4096  # cached results of searches
 
 _found: Recent[tuple[Problem, bool], tuple[Algorithm | None]] = Recent(SEARCHES)
 
@@ -36,9 +36,9 @@ class Trial(NamedTuple):
 
 
 def best_algorithm(problem: Problem) -> Algorithm | None:
-    """The fastest algorithm that is right, searched once; None if none is, or while a graph is captured.
+    """Return the fastest correct algorithm, searched once; None if there is none, or while a graph is captured.
 
-    Where algorithms have to be deterministic it is the first that is right.
+    If algorithms have to be deterministic, it is the first correct one.
     """
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     key = problem, is_deterministic

@@ -29,11 +29,11 @@ GEMMS: dict[tuple[Any, type[Layer]], Any] = {
 
 @dataclass(frozen=True)
 class CusparseltBackend:
-    """Takes the GEMMs of linear layers, and the forward and backward ones of 1x1 convolutions, whose operand keeps two
-    of four.
+    """A backend for 2:4 GEMMs of linear layers, and the forward and backward 2:4 GEMMs of 1x1 convolutions.
 
-    Whether the sparse or the dense kernel runs is measured when the GEMM first does, the compression of the operand
-    included. On other devices than CUDA's and in other dtypes than float16 and bfloat16 they run as the reference does.
+    The sparse and the dense kernel are timed when the GEMM first runs, including the compression of the operand, and
+    the faster one runs. On devices other than CUDA's, and in dtypes other than float16 and bfloat16, GEMMs run as in
+    the reference.
     """
 
     name: str = "cusparselt"
@@ -63,12 +63,12 @@ def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:
     weight, mask = take_mask(node)
     if mask is not None:
         update_meta(node, mask_kernel=mask_kernel(pruned))
-    # Linear layers pass on whether their weight is transposed; the geometry of a 1x1 convolution says nothing.
+    # Linear layers pass on whether their weight is transposed; a 1x1 convolution needs no geometry.
     return first, weight, mask, *(rest[:1] if isinstance(meta_of(node).layer, ConvLayer) else rest)
 
 
 def _update_arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Return the arguments of a linear layer's update, which prunes the gradient itself if nobody else reads it."""
+    """Return the arguments of a linear layer's update, which prunes the gradient itself if nothing else reads it."""
     row, pruned = pruned_row(node), pruned_alone(node)
     assert row is not None and row.pattern is not None
     dense, input, transposed = gemm_arguments(node)

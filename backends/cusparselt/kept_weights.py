@@ -1,4 +1,4 @@
-"""What is kept of a weight at rest: its compressed form for the sparse kernel, its masked one for the dense kernel."""
+"""A cache of weights: compressed for the sparse kernel, masked for the dense kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,23 +14,23 @@ from nmcompile.weight_cache import WeightCache, is_cacheable
 _compressed: WeightCache[Tensor] = WeightCache()
 _masked: WeightCache[Tensor] = WeightCache()
 _captured: list[tuple[StorageWeakRef, Tensor]] = []
-"""The forms that CUDA graphs read, each with the memory of its weight."""
+"""Forms that CUDA graphs read, each with the memory of its weight."""
 
 
 def is_kept(weight: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether what is made of a weight is kept: of a parameter at rest. Others are made anew in each call."""
+    """Return whether forms of a weight are cached: only those of an unchanging parameter."""
     return isinstance(weight, nn.Parameter) and is_cacheable(weight, mask)
 
 
 def compressed_weight(
     weight: Tensor, mask: Tensor | None, size: tuple[int, int], compress: Callable[[], Tensor]
 ) -> Tensor:
-    """What `compress` makes of a weight, of that size with the zeros that are appended."""
+    """Return the weight compressed by `compress`, of that size with the appended zeros."""
     return _get(_compressed, weight, mask, size, compress)
 
 
 def masked_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """The weight under its mask."""
+    """Return the masked weight."""
     return weight if mask is None else _get(_masked, weight, mask, None, lambda: apply_mask(weight, mask))
 
 
@@ -57,14 +57,14 @@ def _get(
     if not is_capturing(weight.device):
         return cache.get(weight, (mask,), how, lambda: _finished(make()))
     if not cache.has(weight, (mask,), how):
-        return make()  # in each replay: what a capture makes is not there before one
+        return make()  # in each replay: a tensor made in a capture exists only during replays
     form = cache.get(weight, (mask,), how, make)
     _pin(form, weight)
     return form
 
 
 def _pin(form: Tensor, weight: Tensor) -> None:
-    """Let a form live as long as the memory of its weight, also when the cache drops it: a CUDA graph reads it there.
+    """Keep a form alive as long as the memory of its weight, even if the cache drops it: a CUDA graph reads it there.
 
     A weak reference to the weight itself would keep torch from swapping it.
     """
@@ -73,7 +73,7 @@ def _pin(form: Tensor, weight: Tensor) -> None:
 
 
 def _finished(form: Tensor) -> Tensor:
-    """Once it is there for every stream."""
+    """Return a form once it is ready for every stream."""
     if form.is_cuda:
         torch.cuda.current_stream(form.device).synchronize()
     return form

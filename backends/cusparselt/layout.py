@@ -1,9 +1,9 @@
-"""Where the library puts the indices of what it compresses, found out by compressing matrices that show it.
+"""Layout of the library's compressed indices, found by compressing matrices that reveal it.
 
-A compressed matrix is its kept values by rows, and behind them four bits for each group of four elements: the places of
-the two kept ones, the code of `nmcompile.pruning.packed`. In which order the codes lie is not documented, and differs
-between GPUs, types and versions of the library. It is taken to be such that a row and a group each add their part to
-the address; whether that holds, and the whole is right, a comparison of all bytes has to show.
+A compressed matrix is its kept values by rows, followed by four bits for each group of four elements: the places of the
+two kept ones, the code of `nmcompile.pruning.packed`. The order of the codes is not documented, and differs between
+GPUs, types and versions of the library. The assumption is that a row and a group each add their part to the address; a
+comparison of all bytes has to confirm this, and that the whole is right.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ Compress = Callable[[Tensor], Tensor]
 
 
 class Layout(NamedTuple):
-    """Of a compressed matrix.
+    """Layout of a compressed matrix.
 
     Args:
-        size: in bytes.
-        start: where the codes begin.
-        places: of the codes.
+        size: size in bytes.
+        start: offset of the codes.
+        places: places of the codes.
     """
 
     size: int
@@ -35,10 +35,10 @@ class Layout(NamedTuple):
 
 
 def find_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device, compress: Compress) -> Layout | None:
-    """The layout of `(rows, depth)` matrices; None if rows and groups do not each add their part.
+    """Find the layout of `(rows, depth)` matrices; None if rows and groups do not each add their part.
 
     Args:
-        rows, depth: that the library takes without padding.
+        rows, depth: sizes that the library takes without padding.
         dtype, device: of the matrices.
         compress: the library's function.
     """
@@ -46,7 +46,7 @@ def find_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device,
     size = 0
 
     def last_groups(row: slice | Tensor, group: slice | Tensor) -> Tensor:
-        """Which codes, in the order in which they lie, say the last two are kept, if only those groups keep them."""
+        """Return which codes, in stored order, say that the last two are kept, if only these groups keep them."""
         nonlocal size
         flags = torch.zeros(rows, depth // GROUP, dtype=torch.bool, device=device)
         flags[row, group] = True
@@ -71,7 +71,7 @@ def find_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device,
 
 
 def _places(count: int, device: torch.device, probe: Callable[[slice | Tensor], Tensor]) -> Tensor | None:
-    """Where the codes of `count` groups lie, by a probe for each bit of their numbers; None if that shows no order."""
+    """Find the places of the codes of `count` groups, by a probe per bit of their numbers; None without an order."""
     places = probe(slice(None)).nonzero().flatten()
     if len(places) != count:
         return None
@@ -85,7 +85,7 @@ def _places(count: int, device: torch.device, probe: Callable[[slice | Tensor], 
 
 
 def _partner(rows: Tensor, groups: Tensor) -> int | None:
-    """Whose code shares a byte with that of a group: see `Places`."""
+    """Return which group's code shares a byte with that of a group: see `Places`."""
     if _are_pairs(groups, 1) and bool((rows % 2 == 0).all()):
         return 0
     if bool((groups % 2 == 0).all()):
@@ -94,7 +94,7 @@ def _partner(rows: Tensor, groups: Tensor) -> int | None:
 
 
 def _are_pairs(places: Tensor, partner: int) -> bool:
-    """Whether the halves of a byte always are two codes that far apart."""
+    """Return whether the halves of a byte always are two codes that far apart."""
     if len(places) % (2 * partner):
         return False
     low, high = places.unflatten(0, (-1, 2, partner)).unbind(1)

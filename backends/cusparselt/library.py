@@ -1,4 +1,4 @@
-"""The library by its C interface: a plan is made once for each problem, and then costs some microseconds a product.
+"""The library through its C interface: a plan is made once per problem, and then costs some microseconds per product.
 
 PyTorch's own operator makes a new plan in every call, for which the GPU waits longer than most products take.
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nmcompile.errors import LibraryError
 
-SONAME = "libcusparseLt.so.0"  # which PyTorch has loaded
-STRUCTURE = 4096  # bytes for one of the library's opaque structures, of which the largest known have 1024
+SONAME = "libcusparseLt.so.0"  # PyTorch has loaded it
+STRUCTURE = 4096  # bytes for one of the library's opaque structures; the largest known ones have 1024
 ALIGNMENT = 16
-PLANS = 512  # that are kept
+PLANS = 512  # cached plans
 
 # The enumerations of the library's header, and of CUDA's.
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
@@ -29,16 +29,16 @@ BIAS_POINTER = 8
 ALGORITHM_ID, ALGORITHM_COUNT, SPLIT_K = 0, 1, 3
 
 _captured: set["Plan"] = set()
-"""What CUDA graphs use, which nobody destroys."""
+"""Plans that CUDA graphs use and that are never destroyed."""
 
 
 class Problem(NamedTuple):
     """A product of a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
 
     Args:
-        rows, depth, lanes: that need no padding.
-        by_depth: the dense matrix lies as `(depth, lanes)`, else as `(lanes, depth)`.
-        by_rows: the result lies as `(rows, lanes)`, else as `(lanes, rows)`.
+        rows, depth, lanes: sizes that need no padding.
+        by_depth: the dense matrix is stored as `(depth, lanes)`, else as `(lanes, depth)`.
+        by_rows: the result is stored as `(rows, lanes)`, else as `(lanes, rows)`.
         has_bias: `(rows,)` is added.
         dtype: of all of them; sums are float32.
         device: a CUDA device.
@@ -55,14 +55,14 @@ class Problem(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """One of the library's kernels, and into how many parts it splits the sum (-1: as it sees fit)."""
+    """One of the library's kernels, and the number of parts that it splits the sum into (-1: its own choice)."""
 
     id: int
     split_k: int
 
 
 def library_loads() -> bool:
-    """Whether the library can be called."""
+    """Return whether the library can be called."""
     try:
         _library()
     except OSError:
@@ -71,7 +71,7 @@ def library_loads() -> bool:
 
 
 def library_version() -> tuple[int, int, int]:
-    """Of the library that is loaded, which need not be the one that PyTorch was built with."""
+    """Return the version of the loaded library, which need not be the one that PyTorch was built with."""
     numbers = [ctypes.c_int() for _ in range(3)]
     for part, number in enumerate(numbers):
         _call("cusparseLtGetProperty", part, ctypes.byref(number))
@@ -80,12 +80,12 @@ def library_version() -> tuple[int, int, int]:
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream that work on the device is put into."""
+    """Return the stream that work on the device is put into."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured there."""
+    """Return whether a CUDA graph is captured there."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -93,7 +93,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def algorithm_count(problem: Problem) -> int:
-    """How many algorithms the library has for a problem."""
+    """Return the number of algorithms that the library has for a problem."""
     with torch.cuda.device(problem.device):
         count, product = ctypes.c_int32(), _Product(problem)
         _call("cusparseLtMatmulAlgGetAttribute", product.handle, product.selection, ALGORITHM_COUNT, *_of(count))
@@ -101,10 +101,10 @@ def algorithm_count(problem: Problem) -> int:
 
 
 def kept_plan(problem: Problem, algorithm: Algorithm, stream: int) -> "Plan | None":
-    """The plan for a problem on a stream: the bias lies in it, and two streams may be at work at the same time.
+    """Return the plan for a problem on a stream: a plan holds the bias, and two streams may run at the same time.
 
-    While a CUDA graph is captured no plan is made. The graph takes that of another stream, beside which it must not run
-    if there is a bias; None if there is none.
+    No plan is made while a CUDA graph is captured. The graph then takes the plan of another stream, beside which it
+    must not run if there is a bias; None if there is no such plan.
     """
     plans = _plans(problem, algorithm)
     if is_capturing(problem.device):
@@ -141,7 +141,7 @@ class _Product:
         operands = PLAIN, dense_is, sparse, dense, result, result
         _call("cusparseLtMatmulDescriptorInit", handle, self.matmul, *operands, COMPUTE_FLOAT32)
         # The address of the bias is part of a plan: each plan has a tensor for it.
-        with torch.inference_mode(False):  # a copy into it has to be allowed outside, too
+        with torch.inference_mode(False):  # copies into it have to be allowed outside, too
             self.bias = torch.zeros(rows, dtype=problem.dtype, device=problem.device) if problem.has_bias else None
         if self.bias is not None:
             address = ctypes.c_void_p(self.bias.data_ptr())
@@ -152,10 +152,10 @@ class _Product:
 
 
 class Plan:
-    """A problem with the algorithm that solves it.
+    """A problem with an algorithm that solves it.
 
     Raises:
-        LibraryError: the algorithm is none for it.
+        LibraryError: the algorithm does not fit the problem.
     """
 
     def __init__(self, problem: Problem, algorithm: Algorithm) -> None:
@@ -163,7 +163,7 @@ class Plan:
         with torch.cuda.device(problem.device):
             product = _Product(problem)
             handle, self.plan = product.handle, ctypes.create_string_buffer(STRUCTURE)
-            # One part is the default, and not all algorithms let it be set.
+            # One part is the default, and not all algorithms allow setting it.
             chosen = {ALGORITHM_ID: algorithm.id} | ({SPLIT_K: algorithm.split_k} if algorithm.split_k != 1 else {})
             for name, value in chosen.items():
                 _call("cusparseLtMatmulAlgSetAttribute", handle, product.selection, name, *_of(ctypes.c_int32(value)))
@@ -177,14 +177,14 @@ class Plan:
         self.addresses = [ctypes.addressof(structure) for structure in (handle, self.plan, self.one, self.zero)]
 
     def run(self, compressed: Tensor, dense: Tensor, bias: Tensor | None, stream: int) -> Tensor:
-        """The product of contiguous operands."""
+        """Return the product of contiguous operands."""
         result = dense.new_empty(self.size)
         workspace = dense.new_empty(self.workspace, dtype=torch.uint8) if self.workspace else None
         handle, plan, one, zero = self.addresses
         output = result.data_ptr()
         operands = one, compressed.data_ptr(), dense.data_ptr(), zero, output, output
         space, streams = None if workspace is None else workspace.data_ptr(), ctypes.byref(ctypes.c_void_p(stream))
-        with self.lock:  # of threads with one stream; another's bias must not come between
+        with self.lock:  # threads may share a stream; another's bias must not come between
             if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
             status = _library().cusparseLtMatmul(handle, plan, *operands, space, streams, 1)
@@ -234,5 +234,5 @@ def _long(*values: int) -> Sequence[ctypes.c_int64]:
 
 
 def _of(value: Any) -> tuple[Any, ctypes.c_size_t]:
-    """An attribute's value, as the library is given it."""
+    """Return an attribute's value as the arguments that the library takes."""
     return ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value))

@@ -1,7 +1,7 @@
-"""The sparse operand of a product, and how it is compressed.
+"""The sparse operand of a product, and its compression.
 
 The library's own function takes as long as a large product. So a kernel of ours masks or prunes and compresses in one
-pass, once it is known where the library expects the indices; that it writes the same bytes is checked at first use.
+pass, once it is known where the library expects the indices. Its first use checks that it writes the same bytes.
 """
 
 from functools import lru_cache
@@ -16,20 +16,20 @@ from nmcompile.backends.triton.operators import triton_prune
 from nmcompile.backends.triton.support import KEEP, triton_support
 from nmcompile.pruning.pattern import NMPattern
 
-SIZES = 512  # whose layouts are remembered
+SIZES = 512  # sizes whose layouts are cached
 TWO_OF_FOUR = NMPattern(2, 4)
 PACKED = frozenset({"greedy", "mvue", "mvue_approx"})  # the operators that kernels compress with
 
 
 class Operand(NamedTuple):
-    """A matrix that keeps two of four along a dim once it is masked and pruned. Its lines along that dim are the rows.
+    """A matrix that keeps two of four along a dim after masking and pruning. Its lines along that dim are the rows.
 
     Args:
         matrix: `(r, c)`, any strides.
         dim: 0 or 1.
         mask: bool like the matrix; None keeps all.
-        operator: in `nmcompile.pruning.OPERATORS`, or `KEEP`.
-        pattern: of the operator.
+        operator: a name in `nmcompile.pruning.OPERATORS`, or `KEEP`.
+        pattern: the operator's pattern.
         key: for its draws, 0-d int64.
     """
 
@@ -49,7 +49,7 @@ class Operand(NamedTuple):
         return self.matrix.shape[self.dim]
 
     def pruned(self) -> Tensor:
-        """The matrix with its zeros."""
+        """Return the matrix with its zeros."""
         masked = self.matrix if self.mask is None else torch.where(self.mask, self.matrix, 0.0)
         if self.operator == KEEP:
             return masked
@@ -60,12 +60,12 @@ class Operand(NamedTuple):
 
 
 def compress(matrix: Tensor) -> Tensor:
-    """By the library: a contiguous matrix that keeps at most two of every four elements of a row."""
+    """Compress, by the library, a contiguous matrix that keeps at most two of every four elements of a row."""
     return torch._cslt_compress(matrix)
 
 
 def compressed(operand: Operand, rows: int, depth: int) -> Tensor:
-    """The operand as the library wants it, with zeros appended up to that size."""
+    """Return the operand in the library's format, with zeros appended up to that size."""
     matrix = operand.matrix
     layout = checked_layout(rows, depth, matrix.dtype, matrix.device)
     if layout is None:
@@ -78,7 +78,7 @@ def compressed(operand: Operand, rows: int, depth: int) -> Tensor:
 
 @lru_cache(SIZES)
 def checked_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Layout | None:
-    """The layout of compressed matrices of that size; None if our kernel writes other bytes than the library."""
+    """Return the layout of compressed matrices of that size; None if our kernel writes other bytes than the library."""
     if not triton_support().ok:
         return None
     layout = find_layout(rows, depth, dtype, device, compress)

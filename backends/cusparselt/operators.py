@@ -1,7 +1,7 @@
 """The GEMMs of linear layers and 1x1 convolutions as torch operators.
 
-The weight comes with its mask, or with its zeros. `slot` is the name of the slot in which the node
-keeps its choice. What the library does not take runs as the reference backend has it.
+The weight comes with its mask, or with its zeros. `slot` is the name of the slot in which the node keeps its choice.
+Operands that the library does not take run as in the reference backend.
 """
 
 from torch import Tensor
@@ -38,7 +38,7 @@ def _empty_image(input: Tensor, channels: int) -> Tensor:
 def linear_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
-    """Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W 2:4 along in-features."""
+    """Compute Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W 2:4 along in-features."""
     sparse = Operand(weight, 0 if transposed else 1, mask)
     outcome = Product(sparse, by_rows(input, -1), bias, weight=weight).run(
         lambda rows: rows.view(*input.shape[:-1], sparse.rows),
@@ -51,7 +51,7 @@ def linear_forward(
 def linear_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
-    """dX = dY W, `(..., out)` to `(..., in)`, with W 2:4 along out-features."""
+    """Compute dX = dY W, `(..., out)` to `(..., in)`, with W 2:4 along out-features."""
     sparse = Operand(weight, 1 if transposed else 0, mask)
     outcome = Product(sparse, by_rows(grad_output, -1)).run(
         lambda rows: rows.view(*grad_output.shape[:-1], sparse.rows),
@@ -72,7 +72,7 @@ def linear_weight_gradient(
     transposed: bool,
     slot: str,
 ) -> Tensor:
-    """dW = dYᵀ X, of the weight's shape.
+    """Compute dW = dYᵀ X, of the weight's shape.
 
     dY is pruned along the tokens by `operator` on the way; for `KEEP` it comes with its zeros.
     """
@@ -93,7 +93,7 @@ def linear_weight_gradient(
 
 @custom_op("nmcompile::cusparselt_pointwise_forward", fake=lambda input, weight: _empty_image(input, weight.shape[0]))
 def pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, slot: str) -> Tensor:
-    """Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
+    """Compute Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
     sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
     outcome = Product(sparse, by_rows(input, 1), bias, weight=weight).run(
         lambda rows: by_channels(rows, input, weight.shape[0]),
@@ -106,7 +106,7 @@ def pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: 
 def pointwise_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, slot: str
 ) -> Tensor:
-    """dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
+    """Compute dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
     sparse = Operand(weight.flatten(1), 0, None if mask is None else mask.flatten(1))
 
     def dense() -> Tensor:
@@ -120,11 +120,11 @@ def pointwise_input_gradient(
 
 
 def _like(image: Tensor, input: Tensor) -> Tensor:
-    """In the memory format of the input: PyTorch follows that of the weight too."""
+    """Return the image in the memory format of the input: PyTorch also follows the weight's."""
     return image.contiguous(memory_format=memory_format(input))
 
 
 def _geometry(input: Tensor) -> tuple[list[int], list[int], list[int], int]:
-    """Stride, padding, dilation and groups of a 1x1 convolution."""
+    """Return stride, padding, dilation and groups of a 1x1 convolution."""
     dims = input.dim() - 2
     return [1] * dims, [0] * dims, [1] * dims, 1

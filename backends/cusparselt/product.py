@@ -18,7 +18,7 @@ from nmcompile.ir.choice import Choice
 
 @dataclass(frozen=True)
 class Product:
-    """`sparse @ dense + bias` for a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
+    """The product `sparse @ dense + bias` for a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
 
     Args:
         sparse: the operand that keeps two of four along its depth.
@@ -26,7 +26,7 @@ class Product:
         bias: `(rows,)`.
         by_depth: see `dense`.
         by_rows: the result is `(rows, lanes)`, else `(lanes, rows)`.
-        weight: what the sparse operand is a view of, if that is to be compressed only once while it is at rest.
+        weight: the weight of which the sparse operand is a view, if its compressed form may be cached.
     """
 
     sparse: Operand
@@ -41,11 +41,11 @@ class Product:
         return Sizes(self.sparse.rows, self.sparse.depth, self.dense.shape[1 if self.by_depth else 0])
 
     def run(self, restore: Callable[[Tensor], Tensor], dense: Callable[[], Tensor]) -> tuple[Tensor, Choice]:
-        """Return the result by the kernel that pays, and which one that was.
+        """Return the result by the kernel that pays, and the choice of that kernel.
 
         Args:
-            restore: from the product's matrix to what the layer gives.
-            dense: the same by the dense kernel.
+            restore: turns the product's matrix into the layer's result.
+            dense: returns the same result by the dense kernel.
         """
         operand, sizes = self.sparse, self.sizes
         refusal = operand_refusal(operand.matrix, self.dense, *(() if self.bias is None else (self.bias,)))
@@ -68,7 +68,7 @@ class Product:
         return result, choice
 
     def multiply(self) -> Tensor | None:
-        """By the library; None where no algorithm of it is right, or there is no plan for a graph that is captured."""
+        """Multiply by the library; None if no algorithm is correct, or a graph is captured and there is no plan."""
         given, bias, device = self.sizes, self.bias, self.dense.device
         sizes = padded(given)
         problem = Problem(*sizes, self.by_depth, self.by_rows, bias is not None, self.dense.dtype, device)
@@ -102,17 +102,17 @@ def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def by_rows(x: Tensor, channel_dim: int) -> Tensor:
-    """A matrix with a row for every position; a view where channels are last in memory."""
+    """Return a matrix with a row for every position; a view if channels are last in memory."""
     return x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim])
 
 
 def by_channels(rows: Tensor, like: Tensor, channels: int) -> Tensor:
-    """The rows as an image of the size and memory format of `like`, with other channels."""
+    """Return the rows as an image of the size and memory format of `like`, with other channels."""
     samples, _, *spatial = like.shape
     return rows.view(samples, *spatial, channels).movedim(-1, 1).contiguous(memory_format=memory_format(like))
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels last, or all else."""
+    """Return channels last, or contiguous for all others."""
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if is_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""What cuSPARSELt takes, as far as it can be said without a GPU."""
+"""The operands that cuSPARSELt takes, as far as this is known without a GPU."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ from nmcompile.ir.protocols import Support
 
 OLDEST = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16)
-SPARSE_MULTIPLE = 64  # of both sizes of the sparse operand: the library asks for 16, and orders indices in tiles of 64
-DENSE_MULTIPLE = 8  # of the free size of the dense operand
+SPARSE_MULTIPLE = 64  # for both sizes of the sparse operand: the library needs 16, and orders indices in tiles of 64
+DENSE_MULTIPLE = 8  # for the free size of the dense operand
 KNOWN_BAD = {(0, 8, 0): "slower than others on Hopper and L4; nvidia-cusparselt-cu13 0.8.1 and later are not"}
 HOPPER = 9
 
 
 class Sizes(NamedTuple):
-    """Of a product of a sparse (rows, depth) and a dense (lanes, depth) operand."""
+    """Sizes of a product of a sparse (rows, depth) and a dense (lanes, depth) operand."""
 
     rows: int
     depth: int
@@ -25,13 +25,13 @@ class Sizes(NamedTuple):
 
 
 def padded(sizes: Sizes) -> Sizes:
-    """The sizes after zeros were appended that cuSPARSELt asks for."""
+    """Return the sizes with the zeros that cuSPARSELt needs appended."""
     multiples = SPARSE_MULTIPLE, SPARSE_MULTIPLE, DENSE_MULTIPLE
     return Sizes(*(-(-size // multiple) * multiple for size, multiple in zip(sizes, multiples, strict=True)))
 
 
 def cusparselt_support() -> Support:
-    """Whether the library can run on this machine, with its version; never raises."""
+    """Return whether the library can run on this machine, with its version; never raise."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return Support(False, "no NVIDIA GPU, or a torch without CUDA")
     if not torch.backends.cusparselt.is_available():
@@ -47,7 +47,7 @@ def cusparselt_support() -> Support:
 
 
 def operand_refusal(*operands: Tensor) -> str:
-    """Why these tensors cannot be multiplied here; empty if they can."""
+    """Return why these tensors cannot be multiplied here; empty if they can."""
     for x in operands:
         if x.device.type != "cuda":
             return f"an operand is on {x.device.type}, not on cuda"
@@ -63,7 +63,7 @@ def operand_refusal(*operands: Tensor) -> str:
 
 
 def float16_refusal(capability: tuple[int, int]) -> str:
-    """Why float16 is left alone; empty if it need not be. What ends the process cannot be tried and caught."""
+    """Return why float16 is refused; empty if it is not. A kernel that ends the process cannot be tried and caught."""
     if capability[0] != HOPPER:
         return ""
     return "a float16 kernel of cuSPARSELt 0.8.0 ends the process on Hopper, later ones were not tried; use bfloat16"

@@ -26,7 +26,7 @@ GEMMS: dict[tuple[object, type[Layer]], Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class ReferenceBackend:
-    """Takes every node. GEMMs become the operations that eager autograd uses; prune nodes stay what they are."""
+    """A backend for every node. GEMMs become the operations of eager autograd; prune nodes stay unchanged."""
 
     name: str = "reference"
 
@@ -48,7 +48,7 @@ class ReferenceBackend:
         elif node.target is ops.bias_gradient:
             _lower_bias_gradient(node)
         else:
-            raise LoweringError(f"layer {meta.layer.name!r}: node {node.name!r} is no operation of the IR")
+            raise LoweringError(f"layer {meta.layer.name!r}: node {node.name!r} is not an operation of the IR")
 
 
 def _lower_gemm(node: fx.Node) -> None:
@@ -62,7 +62,7 @@ def _lower_gemm(node: fx.Node) -> None:
 
 
 def _same_gradient_bias(node: fx.Node) -> fx.Node | None:
-    """The bias gradient that reads the very tensor that the update GEMM reads, so that one kernel gives both."""
+    """Return the bias gradient that reads the same tensor as the update GEMM, so one kernel computes both."""
     gradient = node.args[0]
     assert isinstance(gradient, fx.Node)
     return next((user for user in gradient.users if user.target is ops.bias_gradient), None)
@@ -86,12 +86,12 @@ def _lower_bias_gradient(node: fx.Node) -> None:
     if isinstance(meta_of(node).layer, ConvLayer):
         ops.replace_node(node, conv.conv_bias_gradient, node.args)
         return
-    # Eager sums in another order where the input is not contiguous.
+    # Eager sums in another order if the input is not contiguous.
     names = ("input", "input_pruned", "input_quantized")
     input = next(n for n in node.graph.nodes if n.op == "placeholder" and n.target in names)
     ops.replace_node(node, linear.linear_bias_gradient, (*node.args, input))
 
 
 def add_channels(output: Tensor, bias: Tensor, channel_dim: int) -> Tensor:
-    """Y + b with b along the channel dim."""
+    """Compute Y + b with b along the channel dim."""
     return output + (bias if channel_dim == -1 else bias.view(-1, *(1,) * (output.dim() - 2)))

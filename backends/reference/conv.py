@@ -11,34 +11,34 @@ _FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def conv_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Tensor:
-    """Y = X * W + b, `(N, C, *spatial)`."""
+    """Compute Y = X * W + b, `(N, C, *spatial)`."""
     return _FORWARD[len(stride)](input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_input_gradient(
     grad_output: Tensor, weight: Tensor, input: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Tensor:
-    """dX; `input` gives its shape and memory format."""
+    """Compute dX; `input` gives its shape and memory format."""
     return _backward(grad_output, input, weight, stride, padding, dilation, groups, (True, False, False))[0]
 
 
 def conv_weight_gradient(
     grad_output: Tensor, input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Tensor:
-    """dW; `weight` gives its shape and memory format."""
+    """Compute dW; `weight` gives its shape and memory format."""
     return _backward(grad_output, input, weight, stride, padding, dilation, groups, (False, True, False))[1]
 
 
 def conv_parameter_gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """dW and db from one kernel, as eager computes them where dY is not pruned."""
+    """Compute dW and db by one kernel, as eager does if dY is not pruned."""
     gradients = _backward(grad_output, input, weight, stride, padding, dilation, groups, (False, True, True))
     return gradients[1], gradients[2]
 
 
 def conv_bias_gradient(grad_output: Tensor) -> Tensor:
-    """db: the sum over samples and positions."""
+    """Compute db, the sum over samples and positions."""
     return grad_output.sum([0, *range(2, grad_output.dim())])
 
 

@@ -1,10 +1,11 @@
-"""Sparse or dense kernel: a small GEMM runs dense; a larger one is measured with both when it first runs.
+"""Choice of the sparse or the dense kernel: a small GEMM runs dense, a larger one is timed with both at first use.
 
 Both kernels compute the same product of the same pruned operands, so a choice never changes the mathematics, only how
-sums round. The dense kernel rounds as PyTorch does. On CPUs it also runs wherever an operand holds a NaN or an
-infinity, so a choice never hides one. On GPUs that check would have to wait for the device. There cuSPARSELt skips
-pruned elements: a NaN reaches the results of the kept elements that meet it, with the dense kernel all results.
-Equal problems are measured once in a process.
+sums round. The dense kernel rounds as PyTorch does. On CPUs it also runs if an operand holds a NaN or an infinity, so a
+choice never hides one. On GPUs that check would have to wait for the device. There cuSPARSELt skips pruned elements: a
+NaN reaches the results of the kept elements that meet it, but with the dense kernel all results.
+
+Equal problems are measured once per process.
 """
 
 from collections.abc import Callable, Hashable
@@ -16,9 +17,9 @@ from nmcompile.backends.shared.known_choices import known_choice, remember
 from nmcompile.backends.shared.timing import seconds
 from nmcompile.ir.choice import Choice
 
-SMALL = 2**24  # multiplications: about a tenth of a millisecond, in which there is nothing to gain
+SMALL = 2**24  # multiplications: about a tenth of a millisecond, too little to gain anything
 ROUNDS = 4
-MARGIN = 0.95  # of the dense time, that the sparse kernel must stay below: a run differs from the next by some percent
+MARGIN = 0.95  # × the dense time, which the sparse kernel must stay below: runs differ by some percent
 UNFIT = Choice("dense", "no sparse kernel computes it: a NaN or an infinity, no right algorithm, or no room to try one")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
 
@@ -31,14 +32,14 @@ def run_best(
     dense: Callable[[], Tensor],
     device: torch.device | None = None,
 ) -> tuple[Tensor, Choice]:
-    """Return the product by the kernel that pays, and which one that was.
+    """Return the product by the kernel that pays, and the choice of that kernel.
 
     Args:
-        problem: all that decides how long both kernels take; equal problems (by `repr`, for files) are measured once.
+        problem: everything that decides the time of both kernels; equal ones (by `repr`, for files) are measured once.
         multiplications: of the dense product.
         predict: the speed-up, dense time / sparse time, by the cost model, if there is one.
-        sparse, dense: run the kernels. `sparse` gives None where the operand keeps more than its pattern.
-        device: that they run on; None is the CPU.
+        sparse, dense: run the kernels. `sparse` returns None if the operand keeps more than its pattern.
+        device: the device that they run on; None is the CPU.
     """
     choice = _choice(problem, multiplications, predict, sparse, dense, device)
     if choice.kernel == "sparse":
@@ -60,13 +61,13 @@ def _choice(
     if multiplications < SMALL:
         return Choice("dense", f"small, {multiplications / 1e6:.2f} M multiplications")
     if torch.are_deterministic_algorithms_enabled():
-        return Choice("sparse", "not measured, so that every run rounds alike: deterministic algorithms are asked for")
+        return Choice("sparse", "not measured, so every run rounds alike: deterministic algorithms are requested")
     choice = known_choice(problem)
     if choice is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return CAPTURING
         if sparse() is None:
-            return UNFIT  # what it takes to notice that is no measurement
+            return UNFIT  # the time to notice that is not a measurement
         choice = measure(predict(), sparse, dense, device)
         remember(problem, choice)
     return choice
@@ -88,5 +89,5 @@ def measure(
 
 
 def faster(sparse_seconds: float, dense_seconds: float) -> str:
-    """The kernel to run; the dense one unless there is something to gain."""
+    """Return the kernel to run: the dense one unless the sparse one gains enough."""
     return "sparse" if sparse_seconds < MARGIN * dense_seconds else "dense"

@@ -1,6 +1,6 @@
-"""Nodes that a GEMM takes into itself: what masks its weight, and what prunes its gradient.
+"""Nodes that a GEMM fuses: the mask of its weight, and the pruning of its gradient.
 
-`NodeMeta.fused` then has the plan row of the node that is gone, and computes what it computed.
+`NodeMeta.fused` then has the plan row of the removed node, and computes the node's result.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Rule = tuple[Argument, ...]
 
 
 def take_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The weight, the second argument, and the mask that the kernel shall apply itself, if nobody else reads that."""
+    """Return the weight, and the mask for the kernel to apply if nothing else reads the masked weight."""
     pruned = node.args[1]
     assert isinstance(pruned, fx.Node)
     if pruned.target is not ops.apply_mask or len(pruned.users) > 1:
@@ -31,19 +31,19 @@ def take_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def pruned_alone(node: fx.Node) -> fx.Node | None:
-    """What prunes the gradient (the first argument) for this GEMM alone."""
+    """Return the node that prunes the gradient (the first argument) for this GEMM alone."""
     pruned = node.args[0]
     assert isinstance(pruned, fx.Node)
     return pruned if pruned.target is ops.prune and len(pruned.users) == 1 else None
 
 
 def take_pruning(node: fx.Node, pruned: fx.Node, prune: Callable[..., Tensor]) -> tuple[fx.Node, Rule]:
-    """The gradient that `pruned` would prune, and how.
+    """Return the gradient that `pruned` would prune, and the rule.
 
     Args:
-        node: of the update GEMM; it will be called with the gradient, the input and the rule.
+        node: the update GEMM; it will be called with the gradient, the input and the rule.
         pruned: see `pruned_alone`.
-        prune: what the backend prunes with, called as `nmcompile.ir.operations.prune`.
+        prune: the backend's pruning function, called like `nmcompile.ir.operations.prune`.
     """
     dense, operator, n_keep, block, axis, _, *key = pruned.args
     assert isinstance(dense, fx.Node)

@@ -17,16 +17,16 @@ from nmcompile.ir.node_meta import meta_of
 
 
 def gemm_arguments(node: fx.Node) -> tuple[Argument, ...]:
-    """Return the arguments of a GEMM that is not lowered yet. A forward one takes its bias from the node that adds it.
+    """Return the arguments of a GEMM that is not lowered yet. A forward GEMM takes its bias from the node that adds it.
 
-    The bias is None if the layer has none, or if others than that node read the product.
+    The bias is None if the layer has none, or if nodes other than that one read the product.
     """
     bias = (_take_bias(node),) if node.target is ops.gemm_forward else ()
     return *node.args, *bias, *_geometry(meta_of(node).layer)
 
 
 def _take_bias(node: fx.Node) -> Argument:
-    """Remove the node that adds the bias: eager adds it inside the kernel, which rounds otherwise."""
+    """Remove the node that adds the bias: eager adds it inside the kernel, which rounds differently."""
     adding = [user for user in node.users if user.target is ops.add_bias]
     if not adding or len(node.users) > 1:
         return None

@@ -1,27 +1,27 @@
-"""The problems that are decided: measured in this process, or loaded from a file. All nodes and models share them."""
+"""Decided problems: measured in this process, or loaded from a file. All nodes and models share them."""
 
 from collections.abc import Hashable, Mapping
 
 from nmcompile.backends.shared.recent import Recent
 from nmcompile.ir.choice import Choice
 
-PROBLEMS = 4096  # measured ones that are remembered, about a kilobyte each
+PROBLEMS = 4096  # cached measurements, about a kilobyte each
 
 _measured: Recent[Hashable, Choice] = Recent(PROBLEMS)
 _loaded: dict[str, Choice] = {}
-"""By the `repr` of their problems, as files hold them; it has as many as the files that were loaded."""
+"""Loaded choices by the `repr` of their problems, as in files; their number is that in the loaded files."""
 
 
 def known_choice(problem: Hashable) -> Choice | None:
     """Return the choice that was measured or loaded for an equal problem; None if there is none."""
     choice = _measured.get(problem)
     if choice is None and _loaded and (choice := _loaded.get(repr(problem))) is not None:
-        _measured.put(problem, choice)  # which the next call finds without the text
+        _measured.put(problem, choice)  # the next call finds it without the text
     return choice
 
 
 def remember(problem: Hashable, choice: Choice) -> None:
-    """Take a measured choice for all equal problems."""
+    """Record a measured choice for all equal problems."""
     _measured.put(problem, choice)
 
 
@@ -36,6 +36,6 @@ def take_over(choices: Mapping[str, Choice]) -> None:
 
 
 def forget() -> None:
-    """Measure again what has been measured: after the machine or its load has changed."""
+    """Forget all choices, so problems are measured again: after the machine or its load has changed."""
     _measured.clear()
     _loaded.clear()

@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Key, Value]):
-    """The values of the `size` keys that were used last; threads may share it."""
+    """The values of the `size` most recently used keys; threads may share it."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -1,4 +1,4 @@
-"""Files of measured choices, so that a later process on this machine need not measure again."""
+"""Files of measured choices, which save a later process on this machine the measurement."""
 
 import json
 import os
@@ -27,10 +27,10 @@ def save_choices(path: str | os.PathLike[str]) -> None:
 
 
 def load_choices(path: str | os.PathLike[str]) -> None:
-    """Use the choices in a file that `save_choices` wrote, in place of measuring their problems.
+    """Use the choices in a file that `save_choices` wrote, instead of measuring their problems.
 
     Raises:
-        FileError: no such file, or no file of that kind; nothing is taken over then.
+        FileError: no such file, or not a file of that kind; nothing is taken over then.
         StateError: it was measured on another machine, or with another PyTorch.
     """
     try:

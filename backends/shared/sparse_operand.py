@@ -17,7 +17,7 @@ OPERAND: dict[object, tuple[int, frozenset[Axis]]] = {
 
 
 def pruned_row(node: fx.Node) -> PlanRow | None:
-    """The plan row that pruned the operand of a GEMM node that is not lowered yet, on a grid or not."""
+    """Return the plan row that pruned the operand of a GEMM node that is not lowered yet, on a grid or not."""
     operand = node.args[OPERAND[node.target][0]]
     while isinstance(operand, fx.Node) and kind_of(operand) == "quantize":
         operand = operand.args[0]
@@ -25,7 +25,7 @@ def pruned_row(node: fx.Node) -> PlanRow | None:
 
 
 def operand_support(node: fx.Node) -> Support:
-    """Whether that operand is pruned so that a kernel for two of four can take it."""
+    """Return whether that operand is pruned so that a kernel for two of four can take it."""
     row = pruned_row(node)
     if row is None or row.pattern is None:
         operand = "gradient" if node.target is ops.gemm_update else "weight"
@@ -36,7 +36,7 @@ def operand_support(node: fx.Node) -> Support:
 
 
 def pattern_support(pattern: NMPattern) -> Support:
-    """Whether what obeys the pattern is 2:4."""
+    """Return whether an operand that obeys the pattern is 2:4."""
     if 4 % pattern.block or pattern.n_keep * 2 > pattern.block:
         return Support(False, f"no sparse kernel for {pattern}, only for patterns that keep two of four")
     return Support(True)

@@ -1,18 +1,18 @@
-"""How long a call takes, on the CPU or on a CUDA device."""
+"""Timing of a call on the CPU or on a CUDA device."""
 
 import time
 from collections.abc import Callable
 
 import torch
 
-HEAD_START = 2_000_000  # of a call over the GPU, in its cycles: about a millisecond
+HEAD_START = 2_000_000  # cycles by which a call is ahead of the GPU: about a millisecond
 
 
 def seconds(run: Callable[[], object], device: torch.device | None = None, head_start: int = HEAD_START) -> float:
     """Return the seconds that one call takes; on a CUDA device, the seconds for which it keeps the device busy.
 
-    There a call only asks for the work, which a model does ahead. So that the asking is not timed, the device is made
-    to wait for `head_start` cycles.
+    There a call only enqueues the work, which a model does ahead of time. The device first waits for `head_start`
+    cycles, which excludes the enqueueing from the time.
     """
     if device is None or device.type != "cuda":
         start = time.perf_counter()

@@ -52,7 +52,7 @@ def triton_prune(x: Tensor, operator: str, n_keep: int, block: int, dim: int, ke
 def triton_prune_out(
     x: Tensor, operator: str, n_keep: int, block: int, dim: int, out: Tensor, key: Tensor | None = None
 ) -> None:
-    """`triton_prune` into `out`, a tensor of the shape, dtype and device of `x` and any strides."""
+    """Run `triton_prune` into `out`, a tensor of the shape, dtype and device of `x` and any strides."""
     _prune_into(out, x, operator, NMPattern(n_keep, block), dim, key)
 
 

@@ -100,7 +100,7 @@ def test_it_takes_every_node_on_any_machine_and_says_that_nothing_is_gained() ->
 
 def test_what_is_no_operation_of_the_ir_is_refused() -> None:
     node = next(node for node in nodes(lowered_graphs(LAYERS["linear"][0])) if kind_of(node) == "gemm")
-    with pytest.raises(LoweringError, match="layer 'a': node 'gemm_forward' is no operation of the IR"):
+    with pytest.raises(LoweringError, match="layer 'a': node 'gemm_forward' is not an operation of the IR"):
         ReferenceBackend().lower(node)
 
 
