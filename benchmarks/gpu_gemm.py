@@ -24,9 +24,10 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 import nmcompile
 from nmcompile import CompileConfig
+from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.product import Product
-from nmcompile.backends.cusparselt.support import cusparselt_support, operand_refusal
+from nmcompile.backends.cusparselt.support import operand_refusal
 from nmcompile.weight_cache import weights_at_rest
 
 TOKENS = 64, 512, 2048, 8192, 16384
@@ -63,7 +64,7 @@ def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> Row:
     x = torch.randn(tokens, inputs, device="cuda", dtype=dtype)
     compiled(x)
     weight = nmcompile.finalize(compiled).get_parameter("weight")
-    product = Product(Operand(weight, 1), x, layer.bias, weight=weight)
+    product = Product(CUSPARSELT, Operand(weight, 1), x, layer.bias, weight=weight)
     calls = {"dense": lambda: F.linear(x, weight, layer.bias), "compiled": lambda: compiled(x)}
     with weights_at_rest():
         if product.multiply() is not None:
@@ -82,7 +83,7 @@ def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> Row:
 
 def measured(repeats: int) -> Iterator[Row]:
     for dtype in (torch.bfloat16, torch.float16):
-        if refusal := operand_refusal(torch.ones(1, device="cuda", dtype=dtype)):
+        if refusal := operand_refusal(CUSPARSELT, torch.ones(1, device="cuda", dtype=dtype)):
             print(f"{dtype}: {refusal}")
             continue
         for name in LAYERS:
@@ -123,8 +124,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_gemm.json")
     options = parser.parse_args()
-    if not cusparselt_support().ok:
-        raise SystemExit(cusparselt_support().reason)
+    if not CUSPARSELT.support().ok:
+        raise SystemExit(CUSPARSELT.support().reason)
     torch.manual_seed(0)
     rows = list(measured(options.repeats))
     table = [

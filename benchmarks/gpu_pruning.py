@@ -16,8 +16,8 @@ from tabulate import tabulate
 from timing import gpu_setting, on_gpu
 from torch import Tensor
 
+from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.backends.cusparselt.operand import Operand, compressed
-from nmcompile.backends.cusparselt.support import cusparselt_support
 from nmcompile.backends.triton.operators import triton_pack_lines, triton_prune, triton_prune_tiles
 from nmcompile.backends.triton.operators import triton_transposable_mask as triton_mask
 from nmcompile.backends.triton.support import triton_support
@@ -40,11 +40,11 @@ def gradient_calls(x: Tensor) -> Calls:
         "approx-MVUE 2:4, packed": lambda: triton_pack_lines(x, "mvue_approx", 0, key),
         "greedy 2:4, packed": lambda: triton_pack_lines(x, "greedy", 0, None),
     }
-    if cusparselt_support().ok:
+    if CUSPARSELT.support().ok:
         operand = Operand(x, 0, None, "mvue", TWO_OF_FOUR, key)
         lines = operand.pruned().t().contiguous()
-        calls["MVUE 2:4, packed for cuSPARSELt"] = lambda: compressed(operand, x.shape[1], x.shape[0])
-        calls["cuSPARSELt's own compression alone"] = lambda: torch._cslt_compress(lines)
+        calls["MVUE 2:4, packed for cuSPARSELt"] = lambda: compressed(CUSPARSELT, operand, x.shape[1], x.shape[0])
+        calls["cuSPARSELt's own compression alone"] = lambda: CUSPARSELT.compress(lines)
     return calls
 
 
@@ -56,12 +56,12 @@ def weight_calls(w: Tensor) -> Calls:
         "transposable mask, pruned and transposed": lambda: triton_prune_tiles(w),
         "PyTorch's greedy tiles": lambda: torch._sparse_semi_structured_tile(w, "largest_abs_values_greedy", False),
     }
-    if cusparselt_support().ok:
+    if CUSPARSELT.support().ok:
         rows, columns = w.shape
 
         def both() -> None:
-            compressed(Operand(w, 1, mask), rows, columns)
-            compressed(Operand(w, 0, mask), columns, rows)
+            compressed(CUSPARSELT, Operand(w, 1, mask), rows, columns)
+            compressed(CUSPARSELT, Operand(w, 0, mask), columns, rows)
 
         calls["masked and packed for cuSPARSELt, both directions"] = both
     return calls

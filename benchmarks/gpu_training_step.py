@@ -26,7 +26,7 @@ from vision import models
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.backends.cusparselt.support import cusparselt_support
+from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.ir.choice import Choice
 
 HEAD_START = 20_000_000  # GPU cycles, about ten milliseconds, in which Python queues the step of an MLP
@@ -152,8 +152,8 @@ def main() -> None:
     parser.add_argument("--compiled", nargs="*", default=list(VARIANTS), choices=VARIANTS, help="by torch.compile too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_training_step.json")
     options = parser.parse_args()
-    if not cusparselt_support().ok:
-        raise SystemExit(cusparselt_support().reason)
+    if not CUSPARSELT.support().ok:
+        raise SystemExit(CUSPARSELT.support().reason)
     torch.manual_seed(0)
     results = []
     for index in options.workloads:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nmcompile.backends.cusparselt.library import library_loads, library_version
+from nmcompile.backends.cusparselt.library import CUSPARSELT
 
 HEAD_START = 4_000_000  # GPU cycles, about two milliseconds, in which a call is queued
 CACHE = 2**28  # bytes, more than any cache holds
@@ -72,7 +72,7 @@ def gpu_setting() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(),
-        "cusparselt": library_version() if library_loads() else None,
+        "cusparselt": CUSPARSELT.version() if CUSPARSELT.support().ok else None,
     }
 
 

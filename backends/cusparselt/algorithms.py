@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.cusparselt.library import Algorithm, Plan, Problem, algorithm_count, is_capturing, stream_of
+from nmcompile.backends.cusparselt.library import Library
 from nmcompile.backends.cusparselt.operand import Operand, compressed
+from nmcompile.backends.cusparselt.plans import Algorithm, Plan, Problem, algorithm_count
 from nmcompile.backends.shared.recent import Recent
 from nmcompile.backends.shared.timing import seconds
 from nmcompile.errors import LibraryError
@@ -23,7 +24,7 @@ TOLERANCE = 4  # relative error of the whole product, in steps of the dtype
 ROUNDS = 3
 SEARCHES = 4096  # cached results of searches
 
-_found: Recent[tuple[Problem, bool], tuple[Algorithm | None]] = Recent(SEARCHES)
+_found: Recent[tuple[Library, Problem, bool], tuple[Algorithm | None]] = Recent(SEARCHES)
 
 
 class Trial(NamedTuple):
@@ -35,40 +36,35 @@ class Trial(NamedTuple):
     expected: Tensor
 
 
-def best_algorithm(problem: Problem) -> Algorithm | None:
+def best_algorithm(library: Library, problem: Problem) -> Algorithm | None:
     """Return the fastest correct algorithm, searched once; None if there is none, or while a graph is captured.
 
     If algorithms have to be deterministic, it is the first correct one.
     """
     is_deterministic = torch.are_deterministic_algorithms_enabled()
-    key = problem, is_deterministic
+    key = library, problem, is_deterministic
     found = _found.get(key)
     if found is None:
-        if is_capturing(problem.device):
+        if library.is_capturing(problem.device):
             return None
         try:
-            found = (_search(problem, is_deterministic),)
+            found = (_search(library, problem, is_deterministic),)
         except (LibraryError, torch.OutOfMemoryError):  # it refuses the device or the problem, or finds no room
             found = (None,)
         _found.put(key, found)
     return found[0]
 
 
-def forget_algorithms() -> None:
-    """Search again for every problem."""
-    _found.clear()
-
-
-def _search(problem: Problem, is_deterministic: bool) -> Algorithm | None:
-    trial = _trial(problem)
-    right = _right_algorithms(problem, trial)
+def _search(library: Library, problem: Problem, is_deterministic: bool) -> Algorithm | None:
+    trial = _trial(library, problem)
+    right = _right_algorithms(library, problem, trial)
     if is_deterministic:  # no clock decides
         return next(right, None)
-    times = {one: _time(partial(_run, Plan(problem, one), trial), problem) for one in right}
+    times = {one: _time(partial(_run, Plan(library, problem, one), trial), problem) for one in right}
     return min(times, key=lambda one: times[one]) if times else None
 
 
-def _trial(problem: Problem) -> Trial:
+def _trial(library: Library, problem: Problem) -> Trial:
     dice = torch.Generator(problem.device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -79,18 +75,18 @@ def _trial(problem: Problem) -> Trial:
         dense = random(problem.lanes, problem.depth)
         bias = random(problem.rows) if problem.has_bias else None
         expected = F.linear(dense, weight.pruned(), bias)
-        sparse = compressed(weight, problem.rows, problem.depth)
+        sparse = compressed(library, weight, problem.rows, problem.depth)
     by_depth, by_rows = problem.by_depth, problem.by_rows
     return Trial(sparse, dense.t().contiguous() if by_depth else dense, bias, expected.t() if by_rows else expected)
 
 
-def _right_algorithms(problem: Problem, trial: Trial) -> Iterator[Algorithm]:
+def _right_algorithms(library: Library, problem: Problem, trial: Trial) -> Iterator[Algorithm]:
     limit = TOLERANCE * torch.finfo(problem.dtype).eps * float(trial.expected.float().norm())
-    for number in range(algorithm_count(problem)):
+    for number in range(algorithm_count(library, problem)):
         for split_k in SPLITS:
             algorithm = Algorithm(number, split_k)
             try:
-                result = _run(Plan(problem, algorithm), trial)
+                result = _run(Plan(library, problem, algorithm), trial)
             except LibraryError:  # not for this problem
                 continue
             if float((result.float() - trial.expected.float()).norm()) <= limit:  # false for a NaN
@@ -98,7 +94,7 @@ def _right_algorithms(problem: Problem, trial: Trial) -> Iterator[Algorithm]:
 
 
 def _run(plan: Plan, trial: Trial) -> Tensor:
-    return plan.run(trial.sparse, trial.dense, trial.bias, stream_of(trial.dense.device))
+    return plan.run(trial.sparse, trial.dense, trial.bias)
 
 
 def _time(run: Callable[[], Tensor], problem: Problem) -> float:

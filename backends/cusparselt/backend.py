@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx
 
 from nmcompile.backends.cusparselt import operators
-from nmcompile.backends.cusparselt.support import cusparselt_support
+from nmcompile.backends.cusparselt.library import CUSPARSELT, Library
 from nmcompile.backends.shared.fuse_nodes import Rule, pruned_alone, take_mask, take_pruning
 from nmcompile.backends.shared.gemm_arguments import gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
@@ -36,10 +36,11 @@ class CusparseltBackend:
     the reference.
     """
 
+    library: Library = CUSPARSELT
     name: str = "cusparselt"
 
     def available(self) -> Support:
-        return cusparselt_support()
+        return self.library.support()
 
     def supports(self, node: fx.Node) -> Support:
         if node.target not in OPERAND:
@@ -52,7 +53,7 @@ class CusparseltBackend:
         slot = ChoiceSlot(f"{meta.layer.name} {meta.phase.value} cusparselt")
         target = GEMMS[node.target, type(meta.layer)]
         arguments = _update_arguments(node) if node.target is ops.gemm_update else _weight_arguments(node)
-        ops.replace_node(node, target, (*arguments, slot.name))
+        ops.replace_node(node, target, (*arguments, self.library.name, slot.name))
         update_meta(node, choice=slot)
 
 

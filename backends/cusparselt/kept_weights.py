@@ -1,20 +1,15 @@
 """A cache of weights: compressed for the sparse kernel, masked for the dense kernel."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nmcompile.backends.cusparselt.library import is_capturing
+from nmcompile.backends.cusparselt.library import Library
 from nmcompile.ir.operations import apply_mask
 from nmcompile.weight_cache import WeightCache, is_cacheable
-
-_compressed: WeightCache[Tensor] = WeightCache()
-_masked: WeightCache[Tensor] = WeightCache()
-_captured: list[tuple[StorageWeakRef, Tensor]] = []
-"""Forms that CUDA graphs read, each with the memory of its weight."""
 
 
 def is_kept(weight: Tensor | None, mask: Tensor | None) -> bool:
@@ -22,54 +17,64 @@ def is_kept(weight: Tensor | None, mask: Tensor | None) -> bool:
     return isinstance(weight, nn.Parameter) and is_cacheable(weight, mask)
 
 
-def compressed_weight(
-    weight: Tensor, mask: Tensor | None, size: tuple[int, int], compress: Callable[[], Tensor]
-) -> Tensor:
-    """Return the weight compressed by `compress`, of that size with the appended zeros."""
-    return _get(_compressed, weight, mask, size, compress)
+@cache
+def kept_for(library: Library) -> "KeptWeights":
+    """Return the forms of weights that a library multiplies."""
+    return KeptWeights(library)
 
 
-def masked_weight(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the masked weight."""
-    return weight if mask is None else _get(_masked, weight, mask, None, lambda: apply_mask(weight, mask))
+class KeptWeights:
+    """The cached forms of weights, by the kernel that reads them.
 
-
-def forms_of(weight: Tensor | None) -> frozenset[str]:
-    """Name the kernels for which a form of the weight is cached."""
-    return frozenset(kernel for kernel, cache in _caches().items() if weight is not None and weight in cache)
-
-
-def forget_other_forms(weight: Tensor | None, chosen: str, before: frozenset[str]) -> None:
-    """Free the forms that were cached for trying kernels that were not chosen; graphs may read those from `before`."""
-    for kernel in forms_of(weight) - before - {chosen}:
-        _caches()[kernel].forget(weight)
-
-
-def _caches() -> dict[str, WeightCache[Tensor]]:
-    return {"sparse": _compressed, "dense": _masked}
-
-
-def _get(
-    cache: WeightCache[Tensor], weight: Tensor, mask: Tensor | None, how: Any, make: Callable[[], Tensor]
-) -> Tensor:
-    if not is_kept(weight, mask):
-        return make()
-    if not is_capturing(weight.device):
-        return cache.get(weight, (mask,), how, lambda: _finished(make()))
-    if not cache.has(weight, (mask,), how):
-        return make()  # in each replay: a tensor made in a capture exists only during replays
-    form = cache.get(weight, (mask,), how, make)
-    _pin(form, weight)
-    return form
-
-
-def _pin(form: Tensor, weight: Tensor) -> None:
-    """Keep a form alive as long as the memory of its weight, even if the cache drops it: a CUDA graph reads it there.
-
-    A weak reference to the weight itself would keep torch from swapping it.
+    Attributes:
+        captured: forms that CUDA graphs read, each with the memory of its weight.
     """
-    _captured[:] = [(memory, pinned) for memory, pinned in _captured if not (memory.expired() or pinned is form)]
-    _captured.append((StorageWeakRef(weight.untyped_storage()), form))
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.forms: dict[str, WeightCache[Tensor]] = {"sparse": WeightCache(), "dense": WeightCache()}
+        self.captured: list[tuple[StorageWeakRef, Tensor]] = []
+
+    def compressed(
+        self, weight: Tensor, mask: Tensor | None, size: tuple[int, int], compress: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return the weight compressed by `compress`, of that size with the appended zeros."""
+        return self._get("sparse", weight, mask, size, compress)
+
+    def masked(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the masked weight."""
+        return weight if mask is None else self._get("dense", weight, mask, None, lambda: apply_mask(weight, mask))
+
+    def kernels_of(self, weight: Tensor | None) -> frozenset[str]:
+        """Name the kernels for which a form of the weight is cached."""
+        return frozenset(kernel for kernel, cache in self.forms.items() if weight is not None and weight in cache)
+
+    def forget_others(self, weight: Tensor | None, chosen: str, before: frozenset[str]) -> None:
+        """Free the forms that were cached to try kernels that were not chosen; graphs may read those of `before`."""
+        for kernel in self.kernels_of(weight) - before - {chosen}:
+            self.forms[kernel].forget(weight)
+
+    def pin(self, form: Tensor, weight: Tensor) -> None:
+        """Keep a form alive as long as the memory of its weight, even if the cache drops it: a CUDA graph reads it.
+
+        A weak reference to the weight itself would keep torch from swapping it.
+        """
+        self.captured[:] = [one for one in self.captured if not (one[0].expired() or one[1] is form)]
+        self.captured.append((StorageWeakRef(weight.untyped_storage()), form))
+
+    def _get(
+        self, kernel: str, weight: Tensor, mask: Tensor | None, how: Hashable, make: Callable[[], Tensor]
+    ) -> Tensor:
+        cached = self.forms[kernel]
+        if not is_kept(weight, mask):
+            return make()
+        if not self.library.is_capturing(weight.device):
+            return cached.get(weight, (mask,), how, lambda: _finished(make()))
+        if not cached.has(weight, (mask,), how):
+            return make()  # in each replay: a tensor made in a capture exists only during replays
+        form = cached.get(weight, (mask,), how, make)
+        self.pin(form, weight)
+        return form
 
 
 def _finished(form: Tensor) -> Tensor:

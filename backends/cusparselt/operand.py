@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.layout import Layout, find_layout
+from nmcompile.backends.cusparselt.library import Library
 from nmcompile.backends.triton.operators import triton_prune
-from nmcompile.backends.triton.support import KEEP, triton_support
+from nmcompile.backends.triton.support import KEEP, runs_on, triton_support
 from nmcompile.pruning.pattern import NMPattern
 
 SIZES = 512  # sizes whose layouts are cached
@@ -59,35 +60,30 @@ class Operand(NamedTuple):
         return pruned
 
 
-def compress(matrix: Tensor) -> Tensor:
-    """Compress, by the library, a contiguous matrix that keeps at most two of every four elements of a row."""
-    return torch._cslt_compress(matrix)
-
-
-def compressed(operand: Operand, rows: int, depth: int) -> Tensor:
+def compressed(library: Library, operand: Operand, rows: int, depth: int) -> Tensor:
     """Return the operand in the library's format, with zeros appended up to that size."""
     matrix = operand.matrix
-    layout = checked_layout(rows, depth, matrix.dtype, matrix.device)
+    layout = checked_layout(library, rows, depth, matrix.dtype, matrix.device)
     if layout is None:
         lines = operand.pruned().movedim(operand.dim, 1)
-        return compress(F.pad(lines, (0, depth - lines.shape[1], 0, rows - lines.shape[0])).contiguous())
+        return library.compress(F.pad(lines, (0, depth - lines.shape[1], 0, rows - lines.shape[0])).contiguous())
     if operand.operator != KEEP and (operand.operator not in PACKED or operand.pattern != TWO_OF_FOUR):
         operand = Operand(operand.pruned(), operand.dim)
     return _write(operand, rows, depth, layout)
 
 
 @lru_cache(SIZES)
-def checked_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Layout | None:
+def checked_layout(library: Library, rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Layout | None:
     """Return the layout of compressed matrices of that size; None if our kernel writes other bytes than the library."""
-    if not triton_support().ok:
+    if not (triton_support().ok and runs_on(device)):
         return None
-    layout = find_layout(rows, depth, dtype, device, compress)
+    layout = find_layout(rows, depth, dtype, device, library.compress)
     if layout is None:
         return None
     dice = torch.Generator(device).manual_seed(0)
     matrix = torch.randn(rows, depth, device=device, dtype=dtype, generator=dice)
     greedy = Operand(matrix, 1, operator="greedy")
-    ours, theirs = _write(greedy, rows, depth, layout), compress(greedy.pruned())
+    ours, theirs = _write(greedy, rows, depth, layout), library.compress(greedy.pruned())
     return layout if torch.equal(ours, theirs.flatten().view(torch.uint8)) else None
 
 

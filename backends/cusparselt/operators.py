@@ -1,12 +1,14 @@
 """The GEMMs of linear layers and 1x1 convolutions as torch operators.
 
-The weight comes with its mask, or with its zeros. `slot` is the name of the slot in which the node keeps its choice.
-Operands that the library does not take run as in the reference backend.
+The weight comes with its mask, or with its zeros. `library` and `slot` are the names of the library that
+multiplies and of the slot in which the node keeps its choice. Operands that the library does not take run as in
+the reference backend.
 """
 
 from torch import Tensor
 
-from nmcompile.backends.cusparselt.kept_weights import masked_weight
+from nmcompile.backends.cusparselt.kept_weights import kept_for
+from nmcompile.backends.cusparselt.library import library_named
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows, memory_format
 from nmcompile.backends.reference import conv, linear
@@ -36,26 +38,26 @@ def _empty_image(input: Tensor, channels: int) -> Tensor:
 
 @custom_op("nmcompile::cusparselt_linear_forward", fake=_empty_output)
 def linear_forward(
-    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, library: str, slot: str
 ) -> Tensor:
     """Compute Y = X Wᵀ + b, `(..., in)` to `(..., out)`, with W 2:4 along in-features."""
-    sparse = Operand(weight, 0 if transposed else 1, mask)
-    outcome = Product(sparse, by_rows(input, -1), bias, weight=weight).run(
+    by, sparse = library_named(library), Operand(weight, 0 if transposed else 1, mask)
+    outcome = Product(by, sparse, by_rows(input, -1), bias, weight=weight).run(
         lambda rows: rows.view(*input.shape[:-1], sparse.rows),
-        lambda: linear.linear_forward(input, masked_weight(weight, mask), bias, transposed).contiguous(),
+        lambda: linear.linear_forward(input, kept_for(by).masked(weight, mask), bias, transposed).contiguous(),
     )
     return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cusparselt_linear_input_gradient", fake=_empty_input_gradient)
 def linear_input_gradient(
-    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, library: str, slot: str
 ) -> Tensor:
     """Compute dX = dY W, `(..., out)` to `(..., in)`, with W 2:4 along out-features."""
-    sparse = Operand(weight, 1 if transposed else 0, mask)
-    outcome = Product(sparse, by_rows(grad_output, -1)).run(
+    by, sparse = library_named(library), Operand(weight, 1 if transposed else 0, mask)
+    outcome = Product(by, sparse, by_rows(grad_output, -1)).run(
         lambda rows: rows.view(*grad_output.shape[:-1], sparse.rows),
-        lambda: linear.linear_input_gradient(grad_output, masked_weight(weight, mask), transposed),
+        lambda: linear.linear_input_gradient(grad_output, kept_for(by).masked(weight, mask), transposed),
     )
     return keep(slot, outcome)
 
@@ -70,6 +72,7 @@ def linear_weight_gradient(
     axis: str,
     key: Tensor | None,
     transposed: bool,
+    library: str,
     slot: str,
 ) -> Tensor:
     """Compute dW = dYᵀ X, of the weight's shape.
@@ -87,33 +90,35 @@ def linear_weight_gradient(
     if not is_flat:  # blocks of tokens that are not neighbours
         return dense()
     sparse = Operand(by_rows(grad_output, -1), 0, None, operator, NMPattern(n_keep, block), key)
-    product = Product(sparse, by_rows(input, -1), by_depth=True, by_rows=not transposed)
+    product = Product(library_named(library), sparse, by_rows(input, -1), by_depth=True, by_rows=not transposed)
     return keep(slot, product.run(lambda gradient: gradient, dense))
 
 
 @custom_op("nmcompile::cusparselt_pointwise_forward", fake=lambda input, weight: _empty_image(input, weight.shape[0]))
-def pointwise_forward(input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, slot: str) -> Tensor:
+def pointwise_forward(
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, library: str, slot: str
+) -> Tensor:
     """Compute Y = X * W + b for a 1x1 convolution, with W 2:4 along in-channels."""
-    sparse = Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
-    outcome = Product(sparse, by_rows(input, 1), bias, weight=weight).run(
+    by, sparse = library_named(library), Operand(weight.flatten(1), 1, None if mask is None else mask.flatten(1))
+    outcome = Product(by, sparse, by_rows(input, 1), bias, weight=weight).run(
         lambda rows: by_channels(rows, input, weight.shape[0]),
-        lambda: _like(conv.conv_forward(input, masked_weight(weight, mask), bias, *_geometry(input)), input),
+        lambda: _like(conv.conv_forward(input, kept_for(by).masked(weight, mask), bias, *_geometry(input)), input),
     )
     return keep(slot, outcome)
 
 
 @custom_op("nmcompile::cusparselt_pointwise_input_gradient", fake=lambda input: _empty_image(input, input.shape[1]))
 def pointwise_input_gradient(
-    grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, slot: str
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, library: str, slot: str
 ) -> Tensor:
     """Compute dX of a 1x1 convolution, with W 2:4 along out-channels; in the memory format of `input`."""
-    sparse = Operand(weight.flatten(1), 0, None if mask is None else mask.flatten(1))
+    by, sparse = library_named(library), Operand(weight.flatten(1), 0, None if mask is None else mask.flatten(1))
 
     def dense() -> Tensor:
-        gradient = conv.conv_input_gradient(grad_output, masked_weight(weight, mask), input, *_geometry(input))
+        gradient = conv.conv_input_gradient(grad_output, kept_for(by).masked(weight, mask), input, *_geometry(input))
         return _like(gradient, input)
 
-    outcome = Product(sparse, by_rows(grad_output, 1)).run(
+    outcome = Product(by, sparse, by_rows(grad_output, 1)).run(
         lambda rows: by_channels(rows, input, weight.shape[1]), dense
     )
     return keep(slot, outcome)

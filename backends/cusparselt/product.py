@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.algorithms import best_algorithm
-from nmcompile.backends.cusparselt.kept_weights import compressed_weight, forget_other_forms, forms_of, is_kept
-from nmcompile.backends.cusparselt.library import ALIGNMENT, Problem, kept_plan, stream_of
+from nmcompile.backends.cusparselt.kept_weights import is_kept, kept_for
+from nmcompile.backends.cusparselt.library import Library
 from nmcompile.backends.cusparselt.operand import Operand, compressed
+from nmcompile.backends.cusparselt.plans import ALIGNMENT, Problem, kept_plan
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
 from nmcompile.backends.shared.choose_kernel import run_best
 from nmcompile.ir.choice import Choice
@@ -21,6 +22,7 @@ class Product:
     """The product `sparse @ dense + bias` for a sparse `(rows, depth)` and a dense `(depth, lanes)` matrix.
 
     Args:
+        library: that multiplies.
         sparse: the operand that keeps two of four along its depth.
         dense: `(depth, lanes)` if `by_depth`, else `(lanes, depth)`.
         bias: `(rows,)`.
@@ -29,6 +31,7 @@ class Product:
         weight: the weight of which the sparse operand is a view, if its compressed form may be cached.
     """
 
+    library: Library
     sparse: Operand
     dense: Tensor
     bias: Tensor | None = None
@@ -48,23 +51,26 @@ class Product:
             dense: returns the same result by the dense kernel.
         """
         operand, sizes = self.sparse, self.sizes
-        refusal = operand_refusal(operand.matrix, self.dense, *(() if self.bias is None else (self.bias,)))
+        refusal = operand_refusal(
+            self.library, operand.matrix, self.dense, *(() if self.bias is None else (self.bias,))
+        )
         if refusal:
             return dense(), Choice("dense", refusal)
         device, strides = self.dense.device, (operand.matrix.stride(), self.dense.stride())
         work = operand.operator, operand.pattern, operand.dim, operand.mask is None, is_kept(self.weight, operand.mask)
         form = self.by_depth, self.by_rows, self.bias is None, self.dense.dtype, str(device)
-        problem = "cusparselt", sizes, strides, work, form
+        problem = self.library.name, sizes, strides, work, form
         multiplications = sizes.rows * sizes.depth * sizes.lanes
 
         def sparse() -> Tensor | None:
             result = self.multiply()
             return None if result is None else restore(result)
 
-        before = forms_of(self.weight)
+        kept = kept_for(self.library)
+        before = kept.kernels_of(self.weight)
         with torch.cuda.device_of(self.dense):
             result, choice = run_best(problem, multiplications, lambda: None, sparse, dense, device)
-        forget_other_forms(self.weight, choice.kernel, before)
+        kept.forget_others(self.weight, choice.kernel, before)
         return result, choice
 
     def multiply(self) -> Tensor | None:
@@ -72,13 +78,13 @@ class Product:
         given, bias, device = self.sizes, self.bias, self.dense.device
         sizes = padded(given)
         problem = Problem(*sizes, self.by_depth, self.by_rows, bias is not None, self.dense.dtype, device)
-        algorithm = best_algorithm(problem)
-        plan = None if algorithm is None else kept_plan(problem, algorithm, stream_of(device))
+        algorithm = best_algorithm(self.library, problem)
+        plan = None if algorithm is None else kept_plan(self.library, problem, algorithm)
         if plan is None:
             return None
         if bias is not None and sizes.rows > given.rows:
             bias = F.pad(bias, (0, sizes.rows - given.rows))
-        result = plan.run(self._compressed(sizes), self._dense(sizes), bias, stream_of(device))
+        result = plan.run(self._compressed(sizes), self._dense(sizes), bias)
         if sizes == given:
             return result
         rows, lanes = given.rows, given.lanes
@@ -91,9 +97,13 @@ class Product:
 
     def _compressed(self, sizes: Sizes) -> Tensor:
         operand, size = self.sparse, (sizes.rows, sizes.depth)
+
+        def compress() -> Tensor:
+            return compressed(self.library, operand, *size)
+
         if self.weight is None:
-            return compressed(operand, *size)
-        return compressed_weight(self.weight, operand.mask, size, lambda: compressed(operand, *size))
+            return compress()
+        return kept_for(self.library).compressed(self.weight, operand.mask, size, compress)
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -23,6 +23,11 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def runs_on(device: torch.device) -> bool:
+    """Return whether kernels take tensors on a device."""
+    return device.type == "cuda" or (device.type == "cpu" and is_interpreted())
+
+
 def triton_support() -> Support:
     """Return whether kernels can run on this machine; never raise."""
     if importlib.util.find_spec("triton") is None:
@@ -51,5 +56,4 @@ def operator_support(operator: str, pattern: NMPattern) -> Support:
 
 def tensor_runs(x: Tensor) -> bool:
     """Return whether a kernel takes this tensor; wrong operands are left to the reference, which raises its error."""
-    device_types = ("cuda", "cpu") if is_interpreted() else ("cuda",)
-    return x.device.type in device_types and x.dtype in DTYPES and x.layout == torch.strided and x.numel() > 0
+    return runs_on(x.device) and x.dtype in DTYPES and x.layout == torch.strided and x.numel() > 0

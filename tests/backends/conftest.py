@@ -1,4 +1,4 @@
-"""Small ONNX models with 2:4 weights."""
+"""Small ONNX models with 2:4 weights, and a cuSPARSELt that PyTorch computes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
+
+from nmcompile.backends.shared import choose_kernel as choices
+from nmcompile.ir.choice import Choice
+from tests.backends.fake_cusparselt import FakeLibrary
 
 SCALE = 0.125  # step of the activations
 STEP = 0.0625  # step of the weights
@@ -63,3 +67,11 @@ def conv_model(
 @pytest.fixture(name="conv_model")
 def _conv_model() -> Callable[..., ModelProto]:
     return conv_model
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    """Return a library on CPU tensors, whose kernels run whatever they gain."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # by the library's own function operands are compressed
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    return FakeLibrary()

@@ -5,19 +5,18 @@ Without a CUDA device the kernel runs in Triton's interpreter.
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cusparselt import operand
 from nmcompile.backends.cusparselt.layout import find_layout
 from nmcompile.backends.cusparselt.operand import Operand, checked_layout, compressed
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.pruning import OPERATORS, NMPattern, mask
 from nmcompile.pruning.packed import pack, two_of_four
+from tests.backends.fake_cusparselt import Compress, FakeLibrary, compress_in_rows
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     # The interpreter must be requested before Triton is imported.
@@ -58,34 +57,26 @@ def groups_share_bytes(matrix: Tensor) -> Tensor:
     return in_bytes(values, tiles.permute(0, 4, 1, 3, 6, 5, 2, 7))
 
 
-def in_rows(matrix: Tensor) -> Tensor:
-    return in_bytes(*codes_of(matrix))
-
-
 def swizzled(matrix: Tensor) -> Tensor:
     """Order codes in a way that is not a sum over rows and groups: odd rows run backwards."""
     values, codes = codes_of(matrix)
     return in_bytes(values, torch.where(torch.arange(len(codes)).view(-1, 1) % 2 == 1, codes.flip(1), codes))
 
 
-ORDERS = [rows_share_bytes, groups_share_bytes, in_rows]
-Compress = Callable[[Tensor], Tensor]
+ORDERS = [rows_share_bytes, groups_share_bytes, compress_in_rows]
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the packing kernel run on CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("compiled kernels take CUDA tensors")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton asks again at the first launch
-    checked_layout.cache_clear()
-    yield
-    checked_layout.cache_clear()
 
 
-@pytest.mark.parametrize(("order", "partner"), [(rows_share_bytes, 8), (groups_share_bytes, 0), (in_rows, 0)])
+@pytest.mark.parametrize(("order", "partner"), [(rows_share_bytes, 8), (groups_share_bytes, 0), (compress_in_rows, 0)])
 def test_an_order_is_found(order: Compress, partner: int) -> None:
     layout = find_layout(128, 192, torch.bfloat16, CPU, order)
     assert layout is not None and layout.places.partner == partner
@@ -98,31 +89,30 @@ def test_an_order_is_found(order: Compress, partner: int) -> None:
     assert found.sort().values.equal(torch.arange(layout.start, layout.size, dtype=torch.int32))
 
 
-def test_another_order_is_not_mistaken_for_one(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operand, "compress", swizzled)
-    assert checked_layout(64, 64, torch.bfloat16, CPU) is None
+def test_another_order_is_not_mistaken_for_one(kernel: None) -> None:
+    library = FakeLibrary(swizzled)
+    assert checked_layout(library, 64, 64, torch.bfloat16, CPU) is None
     matrix = torch.randn(60, 64, dtype=torch.bfloat16)
     kept = mask(matrix, "2:4", 1)
     padded = torch.zeros(64, 64, dtype=torch.bfloat16)
     padded[:60] = torch.where(kept, matrix, 0.0)
-    assert compressed(Operand(matrix, 1, kept), 64, 64).equal(swizzled(padded)), "the library's own function runs"
+    result = compressed(library, Operand(matrix, 1, kept), 64, 64)
+    assert result.equal(swizzled(padded)), "the library's own function runs"
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_a_masked_weight_is_compressed(
-    order: Compress, dim: int, is_transposed: bool, kernel: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operand, "compress", order)
+def test_a_masked_weight_is_compressed(order: Compress, dim: int, is_transposed: bool, kernel: None) -> None:
+    library = FakeLibrary(order)
     matrix = torch.randn(64, 128, dtype=torch.bfloat16)
     kept = mask(matrix, "2:4", 1)
     zeros = torch.where(kept, matrix, 0.0)
     given, flags = (matrix, kept) if dim == 1 else (matrix.t(), kept.t())
     if is_transposed:
         given, flags = given.t().contiguous().t(), flags.t().contiguous().t()
-    result = compressed(Operand(given, dim, flags), 64, 128)
-    assert checked_layout(64, 128, torch.bfloat16, CPU) is not None, "the kernel was not checked"
+    result = compressed(library, Operand(given, dim, flags), 64, 128)
+    assert checked_layout(library, 64, 128, torch.bfloat16, CPU) is not None, "the kernel was not checked"
     assert result.view(torch.uint8).equal(order(zeros).view(torch.uint8))
 
 
@@ -130,15 +120,13 @@ def test_a_masked_weight_is_compressed(
     ("operator", "pattern"), [("mvue", "2:4"), ("mvue", "1:2"), ("mvue_approx", "2:4"), (KEEP, "2:4")]
 )
 @pytest.mark.parametrize("sizes", [(128, 64), (100, 60), (97, 33)])
-def test_a_gradient_is_pruned_and_compressed(
-    sizes: tuple[int, int], operator: str, pattern: str, kernel: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operand, "compress", rows_share_bytes)
+def test_a_gradient_is_pruned_and_compressed(sizes: tuple[int, int], operator: str, pattern: str, kernel: None) -> None:
+    library = FakeLibrary(rows_share_bytes)
     gradient, key = torch.randn(*sizes, dtype=torch.bfloat16), torch.tensor(11)
     rule = ("mvue", NMPattern.parse("2:4")) if operator == KEEP else (operator, NMPattern.parse(pattern))
     pruned = OPERATORS[rule[0]].prune(gradient, rule[1], 0, key)
     expected = torch.zeros(64, 128, dtype=torch.bfloat16)
     expected[: sizes[1], : sizes[0]] = pruned.t()
     given = Operand(pruned if operator == KEEP else gradient, 0, None, operator, NMPattern.parse(pattern), key)
-    result = compressed(given, 64, 128)
+    result = compressed(library, given, 64, 128)
     assert result.view(torch.uint8).equal(rows_share_bytes(expected).view(torch.uint8))

@@ -18,6 +18,7 @@ from nmcompile.backends.shared.gemm_arguments import gemm_arguments
 from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import meta_of
 from nmcompile.ir.protocols import Backend, Support
+from tests.backends.fake_cusparselt import FakeLibrary
 from tests.conformance.gemms import LAYERS, assert_within_rounding, lowered_graphs, operands, run
 
 
@@ -56,7 +57,7 @@ def test_they_are_those_of_the_reference(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("backend", [CpuBackend(), CusparseltBackend()], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("backend", [CpuBackend(), CusparseltBackend(FakeLibrary())], ids=lambda backend: backend.name)
 def test_no_backend_asks_the_reference_to_lower_a_gemm(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     if not backend.available().ok:
         pytest.skip(backend.available().reason)
