@@ -1,20 +1,19 @@
 """Every backend's three GEMMs on pruned operands against sums of products in float64."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmcompile.backends.cpu import CpuBackend
-from nmcompile.backends.reference import ReferenceBackend
-from nmcompile.backends.shared import choose_kernel as choices
-from nmcompile.config import LayerConfig, Phase, Pruning
+from nmcompile.config import LayerConfig, Pruning
 from nmcompile.ir import operations as ops
-from nmcompile.ir.choice import Choice
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
-from nmcompile.ir.protocols import Backend
 from nmcompile.native import INSTRUCTION_SETS
 from nmcompile.pruning import NMPattern
+from tests.conformance.cases import CASES, Case, parameters
 from tests.conformance.gemms import assert_within_rounding, lowered_graphs, operands, run
 
 LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
@@ -33,28 +32,20 @@ LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
     "groups": (conv_layer("a", (16, 4, 3, 3), True, groups=2, padding=1), (4, 8, 7, 7)),
     "conv2d, large": (conv_layer("a", (68, 36, 3, 3), True, padding=1), (4, 36, 19, 23)),
 }
-BACKENDS: tuple[Backend, ...] = ReferenceBackend(), CpuBackend()
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 PATTERNS = "2:4", "1:2", "1:4"
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+@pytest.fixture(params=parameters())
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Return a backend whose sparse kernels run even if they gain nothing."""
-    return forced(request.param, monkeypatch)
+    found: Case = request.param
+    return found.prepare(monkeypatch)
 
 
 @pytest.fixture
-def cpu(monkeypatch: pytest.MonkeyPatch) -> Backend:
-    return forced(CpuBackend(), monkeypatch)
-
-
-def forced(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    support = backend.available()
-    if not support.ok:
-        pytest.skip(support.reason)
-    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
-    return backend
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Case:
+    return CASES["cpu"].prepare(monkeypatch)
 
 
 def pruned(layer: Layer, pattern: str) -> LayerConfig:
@@ -73,60 +64,57 @@ def both_ways(layer: Layer, pattern: NMPattern) -> Tensor:
     return mask.view(*mask.shape, *(1,) * (len(layer.weight_shape) - 2)).expand(layer.weight_shape).contiguous()
 
 
-def check(
-    layer: Layer, backend: Backend, pattern: str, tensors: tuple[Tensor, ...], swap: bool = False
-) -> list[Tensor]:
+def check(layer: Layer, case: Case, pattern: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Run the layer's graphs, compare, and return their results."""
     parsed = NMPattern.parse(pattern)
-    graphs = lowered_graphs(layer, backend, pruning=pruned(layer, pattern))
-    x, weight, bias, grad_output = tensors
+    graphs = lowered_graphs(layer, case.backend, pruning=pruned(layer, pattern))
+    x, weight, bias, grad_output = given = [tensor.to(case.dtype) for tensor in tensors]
     mask = torch.empty_like(weight, dtype=torch.bool).copy_(both_ways(layer, parsed))
     kept = ops.prune(grad_output, "greedy", parsed.n_keep, parsed.block, "auto", layer.channel_dim)
-    got = run(graphs, x, weight, bias, grad_output, mask)
-    assert_within_rounding(layer, got, (x, weight * mask, bias, grad_output, kept))
-    if backend.name == "cpu":
-        assert {phase: choice.kernel for phase, choice in graphs.choices().items()} == dict.fromkeys(Phase, "sparse")
+    got = run(graphs, *(tensor.to(case.device) for tensor in (*given, mask)))
+    assert_within_rounding(layer, [y.cpu() for y in got], (x, weight * mask, bias, grad_output, kept))
+    case.check_kernels(layer, graphs)
     return got
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_three_gemms(name: str, pattern: str, backend: Backend) -> None:
+def test_three_gemms(name: str, pattern: str, case: Case) -> None:
     layer, shape = LAYERS[name]
-    check(layer, backend, pattern, operands(layer, shape))
+    check(layer, case, pattern, operands(layer, shape))
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_operands_in_any_layout(name: str, backend: Backend) -> None:
+def test_operands_in_any_layout(name: str, case: Case) -> None:
     layer, shape = LAYERS[name]
     x, weight, bias, grad_output = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in operands(layer, shape))
-    check(layer, backend, "2:4", (x, weight, bias, grad_output))
+    check(layer, case, "2:4", (x, weight, bias, grad_output))
 
 
 @pytest.mark.parametrize("name", [name for name, (layer, _) in LAYERS.items() if len(layer.weight_shape) == 4])
 @pytest.mark.parametrize("which", ["all", "input", "weight"])
-def test_channels_last(name: str, which: str, backend: Backend) -> None:
+def test_channels_last(name: str, which: str, case: Case) -> None:
     layer, shape = LAYERS[name]
     x, weight, bias, grad_output = operands(layer, shape)
     if which != "weight":
         x, grad_output = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad_output))
     if which != "input":
         weight = weight.contiguous(memory_format=torch.channels_last)
-    got = check(layer, backend, "2:4", (x, weight, bias, grad_output))
+    got = check(layer, case, "2:4", (x, weight, bias, grad_output))
     assert isinstance(layer, ConvLayer)
     eager = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     assert got[0].stride() == eager.stride()
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 8])
-def test_blocks_across_samples_or_along_positions(samples: int, backend: Backend) -> None:
+def test_blocks_across_samples_or_along_positions(samples: int, case: Case) -> None:
     layer = conv_layer("a", (8, 8, 3, 3), True, padding=1)
-    check(layer, backend, "2:4", operands(layer, (samples, 8, 5, 7)))
+    check(layer, case, "2:4", operands(layer, (samples, 8, 5, 7)))
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_instruction_set(name: str, isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_instruction_set(name: str, isa: str, cpu: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     layer, shape = LAYERS[name]
     check(layer, cpu, "2:4", operands(layer, shape))
@@ -134,20 +122,20 @@ def test_every_instruction_set(name: str, isa: str, cpu: Backend, monkeypatch: p
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_bfloat16(name: str, isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16(name: str, isa: str, cpu: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     layer, shape = LAYERS[name]
-    check(layer, cpu, "2:4", tuple(tensor.bfloat16() for tensor in operands(layer, shape)))
+    check(layer, replace(cpu, dtype=torch.bfloat16), "2:4", operands(layer, shape))
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_every_pair_of_places(isa: str, cpu: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pair_of_places(isa: str, cpu: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     layer = LinearLayer("a", (16, 4), False)
     weight = torch.tensor([[float(place + 1) * (kept >> place & 1) for place in range(4)] for kept in range(16)])
     few = (weight != 0).sum(1) <= 2
     x = torch.tensor([[1.0, 16.0, 256.0, 4096.0]])
-    graphs = lowered_graphs(layer, cpu, pruning=LayerConfig(weight=Pruning("greedy", NMPattern(2, 4))))
+    graphs = lowered_graphs(layer, cpu.backend, pruning=LayerConfig(weight=Pruning("greedy", NMPattern(2, 4))))
     for dtype in (torch.float32, torch.bfloat16):
         bias, grad_output = torch.zeros(16, dtype=dtype), torch.zeros(1, 16, dtype=dtype)
         got = run(graphs, x.to(dtype), (weight * few[:, None]).to(dtype), bias, grad_output, (weight != 0))
@@ -156,7 +144,7 @@ def test_every_pair_of_places(isa: str, cpu: Backend, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["linear, large", "conv2d, large", "conv2d, strides"])
-def test_results_do_not_depend_on_the_number_of_threads(name: str, cpu: Backend) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(name: str, cpu: Case) -> None:
     layer, shape = LAYERS[name]
     tensors, threads = operands(layer, shape), torch.get_num_threads()
     results = []
