@@ -78,10 +78,10 @@ class WeightClock:
 
     def notice(self, weight: nn.Parameter | None, content: int | None) -> bool:
         """Return whether the weight was written, and accept it, with this fingerprint if it is known."""
-        is_written, known = self.is_written(weight, content), self.content
-        if is_written or (content is not None and (content != known or self.was_moved(weight))):
+        known, was_moved = self.content, self.was_moved(weight)
+        if was_moved or (content is not None and content != known):
             self.accept(None if self.accepted is None else weight, content or UNKNOWN)
-        return is_written
+        return was_moved if content is None or known == UNKNOWN else content != known
 
     def is_written(self, weight: nn.Parameter | None, content: int | None) -> bool:
         """Return whether the weight, with this fingerprint if it is known, differs from the accepted one."""
