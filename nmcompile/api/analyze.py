@@ -1,11 +1,9 @@
 """The report on what `compile` would do."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from nmcompile.api.compile import keep_what_pays
 from nmcompile.api.pipeline import plan_and_lower
 from nmcompile.api.request import Model, request_of
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call
 from nmcompile.config import CompileConfig
 from nmcompile.ir.protocols import Backend
@@ -16,8 +14,8 @@ def analyze(
     model: Model,
     mode: str = "training",
     *,
-    args: tuple[Any, ...] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: Args | None = None,
+    kwargs: Kwargs | None = None,
     config: CompileConfig | None = None,
     backend: str | Backend = "auto",
 ) -> Report:

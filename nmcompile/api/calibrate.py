@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ EXAMPLES = 8  # batches whose outputs decide about the factor
 
 
 @torch.no_grad()
-def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
+def calibrate(compiled: nn.Module, data: Iterable[object]) -> None:
     """Set the clip of every quantized activation from a pass over `data`, in eval mode and with none of them quantized.
 
     The histogram of each activation (after its pruning) is searched for the clip with the least squared error. That
@@ -65,7 +64,7 @@ def calibrate(compiled: nn.Module, data: Iterable[Any]) -> None:
 
 
 @torch.no_grad()
-def calibrate_reached(compiled: nn.Module, data: Iterable[Any]) -> tuple[str, ...]:
+def calibrate_reached(compiled: nn.Module, data: Iterable[object]) -> tuple[str, ...]:
     """Calibrate as `calibrate` does, and return the names of the layers that the data does not reach.
 
     These layers keep their clips.
@@ -87,18 +86,18 @@ def calibrate_reached(compiled: nn.Module, data: Iterable[Any]) -> tuple[str, ..
     return tuple(dict.fromkeys(step.layer for step in missed))
 
 
-def check_data(data: Any) -> None:
+def check_data(data: object) -> None:
     """Raise for a single batch: the rows of a tensor and the keys of a mapping are not batches."""
     if isinstance(data, Tensor | np.ndarray | Mapping | str | bytes) or not isinstance(data, Iterable):
         raise CalibrationError(f"the calibration data is {shown(data)}; give an iterable of batches, such as [batch]")
 
 
 def _observe(
-    compiled: nn.Module, data: Iterable[Any], steps: Mapping[int, ActivationStep]
-) -> tuple[dict[int, Histogram], list[tuple[Any, list[Tensor]]]]:
+    compiled: nn.Module, data: Iterable[object], steps: Mapping[int, ActivationStep]
+) -> tuple[dict[int, Histogram], list[tuple[object, list[Tensor]]]]:
     """Return histograms of all inputs, and some batches with their unquantized outputs."""
     observed: dict[int, Histogram] = defaultdict(Histogram)
-    examples: list[tuple[Any, list[Tensor]]] = []
+    examples: list[tuple[object, list[Tensor]]] = []
     with observing(triples_of(compiled), lambda triple: _Unquantized(triple, observed)):
         bar = tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None)
         for number, batch in enumerate(bar):
@@ -116,7 +115,7 @@ def _check_finite(observed: Mapping[int, Histogram], steps: Mapping[int, Activat
         raise CalibrationError(f"layer {broken!r}: {batch} gives NaN or infinity here; remove such samples")
 
 
-def _scale_clips(compiled: nn.Module, steps: list[ActivationStep], examples: list[tuple[Any, list[Tensor]]]) -> None:
+def _scale_clips(compiled: nn.Module, steps: list[ActivationStep], examples: list[tuple[object, list[Tensor]]]) -> None:
     """Multiply all clips by the factor that serves the model's outputs best."""
     local = [step.clip.clone() for step in steps]
 
@@ -137,7 +136,7 @@ def _squared_error(ours: Tensor, exact: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _floats(output: Any) -> list[Tensor]:
+def _floats(output: object) -> list[Tensor]:
     """Return the floating-point tensors that a model returns, in any structure."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -171,7 +170,7 @@ class _UnquantizedNodes(fx.Interpreter):
         super().__init__(observer.triple.graphs[phase])
         self.observer = observer
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if n.target is ops.to_accumulator:
             return self.env[n.all_input_nodes[0]]
         row = row_of(n)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ class CompareReport:
 
 
 @torch.no_grad()
-def compare(dense: nn.Module, compiled: nn.Module, batch: Any) -> CompareReport:
+def compare(dense: nn.Module, compiled: nn.Module, batch: object) -> CompareReport:
     """Run both models in their present modes, and compare the outputs of their layers.
 
     Args:
@@ -61,7 +60,7 @@ def compare(dense: nn.Module, compiled: nn.Module, batch: Any) -> CompareReport:
     return CompareReport(tuple(_difference(name, expected[name], actual[name]) for name in shared))
 
 
-def _outputs(model: nn.Module, batch: Any) -> Mapping[str, list[Tensor]]:
+def _outputs(model: nn.Module, batch: object) -> Mapping[str, list[Tensor]]:
     outputs: dict[str, list[Tensor]] = {}
     for triple in triples_of(model):
         triple.steps.check()

@@ -1,10 +1,9 @@
 """`compile`: read on from here to follow a model on its way to three GEMMs a layer."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from nmcompile.api.measure_phases import find_dense_phases
 from nmcompile.api.pipeline import bind_layers, install_layers, plan_and_lower
 from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call, check_callable, check_kind, check_number
 from nmcompile.config import CompileConfig
 from nmcompile.errors import ConfigError
@@ -26,11 +26,11 @@ def compile(
     model: Model,
     mode: str = "training",
     *,
-    args: tuple[Any, ...] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    args: Args | None = None,
+    kwargs: Kwargs | None = None,
     config: CompileConfig | None = None,
     backend: str | Backend = "auto",
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[object] | None = None,
     validation: Callable[[nn.Module], float] | None = None,
     max_drop: float | None = None,
     inplace: bool = False,
@@ -91,7 +91,7 @@ def compile(
     return rewrite(request, inplace)
 
 
-def _check_control(validation: Any, max_drop: Any) -> None:
+def _check_control(validation: object, max_drop: object) -> None:
     """Check the options of accuracy control."""
     if (validation is None) != (max_drop is None):
         raise ConfigError("validation and max_drop go together: a score, and how far it may fall")
@@ -100,7 +100,7 @@ def _check_control(validation: Any, max_drop: Any) -> None:
         check_number("max_drop", max_drop, Real, 0, math.inf, "how much the score may fall, a number >= 0")
 
 
-def find_clips(request: Request, data: Iterable[Any]) -> Request:
+def find_clips(request: Request, data: Iterable[object]) -> Request:
     """Calibrate a trial; its clips go on, and layers that the data does not reach stay dense."""
     trial = rewrite(request)
     unreached = calibrate_reached(trial, data)

@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from nmcompile.api.finalize import finalize
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.backends.tensorrt import EngineReport, build_engine
 from nmcompile.checks import check_call, check_compiled, check_kind, check_path
 from nmcompile.errors import ConfigError, ExportError, nearest
@@ -50,14 +50,14 @@ class ExportReport:
 def export(
     compiled: nn.Module,
     path: str | os.PathLike[str],
-    args: tuple[Any, ...],
+    args: Args,
     *,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Kwargs | None = None,
     target: str | None = None,
     container: str = "int8",
     precision: str = "fp32",
     dynamic_batch: bool = True,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: object = None,
     verify: bool = True,
 ) -> ExportReport:
     """Write a compiled model as deployed: zeros and grids in the weights, pruning and Q/DQ before the layers.
@@ -109,7 +109,7 @@ def export(
     return ExportReport(report, layers, verification, engine)
 
 
-def _example(args: Any, kwargs: Any) -> Example:
+def _example(args: Args | None, kwargs: Kwargs | None) -> Example:
     check_call(args, kwargs)
     example = Example(args or (), kwargs or {})
     if not example.tensors:

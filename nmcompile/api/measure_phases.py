@@ -3,16 +3,16 @@
 import itertools
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from nmcompile.api.pipeline import lowered
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.shared.timing import seconds
 from nmcompile.config import Phase
@@ -37,7 +37,7 @@ Times = Mapping[tuple[Phases, ...], float]
 Steps = Mapping[tuple[Phases, ...], Callable[[], object]]
 
 
-def find_dense_phases(trial: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> DensePhases:
+def find_dense_phases(trial: nn.Module, args: Args | None, kwargs: Kwargs | None) -> DensePhases:
     """Return the phases to leave dense, the same on all ranks: the first one measures.
 
     Each layer is timed with the input that `args` bring it: every combination of its pruned phases, and the plain
@@ -72,7 +72,7 @@ def find_dense_phases(trial: nn.Module, args: tuple[Any, ...] | None, kwargs: Ma
     return dense
 
 
-def _measured(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DensePhases:
+def _measured(trial: nn.Module, args: Args, kwargs: Kwargs) -> DensePhases:
     devices = {parameter.device for parameter in trial.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(list(devices)):
         return _measure_layers(trial, _inputs(trial, args, kwargs))
@@ -109,7 +109,7 @@ class _Inputs(Observer):
 
 
 @torch.no_grad()
-def _inputs(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _inputs(trial: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Tensor]:
     """Return for each layer a meta tensor like its input in size and layout, requiring a gradient if the input does.
 
     If the layer pads apart from its GEMM, the input is already padded, and is padded again when timed, in all variants.
@@ -125,7 +125,7 @@ def _inputs(trial: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhases:
     _, record = record_of(trial)
-    measured: dict[Any, Times] = {}
+    measured: dict[Hashable, Times] = {}
     dense: dict[str, Mapping[Phase, str]] = {}
     for triple in triples_of(trial):
         plan, name = triple.graphs.plan, triple.layer.name
@@ -146,7 +146,7 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
     return dense
 
 
-def _problem(trial: nn.Module, triple: GemmTriple, input: Tensor) -> Any:
+def _problem(trial: nn.Module, triple: GemmTriple, input: Tensor) -> Hashable:
     """Return everything that decides how long a layer takes: equal problems are measured once."""
     rows = tuple(replace(row, layer="", reason="") for row in triple.graphs.plan.rows)
     layout = tuple(input.shape), input.stride(), input.dtype, input.requires_grad

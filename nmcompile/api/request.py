@@ -1,15 +1,15 @@
 """The question that `compile` and `analyze` answer, checked, with the model captured."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from nmcompile.api.choose_backends import choose_backends
 from nmcompile.api.decompile import decompile, is_compiled
+from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture import capture_model
 from nmcompile.checks import described
 from nmcompile.config import CompileConfig, given_config, preset
@@ -42,8 +42,8 @@ class Request:
     model: nn.Module
     plain: nn.Module
     mode: str
-    args: tuple[Any, ...] | None
-    kwargs: Mapping[str, Any] | None
+    args: Args | None
+    kwargs: Kwargs | None
     config: CompileConfig
     backends: tuple[Backend, ...]
     captured: Captured
@@ -70,8 +70,8 @@ class Request:
 def request_of(
     model: Model,
     mode: str,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
+    args: Args | None,
+    kwargs: Kwargs | None,
     config: CompileConfig | None,
     backend: str | Backend,
 ) -> Request:

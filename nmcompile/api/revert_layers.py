@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ def revert_layers(
     return Reverted(reverted, dense_score, score)
 
 
-def score_of(model: nn.Module, validation: Callable[[nn.Module], Any]) -> float:
+def score_of(model: nn.Module, validation: Callable[[nn.Module], object]) -> float:
     """Return the score of a model as a float; a tensor or array counts if it holds a single real number.
 
     Raises:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -70,7 +69,7 @@ def verify(
     target: nn.Module | str | os.PathLike[str],
     pattern: str | NMPattern | None = None,
     *,
-    step: Callable[[], Any] | None = None,
+    step: Callable[[], object] | None = None,
 ) -> VerifyReport:
     """Check a model, or an ONNX file, against its patterns.
 
@@ -175,7 +174,7 @@ def _check(name: str, operand: Operand, axis: Axis, x: Tensor, pattern: NMPatter
     return TensorCheck(name, operand, axis, pattern, blocks, count_violations(x, pattern, dim))
 
 
-def _step_checks(model: nn.Module, roots: dict[str, nn.Module], step: Callable[[], Any]) -> list[TensorCheck]:
+def _step_checks(model: nn.Module, roots: dict[str, nn.Module], step: Callable[[], object]) -> list[TensorCheck]:
     """Run `step` with every graph interpreted node by node, and look at what its prune nodes pass on to the GEMM."""
     checks: list[TensorCheck] = []
     names = {triple: full_name(path, triple.layer.name) for path, root in roots.items() for triple in triples_of(root)}
@@ -205,7 +204,7 @@ class _CheckedNodes(fx.Interpreter):
         self.layer = checker.triple.layer
         self.checks = checker.checks
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         result, meta = super().run_node(n), find_meta(n)
         if meta is None or meta.planned is None or not meta.planned.is_sparse:
             return result

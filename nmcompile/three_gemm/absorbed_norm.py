@@ -5,13 +5,11 @@ steps of the layer's accumulator, as integer kernels add it. Its result is then 
 if the plan has one; the gradient passes straight through inside the grid.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from nmcompile.quantization import absorbed_step, fake_quantize
-from nmcompile.three_gemm.modules import ThreeGemm
+from nmcompile.three_gemm.modules import ThreeGemmLayer
 from nmcompile.three_gemm.rewritten import Rewritten, put_class
 
 
@@ -19,7 +17,7 @@ class AbsorbedNorm(Rewritten):
     """Mixin of such a norm; `absorbing_layer` is the layer's module."""
 
     PREFIX = "Absorbed"
-    absorbing_layer: "ThreeGemm"
+    absorbing_layer: ThreeGemmLayer
 
     num_features: int
     eps: float
@@ -48,8 +46,9 @@ class AbsorbedNorm(Rewritten):
 
     def _to_accumulator(self, shift: Tensor, gain: Tensor) -> Tensor:
         """Round `shift`, `(channels,)`, to whole steps of the layer's accumulator times `gain`."""
-        layer: Any = self.absorbing_layer
+        layer = self.absorbing_layer
         accumulator = layer.three_gemms[""].steps.of_accumulator(layer.weight)
+        assert accumulator is not None  # both operands of such a layer are quantized
         step = absorbed_step(accumulator, gain)
         return shift + ((shift / step).round() * step - shift).detach()
 
