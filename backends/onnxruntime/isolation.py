@@ -93,7 +93,7 @@ class IsolatedSession:
         """Send a message and return its answer; any failure of the process ends it."""
         with self._lock:
             if not self.close.alive:
-                raise kind(f"{self._name} is closed, or its process has died; open it anew")
+                raise kind(f"{self._name} is closed, or its process has died; open it again")
             timer = threading.Timer(self._limits.seconds, _expire, (self._process, self._expired))
             timer.start()
             try:

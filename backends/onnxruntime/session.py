@@ -39,7 +39,7 @@ class Session:
             LoweringError: an operator failed.
         """
         if self._session is None:
-            raise LoweringError("the model is closed; open it anew")
+            raise LoweringError("the model is closed; open it again")
         binding = self._session.io_binding()
         device, index = self.device.type, self.device.index or 0
         for value in self.inputs:

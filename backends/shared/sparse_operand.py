@@ -25,7 +25,7 @@ def pruned_row(node: fx.Node) -> PlanRow | None:
 
 
 def operand_support(node: fx.Node) -> Support:
-    """Return whether that operand is pruned so that a kernel for two of four can take it."""
+    """Return whether the pattern of the operand fits a kernel for two of four."""
     row = pruned_row(node)
     if row is None or row.pattern is None:
         operand = "gradient" if node.target is ops.gemm_update else "weight"

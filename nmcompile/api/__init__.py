@@ -1,1 +1,1 @@
-"""The public verbs, one per file, and what they share."""
+"""The public verbs, one per file, and their shared parts."""

@@ -19,7 +19,10 @@ def analyze(
     config: CompileConfig | None = None,
     backend: str | Backend = "auto",
 ) -> Report:
-    """Report what `compile` would do, without changing anything, the random state included; take and raise the same."""
+    """Report what `compile` would do; change nothing, the random state included.
+
+    Arguments and errors are those of `compile`.
+    """
     check_call(args, kwargs)
     request = request_of(model, mode, args, kwargs, config, backend)
     if request.config.where == "pays":

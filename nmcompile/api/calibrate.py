@@ -142,7 +142,7 @@ def _floats(output: object) -> list[Tensor]:
 
 
 class _Unquantized(Observer):
-    """Runs a layer and its norm with unquantized activations, and shows to histograms what their grids would get."""
+    """An observer that runs a layer and its norm with unquantized activations, and adds these to histograms."""
 
     def __init__(self, triple: GemmTriple, observed: dict[int, Histogram]) -> None:
         super().__init__(triple)
@@ -159,12 +159,12 @@ class _Unquantized(Observer):
         return output
 
     def show(self, step: ActivationStep, x: Tensor) -> None:
-        """Add to a histogram what the grid of a step would get."""
+        """Add to a histogram the values that the grid of a step would quantize."""
         self.observed[id(step)].observe(x)
 
 
 class _UnquantizedNodes(fx.Interpreter):
-    """Passes the operands of quantizing nodes on as they are."""
+    """An interpreter that passes on the operands of quantizing nodes unchanged."""
 
     def __init__(self, observer: _Unquantized, phase: Phase) -> None:
         super().__init__(observer.triple.graphs[phase])

@@ -70,7 +70,7 @@ def _outputs(model: nn.Module, batch: object) -> Mapping[str, list[Tensor]]:
 
 
 class _Recorder(Observer):
-    """Keeps what each forward graph returns."""
+    """An observer that keeps the results of each forward graph."""
 
     def __init__(self, triple: GemmTriple, outputs: dict[str, list[Tensor]]) -> None:
         super().__init__(triple)

@@ -49,7 +49,7 @@ def compile(
     Other threads may run models meanwhile, and compile others.
 
     Args:
-        model: a module, a `GraphModule`, an `ExportedProgram`, or a compiled model. A compiled model is planned anew,
+        model: a module, a `GraphModule`, an `ExportedProgram`, or a compiled model. A compiled model is planned again,
             except that a layer with a mask stays masked, even if it turns out to be the first or the last, and a mask
             that already meets the new pattern is kept.
         mode: `"training"`, `"inference"`, a row of Table 1 (`"weights"`, `"t-weights"`, `"activations"`,
@@ -81,7 +81,7 @@ def compile(
         check_data(calibration)
     check_kind("inplace", inplace, bool, "True or False")
     request = request_of(model, mode, args, kwargs, config, backend)
-    # Each step tries the request out on a copy, so that a failure leaves the model as it is.
+    # Each step tries the request out on a copy, so a failure leaves the model as it is.
     if calibration is not None:
         request = find_clips(request, calibration)
     if validation is not None and max_drop is not None:
@@ -101,7 +101,7 @@ def _check_control(validation: object, max_drop: object) -> None:
 
 
 def find_clips(request: Request, data: Iterable[object]) -> Request:
-    """Calibrate a trial; its clips go on, and layers that the data does not reach stay dense."""
+    """Calibrate a trial and keep its clips; layers that the data does not reach stay dense."""
     trial = rewrite(request)
     unreached = calibrate_reached(trial, data)
     return request.after(trial, unreached)
@@ -123,7 +123,7 @@ def keep_what_pays(request: Request) -> Request:
 
 
 def rewrite(request: Request, inplace: bool = False) -> nn.Module:
-    """Plan and lower the graphs, then change a module tree: a copy, or the model itself; what can fail comes first."""
+    """Plan and lower the graphs, then change a module tree: a copy, or the model itself. Errors precede the change."""
     done = plan_and_lower(request)
     target = request.model if inplace else share_copy(request.plain)
     triples = bind_layers(target, done, torch.initial_seed(), request.earlier)

@@ -10,7 +10,7 @@ from nmcompile.three_gemm.record import record_of
 
 
 def inspect(compiled: nn.Module) -> Report:
-    """Report what was done to each layer, why, and what was observed at run time.
+    """Return a report on a compiled model: for each layer its plan, the reasons, and observations at run time.
 
     Args:
         compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.

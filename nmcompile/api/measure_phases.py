@@ -95,7 +95,7 @@ def decide(times: Times) -> dict[Phase, str]:
 
 
 class _Inputs(Observer):
-    """Notes the layout of the input."""
+    """An observer that notes the layout of the input."""
 
     def __init__(self, triple: GemmTriple, inputs: dict[str, Tensor]) -> None:
         super().__init__(triple)

@@ -1,4 +1,4 @@
-"""From a captured model to one that runs its three-GEMM graphs, and the record of how it was compiled."""
+"""The steps from a captured model to one that runs its three-GEMM graphs, and the record of the compilation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from nmcompile.weight_cache import forget
 
 
 def plan_and_lower(request: Request) -> Compilation:
-    """Decide what each layer gets, and write its three graphs."""
+    """Plan each layer, and write its three graphs."""
     config, backends, dense_phases = request.config, request.backends, request.dense_phases
     program = _program(request.captured, request.mode, config, backends, dense_phases)
     return Compilation(program, request.mode, config, backends, request.reverted, dense_phases)

@@ -4,7 +4,7 @@
         train(model)
 
 Every phase shares the parameters of the given model, so one optimizer can serve them all; the last model is the result.
-What a phase needs from the previous one (a mask, a clip) is computed when the loop asks for the phase.
+A mask or clip that a phase needs from the previous one is computed when the loop asks for the phase.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The question that `compile` and `analyze` answer, checked, with the model captured."""
+"""One request to `compile` or `analyze`, checked, with the model captured."""
 
 import sys
 from collections.abc import Iterable
@@ -26,17 +26,17 @@ Model = nn.Module | ExportedProgram
 
 @dataclass(frozen=True)
 class Request:
-    """One compilation of one model: what was asked for, what capture saw, and what trials have found so far.
+    """One compilation of one model: the user's arguments, the captured model, and the results of trials so far.
 
     Args:
         model: the module tree, perhaps compiled before.
-        plain: the model without an earlier compilation; `model` itself where there was none.
+        plain: the model without an earlier compilation; `model` itself if it was never compiled.
         mode, args, kwargs, config: as `compile` takes them; trials add layers to leave dense to the config.
-        backends: that are offered each node, in this order.
+        backends: the backends that are offered each node, in this order.
         captured: `plain` as the compiler sees it.
         earlier: masks and clips of an earlier compilation or of a trial.
-        reverted: what accuracy control decided, if it was asked to.
-        dense_phases: what was found not to pay; None if nobody asked.
+        reverted: the decision of accuracy control; None if it was not asked for.
+        dense_phases: the phases in which pruning does not pay; None if no trial was timed.
     """
 
     model: nn.Module
@@ -52,17 +52,17 @@ class Request:
     dense_phases: DensePhases | None = None
 
     def without(self, layers: Iterable[str]) -> "Request":
-        """Ask for the same with more layers left dense."""
+        """Return this request with more layers left dense."""
         return replace(self, config=replace(self.config, layers={**self.config.layers, **dict.fromkeys(layers)}))
 
     def after(self, trial: nn.Module, unreached: Iterable[str] = ()) -> "Request":
-        """Take over the masks and clips of a trial that ran, and what it showed of layers that were not called.
+        """Return this request with the masks and clips of a trial that ran, and with the layers that it did not call.
 
         Args:
             trial: a model that this request was rewritten to.
             unreached: the layers whose inputs it could not calibrate.
         """
-        # A trial gives every pruned layer a mask, which says nothing of what the model carried before.
+        # A trial gives every pruned layer a mask, so its masks do not tell which ones the model carried before.
         earlier = replace(earlier_of(trial), carried=self.earlier.carried)
         return replace(self, earlier=earlier, captured=_known(self.captured, earlier, unreached))
 
@@ -75,7 +75,7 @@ def request_of(
     config: CompileConfig | None,
     backend: str | Backend,
 ) -> Request:
-    """Check what a user asks for and capture the model; nothing is changed."""
+    """Check the arguments of a user and capture the model; nothing is changed."""
     source, asked = _module_of(model), given_config(config)
     preset(mode)
     backends = choose_backends(backend, source)
@@ -98,7 +98,7 @@ def _module_of(model: Model) -> nn.Module:
 
 
 def _known(captured: Captured, earlier: Earlier, unreached: Iterable[str] = ()) -> Captured:
-    """Add to what was captured what runs have shown of it."""
+    """Return the captured model with the masks and the calls that runs have shown."""
     uncalled = {name: why for name, why in captured.suspected.items() if name in earlier.uncalled}
     bypassed = {**dict.fromkeys(unreached, UNREACHED), **uncalled, **captured.bypassed}
     return replace(captured, carried=earlier.carried, bypassed=bypassed)

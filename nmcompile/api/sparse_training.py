@@ -24,7 +24,7 @@ STATE_FILE = "sparse_state.safetensors"
 STATE_KEY = "nmcompile_sparse_state"
 """Key of the sparse state, in a checkpoint of Lightning."""
 HEADER = 2**24  # bytes of a sparse state beside its masks
-INEXACT = "its masks are computed anew; after sparse training they are not those that the weights were trained with"
+INEXACT = "its masks are recomputed; after sparse training they differ from the masks of the training"
 
 if TYPE_CHECKING:
     from typing import Any as Callback  # fits what either trainer declares

@@ -1,4 +1,4 @@
-"""Count the blocks that break their pattern, in the weights of a model and in the operands of a training step."""
+"""Counts of the blocks that break their pattern, in the weights of a model and in the operands of a training step."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         if not self.checks:
-            return "nothing in it is pruned, so that there are no blocks to count"
+            return "nothing in it is pruned, so there are no blocks to count"
         rows = [[c.name, c.operand, str(c.pattern), c.axis, c.blocks, c.violations] for c in self.checks]
         counts = table(rows, headers=["tensor", "operand", "pattern", "along", "blocks", "violations"])
         broken = sum(check.violations > 0 for check in self.checks)
@@ -184,7 +184,7 @@ def _step_checks(model: nn.Module, roots: dict[str, nn.Module], step: Callable[[
 
 
 class _Checker(Observer):
-    """Checks the pruned operands of every GEMM that a layer runs."""
+    """An observer that checks the pruned operands of every GEMM that a layer runs."""
 
     def __init__(self, triple: GemmTriple, name: str, checks: list[TensorCheck]) -> None:
         super().__init__(triple)
@@ -196,7 +196,7 @@ class _Checker(Observer):
 
 
 class _CheckedNodes(fx.Interpreter):
-    """Runs one graph for a checker."""
+    """An interpreter that runs one graph for a checker."""
 
     def __init__(self, checker: _Checker, phase: Phase) -> None:
         super().__init__(checker.triple.graphs[phase])
@@ -211,7 +211,7 @@ class _CheckedNodes(fx.Interpreter):
         if meta.fused is not None:
             # The GEMM prunes the operand while it reads it.
             self._look_at(meta.planned, meta.fused.operand(*self.fetch_args_kwargs_from_env(n)[0]))
-        # The mask of an input carries the row too, but is no operand.
+        # The mask of an input carries the row too, but is not an operand.
         elif isinstance(result, Tensor) and result.dtype != torch.bool:
             self._look_at(meta.planned, result)
         return result

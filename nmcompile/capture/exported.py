@@ -52,7 +52,7 @@ def export_whole(model: nn.Module, found: list[FoundSite], args: Args, kwargs: d
         # Export prints the graph that it could not finish; the report shows the reason, which is enough.
         with exporting_alone(), silent(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # torch leaves context variables behind, which go with a context of their own.
+            # torch does not reset the context variables that it sets; a copy of the context discards them.
             program = copy_context().run(torch.export.export, _TensorOutputs(model), args, kwargs, strict=False)
     except Exception as error:
         return Exported(

@@ -1,4 +1,4 @@
-"""Whose code a frame of the stack runs: the model's, a library's, or the tracer's own."""
+"""The owner of the code that a frame of the stack runs: the model, a library, or the tracer."""
 
 import dis
 import sys
@@ -7,7 +7,7 @@ from types import CodeType, FrameType
 # Modules whose frames only relay a type test; the frame that asks is further up the stack.
 RELAYS = {"abc", "_abc", "typing", "_collections_abc", "torch.nn.parameter"}
 TRUSTED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", "nmcompile.capture")
-"""Modules that may ask a proxy anything, since they know what it is."""
+"""Modules that may ask a proxy anything, since they know that it is a proxy."""
 LIBRARIES = {"torch", "nmcompile", *sys.stdlib_module_names}
 
 

@@ -1,4 +1,4 @@
-"""Proxies that notice the questions they answer themselves: each answer silently sends the code down one branch."""
+"""Proxies that notice the questions that they answer themselves: each answer silently chooses a branch of the code."""
 
 import operator
 import sys
@@ -26,9 +26,9 @@ class CarefulTracer(fx.Tracer):
 
 
 class WatchedProxy(fx.Proxy):
-    """A proxy that complains to its tracer of what the code asks it.
+    """A proxy that tells its tracer which questions the code asks it.
 
-    `x += y` and `x.data = y` are recorded as writes, which they are for tensors; fx would record `x + y` and nothing.
+    `x += y` and `x.data = y` are recorded as writes, as they are for tensors. fx would record `x + y` and nothing.
     """
 
     tracer: CarefulTracer

@@ -18,7 +18,7 @@ DIGITS = 20  # digits of a 64-bit integer
 OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
 SCALARS: dict[object, tuple[object, ...]] = {float: (int, float), None: (NoneType,)}
-"""By declared type, the types of JSON values that it takes; others take their own."""
+"""Types of JSON values that a declared type takes; a declared type that is not listed takes itself."""
 
 T = TypeVar("T")
 

@@ -87,7 +87,7 @@ def move_file(staged: Path, path: Path, otherwise: str, like: Path | None = None
     Args:
         staged: a file on the same disk.
         path: replaced in one step.
-        otherwise: what is true if this fails; the error says it.
+        otherwise: the state of the files if this fails, as the error states it.
         like: another file whose mode is taken.
     """
     check_target(path)
@@ -117,7 +117,7 @@ def sha256(content: bytes) -> str:
 
 @contextlib.contextmanager
 def failing(path: Path, otherwise: str, done: str = "written") -> Iterator[None]:
-    """Turn a system error into one that says what is true now."""
+    """Turn a system error into one that states what was written."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -12,7 +12,7 @@ from torch.fx.graph_module import _loader
 
 
 class GeneratedModule(fx.GraphModule):
-    """A `GraphModule` that leaves nothing behind; tracebacks show its source while its code is alive."""
+    """A `GraphModule` whose source is freed with its code; tracebacks show the source while the code is alive."""
 
     def recompile(self) -> PythonCode:
         """Regenerate the code of the graph."""

@@ -23,7 +23,7 @@ LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') chan
 TIED = "its weight is tied to the embedding"
 ADAPTER = "adapter, not pruned; CompileConfig(layers=...) with its name changes that"
 UNREACHED = "calibration ran the model without calling it"
-CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it anew"
+CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it again"
 DROPPED = "the mask that an earlier compilation gave it is dropped"
 STORED = Grid(8, signed=True)
 

@@ -1,6 +1,6 @@
 """The exact transposable mask of small tiles, by going through all patterns at once.
 
-A tile of four rows is cut into a top and a bottom half (other sizes likewise). What a top half leaves to the bottom
+A tile of four rows is cut into a top and a bottom half (other sizes likewise). Which bottom halves fit a top
 half depends only on how many elements it keeps per column: the 36 top halves of 2:4 fall into 19 such classes, and 90
 of the 36 x 36 pairs fit. So the best bottom half of every class is found first, then the best top half.
 

@@ -50,7 +50,7 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """Return totals: layers, parameters, and per phase the share of MACs in sparse GEMMs, expected MACs and BOPs.
 
-        `parameters` counts those that a GEMM reads, each once; `uncaptured_parameters` are read by code that is not a
+        `parameters` counts the parameters of GEMMs, each once; `uncaptured_parameters` are read by code that is not a
         layer. The MACs of `uncounted_layers`, whose shapes are unknown, are in none of them.
         """
         captured = self.program.captured

@@ -1,4 +1,4 @@
-"""The autograd function of a layer: what its forward graph saves, and the gradients of the other two graphs."""
+"""The autograd function of a layer: the values that its forward graph saves, and the gradients of the other two."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -66,7 +66,7 @@ def gradients(
     """Return the gradients of the operands.
 
     Args:
-        triple: of the layer.
+        triple: the layer.
         names: names of the saved tensors.
         needs: whether each argument of the autograd function, the triple first, needs a gradient.
         grad_output: dY.

@@ -61,7 +61,7 @@ class DrawStream:
 
 @custom_op("nmcompile::next_keys", fake=lambda draw: draw.new_empty(2), mutates_args=("draw",))
 def next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
-    """Return keys for the current draw, and advance it. As a custom operator it draws anew in each compiled step."""
+    """Return keys for the current draw, and advance it. A custom operator, as it has to draw in each compiled step."""
     return _next_keys(draw, seed, layer, rank)
 
 

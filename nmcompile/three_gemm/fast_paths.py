@@ -3,7 +3,7 @@
 from torch import nn
 
 OPENED = "three_gemm_fast_path"
-"""Under this name an encoder remembers the value that opened its fast path."""
+"""Attribute under which an encoder keeps the value that opened its fast path."""
 
 # The layer's inference kernel reads the dense weights of its children, and the encoder packs a padded batch into a
 # nested tensor that only that kernel takes. Without them, padded positions hold the same in eval() as in train(), and

@@ -45,7 +45,7 @@ def _layer_class(mixin: type[Rewritten], base: type[nn.Module]) -> type[nn.Modul
 
 
 def generated_forward(graph: fx.Graph) -> Callable[..., object]:
-    """Return the function that a graph is the code of."""
+    """Return the function whose code a graph generates."""
     # Only the generated code is wanted; the module itself will hold the attributes that it names. The stored graph gets
     # no owner, which would be pickled with it.
     attributes = {str(node.target): None for node in graph.nodes if node.op in ("call_module", "get_attr")}
@@ -61,7 +61,7 @@ def region_class(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph)
 
 
 def rebuild(mixin: type[Rewritten], base: type[nn.Module], graph: fx.Graph | None) -> nn.Module:
-    """Make an empty module of the class that `install` or `install_graph` gives a module of class `base`."""
+    """Make an empty module of the class that `put_class` or `region_class` makes from class `base`."""
     plain = base.__new__(base)
     if graph is not None:
         plain.__class__ = region_class(mixin, base, graph)

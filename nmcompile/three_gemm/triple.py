@@ -38,7 +38,7 @@ class GemmTriple:
         stream: the stream of keys for random operators.
         steps: steps of its grids.
 
-    `called` and `positions` (output positions of the last call) are what reports show of a run. `is_dense` says that
+    Reports show `called` and `positions` (output positions of the last call) after a run. `is_dense` says that
     nothing is pruned or quantized, `is_bilinear` that the output is linear in the input and in the weight. While
     `observer` is set, it runs the layer in place of `run`; only `observing` sets it.
     """

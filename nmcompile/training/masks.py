@@ -126,7 +126,7 @@ class WeightMask:
         if content == FROZEN or self.clock.is_of(weight):
             return False
         if any(getattr(owner, "_is_fsdp_managed_module", False) for owner in self.owners):
-            return False  # FSDP2 gathers the weight anew for each call
+            return False  # FSDP2 gathers the weight again for each call
         return not self.clock.has_content(weight, content)
 
     @torch.no_grad()

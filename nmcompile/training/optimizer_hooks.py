@@ -1,6 +1,6 @@
-"""How masks learn about optimizer steps: one global hook before and one after each step of any `torch.optim` optimizer.
+"""The hooks that tell masks about optimizer steps: one before and one after each step of any `torch.optim` optimizer.
 
-The hooks also free the cached values of the stepped weights, and unfreeze a frozen model.
+They are global. They also free the cached values of the stepped weights, and unfreeze a frozen model.
 """
 
 import warnings

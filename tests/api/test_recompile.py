@@ -1,4 +1,4 @@
-"""Recompiling a compiled model: it is planned anew, masks that meet the new pattern are kept; and decompiling it."""
+"""Recompiling a compiled model: it is planned again, masks that meet the new pattern are kept; and decompiling it."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def net() -> nn.Module:
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """Every request that is rewritten; the backward GEMM of the first layer never pays."""
+    """Return the list of requests that are rewritten, which grows; the forward GEMM of the first layer never pays."""
     seen: list[Request] = []
     rewrite = compiling.rewrite
 
@@ -44,7 +44,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
 
 def score(model: nn.Module) -> float:
-    """As good as dense once the layer "2" is."""
+    """Return the score of the dense model if layer "2" is dense, else a worse one."""
     return float("2" not in {layer.layer.name for layer in nmcompile.inspect(model).program.plan if layer.rewritten})
 
 
@@ -87,7 +87,7 @@ def test_analyze_takes_the_same_steps(requests: list[Request]) -> None:
 
 
 def test_nothing_but_the_last_step_writes_to_the_model() -> None:
-    """In place too: trials are copies."""
+    """With `inplace` too, as trials are copies."""
     model, classes = net().train(), list[type]()
 
     def validation(one: nn.Module) -> float:

@@ -91,7 +91,7 @@ def test_a_crash_in_a_call_is_an_error_and_ends_the_model() -> None:
     with OnnxRuntimeModel(built(FATAL["Sum of nothing"][0]), isolated=True) as opened:
         with pytest.raises(LoweringError, match="ONNX Runtime could not run it: its process died of SIGSEGV"):
             opened(torch.ones(1, 4))
-        with pytest.raises(LoweringError, match="its process has died; open it anew"):
+        with pytest.raises(LoweringError, match="its process has died; open it again"):
             opened(torch.ones(1, 4))
 
 
@@ -172,7 +172,7 @@ def test_an_interrupted_call_ends_the_process(tiled: OnnxRuntimeModel, monkeypat
         patch.setattr(worker, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tiled(torch.ones(1, 1), torch.tensor([1, 1]))
-    with pytest.raises(LoweringError, match="open it anew"):
+    with pytest.raises(LoweringError, match="open it again"):
         tiled(torch.ones(1, 1), torch.tensor([1, 1]))
 
 

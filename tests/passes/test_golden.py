@@ -176,7 +176,7 @@ LOWERED_CONV_TRAINING_UPDATE = """
 
 
 def graphs_of(layer: nn.Module, mode: str, *, lowered: bool = False) -> str:
-    """The graphs of `layer`, which follows a ReLU."""
+    """Return the text of the graphs of `layer`, which follows a ReLU."""
     captured = capture_model(nn.Sequential(nn.ReLU(), layer))
     program = Program(captured, plan_phases(captured, preset(mode), CompileConfig(ends="sparse")))
     for one in compile_passes([ReferenceBackend()]):
@@ -186,7 +186,7 @@ def graphs_of(layer: nn.Module, mode: str, *, lowered: bool = False) -> str:
 
 
 def written(phase: Phase, graph: fx.Graph) -> list[str]:
-    """A heading with the placeholders, then the calls; `#2` is the second call of the graph."""
+    """Return a heading with the placeholders, then the calls; `#2` is the second call of the graph."""
     names = {node: str(node.target) for node in graph.nodes if node.op == "placeholder"}
     lines = [f"{phase.value}({', '.join(names.values())})"]
     for node in graph.nodes:

@@ -27,7 +27,7 @@ needs_kernels = pytest.mark.skipif(not kernel_support().ok, reason=kernel_suppor
 
 @dataclass(frozen=True)
 class Picky:
-    """Takes the GEMMs of layers with a multiple of 16 out-features; prunes nothing."""
+    """A backend that takes the GEMMs of layers with a multiple of 16 out-features, and prunes nothing."""
 
     name: str = "picky"
 
@@ -38,20 +38,20 @@ class Picky:
         if kind_of(node) != "gemm":
             return OTHER_KIND
         size = meta_of(node).layer.out_features
-        return Support(size % 16 == 0, f"out-features {size} are no multiple of 16")
+        return Support(size % 16 == 0, f"out-features {size} are not a multiple of 16")
 
     def lower(self, node: fx.Node) -> None:
         ReferenceBackend().lower(node)
 
 
 def report_of(sizes: list[int], mode: str = "training", backend: str | Backend = Picky()) -> Report:
-    """Linear layers one behind the other, all sparse."""
+    """Return the report on a chain of linear layers, all sparse."""
     layers = [nn.Linear(first, second) for first, second in pairwise(sizes)]
     return nmcompile.analyze(nn.Sequential(*layers), mode, config=CompileConfig(ends="sparse"), backend=backend)
 
 
 def table_of(text: str) -> list[list[str]]:
-    """The cells of the markdown table of refusals, without its head."""
+    """Return the cells of the markdown table of refusals, without its head."""
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if HEAD in line), len(lines))
     rows = [line for line in lines[start:] if line.startswith("|")]
@@ -60,7 +60,7 @@ def table_of(text: str) -> list[list[str]]:
 
 def test_each_reason_stands_once_with_its_layers_and_phases() -> None:
     report = report_of([16, 16, 1000, 32, 1000, 40])
-    why = "gemm: picky: out-features {} are no multiple of 16"
+    why = "gemm: picky: out-features {} are not a multiple of 16"
     assert table_of(report.to_markdown()) == [[why.format(1000), *["1, 3"] * 3], [why.format(40), *["4"] * 3]]
     text = str(report)
     assert text.count("out-features 1000") == text.count("out-features 40") == 1
@@ -88,7 +88,7 @@ def test_json_has_every_refusal_of_a_layer() -> None:
     report = report_of([16, 16, 8], "weights")
     layers = json.loads(report.to_json())["layers"]
     assert layers[0]["refusals"] == {phase.value: [] for phase in Phase}
-    refusal = {"kind": "gemm", "backend": "picky", "reason": "out-features 8 are no multiple of 16"}
+    refusal = {"kind": "gemm", "backend": "picky", "reason": "out-features 8 are not a multiple of 16"}
     assert layers[1]["refusals"] == {phase.value: [refusal] for phase in Phase}
     assert report.layer("1").refusals[Phase.UPDATE] == (Refusal(**refusal),)  # type: ignore[arg-type]
 
@@ -109,7 +109,7 @@ def test_backends_with_the_same_reason_share_its_line() -> None:
     plan = plan_phases(captured, presets["weights"], CompileConfig(ends="sparse"))
     program = lowered(captured, plan, (Picky("first"), Picky("second"), ReferenceBackend()))
     report = build_report(program, {}, model_name="Linear", mode="weights")
-    why = "gemm: first, second: out-features 8 are no multiple of 16"
+    why = "gemm: first, second: out-features 8 are not a multiple of 16"
     assert table_of(report.to_markdown()) == [[why, "(model)", "–", "–"]]
     assert [one.backend for one in report.layers[0].refusals[Phase.FORWARD]] == ["first", "second"]
 
@@ -117,12 +117,12 @@ def test_backends_with_the_same_reason_share_its_line() -> None:
 def test_what_a_model_that_ran_was_refused_is_shown_too() -> None:
     model = nmcompile.compile(nn.Linear(8, 8), config=CompileConfig(ends="sparse"), backend=Picky())
     model(torch.randn(2, 8)).sum().backward()
-    row = ["gemm: picky: out-features 8 are no multiple of 16", *["(model)"] * 3]
+    row = ["gemm: picky: out-features 8 are not a multiple of 16", *["(model)"] * 3]
     assert table_of(nmcompile.inspect(model).to_markdown()) == [row]
 
 
 def cpu_reasons(layer: nn.Module, **pruning: Pruning) -> dict[str, list[Phase]]:
-    """The reasons of the real backend, with their phases."""
+    """Return the reasons of the CPU backend, with their phases."""
     config = CompileConfig(layers={"_default": LayerConfig(**pruning)}, ends="sparse")  # type: ignore[arg-type]
     found = layers_by_refusal(nmcompile.analyze(layer, "dense", config=config, backend="cpu").layers)
     return {reason: [phase for phase in Phase if names[phase]] for reason, names in found.items()}

@@ -55,7 +55,7 @@ def model(dense: Net) -> Any:
 
 
 def held(model: nn.Module) -> list[Any]:
-    """What hangs on each module and on each triple, by identity; hooks are a door of their own."""
+    """Return the attributes of each module and of each triple, by identity; hooks may differ."""
     owners: list[Any] = [*model.modules(), *triples_of(model)]
     return [(id(owner), type(owner), sorted(_entries(owner))) for owner in owners]
 

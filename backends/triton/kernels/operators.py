@@ -65,7 +65,7 @@ def prune_any(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.conste
 
 @triton.jit
 def select(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr):
-    """Return what the operator named OPERATOR keeps, with the uniform numbers `u` of the blocks."""
+    """Return mask and values of the elements that an operator keeps, with the uniform numbers `u` of the blocks."""
     if OPERATOR == "mvue":
         kept, values = select_mvue(bits, u[0], N, DTYPE)
     elif OPERATOR == "mvue_approx":

@@ -22,7 +22,7 @@ MASKS = tl.constexpr(tuple(sum(1 << (4 * row + c) for row in (0, 1) for c in hal
 CLASS = tl.constexpr(tuple(_CLASSES.index(counts) for counts in _HALVES.values()))
 """Class of each half: the halves of a class keep equally many elements in every column."""
 FITTING = tl.constexpr(tuple(_CLASSES.index(_LEFT[counts]) for counts in _HALVES.values()))
-"""For each top half, the class of the bottom halves that complete it."""
+"""Class of the bottom halves that complete each top half."""
 BOUND = tl.constexpr(3.4028234663852886e38 / 16)  # 16 of these have a finite sum
 
 

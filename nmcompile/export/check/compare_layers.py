@@ -67,7 +67,7 @@ def check_layers(
         proto: the file, weights included.
         nodes: the nodes that the writer reports.
         layers: by name.
-        model: computes in torch what the file should compute; its modules have the layers' names.
+        model: the torch model whose outputs the file should give; its modules have the layers' names.
         run: calls the model once.
         target: the runtime that the file was written for.
 

@@ -36,7 +36,7 @@ class Lockstep:
         proto: the file, weights included.
         nodes: nodes of layers that run once.
         layers: by name.
-        model: computes in torch what the file should compute; its modules have the layers' names.
+        model: the torch model whose outputs the file should give; its modules have the layers' names.
         target: the runtime that the file was written for.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Where a torch model runs each layer, and how to replace what the layer reads there."""
+"""The places where a torch model runs its layers, and a way to replace the inputs that layers read there."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,14 +24,20 @@ def places_of(model: nn.Module) -> dict[str, Place]:
 
 
 def follow(place: Place, layer: Layer, take_over: TakeOver) -> AbstractContextManager[object]:
-    """Inside, a layer reads what `take_over` returns for its input, both prepared for its GEMM."""
+    """Replace the input of a layer inside the context.
+
+    Args:
+        place: where the layer runs.
+        layer: the layer.
+        take_over: maps the layer's input to the tensor that the layer reads in its place, both prepared for its GEMM.
+    """
     if isinstance(place, GemmTriple):
         return observing([place], lambda triple: _Follower(triple, take_over))
     return _follow_module(place, layer, take_over)
 
 
 class _Follower(Observer):
-    """Passes the input of a layer through a function."""
+    """An observer that passes the input of a layer through a function."""
 
     def __init__(self, triple: GemmTriple, take_over: TakeOver) -> None:
         super().__init__(triple)

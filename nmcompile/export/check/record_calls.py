@@ -28,7 +28,7 @@ OPERAND: Mapping[object, tuple[int, str]] = {
     F.batch_norm: (1, "running_mean"),
     torch.batch_norm: (3, "running_mean"),
 }
-"""By function, the position and the name of the argument that tells modules apart."""
+"""Position and name of the argument that tells modules apart, by function."""
 GENERATED = "nmcompile."  # forwards that fx generates name no module
 
 
@@ -64,7 +64,7 @@ def record_calls(
 
 
 class _Recorder(Observer):
-    """Records the calls of a layer, and of the norm that it absorbs, by their names."""
+    """An observer that records the calls of a layer, and of the norm that it absorbs, by their names."""
 
     def __init__(self, triple: GemmTriple, calls: Mapping[str, Calls]) -> None:
         super().__init__(triple)
@@ -84,10 +84,10 @@ class _Recorder(Observer):
 
 
 class _Watched:
-    """A plain module, and the calls of its operator: those seen around the module unless its forward is its own.
+    """A plain module, and the calls of its operator. If its forward is torch's own, they are the calls of the module.
 
     Args:
-        module: a layer or a norm, which no observer stands in for, so that hooks look at it.
+        module: a layer or a norm without an observer; hooks watch it.
         layer: None for a norm.
     """
 
@@ -115,13 +115,13 @@ class _Watched:
 
     @property
     def calls(self) -> Calls:
-        """The calls seen, with inputs as the GEMM takes them."""
+        """Return the recorded calls, with inputs as the GEMM takes them."""
         seen = self.operators or self._around
         return [(self.layer.layer.prepare(x)[0], result) for x, result in seen] if self.layer else seen
 
 
 class _Operators(TorchFunctionMode):
-    """Records the operators that run inside forwards of their own, by the tensor that they read."""
+    """A mode that records the operators called by forwards other than torch's own, by the tensor that they read."""
 
     def __init__(self, watched: Iterable[_Watched]) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def verify_onnx(
     Args:
         report: the writer's report.
         layers: the layers that the writer was given.
-        model: computes in torch what the file should compute: weights and inputs pruned and quantized, in eval mode.
+        model: the torch model whose outputs the file should give: weights and inputs pruned and quantized, in eval().
         batches: arguments of the model.
 
     Raises:
