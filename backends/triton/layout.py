@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+SECTOR = 16  # elements of 16 bits that a GPU moves at a time
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -63,6 +65,24 @@ def block_layout(x: Tensor, out: Tensor, dim: int, block: int) -> BlockLayout:
             axis = len(dims) - 1
     sizes, in_strides, out_strides = zip(*(dims or [(1, 0, 0)]), strict=True)
     return BlockLayout(sizes, in_strides, out_strides, x.stride(dim), out.stride(dim), axis, length)
+
+
+def fast_dim(layout: BlockLayout, block: int) -> int | None:
+    """Return the dim of the grid along which blocks are neighbours in memory, if it is not the last one.
+
+    Blocks are numbered along the last dim. Where their elements are neighbours along another one, as those of
+    channels-last images are, threads side by side should walk that one. None where the last dim is as good: its blocks
+    are neighbours too, or the other dim is shorter than what one access of the memory brings.
+    """
+    *others, last = range(len(layout.sizes))
+    in_unit, out_unit = (block if step == 1 else 1 for step in (layout.in_step, layout.out_step))
+
+    def is_fast(dim: int) -> bool:
+        return (layout.in_strides[dim], layout.out_strides[dim]) == (in_unit, out_unit)
+
+    fast = next(filter(is_fast, others), None)
+    is_short = fast is None or layout.sizes[fast] * in_unit < SECTOR
+    return None if is_fast(last) or is_short else fast
 
 
 def _follows(outer: tuple[int, int, int], size: int, in_stride: int, out_stride: int) -> bool:

@@ -4,19 +4,23 @@ A program takes consecutive blocks. Along a strided axis, element i of neighbour
 load. Along a contiguous axis whole blocks lie side by side, and a tile of them is loaded and split.
 """
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
+from nmcompile.backends.triton.kernels.channels_last import prune_channels_last
+from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, is_tile, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune
 from nmcompile.backends.triton.kernels.philox import uniforms
 from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
-from nmcompile.backends.triton.layout import BlockLayout, block_layout
+from nmcompile.backends.triton.layout import BlockLayout, block_layout, fast_dim
 from nmcompile.pruning.pattern import NMPattern
 
 BLOCKS = 512  # blocks per program; a multiple of 4, the uniform numbers per counter
+PAIRS = 2048  # blocks of two per program
 
 
 def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Tensor | None, out: Tensor) -> Tensor:
@@ -31,10 +35,22 @@ def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Te
         out: shape and dtype of `x`, any strides without overlap.
     """
     layout = block_layout(x, out, dim, pattern.block)
-    blocks = x.numel() // x.shape[dim] * -(-x.shape[dim] // pattern.block)
+    fast = fast_dim(layout, pattern.block)
+    if fast is None:
+        _prune_by_number(x, operator, pattern, key, out, layout)
+    else:
+        prune_channels_last(x, operator, pattern, key, out, layout, fast)
+    return out
+
+
+def _prune_by_number(
+    x: Tensor, operator: str, pattern: NMPattern, key: Tensor | None, out: Tensor, layout: BlockLayout
+) -> None:
+    blocks = prod(layout.sizes)
     unit = _unit(layout, pattern)
+    at_a_time = PAIRS if pattern.block == 2 else BLOCKS
     with torch.cuda.device_of(x):
-        prune_blocks_kernel[(triton.cdiv(blocks, BLOCKS),)](
+        prune_blocks_kernel[(triton.cdiv(blocks, at_a_time),)](
             words(x),
             words(out),
             key_on(x.device, key),
@@ -46,8 +62,8 @@ def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Te
             layout.length,
             blocks,
             AXIS=layout.axis,
-            IN_TILES=_in_tiles(layout.in_step, pattern),
-            OUT_TILES=_in_tiles(layout.out_step, pattern),
+            IN_TILES=is_tile(layout.in_step, pattern),
+            OUT_TILES=is_tile(layout.out_step, pattern),
             UNIT=unit,
             WIDE=needs_int64(x, out) or blocks > 2**30,
             OPERATOR=operator,
@@ -55,14 +71,9 @@ def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Te
             N=pattern.n_keep,
             M=pattern.block,
             DTYPE=TYPES[x.dtype],
-            B=BLOCKS,
+            B=at_a_time,
             **OPTIONS,
         )
-    return out
-
-
-def _in_tiles(step: int, pattern: NMPattern) -> bool:
-    return step == 1 and pattern.block in (2, 4, 8)
 
 
 def _unit(layout: BlockLayout, pattern: NMPattern) -> int:

@@ -7,6 +7,7 @@ of `nmcompile.pruning` one by one: launch kernels without contraction, and divid
 import triton
 import triton.language as tl
 
+from nmcompile.backends.triton.kernels.one_of_two import prune_pair
 from nmcompile.backends.triton.kernels.packing import as_bits, pack_kept, pack_pairs
 from nmcompile.backends.triton.kernels.selection import (
     count,
@@ -32,6 +33,8 @@ def prune(bits, u, OPERATOR: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr)
             pruned = prune_any(bits, u, OPERATOR, N, DTYPE)
         else:
             pruned = pruned_block(x, kept, half, step, DTYPE)
+    elif OPERATOR == "mvue" and N == 1 and len(bits) == 2:
+        pruned = prune_pair(bits, u[0], DTYPE)
     else:
         pruned = prune_any(bits, u, OPERATOR, N, DTYPE)
     return pruned

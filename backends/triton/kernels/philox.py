@@ -37,6 +37,27 @@ def uniforms_one_by_one(blocks, key, DRAWS: tl.constexpr):
 
 
 @triton.jit
+def consecutive_words(first, key, ALIGNED: tl.constexpr):
+    """The random words `first`, ..., `first` + 3 of a key, int64; ALIGNED tells that `first` is a multiple of four."""
+    low = words(first >> 2, key)
+    if ALIGNED:
+        result = low
+    else:
+        by_one = shifted(low + words((first >> 2) + 1, key), (first & 1) != 0, 1)
+        result = shifted(by_one, (first & 2) != 0, 2)
+    return result
+
+
+@triton.jit
+def shifted(words, further, BY: tl.constexpr):
+    """The words from the first on, or where `further` holds from the one BY after it."""
+    result = ()
+    for i in tl.static_range(len(words) - BY):
+        result = result + (tl.where(further, words[i + BY], words[i]),)
+    return result
+
+
+@triton.jit
 def to_uniform(word):
     return (word >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2**-24; exact
 
@@ -51,14 +72,12 @@ def words(counters, key):
     k0 = key.to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
     for _ in tl.static_range(ROUNDS):
-        high_0 = tl.umulhi(c0, tl.full(c0.shape, MULTIPLIER_0, tl.uint32))
-        high_1 = tl.umulhi(c2, tl.full(c0.shape, MULTIPLIER_1, tl.uint32))
-        low_0 = c0 * tl.full(c0.shape, MULTIPLIER_0, tl.uint32)
-        low_1 = c2 * tl.full(c0.shape, MULTIPLIER_1, tl.uint32)
-        c0 = high_1 ^ c1 ^ k0
-        c1 = low_1
-        c2 = high_0 ^ c3 ^ k1
-        c3 = low_0
+        product_0 = c0.to(tl.uint64) * MULTIPLIER_0
+        product_1 = c2.to(tl.uint64) * MULTIPLIER_1
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product_1.to(tl.uint32)
+        c3 = product_0.to(tl.uint32)
         k0 = k0 + tl.full((), WEYL_0, tl.uint32)
         k1 = k1 + tl.full((), WEYL_1, tl.uint32)
     return c0, c1, c2, c3
