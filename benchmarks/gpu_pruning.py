@@ -25,6 +25,7 @@ from nmcompile.pruning import NMPattern, draw_key
 
 Calls = dict[str, Callable[[], object]]
 GRADIENT = 16384, 4096  # tokens, out
+IMAGES = 256, 256, 56, 56  # samples, channels, height, width
 WEIGHTS = (4096, 1024), (8192, 8192)  # out, in
 TWO_OF_FOUR = NMPattern(2, 4)
 
@@ -46,6 +47,19 @@ def gradient_calls(x: Tensor) -> Calls:
         calls["MVUE 2:4, packed for cuSPARSELt"] = lambda: compressed(CUSPARSELT, operand, x.shape[1], x.shape[0])
         calls["cuSPARSELt's own compression alone"] = lambda: CUSPARSELT.compress(lines)
     return calls
+
+
+def image_calls(x: Tensor) -> Calls:
+    key, copy = draw_key(device="cuda"), torch.empty_like(x)
+    last = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "copy": lambda: copy.copy_(x),
+        "MVUE 1:2, along samples": lambda: triton_prune(x, "mvue", 1, 2, 0, key),
+        "MVUE 2:4, along samples": lambda: triton_prune(x, "mvue", 2, 4, 0, key),
+        "MVUE 1:2, along samples, channels last": lambda: triton_prune(last, "mvue", 1, 2, 0, key),
+        "MVUE 2:4, along samples, channels last": lambda: triton_prune(last, "mvue", 2, 4, 0, key),
+        "greedy 4:8, along channels, channels last": lambda: triton_prune(last, "greedy", 4, 8, 1, None),
+    }
 
 
 def weight_calls(w: Tensor) -> Calls:
@@ -76,13 +90,14 @@ def main() -> None:
         raise SystemExit(triton_support().reason)
     torch.manual_seed(0)
     results = []
-    for kind, shape in [("gradient", GRADIENT), *(("weight", shape) for shape in WEIGHTS)]:
+    calls_of = {"gradient": gradient_calls, "images": image_calls, "weight": weight_calls}
+    for kind, shape in [("gradient", GRADIENT), ("images", IMAGES), *(("weight", shape) for shape in WEIGHTS)]:
         x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        calls = gradient_calls(x) if kind == "gradient" else weight_calls(x)
+        calls = calls_of[kind](x)
         medians = {name: statistics.median(times) for name, times in on_gpu(calls, options.repeats).items()}
         copies = {name: time / medians["copy"] for name, time in medians.items()}
         results.append({"tensor": kind, "shape": shape, "milliseconds": medians, "copies": copies})
-        title = f"{kind} {shape[0]} x {shape[1]}"
+        title = f"{kind} {' x '.join(map(str, shape))}"
         print(tabulate([[name, medians[name], copies[name]] for name in medians], headers=[title, "ms", "copies"]))
     content = {**gpu_setting(), "repeats": options.repeats, "results": results}
     options.out.write_text(json.dumps(content, indent=2) + "\n")

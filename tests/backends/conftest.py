@@ -1,6 +1,6 @@
 """Small ONNX models with 2:4 weights, and a cuSPARSELt that PyTorch computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_help
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
 from tests.backends.fake_cusparselt import FakeLibrary
+from tests.backends.on_triton import interpreter
 
 SCALE = 0.125  # step of the activations
 STEP = 0.0625  # step of the weights
@@ -75,3 +76,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # by the library's own function operands are compressed
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
     return FakeLibrary()
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Request Triton's interpreter for a test: Triton asks again at the first launch."""
+    with interpreter():
+        yield

@@ -3,8 +3,6 @@
 Without a CUDA device they run in Triton's interpreter, which must be requested before Triton is imported: here.
 """
 
-import os
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -14,59 +12,35 @@ from torch import Tensor
 from nmcompile.backends.triton import operators
 from nmcompile.pruning import OPERATORS, NMPattern, transposable_mask
 from nmcompile.pruning.packed import Packed, pack, two_of_four
+from tests.backends.on_triton import BITS, DEVICES, DTYPES, KINDS, PRUNING, assert_same_bits, interpreter, reference
 from tests.backends.operands import LAYOUTS, values
 
-HAS_DEVICE = torch.cuda.is_available()
-INTERPRETER = {} if HAS_DEVICE else {"TRITON_INTERPRET": "1"}
-with mock.patch.dict(os.environ, INTERPRETER):
-    pytest.importorskip("triton", reason="Triton is not installed")
+with interpreter():
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    import triton.language as tl
+
     from nmcompile.backends.triton.kernels.blocks import prune_blocks
+    from nmcompile.backends.triton.kernels.launch import TYPES
     from nmcompile.backends.triton.kernels.lines import pack_lines, prune_lines
+    from nmcompile.backends.triton.kernels.operators import prune
     from nmcompile.backends.triton.kernels.tiles import prune_tiles
 
-
-@pytest.fixture(autouse=True)
-def interpreted() -> Iterator[None]:
-    """Request the interpreter, as Triton asks again at the first launch."""
-    with mock.patch.dict(os.environ, INTERPRETER):
-        yield
+    @triton.jit  # type: ignore[untyped-decorator]
+    def prune_pairs_with(u, x, out, DTYPE: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Prune pairs 1:2 with given uniform numbers: rare ones, too."""
+        block = tl.arange(0, B)
+        pruned = prune((tl.load(x + block), tl.load(x + B + block)), (tl.load(u + block),), "mvue", 1, DTYPE)
+        tl.store(out + block, pruned[0])
+        tl.store(out + B + block, pruned[1])
 
 
 # Warnings of numpy, with which the interpreter computes, about arithmetic that the reference does silently.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+]
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(HAS_DEVICE, reason="compiled kernels take CUDA tensors")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_DEVICE, reason="no CUDA device")]),
-]
-BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-DTYPES = sorted(BITS, key=str)
-KINDS = ["normal", "ties", "wide", "sparse", "special"]
-PRUNING = [
-    ("greedy", "1:2"),
-    ("greedy", "2:4"),
-    ("greedy", "4:8"),
-    ("greedy_by_value", "4:8"),
-    ("mvue", "1:2"),
-    ("mvue", "2:4"),
-    ("mvue", "3:7"),
-    ("mvue", "4:8"),
-    ("mvue_approx", "2:4"),
-]
 SHAPES = [((5, 9, 13), 1), ((5, 9, 13), 2), ((16, 35), 0), ((3, 64), 1), ((7,), 0)]
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Check for equal bits; a NaN need only be a NaN."""
-    actual = actual.cpu()
-    assert actual.isnan().equal(expected.isnan())
-    numbers = [x.nan_to_num(0.0, torch.inf, -torch.inf) for x in (actual, expected)]
-    assert numbers[0].view(BITS[expected.dtype]).equal(numbers[1].view(BITS[expected.dtype]))
-
-
-def reference(x: Tensor, operator: str, pattern: str, dim: int, key: Tensor) -> Tensor:
-    chosen = OPERATORS[operator]
-    return chosen.prune(x, pattern, dim, key if chosen.needs_key else None)
 
 
 def packed_lines(lines: Tensor) -> Packed:
@@ -143,6 +117,27 @@ def test_mvue_of_many_pairs_equals_the_reference(kind: str, dtype: torch.dtype, 
         packed, positions = pack_lines(x.to(device), "mvue", dim, key, buffers[0], buffers[1])
         assert_same_bits(packed, wanted[0])
         assert positions.cpu().equal(wanted[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mvue_of_one_of_two_equals_the_reference_where_sums_and_draws_are_extreme(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finfo = torch.finfo(dtype)
+    smallest = finfo.smallest_normal * finfo.eps  # which is subnormal
+    numbers = [0.0, smallest, 3 * smallest, finfo.smallest_normal, finfo.eps, 1.0, 1 + finfo.eps, 2**12, finfo.max]
+    signed = torch.tensor([*numbers, torch.inf, torch.nan], dtype=dtype)
+    draws = torch.tensor([0, 1, 2, 2**12, 2**23, 2**24 - 1]) * 2.0**-24
+    pairs = torch.cartesian_prod(torch.cat([signed, -signed]), torch.cat([signed, -signed])).t()
+    x, u = pairs.repeat_interleave(len(draws), 1), draws.repeat(pairs.shape[1])
+    missing = triton.next_power_of_2(len(u)) - len(u)
+    x, u = torch.nn.functional.pad(x, (0, missing)), torch.nn.functional.pad(u, (0, missing))
+    out = torch.full_like(x, 7.0, device=device)
+    words = (t.view(BITS[dtype]) for t in (x.to(device), out))
+    prune_pairs_with[(1,)](u.to(device), *words, DTYPE=TYPES[dtype], B=len(u), enable_fp_fusion=False)
+    monkeypatch.setattr("nmcompile.pruning.operator.uniforms", lambda *_: u[None])
+    assert_same_bits(out, OPERATORS["mvue"].prune(x, "1:2", 0, torch.tensor(0)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

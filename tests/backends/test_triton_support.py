@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from nmcompile.backends.triton import TritonBackend
 from nmcompile.backends.triton import operators as triton_operators
-from nmcompile.backends.triton.layout import BlockLayout, block_layout
+from nmcompile.backends.triton.layout import BlockLayout, block_layout, fast_dim
 from nmcompile.backends.triton.support import tensor_runs
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
@@ -132,3 +132,32 @@ def test_partial_blocks_keep_their_dim() -> None:
 def test_dims_merge_only_where_both_tensors_allow_it() -> None:
     x, out = torch.empty(8, 6), torch.empty(6, 8).t()
     assert block_layout(x, out, 0, 4) == BlockLayout((2, 6), (24, 1), (4, 8), 6, 1, -1, 8)
+
+
+IMAGE = torch.empty(8, 32, 5, 3)
+LAST = IMAGE.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("x", "dim", "fast"),
+    [
+        (LAST, 0, 1),
+        (LAST, 1, 1),
+        (LAST.transpose(0, 1).flatten(1), 1, 0),
+        (torch.empty(6, 9, 32).movedim(-1, 1), 0, 1),
+        (torch.empty(6, 9, 32).movedim(-1, 1), 2, 1),
+        (IMAGE, 0, None),  # numbers and memory have one order
+        (IMAGE, 1, None),
+        (torch.empty(64, 48), 0, None),
+        (torch.empty(8, 5, 3, 12).movedim(-1, 1), 0, None),  # twelve channels are less than one access brings
+        (torch.empty(8, 5, 3, 64)[..., ::2].movedim(-1, 1), 0, None),  # no neighbours anywhere
+    ],
+)
+def test_kernels_walk_along_memory_where_it_has_another_order_than_the_numbers(
+    x: Tensor, dim: int, fast: int | None
+) -> None:
+    assert fast_dim(block_layout(x, x, dim, 4), 4) == fast
+
+
+def test_tensors_of_two_orders_are_walked_along_the_numbers() -> None:
+    assert fast_dim(block_layout(LAST, torch.empty_like(IMAGE), 0, 4), 4) is None

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmcompile.backends.triton.kernels.access import is_tile, load_blocks, store_blocks
 from nmcompile.backends.triton.kernels.channels_last import prune_channels_last
-from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, is_tile, key_on, needs_int64, words
+from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune
 from nmcompile.backends.triton.kernels.philox import uniforms
-from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
 from nmcompile.backends.triton.layout import BlockLayout, block_layout, fast_dim
 from nmcompile.pruning.pattern import NMPattern
 
@@ -146,40 +146,3 @@ def locate(
         if dim == AXIS:
             left = length - coordinate * M
     return start_in * UNIT, start_out * UNIT, left
-
-
-@triton.jit
-def load_blocks(x, start, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
-    """Load the M elements of blocks, zeros past the end."""
-    if TILES:
-        bits = split_blocks(tl.load(x + tile_offsets(start, M), mask=tile_mask(left, PARTIAL, M), other=0), M)
-    else:
-        bits = ()
-        for i in tl.static_range(M):
-            bits = bits + (tl.load(x + start + i * step, mask=i < left, other=0),)
-    return bits
-
-
-@triton.jit
-def store_blocks(out, start, left, step, pruned, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
-    """Write the M elements of blocks, except those past the end."""
-    if TILES:
-        tl.store(out + tile_offsets(start, M), join_blocks(pruned, M), mask=tile_mask(left, PARTIAL, M))
-    else:
-        for i in tl.static_range(M):
-            tl.store(out + start + i * step, pruned[i], mask=i < left)
-
-
-@triton.jit
-def tile_offsets(start, M: tl.constexpr):
-    return start[:, None] + tl.arange(0, M)[None, :]
-
-
-@triton.jit
-def tile_mask(left, PARTIAL: tl.constexpr, M: tl.constexpr):
-    """Return a mask that is equal for all elements of a whole block, which then is one memory access."""
-    if PARTIAL:
-        mask = tl.arange(0, M)[None, :] < left[:, None]
-    else:
-        mask = tl.broadcast_to((left > 0)[:, None], (left.shape[0], M))
-    return mask

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, is_tile, key_on, needs_int64, words
+from nmcompile.backends.triton.kernels.access import is_tile, load_blocks, store_blocks
+from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune
-from nmcompile.backends.triton.kernels.philox import consecutive_words, to_uniform
-from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
+from nmcompile.backends.triton.kernels.philox import at_step, uniforms_of_walks
 from nmcompile.backends.triton.layout import BlockLayout
 from nmcompile.pruning.pattern import NMPattern
 
@@ -114,55 +114,55 @@ def channels_last_kernel(
     SIDE: tl.constexpr,
 ):
     LAST: tl.constexpr = len(sizes) - 1
-    PARTIAL: tl.constexpr = AXIS >= 0
     across = unsigned(tl.cdiv(sides * SIDE, C))
     along = unsigned(tl.cdiv(sizes[LAST], R * WALK))
     program = unsigned(tl.program_id(0))
     first_channel = (program % across).to(tl.int32) * C
-    channel = span(first_channel, 1, C, WIDE)[None, :]
-    position = span((program // across % along).to(tl.int32) * R * WALK, WALK, R, WIDE)[:, None]
-    outer = program // across // along
-    start_in, start_out, number, fast_weight, left = locate(
-        outer, sizes, in_strides, out_strides, length, FAST, AXIS, M
-    )
+    first_position = (program // across % along).to(tl.int32) * (R * WALK)
+    place = locate(program // across // along, sizes, in_strides, out_strides, length, FAST, AXIS, M)
+    start_in, start_out, number, fast_weight, left = place
     x += start_in * UNIT
     out += start_out * UNIT
+    channel = span(first_channel, 1, C, WIDE)[None, :]
+    first = span(first_position, WALK, R, WIDE)[:, None]
     if DRAWS > 0:
-        u = walk_uniforms(number + position, first_channel, fast_weight, tl.load(key), ALIGNED, DRAWS, WALK, C, SIDE)
+        weights = fast_weight, tl.load(key)
+        u = uniforms_of_walks(number + first, first_channel, *weights, ALIGNED, DRAWS, WALK, C, SIDE)
     for step in range(WALK):
-        here = position + step
-        inside = (here < sizes[LAST]) & (channel < sides * SIDE)
+        position = first + step
         if AXIS == LAST:
-            left = length - here * M
+            left = length - position * M
         elif AXIS == FAST:
             left = length - channel * M
-        at = here * in_strides[LAST] * UNIT + channel * IN_WIDTH
-        bits = load_blocks(x, at, inside, left, in_step * UNIT, PARTIAL, IN_TILES, M)
+        inside = (position < sizes[LAST]) & (channel < sides * SIDE)
+        elements = tl.where(inside, left, 0)
+        start = position * in_strides[LAST] * UNIT + channel * IN_WIDTH
+        bits = load_blocks(x, start, elements, in_step * UNIT, AXIS >= 0, IN_TILES, M)
         pruned = prune(bits, at_step(u, step) if DRAWS > 0 else (), OPERATOR, N, DTYPE)
-        at = here * out_strides[LAST] * UNIT + channel * OUT_WIDTH
-        store_blocks(out, at, inside, left, out_step * UNIT, pruned, PARTIAL, OUT_TILES, M)
+        start = position * out_strides[LAST] * UNIT + channel * OUT_WIDTH
+        store_blocks(out, start, elements, out_step * UNIT, pruned, AXIS >= 0, OUT_TILES, M)
 
 
 @triton.jit
 def unsigned(number):
-    """Numbers that divide one another without a look at their signs."""
+    """Return a number that is divided without a look at its sign."""
     return tl.full((), number, tl.uint32)
 
 
 @triton.jit
 def span(first, STEP: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr):
-    """COUNT numbers, STEP apart."""
+    """Return COUNT numbers, STEP apart, int64 if WIDE."""
     index = first + tl.arange(0, COUNT) * STEP
     return index.to(tl.int64) if WIDE else index
 
 
 @triton.jit
 def locate(outer, sizes, in_strides, out_strides, length, FAST: tl.constexpr, AXIS: tl.constexpr, M: tl.constexpr):
-    """Where the dims but the fast and the last one are at number `outer` of their grid.
+    """Find the place `outer` in the grid of all dims except the fast and the last one.
 
     Returns:
-        Offsets into both tensors; the number of the first block there; how far numbers are apart along the fast dim;
-        and how many elements of its blocks there are, if one of those dims decides.
+        Its offsets in both tensors, in units; the number of its first block; the difference of the numbers of two
+        neighbours along the fast dim; and how many elements its blocks have, if one of those dims decides on that.
     """
     OUTERMOST: tl.constexpr = 1 if FAST == 0 else 0
     start_in = tl.full((), 0, tl.int64)
@@ -184,89 +184,3 @@ def locate(outer, sizes, in_strides, out_strides, length, FAST: tl.constexpr, AX
                 left = tl.full((1, 1), length - coordinate * M, tl.int32)
         weight = weight * sizes[dim]
     return start_in, start_out, number, fast_weight, left
-
-
-@triton.jit
-def walk_uniforms(
-    row_numbers,
-    first_channel,
-    fast_weight,
-    key,
-    ALIGNED: tl.constexpr,
-    DRAWS: tl.constexpr,
-    WALK: tl.constexpr,
-    C: tl.constexpr,
-    SIDE: tl.constexpr,
-):
-    """The uniform numbers of `(R, C)` walks: for each step DRAWS tensors `(R * C,)`.
-
-    They are worked out for every SIDE-th channel and then joined, because the compiler lays them out as the blocks are.
-    """
-    B: tl.constexpr = row_numbers.shape[0] * C // SIDE
-    side_by_side = ()
-    for i in tl.static_range(SIDE):
-        channel = first_channel + i + SIDE * tl.arange(0, C // SIDE)[None, :]
-        number = tl.reshape(row_numbers + channel * fast_weight, (B,))
-        side_by_side = side_by_side + (consecutive_words(number * DRAWS, key, ALIGNED),)
-    steps = ()
-    for step in tl.static_range(WALK):
-        draws = ()
-        for draw in tl.static_range(DRAWS):
-            u = ()
-            for i in tl.static_range(SIDE):
-                u = u + (to_uniform(side_by_side[i][step * DRAWS + draw]),)
-            draws = draws + (u[0] if SIDE == 1 else tl.reshape(join_blocks(u, SIDE), (B * SIDE,)),)
-        steps = steps + (draws,)
-    return steps
-
-
-@triton.jit
-def at_step(u, step):
-    """The uniform numbers of one step."""
-    result = u[0]
-    for i in tl.static_range(1, len(u)):
-        later = ()
-        for draw in tl.static_range(len(result)):
-            later = later + (tl.where(step == i, u[i][draw], result[draw]),)
-        result = later
-    return result
-
-
-@triton.jit
-def load_blocks(x, start, inside, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
-    """The M elements of `(R, C)` blocks, `(R * C,)` each, zeros where there are none."""
-    B: tl.constexpr = start.shape[0] * start.shape[1]
-    if TILES:
-        tile = tl.load(x + tile_offsets(start, M), mask=tile_mask(inside, left, PARTIAL, M), other=0)
-        bits = split_blocks(tl.reshape(tile, (B, M)), M)
-    else:
-        bits = ()
-        for i in tl.static_range(M):
-            mask = inside & (i < left) if PARTIAL else inside
-            bits = bits + (tl.reshape(tl.load(x + i * step + start, mask=mask, other=0), (B,)),)
-    return bits
-
-
-@triton.jit
-def store_blocks(out, start, inside, left, step, pruned, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
-    """Write the M elements of blocks, those that there are."""
-    if TILES:
-        tile = tl.reshape(join_blocks(pruned, M), (start.shape[0], start.shape[1], M))
-        tl.store(out + tile_offsets(start, M), tile, mask=tile_mask(inside, left, PARTIAL, M))
-    else:
-        for i in tl.static_range(M):
-            mask = inside & (i < left) if PARTIAL else inside
-            tl.store(out + i * step + start, tl.reshape(pruned[i], start.shape), mask=mask)
-
-
-@triton.jit
-def tile_offsets(start, M: tl.constexpr):
-    return tl.expand_dims(start, 2) + tl.arange(0, M)[None, None, :]
-
-
-@triton.jit
-def tile_mask(inside, left, PARTIAL: tl.constexpr, M: tl.constexpr):
-    mask = tl.expand_dims(inside, 2)
-    if PARTIAL:
-        mask = mask & (tl.arange(0, M)[None, None, :] < tl.expand_dims(left, 2))
-    return mask

@@ -6,8 +6,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from nmcompile.pruning.pattern import NMPattern
-
 TYPES = MappingProxyType({torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16})
 DRAWS = MappingProxyType({"greedy": 0, "greedy_by_value": 0, "mvue": 1, "mvue_approx": 2})
 LARGEST_INT32 = 2**31 - 1
@@ -32,8 +30,3 @@ def needs_int64(*tensors: Tensor) -> bool:
 
 def _reach(x: Tensor) -> int:
     return sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def is_tile(step: int, pattern: NMPattern) -> bool:
-    """Whether blocks lie whole in memory, so that a tile of them is one access."""
-    return step == 1 and pattern.block in (2, 4, 8)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from nmcompile.backends.triton.kernels.storage import join_blocks
 from nmcompile.pruning import philox
 
 ROUNDS = tl.constexpr(philox.ROUNDS)
@@ -37,8 +38,59 @@ def uniforms_one_by_one(blocks, key, DRAWS: tl.constexpr):
 
 
 @triton.jit
+def uniforms_of_walks(
+    row_numbers,
+    first_column,
+    column_weight,
+    key,
+    ALIGNED: tl.constexpr,
+    DRAWS: tl.constexpr,
+    WALK: tl.constexpr,
+    C: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Return the numbers of walks over WALK consecutive blocks: for each step DRAWS tensors `(R * C,)`.
+
+    Walk (r, c) starts at the block row_numbers[r] + (first_column + c) * column_weight. The walks of a thread are SIDE
+    consecutive columns: their words are computed apart and then joined, which moves nothing between threads.
+
+    Args:
+        row_numbers: int64 `(R, 1)`.
+        ALIGNED: whether every walk starts with the first number of a counter.
+    """
+    B: tl.constexpr = row_numbers.shape[0] * C // SIDE
+    words_of = ()
+    for i in tl.static_range(SIDE):
+        column = first_column + i + SIDE * tl.arange(0, C // SIDE)[None, :]
+        start = tl.reshape(row_numbers + column * column_weight, (B,))
+        words_of = words_of + (consecutive_words(start * DRAWS, key, ALIGNED),)
+    steps = ()
+    for step in tl.static_range(WALK):
+        draws = ()
+        for draw in tl.static_range(DRAWS):
+            u = ()
+            for i in tl.static_range(SIDE):
+                u = u + (to_uniform(words_of[i][step * DRAWS + draw]),)
+            draws = draws + (u[0] if SIDE == 1 else tl.reshape(join_blocks(u, SIDE), (B * SIDE,)),)
+        steps = steps + (draws,)
+    return steps
+
+
+@triton.jit
+def at_step(steps, step):
+    """Return the numbers of one step of the walks."""
+    u = steps[0]
+    for i in tl.static_range(1, len(steps)):
+        later = ()
+        for draw in tl.static_range(len(u)):
+            later = later + (tl.where(step == i, steps[i][draw], u[draw]),)
+        u = later
+    return u
+
+
+@triton.jit
 def consecutive_words(first, key, ALIGNED: tl.constexpr):
-    """The random words `first`, ..., `first` + 3 of a key, int64; ALIGNED tells that `first` is a multiple of four."""
+    """Return the words `first`, ..., `first` + 3, int64; where ALIGNED, they are those of one counter."""
     low = words(first >> 2, key)
     if ALIGNED:
         result = low
@@ -50,7 +102,7 @@ def consecutive_words(first, key, ALIGNED: tl.constexpr):
 
 @triton.jit
 def shifted(words, further, BY: tl.constexpr):
-    """The words from the first on, or where `further` holds from the one BY after it."""
+    """Return the words from the first one, or where `further` holds from the one that is BY further."""
     result = ()
     for i in tl.static_range(len(words) - BY):
         result = result + (tl.where(further, words[i + BY], words[i]),)

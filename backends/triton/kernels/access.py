@@ -1,0 +1,65 @@
+"""Loads and stores of blocks: of element i of all of them, side by side, or of a tile of whole blocks."""
+
+import triton
+import triton.language as tl
+
+from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
+from nmcompile.pruning.pattern import NMPattern
+
+
+def is_tile(step: int, pattern: NMPattern) -> bool:
+    """Return whether blocks lie whole in memory, so that a tile of them is one access."""
+    return step == 1 and pattern.block in (2, 4, 8)
+
+
+@triton.jit
+def load_blocks(x, start, left, step, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
+    """Load the M elements of blocks, each flat, with zeros past the end.
+
+    Args:
+        start: where each block starts, of any shape.
+        left: how many elements of it there are, 0 for a block that does not exist, and of the shape of `start`.
+        step: from one element to the next.
+        PARTIAL: whether a block may have less than M elements.
+        TILES: see `is_tile`.
+    """
+    if TILES:
+        tile = tl.load(x + tile_offsets(start, M), mask=tile_mask(left, PARTIAL, M), other=0)
+        bits = split_blocks(tl.reshape(tile, (start.numel, M)), M)
+    else:
+        bits = ()
+        for i in tl.static_range(M):
+            element = tl.load(x + element_offset(i, step) + start, mask=i < left, other=0)
+            bits = bits + (tl.reshape(element, (start.numel,)),)
+    return bits
+
+
+@triton.jit
+def store_blocks(out, start, left, step, pruned, PARTIAL: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr):
+    """Write the M elements of blocks, except those past the end; see `load_blocks`."""
+    if TILES:
+        offsets = tile_offsets(start, M)
+        tile = tl.reshape(join_blocks(pruned, M), offsets.shape)
+        tl.store(out + offsets, tile, mask=tile_mask(left, PARTIAL, M))
+    else:
+        for i in tl.static_range(M):
+            element = tl.reshape(pruned[i], start.shape)
+            tl.store(out + element_offset(i, step) + start, element, mask=i < left)
+
+
+@triton.jit
+def element_offset(i: tl.constexpr, step):
+    """Return the offset of element i, which may exceed 32 bits even where those of blocks do not."""
+    return tl.full((), step, tl.int64) * i
+
+
+@triton.jit
+def tile_offsets(start, M: tl.constexpr):
+    return tl.expand_dims(start, -1) + tl.arange(0, M)
+
+
+@triton.jit
+def tile_mask(left, PARTIAL: tl.constexpr, M: tl.constexpr):
+    """Return a mask that is equal for all elements of a whole block, which then is one memory access."""
+    left = tl.expand_dims(left, -1)
+    return tl.arange(0, M) < left if PARTIAL else left > 0
