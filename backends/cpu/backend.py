@@ -1,9 +1,9 @@
 """The CPU backend: native kernels that prune, find exact transposable 2:4 masks, and multiply 2:4 sparse operands."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
+from torch.fx.node import Argument
 
 from nmcompile.backends.cpu import conv, linear
 from nmcompile.backends.cpu.kernels import kernel_support
@@ -12,15 +12,15 @@ from nmcompile.backends.cpu.packed_integers import BITS
 from nmcompile.backends.cpu.prune import prune_natively, prune_support
 from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
 from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
-from nmcompile.backends.shared.gemm_arguments import gemm_arguments
+from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.ir import operations as ops
 from nmcompile.ir.choice_slot import ChoiceSlot
-from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
+from nmcompile.ir.layers import ConvLayer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, row_of, update_meta
 from nmcompile.ir.protocols import OTHER_KIND, Support
 
-GEMMS: dict[tuple[Any, type[Layer]], Any] = {
+GEMMS: GemmTable = {
     (ops.gemm_forward, LinearLayer): linear.linear_forward,
     (ops.gemm_backward, LinearLayer): linear.linear_input_gradient,
     (ops.gemm_update, LinearLayer): linear.linear_weight_gradient,
@@ -99,7 +99,7 @@ def _prunes_while_packing(node: fx.Node) -> bool:
     return is_linear and pruned is not None and _operator_support(pruned).ok
 
 
-def _pruned_update_arguments(node: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _pruned_update_arguments(node: fx.Node, arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
     """Return the arguments of an update that prunes the gradient while packing it."""
     pruned = pruned_alone(node)
     assert pruned is not None
@@ -121,13 +121,17 @@ def _has_small_integers(node: fx.Node) -> bool:
     return bool(signed) and pruned.target is ops.apply_mask and is_read_once
 
 
-def _is_on_grid(operand: Any) -> bool:
-    return operand.target is ops.to_grid and operand.args[2] <= BITS
+def _is_on_grid(operand: Argument) -> bool:
+    if not isinstance(operand, fx.Node) or operand.target is not ops.to_grid:
+        return False
+    bits = operand.args[2]
+    return isinstance(bits, int) and bits <= BITS
 
 
-def _arguments_on_grid(node: fx.Node, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _arguments_on_grid(node: fx.Node, arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
     """Return the arguments of a forward GEMM that masks the weight and puts it on its grid itself."""
     input, quantized, bias, transposed = arguments
+    assert isinstance(input, fx.Node) and isinstance(quantized, fx.Node)
     masked, step, bits, _ = quantized.args
     node.args = (input, masked)
     node.graph.erase_node(quantized)

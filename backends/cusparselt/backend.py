@@ -1,14 +1,14 @@
 """The cuSPARSELt backend: GEMMs with a 2:4 operand on sparse tensor cores."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
+from torch.fx.node import Argument
 
 from nmcompile.backends.cusparselt import operators
 from nmcompile.backends.cusparselt.library import CUSPARSELT, Library
 from nmcompile.backends.shared.fuse_nodes import Rule, pruned_alone, take_mask, take_pruning
-from nmcompile.backends.shared.gemm_arguments import gemm_arguments
+from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.backends.triton import mask_kernel, prune
 from nmcompile.backends.triton.support import KEEP
@@ -18,7 +18,7 @@ from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, update_meta
 from nmcompile.ir.protocols import OTHER_KIND, Support
 
-GEMMS: dict[tuple[Any, type[Layer]], Any] = {
+GEMMS: GemmTable = {
     (ops.gemm_forward, LinearLayer): operators.linear_forward,
     (ops.gemm_backward, LinearLayer): operators.linear_input_gradient,
     (ops.gemm_update, LinearLayer): operators.linear_weight_gradient,
@@ -57,9 +57,10 @@ class CusparseltBackend:
         update_meta(node, choice=slot)
 
 
-def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:
+def _weight_arguments(node: fx.Node) -> tuple[Argument, ...]:
     """Return the arguments of a GEMM with a sparse weight, which masks it itself."""
-    pruned: Any = node.args[1]
+    pruned = node.args[1]
+    assert isinstance(pruned, fx.Node)
     first, _, *rest = gemm_arguments(node)
     weight, mask = take_mask(node)
     if mask is not None:
@@ -68,7 +69,7 @@ def _weight_arguments(node: fx.Node) -> tuple[Any, ...]:
     return first, weight, mask, *(rest[:1] if isinstance(meta_of(node).layer, ConvLayer) else rest)
 
 
-def _update_arguments(node: fx.Node) -> tuple[Any, ...]:
+def _update_arguments(node: fx.Node) -> tuple[Argument, ...]:
     """Return the arguments of a linear layer's update, which prunes the gradient itself if nothing else reads it."""
     row, pruned = pruned_row(node), pruned_alone(node)
     assert row is not None and row.pattern is not None

@@ -4,6 +4,7 @@ PyTorch's own operator makes a new plan in every call, for which the GPU waits l
 """
 
 import ctypes
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from nmcompile.ir.protocols import Support
 
 SONAME = "libcusparseLt.so.0"  # PyTorch has loaded it
 STRUCTURE = 4096  # bytes for one of the library's opaque structures; the largest known ones have 1024
+Structure = ctypes.Array[ctypes.c_char]
 OLDEST = (8, 0)
 KNOWN_BAD = {(0, 8, 0): "slower than others on Hopper and L4; nvidia-cusparselt-cu13 0.8.1 and later are not"}
 
@@ -37,10 +39,10 @@ class Library:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._handles: dict[torch.device, Any] = {}
+        self._handles: dict[torch.device, Structure] = {}
         _libraries[name] = self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[str], "Library"], tuple[str]]:
         return library_named, (self.name,)  # a model that is saved or copied keeps its backends
 
     def support(self) -> Support:
@@ -79,7 +81,7 @@ class Library:
         functions.cusparseLtGetErrorString.restype = ctypes.c_char_p
         return functions
 
-    def call(self, name: str, *arguments: Any) -> None:
+    def call(self, name: str, *arguments: object) -> None:
         """Call a C function.
 
         Raises:
@@ -90,7 +92,7 @@ class Library:
             text = (self.functions.cusparseLtGetErrorString(status) or b"").decode()
             raise LibraryError(f"{name} of {SONAME} failed with {status} ({text})")
 
-    def handle(self, device: torch.device) -> Any:
+    def handle(self, device: torch.device) -> Structure:
         """Return the library's state for a device."""
         if device not in self._handles:
             handle = ctypes.create_string_buffer(STRUCTURE)

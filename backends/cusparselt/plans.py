@@ -5,12 +5,12 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cusparselt.library import STRUCTURE, Library
+from nmcompile.backends.cusparselt.library import STRUCTURE, Library, Structure
 
 ALIGNMENT = 16
 PLANS = 512  # cached plans
@@ -160,11 +160,11 @@ class Plan:
         return result
 
 
-def _destroy_plan(library: Library, plan: Any) -> None:
+def _destroy_plan(library: Library, plan: Structure) -> None:
     library.functions.cusparseLtMatmulPlanDestroy(plan)
 
 
-def _destroy_product(library: Library, selection: Any, matrices: Sequence[Any]) -> None:
+def _destroy_product(library: Library, selection: Structure, matrices: Sequence[Structure]) -> None:
     library.functions.cusparseLtMatmulAlgSelectionDestroy(selection)
     for matrix in matrices:
         library.functions.cusparseLtMatDescriptorDestroy(matrix)
@@ -174,6 +174,6 @@ def _long(*values: int) -> Sequence[ctypes.c_int64]:
     return [ctypes.c_int64(value) for value in values]
 
 
-def _of(value: Any) -> tuple[Any, ctypes.c_size_t]:
+def _of(value: ctypes.c_int32 | ctypes.c_void_p) -> tuple[object, ctypes.c_size_t]:
     """Return an attribute's value as the arguments that the library takes."""
     return ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value))

@@ -1,20 +1,19 @@
 """The reference backend: dense PyTorch math on pruned operands, on any device. Slow, obvious and trusted."""
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
 from nmcompile.backends.reference import conv, linear
-from nmcompile.backends.shared.gemm_arguments import gemm_arguments
+from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.errors import LoweringError
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
+from nmcompile.ir.layers import ConvLayer, LinearLayer
 from nmcompile.ir.node_meta import KEY, meta_of
 from nmcompile.ir.protocols import Support
 
-GEMMS: dict[tuple[object, type[Layer]], Callable[..., Tensor]] = {
+GEMMS: GemmTable = {
     (ops.gemm_forward, LinearLayer): linear.linear_forward,
     (ops.gemm_backward, LinearLayer): linear.linear_input_gradient,
     (ops.gemm_update, LinearLayer): linear.linear_weight_gradient,

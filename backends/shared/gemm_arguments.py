@@ -8,12 +8,17 @@
 A backward convolution reads the shape and the memory format of X, an update those of W.
 """
 
-from torch import fx
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of
+
+GemmTable = Mapping[tuple[object, type[Layer]], Callable[..., Tensor]]
+"""A backend's functions by GEMM and kind of layer."""
 
 
 def gemm_arguments(node: fx.Node) -> tuple[Argument, ...]:

@@ -3,9 +3,9 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -56,7 +56,7 @@ def _saved(path: Path) -> tuple[dict[str, str], dict[str, Choice]]:
     return saved.setting, {key: _choice_of(values, f"{path}: {key!r}") for key, values in saved.choices.items()}
 
 
-def _choice_of(values: dict[str, Any], name: str) -> Choice:
+def _choice_of(values: Mapping[str, str | float | None], name: str) -> Choice:
     choice = read_record(Choice, values, name)
     if choice.kernel not in KERNELS:
         raise FileError(f"{name}: kernel {choice.kernel!r} is unknown; {nearest(choice.kernel, KERNELS)}")
