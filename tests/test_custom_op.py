@@ -1,8 +1,11 @@
 """A custom operator's fake takes the parameters that it names, however the operator is called."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+import nmcompile
 from nmcompile.custom_op import custom_op
 
 
@@ -21,6 +24,13 @@ def test_the_rules_of_custom_operators_are_kept() -> None:
     torch.library.opcheck(widened, (x, 2.0))
     torch.library.opcheck(widened, (x, 2.0, 5), {"offset": torch.ones(())})
     torch.library.opcheck(double_into, (x, torch.empty(4)))
+
+
+def test_every_operator_states_its_signature_once() -> None:
+    package = Path(nmcompile.__file__).parent
+    folders = package, package / "backends", package / "passes"  # links are not followed
+    found = {path.name for folder in folders for path in folder.rglob("*.py") if "register_fake" in path.read_text()}
+    assert found == {"custom_op.py"}
 
 
 def test_graphs_name_the_overload() -> None:

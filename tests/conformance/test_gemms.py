@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmcompile.api.choose_backends import ACCELERATED
 from nmcompile.config import LayerConfig, Pruning
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
@@ -75,6 +76,10 @@ def check(layer: Layer, case: Case, pattern: str, tensors: Iterable[Tensor]) -> 
     assert_within_rounding(layer, [y.cpu() for y in got], (x, weight * mask, bias, grad_output, kept))
     case.check_kernels(layer, graphs)
     return got
+
+
+def test_every_backend_has_a_case() -> None:
+    assert {case.backend.name for case in CASES.values()} == {"reference", *(one.name for one in ACCELERATED)}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
