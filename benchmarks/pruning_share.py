@@ -23,7 +23,7 @@ from vision import models
 import nmcompile
 from nmcompile import CompileConfig, NMPattern
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.config import LayerConfig, Pruning
+from nmcompile.layer_config import LayerConfig, Pruning
 
 PRUNING = "nmcompile::cpu_prune"
 # name -> operator, pattern, the paper's overhead in percent of a step (its Table 6)

@@ -17,11 +17,11 @@ from nmcompile.api.verify import verify as verify
 from nmcompile.backends.shared.saved_choices import load_choices as load_choices
 from nmcompile.backends.shared.saved_choices import save_choices as save_choices
 from nmcompile.config import CompileConfig as CompileConfig
-from nmcompile.config import LayerConfig as LayerConfig
 from nmcompile.config import Phase as Phase
-from nmcompile.config import Pruning as Pruning
 from nmcompile.config import presets as presets
 from nmcompile.errors import NMCompileError as NMCompileError
+from nmcompile.layer_config import LayerConfig as LayerConfig
+from nmcompile.layer_config import Pruning as Pruning
 from nmcompile.pruning.pattern import NMPattern as NMPattern
 from nmcompile.three_gemm.modules import ThreeGemm as ThreeGemm
 

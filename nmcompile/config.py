@@ -1,34 +1,24 @@
-"""Configuration of what is pruned where: phases, the rows of the paper's Table 1, and per-layer overrides."""
+"""Configuration of a compilation: phases, the modes of the paper's Table 1, and all options."""
 
 import enum
 import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from operator import methodcaller
 from types import MappingProxyType
-from typing import Literal, TypeVar, get_args
 
 from nmcompile.checks import check_choice, check_kind, check_number
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.files.read_files import parse_json
+from nmcompile.layer_config import LayerConfig, Pruning, json_object, layer_json, read_fields, read_layer
 from nmcompile.pruning.pattern import NMPattern
 
 DEFAULT = "_default"
 REGEX = "re:"
 MOST_STEPS = 2**53
-TRANSPOSABLE = frozenset({"transposable", "transposable_greedy"})
-"""The operators whose masks are N:M along both axes of a weight."""
-WEIGHT_OPERATORS = TRANSPOSABLE | {"greedy"}
-GRADIENT_OPERATORS = frozenset(
-    {"greedy", "mvue", "mvue_one_of_two", "mvue_pairs", "mvue_approx", "biased", "uniform", "unbiased", "sdgp"}
-)
-INPUT_OPERATORS = frozenset({"greedy", "greedy_by_value"})
-Group = Literal["auto", "batch", "flat"]
-GROUPS: tuple[Group, ...] = get_args(Group)
-BITS = (2, 3, 4, 8)
 ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
 PLACEMENTS = ("operand", "activation")
@@ -43,68 +33,6 @@ class Phase(enum.Enum):
     FORWARD = "forward"
     BACKWARD = "backward"
     UPDATE = "update"
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """An operator and its pattern for one operand.
-
-    `group` is the axis along which the update phase groups the gradient: `"batch"` (across the samples at each
-    position), `"flat"` (along the flattened contraction index) or `"auto"` (conv: batch if M divides it, else flat;
-    linear: flat).
-    """
-
-    operator: str
-    pattern: NMPattern
-    group: Group = "auto"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", NMPattern.parse(self.pattern))
-        check_choice("Pruning.operator", self.operator, WEIGHT_OPERATORS | GRADIENT_OPERATORS | INPUT_OPERATORS)
-        check_choice("group", self.group, GROUPS)
-
-    @property
-    def is_transposable(self) -> bool:
-        """Return whether the operator finds masks that are N:M along both axes of a weight."""
-        return self.operator in TRANSPOSABLE
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """Pruning and quantization of one layer; `None` leaves the operand dense, or in full precision.
-
-    `weight` acts on the forward GEMM, and on the backward GEMM too if its operator is transposable; `input` on the
-    forward GEMM; `backward_gradient` (SDGP) and `update_gradient` (MVUE) on the gradient of those GEMMs. `weight_bits`
-    (SAWB) and `input_bits` are 2, 3, 4 or 8; an input that is proven non-negative gets an unsigned grid.
-    """
-
-    weight: Pruning | None = None
-    input: Pruning | None = None
-    backward_gradient: Pruning | None = None
-    update_gradient: Pruning | None = None
-    weight_bits: int | None = None
-    input_bits: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("weight_bits", "input_bits"):
-            bits, expected = getattr(self, name), f"one of the numbers {', '.join(map(str, BITS))}, or None"
-            check_kind(f"LayerConfig.{name}", bits, Integral | None, expected)
-            if bits is not None and bits not in BITS:
-                raise ConfigError(f"LayerConfig.{name} asks for {bits} bits, which have no grid; give {expected}")
-        legal = {
-            "weight": WEIGHT_OPERATORS,
-            "input": INPUT_OPERATORS,
-            "backward_gradient": GRADIENT_OPERATORS,
-            "update_gradient": GRADIENT_OPERATORS,
-        }
-        for operand, operators in legal.items():
-            pruning = getattr(self, operand)
-            expected = "a Pruning, as in Pruning('greedy', '2:4'), or None for dense"
-            check_kind(f"LayerConfig.{operand}", pruning, Pruning | None, expected)
-            if pruning is not None and pruning.operator not in operators:
-                raise ConfigError(
-                    f"operator {pruning.operator!r} does not prune a {operand}; {nearest(pruning.operator, operators)}"
-                )
 
 
 def _pruned(operator: str, pattern: str) -> Pruning:
@@ -229,62 +157,22 @@ class CompileConfig:
     def to_json(self) -> str:
         """Return the config as JSON text that `from_json` reads back."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["layers"] = {name: None if c is None else _layer_json(c) for name, c in self.layers.items()}
+        data["layers"] = {name: None if c is None else layer_json(c) for name, c in self.layers.items()}
         return json.dumps(data, indent=2, default=methodcaller("item"))  # NumPy's numbers
 
     @classmethod
     def from_json(cls, text: str) -> "CompileConfig":
         """Read the text that `to_json` wrote; raise for an unknown key, with the nearest name."""
         check_kind("text", text, str | bytes, "the JSON text that to_json returned")
-        data = _object(parse_json(text, "the config", error=ConfigError), "CompileConfig")
-        layers = _object(data.get("layers", {}), "CompileConfig.layers")
-        return _read(cls, data | {"layers": {name: _read_layer(layer) for name, layer in layers.items()}})
+        data = json_object(parse_json(text, "the config", error=ConfigError), "CompileConfig")
+        layers = json_object(data.get("layers", {}), "CompileConfig.layers")
+        return read_fields(cls, data | {"layers": {name: read_layer(layer) for name, layer in layers.items()}})
 
 
 def given_config(config: CompileConfig | None) -> CompileConfig:
     """Return the config given to a function, or the default for None."""
     check_kind("config", config, CompileConfig | None, "a CompileConfig, or None")
     return CompileConfig() if config is None else config
-
-
-T = TypeVar("T")
-
-
-def _read_layer(data: object) -> LayerConfig | None:
-    if data is None:
-        return None
-    operands = _object(data, "LayerConfig").items()
-    return _read(LayerConfig, {name: _read_operand(name, value) for name, value in operands})
-
-
-def _read(kind: type[T], data: object) -> T:
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    given = _object(data, kind.__name__)
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r} for {kind.__name__}; {nearest(key, known)}")
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise ConfigError(f"{data} cannot be read as {kind.__name__}: {error}") from error
-
-
-def _object(data: object, name: str) -> dict[str, object]:
-    if not isinstance(data, dict):
-        raise ConfigError(f"{name} is {data!r}, expected a JSON object")
-    return data
-
-
-def _read_operand(name: str, value: object) -> object:
-    return value if value is None or name.endswith("_bits") else _read(Pruning, value)
-
-
-def _layer_json(layer: LayerConfig) -> dict[str, object]:
-    values = {f.name: getattr(layer, f.name) for f in fields(layer) if getattr(layer, f.name) is not None}
-    return {
-        name: asdict(value) | {"pattern": str(value.pattern)} if isinstance(value, Pruning) else value
-        for name, value in values.items()
-    }
 
 
 def _compiled(key: str) -> re.Pattern[str]:

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, NMPattern, Phase, presets
-from nmcompile.config import Pruning
 from nmcompile.ir.layers import ConvLayer, Layer
 from nmcompile.ir.node_meta import kind_of, meta_of
 from nmcompile.ir.plan import PlanRow
+from nmcompile.layer_config import Pruning
 from nmcompile.three_gemm.triple import GemmTriple
 
 SDGP = LayerConfig(backward_gradient=Pruning("sdgp", NMPattern(2, 4)))

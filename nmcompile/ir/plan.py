@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from nmcompile.config import TRANSPOSABLE, Phase
+from nmcompile.config import Phase
 from nmcompile.ir.layers import Layer
+from nmcompile.layer_config import TRANSPOSABLE
 from nmcompile.printable import printable
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.quantization import Grid

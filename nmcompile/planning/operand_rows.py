@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nmcompile.config import LayerConfig, Phase, Pruning
+from nmcompile.config import Phase
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import Axis, Operand, PlanRow
+from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.quantization import Grid
 
 ARRIVES = "its input is pruned and quantized where it is computed"

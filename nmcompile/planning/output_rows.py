@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nmcompile.config import CompileConfig, LayerConfig, Phase
+from nmcompile.config import CompileConfig, Phase
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import PlanRow
+from nmcompile.layer_config import LayerConfig
 from nmcompile.quantization import Grid
 
 

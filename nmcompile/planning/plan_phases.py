@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from nmcompile.config import DEFAULT, CompileConfig, LayerConfig, Phase, Pruning
+from nmcompile.config import DEFAULT, CompileConfig, Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.plan import LayerPlan, Plan, PlanRow
+from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.planning.operand_rows import OperandPlanner, dense_row
 from nmcompile.planning.output_rows import OutputPlanner
 from nmcompile.quantization import Grid

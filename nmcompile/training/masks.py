@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmcompile.config import TRANSPOSABLE
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.layers import Layer
+from nmcompile.layer_config import TRANSPOSABLE
 from nmcompile.printable import printable
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.sharded import gathered, is_sharded, refuse_flat

@@ -10,10 +10,11 @@ import nmcompile
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward
 from nmcompile.backends.shared import choose_kernel as choices
-from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning
+from nmcompile.config import CompileConfig, Phase
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.choice_slot import ChoiceSlot
 from nmcompile.ir.node_meta import meta_of, nodes_of_kind
+from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.pruning import NMPattern
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmcompile.backends.reference import ReferenceBackend
-from nmcompile.config import CompileConfig, LayerConfig, preset
+from nmcompile.config import CompileConfig, preset
 from nmcompile.ir.captured import Captured, Facts, Site
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.ir.protocols import Backend
+from nmcompile.layer_config import LayerConfig
 from nmcompile.passes import compile_passes
 from nmcompile.planning.plan_phases import plan_phases
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmcompile.api.choose_backends import ACCELERATED
-from nmcompile.config import LayerConfig, Pruning
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, conv_layer
+from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.native import INSTRUCTION_SETS
 from nmcompile.pruning import NMPattern
 from tests.conformance.cases import CASES, Case, parameters

@@ -8,10 +8,11 @@ from torch import fx, nn
 import nmcompile
 from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.config import WEIGHT_OPERATORS, Phase, Pruning, presets
+from nmcompile.config import Phase, presets
 from nmcompile.ir.node_meta import KEY, find_meta, kind_of, meta_of, nodes_of_kind, row_of, update_meta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import ThreeGraphs
+from nmcompile.layer_config import WEIGHT_OPERATORS, Pruning
 from nmcompile.pruning import NMPattern
 from nmcompile.training.masks import WeightMask
 from tests.conformance.gemms import LAYERS, lowered_graphs

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.capture import capture_model
-from nmcompile.config import CompileConfig, LayerConfig, Phase, preset, presets
+from nmcompile.config import CompileConfig, Phase, preset, presets
 from nmcompile.errors import LoweringError, PostconditionError, PreconditionError
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import LinearLayer
@@ -17,6 +17,7 @@ from nmcompile.ir.node_meta import KEY, Kind, Refusal, kind_of, meta_of, nodes_o
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Pass, Support
 from nmcompile.ir.verify_graphs import verify_graphs
+from nmcompile.layer_config import LayerConfig
 from nmcompile.passes import LowerNodes, compile_passes
 from nmcompile.planning.plan_phases import plan_phases
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile.capture import capture_model
-from nmcompile.config import CompileConfig, LayerConfig, Phase, Pruning, preset, presets
+from nmcompile.config import CompileConfig, Phase, preset, presets
 from nmcompile.errors import ConfigError, PreconditionError
 from nmcompile.ir.plan import LayerPlan
+from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.planning.plan_phases import NOT_ASKED, plan_phases
 from nmcompile.pruning import NMPattern
 
