@@ -4,7 +4,7 @@ from torch import fx
 
 from nmcompile.config import Phase
 from nmcompile.ir.graph_results import results_of
-from nmcompile.ir.node_meta import meta_of
+from nmcompile.ir.node_meta import NodeMeta, meta_of
 from nmcompile.ir.program import Program, ThreeGraphs
 from nmcompile.printable import printable
 
@@ -21,10 +21,16 @@ def _format(phase: Phase, graph: fx.Graph) -> str:
     lines = [f"{phase.value}({', '.join(names)}) -> {', '.join(str(node) for node in results_of(graph))}"]
     for node in graph.nodes:
         if node.op == "call_function":
-            call = f"{getattr(node.target, '__name__', node.target)}({', '.join(map(str, node.args))})"
             meta = meta_of(node)
+            call = f"{getattr(node.target, '__name__', node.target)}({_arguments(node, meta)})"
             lines.append(f"  {node.name:<20} {meta.kind:<6} {call}" + (f"    # {meta.planned}" if meta.planned else ""))
     return "\n".join(printable(line, LONGEST_LINE) for line in lines)
+
+
+def _arguments(node: fx.Node, meta: NodeMeta) -> str:
+    """Format the arguments without the name of the node's slot, which differs between equal graphs."""
+    shown = (one for one in node.args if meta.choice is None or one != meta.choice.name)
+    return ", ".join(map(str, shown))
 
 
 def inline_forward(program: Program) -> fx.Graph | None:
