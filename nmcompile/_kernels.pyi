@@ -1,4 +1,5 @@
 from torch import Tensor
+from typing_extensions import CapsuleType
 
 from nmcompile.backends.cpu.contraction import Axis
 
@@ -15,9 +16,9 @@ def fingerprint(address: int, bytes: int, threads: int) -> int:
 
 def prune(
     op: str,
-    x: Tensor,
-    out: Tensor,
-    indices: Tensor | None,
+    x: Tensor | CapsuleType,
+    out: Tensor | CapsuleType,
+    indices: Tensor | CapsuleType | None,
     dim: int,
     n_keep: int,
     block: int,

@@ -1,11 +1,20 @@
-"""Custom operators of torch, each with one signature."""
+"""Custom operators of torch, each with one signature.
+
+PyTorch's dispatcher and its Python wrappers take longer than many a small kernel. So a call goes through them only
+where something has to see the operator: a compiler, a tracer, a mode, a profiler, autograd, or a subclass of Tensor.
+Any other call runs the function.
+"""
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from inspect import Signature, signature
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
+
+from nmcompile.sharded import PLAIN
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -13,8 +22,8 @@ R = TypeVar("R")
 
 def custom_op(
     name: str, fake: Callable[..., object] | None = None, mutates_args: Iterable[str] = ()
-) -> Callable[[Callable[P, R]], "OpOverload[P, R]"]:
-    """Make a function an operator that `torch.compile` calls as it is. The name then stands for its default overload.
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function an operator that `torch.compile` calls as it is; the operator is `torch.ops.namespace.name`.
 
     Args:
         name: `"namespace::name"`.
@@ -23,14 +32,48 @@ def custom_op(
         mutates_args: the parameters that the function writes.
     """
 
-    def register(function: Callable[P, R]) -> "OpOverload[P, R]":
+    def register(function: Callable[P, R]) -> Callable[P, R]:
         definition = torch.library.custom_op(name, function, mutates_args=mutates_args)
         if fake is not None:
             definition.register_fake(_taking_all(signature(function), fake))
         namespace, _, base = name.partition("::")
-        return cast("OpOverload[P, R]", getattr(getattr(torch.ops, namespace), base).default)
+        operator: Callable[P, R] = getattr(getattr(torch.ops, namespace), base).default
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return operator(*args, **kwargs) if _is_seen(args) else function(*args, **kwargs)
+
+        setattr(call, "operator", operator)  # noqa: B010 - functions declare no attributes
+        return call
 
     return register
+
+
+def operator_of(call: Callable[..., object]) -> OpOverload:
+    """Return the operator of a function that `custom_op` made."""
+    operator: OpOverload = getattr(call, "operator")  # noqa: B009
+    return operator
+
+
+def shown_name(target: object) -> str:
+    """Return the name of a function for people: that of its operator, which names the backend, if it has one."""
+    operator = getattr(target, "operator", None)
+    return str(operator.overloadpacket.__name__ if operator is not None else getattr(target, "__name__", target))
+
+
+def _is_seen(args: Iterable[object]) -> bool:
+    """Return whether something has to see the operator that is called with these arguments."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    if modes or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._autograd._profiler_enabled():
+        return True
+    for x in args:  # noqa: SIM110 - a generator would take longer than the tests
+        if type(x) not in PLAIN and isinstance(x, Tensor):
+            return True
+    return False
 
 
 def _taking_all(whole: Signature, fake: Callable[..., object]) -> Callable[..., object]:

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["INSTRUCTION_SETS", "MISSING", "isa_and_threads", "kernels"]
+__all__ = ["INSTRUCTION_SETS", "MISSING", "isa_and_threads", "kernels", "lend"]
 
 try:
     from nmcompile import _kernels as kernels
@@ -12,6 +12,11 @@ except ImportError as error:
     MISSING = str(error)
 else:
     MISSING = ""
+
+
+# The C function behind a tensor's own `__dlpack__`, which takes ten times as long: most of a kernel on a small tensor.
+lend = torch._C._to_dlpack
+"""Lend a strided tensor to a kernel, which reads or writes its memory: a DLPack capsule."""
 
 
 def isa_and_threads() -> tuple[str, int]:

@@ -5,7 +5,6 @@ a GPU the comparison would have to wait for the device, so values are cached the
 nothing.
 """
 
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -49,7 +48,8 @@ def are_weights_at_rest() -> bool:
 
 Value = TypeVar("Value")
 
-_all: "weakref.WeakSet[WeightCache[Any]]" = weakref.WeakSet()
+_cached: Any = WeakTensorKeyDictionary()
+"""For each weight, its entry in each cache. One table, since each call that trains a weight looks it up."""
 
 
 def forget(weights: Sequence[Tensor]) -> None:
@@ -57,17 +57,18 @@ def forget(weights: Sequence[Tensor]) -> None:
 
     A shard (DTensor) does not tell which tensor it is a part of, so a single one clears all caches.
     """
-    for cache in [cache for cache in _all if len(cache)]:
-        if all(type(weight) in PLAIN for weight in weights):
-            for weight in weights:
-                cache.forget(weight)
-        else:
-            cache.clear()
+    if not _cached.data:
+        return
+    if all(type(weight) in PLAIN for weight in weights):
+        for weight in weights:
+            _cached.pop(weight, None)
+    else:
+        _cached.clear()
 
 
 def cached_weights() -> list[Tensor]:
     """Return every weight for which a value is cached."""
-    return [weight for cache in list(_all) for weight in cache.weights()]
+    return list(_cached)
 
 
 class _Seen(NamedTuple):
@@ -96,16 +97,12 @@ class _Entry(NamedTuple):
 class WeightCache(Generic[Value]):
     """One cached value per weight. The cache does not keep the weight alive."""
 
-    def __init__(self) -> None:
-        self._entries = WeakTensorKeyDictionary()
-        _all.add(self)
-
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.weights())
 
     def weights(self) -> list[Tensor]:
         """Return the weights that have a cached value."""
-        return list(self._entries)
+        return [weight for weight, entries in _cached.items() if self in entries]
 
     def get(
         self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable, derive: Callable[[], Value]
@@ -123,7 +120,8 @@ class WeightCache(Generic[Value]):
             assert content is not None
             # Tensors made in inference mode have no version counter.
             with torch.inference_mode(False), torch.no_grad():
-                entry = self._entries[weight] = _Entry(content, tuple(map(_seen, others)), how, derive())
+                entry = _Entry(content, tuple(map(_seen, others)), how, derive())
+                _cached.setdefault(weight, {})[self] = entry
         value: Value = entry.value
         return value
 
@@ -132,18 +130,19 @@ class WeightCache(Generic[Value]):
         return self._find(weight, others, how) is not None
 
     def __contains__(self, weight: Tensor) -> bool:
-        return weight in self._entries
+        return self in _cached.get(weight, {})
 
     def clear(self) -> None:
-        self._entries.clear()
+        for weight in self.weights():
+            self.forget(weight)
 
     def forget(self, weight: Tensor | None) -> None:
         """Free the cached value of a weight, if there is one."""
         if weight is not None:
-            self._entries.pop(weight, None)
+            _cached.get(weight, {}).pop(self, None)
 
     def _find(self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable) -> _Entry | None:
-        entry: _Entry | None = self._entries.get(weight)
+        entry: _Entry | None = _cached.get(weight, {}).get(self)
         return entry if entry is not None and entry.is_of(content_at_rest(), others, how) else None
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ DTYPES = torch.float32, torch.bfloat16
 READING = 16  # multiplications that take as long as reading a weight from memory
 
 
-@dataclass(frozen=True)
-class GemmCall:
+class GemmCall(NamedTuple):
     """Arguments of a GEMM.
 
     Args:
@@ -71,10 +70,9 @@ class GemmCall:
 
     def _refusal(self) -> str:
         """Return why there is no sparse kernel for these operands; empty if there is one."""
-        tensors = [x for x in self.operands if x is not None and x.dtype != torch.bool]
-        kinds = {(x.dtype, x.device.type) for x in tensors}
+        kinds = {(x.dtype, x.device.type) for x in self.operands if x is not None and x.dtype != torch.bool}
         dtypes = DTYPES[:1] if self.phase == ON_GRID else DTYPES
-        if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in dtypes}:
+        if len(kinds) > 1 or not all(dtype in dtypes and device == "cpu" for dtype, device in kinds):
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             return f"no sparse kernel for {found}, only for operands of one type, float32 or bfloat16, on cpu"
         support = kernel_support()

@@ -1,5 +1,7 @@
 """Availability of the native kernels, and the tensors that they take."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from nmcompile.native import MISSING, kernels
 DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
+@cache
 def kernel_support() -> Support:
     """Return whether the compiled module is available; never raise."""
     if MISSING:

@@ -4,6 +4,8 @@ Results equal those of `nmcompile.pruning.OPERATORS[operator].prune(x, pattern, 
 draw, whatever the number of threads; with `relu`, those for `torch.relu(x)`.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from nmcompile.errors import OperandError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.operations import like
 from nmcompile.ir.protocols import Support
-from nmcompile.native import isa_and_threads, kernels
+from nmcompile.native import isa_and_threads, kernels, lend
 from nmcompile.pruning.operator import check
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.references import OPERATORS
@@ -24,6 +26,7 @@ RANKING = frozenset({"greedy", "greedy_by_value"})
 NATIVE = RANKING | {"mvue", "mvue_approx"}
 
 
+@cache
 def prune_support(operator: str, n_keep: int, block: int) -> Support:
     """Return whether the compiled module has the operator for the pattern N:M = `n_keep`:`block`."""
     support = kernel_support()
@@ -113,20 +116,9 @@ def call_kernel(
     indices: Tensor | None = None,
 ) -> None:
     """Run the kernel on operands that it takes."""
-    dense = x.detach().resolve_neg()
-    n_keep, block = pattern.n_keep, pattern.block
-    kernels.prune(
-        operator,
-        dense,
-        out.detach(),
-        indices,
-        check(x, dim),
-        n_keep,
-        block,
-        relu,
-        word_of(operator, key),
-        *isa_and_threads(),
-    )
+    tensors = lend(x.detach().resolve_neg()), lend(out), None if indices is None else lend(indices)
+    pruning = check(x, dim), pattern.n_keep, pattern.block
+    kernels.prune(operator, *tensors, *pruning, relu, word_of(operator, key), *isa_and_threads())
 
 
 def word_of(operator: str, key: Tensor | None) -> int:

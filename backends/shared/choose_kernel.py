@@ -9,6 +9,7 @@ Equal problems are measured once per process.
 """
 
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def _choice(
     device: torch.device | None,
 ) -> Choice:
     if multiplications < SMALL:
-        return Choice("dense", f"small, {multiplications / 1e6:.2f} M multiplications")
+        return small(multiplications)
     if torch.are_deterministic_algorithms_enabled():
         return Choice("sparse", "not measured, so every run rounds alike: deterministic algorithms are requested")
     choice = known_choice(problem)
@@ -71,6 +72,12 @@ def _choice(
         choice = measure(predict(), sparse, dense, device)
         remember(problem, choice)
     return choice
+
+
+@lru_cache(1024)
+def small(multiplications: int) -> Choice:
+    """Return the choice for a product of few multiplications."""
+    return Choice("dense", f"small, {multiplications / 1e6:.2f} M multiplications")
 
 
 def measure(

@@ -3,6 +3,7 @@
 from torch import fx
 
 from nmcompile.config import Phase
+from nmcompile.custom_op import shown_name
 from nmcompile.ir.graph_results import results_of
 from nmcompile.ir.node_meta import NodeMeta, meta_of
 from nmcompile.ir.program import Program, ThreeGraphs
@@ -22,7 +23,7 @@ def _format(phase: Phase, graph: fx.Graph) -> str:
     for node in graph.nodes:
         if node.op == "call_function":
             meta = meta_of(node)
-            call = f"{getattr(node.target, '__name__', node.target)}({_arguments(node, meta)})"
+            call = f"{shown_name(node.target)}({_arguments(node, meta)})"
             lines.append(f"  {node.name:<20} {meta.kind:<6} {call}" + (f"    # {meta.planned}" if meta.planned else ""))
     return "\n".join(printable(line, LONGEST_LINE) for line in lines)
 

@@ -29,8 +29,9 @@ class ThreeGemmFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: LayerContext, triple: "GemmTriple", *operands: Tensor | None) -> Tensor:
-        output, *saved = triple.forward_of(named(operands))
-        save(triple, ctx, operands, saved)
+        values = named(operands)
+        output, *saved = triple.forward_of(values)
+        save(triple, ctx, values, saved)
         return output
 
     @staticmethod
@@ -48,16 +49,14 @@ def named(operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
 
 
 def save(
-    triple: "GemmTriple", ctx: LayerContext, operands: Sequence[Tensor | None], saved: Sequence[Tensor | None]
+    triple: "GemmTriple", ctx: LayerContext, values: dict[str, Tensor | None], saved: Sequence[Tensor | None]
 ) -> None:
     """Save the values that the backward and the update graph read, if autograd will run them."""
-    values = named(operands) | dict(zip(triple.graphs.saved, saved, strict=True))
-    wanted = set(triple.placeholders[Phase.BACKWARD]) if _needs_backward(ctx.needs_input_grad) else set()
-    if _needs_update(ctx.needs_input_grad):
-        wanted |= set(triple.placeholders[Phase.UPDATE])
+    values.update(zip(triple.graphs.saved, saved, strict=True))
+    needs = ctx.needs_input_grad
     ctx.triple = triple
-    ctx.names = tuple(name for name in values if name in wanted)
-    ctx.save_for_backward(*(values[name] for name in ctx.names))
+    ctx.names = triple.read_by[_needs_backward(needs), _needs_update(needs)]
+    ctx.save_for_backward(*[values[name] for name in ctx.names])
 
 
 def gradients(
@@ -72,20 +71,22 @@ def gradients(
         grad_output: dY.
         saved: the tensors that `save` saved.
     """
-    values = dict(zip(names, saved, strict=True)) | {"grad_output": grad_output}
+    values = dict(zip(names, saved, strict=True))
+    values["grad_output"] = grad_output
     if triple.mask is not None and needs[2] and not torch.compiler.is_compiling():
         triple.mask.note_backward()
-    backward_key, update_key = _keys(triple)
+    backward_key, update_key = triple.stream.next_keys().unbind() if triple.draws else (None, None)
     grad_input = grad_weight = grad_bias = None
     grad_steps: list[Tensor | None] = []
     if _needs_backward(needs):
-        grad_input, *grad_steps = triple.run(Phase.BACKWARD, values | {"key": backward_key})
+        values["key"] = backward_key
+        grad_input, *grad_steps = triple.run(Phase.BACKWARD, values)
     if _needs_update(needs):
-        grad_weight, *rest = triple.run(Phase.UPDATE, values | {"key": update_key})
+        values["key"] = update_key
+        grad_weight, *rest = triple.run(Phase.UPDATE, values)
         grad_bias = rest[0] if rest else None
-    asked = (name in triple.placeholders[Phase.BACKWARD] for name in ("input_step", "output_step"))
-    input_step, output_step = (grad_steps.pop(0) if ask and grad_steps else None for ask in asked)
-    return grad_input, grad_weight, grad_bias, None, None, input_step, output_step
+    steps = dict(zip(triple.learned_steps, grad_steps, strict=False))
+    return grad_input, grad_weight, grad_bias, None, None, steps.get("input_step"), steps.get("output_step")
 
 
 def draws_for(triple: "GemmTriple", needs: Sequence[bool]) -> bool:
@@ -116,10 +117,3 @@ def _needs_backward(needs: Sequence[bool]) -> bool:
 
 def _needs_update(needs: Sequence[bool]) -> bool:
     return bool(needs[2] or needs[3])
-
-
-def _keys(triple: "GemmTriple") -> tuple[Tensor | None, Tensor | None]:
-    if not triple.draws:
-        return None, None
-    keys = triple.stream.next_keys()
-    return keys[0], keys[1]

@@ -54,18 +54,12 @@ class DrawStream:
     def next_keys(self) -> Tensor:
         """Return the keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
         rank = self.replicas.rank if self.rank is None else self.rank
-        if not torch.compiler.is_compiling():
-            return _next_keys(self.draw, self.seed, self.layer, rank)
         return next_keys(self.draw, self.seed, self.layer, rank)
 
 
 @custom_op("nmcompile::next_keys", fake=lambda draw: draw.new_empty(2), mutates_args=("draw",))
 def next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
     """Return keys for the current draw, and advance it. A custom operator, as it has to draw in each compiled step."""
-    return _next_keys(draw, seed, layer, rank)
-
-
-def _next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
     if rank == OWN_RANK:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     keys = _bases(seed, layer, rank, draw.device) + draw
@@ -76,7 +70,7 @@ def _next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
     """Return the keys of draw 0: they stay on a GPU, as a copy from the CPU would wait for it."""
     bases = tuple(_base(seed, layer, rank, phase) for phase in ("backward", "update"))
-    return torch.tensor(bases, device="cpu") if device.type == "cpu" else _on_device(bases, device)
+    return _on_device(bases, device)
 
 
 @lru_cache(LAYERS)

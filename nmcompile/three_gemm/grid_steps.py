@@ -77,12 +77,13 @@ class GridSteps:
         """Return the existing steps of the input and of the output."""
         return tuple(step for step in (self.input, self.output) if step is not None)
 
-    @torch.no_grad()
     def of_weight(self, weight: Tensor) -> Tensor | None:
         """Return SAWB's step of the dense weight. It is not state, so eval() is constant as long as the weight is."""
-        if self.weight_grid is None:
-            return None
-        bits, dim = self.weight_grid.bits, self.weight_dim
+        return None if self.weight_grid is None else self._of_weight(weight, self.weight_grid.bits)
+
+    @torch.no_grad()
+    def _of_weight(self, weight: Tensor, bits: int) -> Tensor:
+        dim = self.weight_dim
         if not is_cacheable(weight):
             return sawb_scale(weight, bits, dim=dim)
         return _weight_steps.get(weight, (), (bits, dim), lambda: sawb_scale(weight, bits, dim=dim))

@@ -100,7 +100,7 @@ class _Layer(Function):
     @staticmethod
     def setup_context(ctx: LayerContext, inputs: Inputs, outputs: tuple[Tensor, ...]) -> None:
         triple, *operands = inputs
-        save(triple, ctx, operands, outputs[1:])
+        save(triple, ctx, named(operands), outputs[1:])
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_forward(*operands)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,7 +15,7 @@ from nmcompile.ir.captured import Site
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.sharded import PLAIN, is_sharded
-from nmcompile.three_gemm.autograd_function import ThreeGemmFunction, own
+from nmcompile.three_gemm.autograd_function import OPERANDS, ThreeGemmFunction, named, own
 from nmcompile.three_gemm.draw_stream import DrawStream
 from nmcompile.three_gemm.frozen import Frozen
 from nmcompile.three_gemm.grid_steps import GridSteps
@@ -57,9 +58,18 @@ class GemmTriple:
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
         self.draws = any("key" in names for names in self.placeholders.values())
+        self.read_by = {needs: self._saved_names(*needs) for needs in product((False, True), repeat=2)}
+        backward = self.placeholders[Phase.BACKWARD]
+        self.learned_steps = [name for name in ("input_step", "output_step") if name in backward]
         rows = graphs.plan.rows
         self.is_dense = not any(row.is_sparse or row.is_quantized for row in rows)
         self.is_bilinear = not any(row.is_quantized or row.operand in ("input", "output") for row in rows)
+
+    def _saved_names(self, needs_backward: bool, needs_update: bool) -> tuple[str, ...]:
+        """Return the operands and results of the forward graph that the graphs of these gradients read."""
+        wanted = set(self.placeholders[Phase.BACKWARD] if needs_backward else ())
+        wanted.update(self.placeholders[Phase.UPDATE] if needs_update else ())
+        return tuple(name for name in (*OPERANDS, *self.graphs.saved) if name in wanted)
 
     @property
     def layer(self) -> Layer:
@@ -91,11 +101,18 @@ class GemmTriple:
             input, weight, bias = _autocast(input, weight, bias)
             input, unbatched = self.layer.prepare(input)
             operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
-            run = run_layer if is_transformed else ThreeGemmFunction.apply
-            output: Tensor = run(self, *operands)
+            output = self._apply(is_transformed, operands)
         self._observe(output)
         output = own(output, output.shape[1:]) if unbatched else output
         return output if shards is None else shards.give(output)
+
+    def _apply(self, is_transformed: bool, operands: tuple[Tensor | None, ...]) -> Tensor:
+        if is_transformed:
+            return run_layer(self, *operands)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            output: Tensor = ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
+            return output
+        return self.forward_of(named(operands))[0]
 
     @staticmethod
     def _mask(
@@ -157,7 +174,8 @@ class GemmTriple:
         if self.observer is not None:
             return self.observer.run_eagerly(phase, values)
         self.steps.check()
-        return self.run_graph(phase, values, self.graphs[phase])
+        # Nobody hooks a graph, so its forward is called, not the module.
+        return self.run_graph(phase, values, self.graphs[phase].forward)
 
     def run_graph(self, phase: Phase, values: Values, graph: Callable[..., Results]) -> Results:
         """Run the graph of a phase, or its replacement, outside autocast: the operands have their dtypes."""
@@ -165,7 +183,9 @@ class GemmTriple:
         device = next(v for v in values.values() if v is not None).device.type
         # Dynamo takes autocast for off after such a block; operands that are cast already do not need it.
         is_on = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if is_on else nullcontext():
+        if not is_on:
+            return graph(*arguments)
+        with torch.autocast(device, enabled=False):
             return graph(*arguments)
 
     def __getstate__(self) -> dict[str, object]:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import reduce
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +90,9 @@ class WeightMask:
 
         A weight other than the registered one gets a mask of its own, which is not cached.
         """
-        how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups, self.kernel
         if torch.compiler.is_compiling():
             self._fit(weight)
-            compares = when_compared(weight, content, is_trained)
-            refresh_mask(gathered(weight), self.tensor, self.clock.hands, *how, compares)
+            self._refresh(weight, when_compared(weight, content, is_trained))
             return self.tensor
         if type(weight) is not nn.Parameter:
             refuse_flat(self.name, weight)
@@ -102,12 +100,20 @@ class WeightMask:
             return self._own_mask(weight)
         self._fit(weight)
         if content != FROZEN:
-            self._notice(content)
+            self._notice(weight if self._is_registered(weight) else self.weight(), content)
         # Only when the mask is stale: each call counts as a write to a mask that an earlier forward may have saved.
         if self.clock.is_stale:
-            refresh_mask(gathered(weight), self.tensor, self.clock.hands, *how, NEVER)
+            self._refresh(weight, NEVER)
             self.clock.content = UNKNOWN if content is None or content == FROZEN else content
         return self.tensor
+
+    def _is_registered(self, weight: Tensor) -> TypeGuard[nn.Parameter]:
+        """Return whether this is the parameter that was accepted last; asking its modules takes longer."""
+        return id(weight) == self.clock.accepted
+
+    def _refresh(self, weight: Tensor, compares: int) -> None:
+        how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups, self.kernel
+        refresh_mask(gathered(weight), self.tensor, self.clock.hands, *how, compares)
 
     def _fit(self, weight: Tensor) -> None:
         """Move the mask to the weight's device: a model is materialized, or loaded, in many ways."""
@@ -149,10 +155,10 @@ class WeightMask:
         weight = self.weight()
         if weight is not None and not weight.is_meta:
             self._fit(weight)
-        self._notice(None if weight is None else fingerprint(weight))
+        self._notice(weight, None if weight is None else fingerprint(weight))
 
-    def _notice(self, content: int | None) -> None:
-        if self.clock.notice(self.weight(), content):
+    def _notice(self, weight: nn.Parameter | None, content: int | None) -> None:
+        if self.clock.notice(weight, content):
             if self.backwards:
                 self._warn("its weight changed after backward")
             self.clock.is_stale = True

@@ -1,6 +1,8 @@
 """The clock of a mask: the state of its weight when last accepted, compared with the present weight."""
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,40 +26,40 @@ class WeightClock:
 
     def __init__(self) -> None:
         self.accepted: int | None = None  # The id of the parameter whose version and address the hands hold.
-        # A tensor on the CPU: a compiled step reads and resets it without recompilation.
-        self.hands = torch.tensor([1, NEVER_SEEN, 0, UNKNOWN, 0], device="cpu")
+        self._set_hands([1, NEVER_SEEN, 0, UNKNOWN, 0])
 
-    def read(self) -> list[int]:
-        """Return all hands at once, which is faster than indexing the tensor for one."""
-        hands: list[int] = self.hands.tolist()
-        return hands
+    def _set_hands(self, values: Iterable[int]) -> None:
+        # One memory, seen twice: a compiled step reads and resets the tensor without recompilation, and an eager one
+        # reads the array, which takes a hundredth of the time.
+        self._values = array("q", values)
+        self.hands = torch.frombuffer(self._values, dtype=torch.int64)
 
     @property
     def is_stale(self) -> bool:
         """Return whether the mask has to be rebuilt."""
-        return bool(self.read()[STALE])
+        return bool(self._values[STALE])
 
     @is_stale.setter
     def is_stale(self, value: bool) -> None:
-        self.hands[STALE] = value
+        self._values[STALE] = value
 
     @property
     def is_followed(self) -> bool:
         """Return whether an optimizer is known to step the weight."""
-        return bool(self.read()[FOLLOWED])
+        return bool(self._values[FOLLOWED])
 
     @is_followed.setter
     def is_followed(self, value: bool) -> None:
-        self._put({FOLLOWED: int(value)})
+        self._values[FOLLOWED] = value
 
     @property
     def content(self) -> int:
         """Return the accepted fingerprint."""
-        return self.read()[CONTENT]
+        return self._values[CONTENT]
 
     @content.setter
     def content(self, value: int) -> None:
-        self.hands[CONTENT] = value
+        self._values[CONTENT] = value
 
     def accept(self, weight: nn.Parameter | None, content: int = UNKNOWN) -> None:
         """Accept the present weight as known: a later write that no step explains will show.
@@ -67,10 +69,10 @@ class WeightClock:
         # A sharded parameter is not the tensor that forward sees, so its version says nothing.
         if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
             self.accepted = None
-            self._put({VERSION: NEVER_SEEN, CONTENT: content})
+            self._values[VERSION], self._values[CONTENT] = NEVER_SEEN, content
         else:
             self.accepted = id(weight)
-            self._put({VERSION: weight._version, ADDRESS: weight.data_ptr(), CONTENT: content})
+            self._values[VERSION:FOLLOWED] = array("q", (weight._version, weight.data_ptr(), content))
 
     def accept_content(self, weight: nn.Parameter | None) -> None:
         """Accept the present weight as known, down to the last bit."""
@@ -94,11 +96,11 @@ class WeightClock:
         if weight is None or id(weight) != self.accepted:
             return False
         # `weight.data = ...` changes the address but not the version.
-        return [weight._version, weight.data_ptr()] != self.read()[VERSION:CONTENT]
+        return (weight._version, weight.data_ptr()) != (self._values[VERSION], self._values[ADDRESS])
 
     def is_of(self, weight: Tensor) -> bool:
         """Return whether this is the accepted parameter, or a view such as `weight.detach()`; true if none is."""
-        return self.accepted is None or id(weight) == self.accepted or weight.data_ptr() == self.read()[ADDRESS]
+        return self.accepted is None or id(weight) == self.accepted or weight.data_ptr() == self._values[ADDRESS]
 
     def has_content(self, weight: Tensor, content: Content | None) -> bool:
         """Return whether this tensor holds the accepted values, by its fingerprint unless `content` is given."""
@@ -107,14 +109,14 @@ class WeightClock:
     def start_anew(self) -> None:
         """Know the weight by its fingerprint only: a loaded clock comes from a process with other versions and ids."""
         self.accepted = None
-        self.hands[VERSION], self.hands[FOLLOWED] = NEVER_SEEN, 0
+        self._values[VERSION], self._values[FOLLOWED] = NEVER_SEEN, 0
 
-    def _put(self, values: Mapping[int, int]) -> None:
-        """Set hands; most have their value already, and looking is faster than writing."""
-        now = self.read()
-        for hand, value in values.items():
-            if now[hand] != value:
-                self.hands[hand] = value
+    def __getstate__(self) -> dict[str, object]:
+        return {"accepted": self.accepted, "hands": self._values.tolist()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.accepted = state["accepted"]
+        self._set_hands(state["hands"])
 
 
 def is_outdated(weight: Tensor, hands: Tensor, content: int | None) -> bool:

@@ -19,6 +19,7 @@ from nmcompile.backends.shared.choose_kernel import SMALL, run_best
 from nmcompile.backends.shared.known_choices import forget
 from nmcompile.backends.shared.recent import Recent
 from nmcompile.backends.shared.saved_choices import load_choices, save_choices
+from nmcompile.custom_op import operator_of
 from nmcompile.errors import FileError, StateError
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.choice_slot import ChoiceSlot
@@ -240,18 +241,20 @@ def test_fakes_schemas_and_compiled_graphs(
     pruned[(torch.arange(15) % 4) > 1] = 0
     for transposed in (False, True):
         weight, kept = (w.t().contiguous(), mask.t().contiguous()) if transposed else (w, mask)
-        torch.library.opcheck(linear_forward, (x, weight, kept, b, transposed, "a"), test_utils=checks)
-        torch.library.opcheck(linear_input_gradient, (dy, weight, kept, transposed, "b"), test_utils=checks)
+        torch.library.opcheck(operator_of(linear_forward), (x, weight, kept, b, transposed, "a"), test_utils=checks)
+        torch.library.opcheck(
+            operator_of(linear_input_gradient), (dy, weight, kept, transposed, "b"), test_utils=checks
+        )
         arguments = pruned.view(dy.shape), x, transposed, "flat", 4, "c"
-        torch.library.opcheck(linear_weight_gradient, arguments, test_utils=checks)
+        torch.library.opcheck(operator_of(linear_weight_gradient), arguments, test_utils=checks)
     x, w = (t.contiguous(memory_format=layout) for t in (torch.randn(4, 8, 6, 7), torch.randn(12, 8, 3, 3)))
     mask = torch.empty_like(w, dtype=torch.bool).copy_(mask[:, :, None, None])
     dy = torch.randn(4, 12, 3, 3).contiguous(memory_format=layout)
     dy[2:] = 0
     geometry = [2, 2], [1, 0], [1, 1], 1
-    torch.library.opcheck(conv_forward, (x, w, mask, b, *geometry, "d"), test_utils=checks)
-    torch.library.opcheck(conv_input_gradient, (dy, w, mask, x, *geometry, "e"), test_utils=checks)
-    torch.library.opcheck(conv_weight_gradient, (dy, x, w, *geometry, "auto", 4, "f"), test_utils=checks)
+    torch.library.opcheck(operator_of(conv_forward), (x, w, mask, b, *geometry, "d"), test_utils=checks)
+    torch.library.opcheck(operator_of(conv_input_gradient), (dy, w, mask, x, *geometry, "e"), test_utils=checks)
+    torch.library.opcheck(operator_of(conv_weight_gradient), (dy, x, w, *geometry, "auto", 4, "f"), test_utils=checks)
 
 
 def test_a_gpu_is_timed_without_what_asks_for_its_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile import CompileConfig, LayerConfig, Phase
+from nmcompile import CompileConfig, LayerConfig, Phase, weight_cache
 from nmcompile.backends.cpu import packed_integers
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.shared.known_choices import forget
+from nmcompile.custom_op import operator_of
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.operations import to_grid
 from nmcompile.native import kernels
@@ -142,7 +143,7 @@ def test_values_are_kept_only_where_they_are_read(monkeypatch: pytest.MonkeyPatc
     compiled, x = model()
     chosen("dense", monkeypatch)
     compiled(x)
-    forms = [packed_integers._kept._entries[layer.weight].value for layer in (compiled[0], compiled[2])]
+    forms = [weight_cache._cached[layer.weight][packed_integers._kept].value for layer in (compiled[0], compiled[2])]
     assert all(form.values is not None for form in forms)
     chosen("sparse", monkeypatch)
     compiled(x)
@@ -244,4 +245,4 @@ def test_fakes_and_schemas(granularity: str, transposed: bool) -> None:
     arguments = x, weight, mask, step, input_step, bias, 4, 4, True, transposed, "a"
     for resting in (nullcontext(), weights_at_rest()):
         with resting:
-            torch.library.opcheck(linear_forward_on_grid, arguments, test_utils=checks)
+            torch.library.opcheck(operator_of(linear_forward_on_grid), arguments, test_utils=checks)

@@ -15,6 +15,7 @@ from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.prune import WORD, cpu_prune, cpu_prune_out, prune_natively
 from nmcompile.backends.cpu.prune_packed import cpu_prune_packed, cpu_prune_packed_out
 from nmcompile.config import Phase
+from nmcompile.custom_op import operator_of
 from nmcompile.errors import ConfigError, OperandError
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import LinearLayer
@@ -267,11 +268,11 @@ def test_opcheck(layout: str, operator: str) -> None:
     x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
     x = LAYOUTS["sliced"](x) if layout == "sliced" else x
     key = key_of(operator, 9)
-    torch.library.opcheck(cpu_prune, (x, operator, 2, 4, 1, key))
-    torch.library.opcheck(cpu_prune_out, (x, operator, 2, 4, 1, torch.empty_like(x), key))
-    torch.library.opcheck(cpu_prune_packed, (x, operator, 2, 4, 1, key))
+    torch.library.opcheck(operator_of(cpu_prune), (x, operator, 2, 4, 1, key))
+    torch.library.opcheck(operator_of(cpu_prune_out), (x, operator, 2, 4, 1, torch.empty_like(x), key))
+    torch.library.opcheck(operator_of(cpu_prune_packed), (x, operator, 2, 4, 1, key))
     packed = [torch.empty(4, 4, 3, 5), torch.empty(4, 1, 3, 5, dtype=torch.uint8)]
-    torch.library.opcheck(cpu_prune_packed_out, (x, operator, 2, 4, 1, *packed, key))
+    torch.library.opcheck(operator_of(cpu_prune_packed_out), (x, operator, 2, 4, 1, *packed, key))
 
 
 def test_wrong_operands_get_the_reference_errors() -> None:

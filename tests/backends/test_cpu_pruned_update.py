@@ -13,6 +13,7 @@ from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_pruned_weight_gradient, linear_weight_gradient
 from nmcompile.backends.cpu.prune import prune_natively
 from nmcompile.backends.shared import choose_kernel as choices
+from nmcompile.custom_op import operator_of
 from nmcompile.ir.choice import Choice
 from nmcompile.pruning import NMPattern
 
@@ -77,7 +78,7 @@ def test_a_block_with_a_nan_goes_the_dense_way(kernel: str) -> None:
 
 def test_operator_keeps_the_rules_of_custom_operators() -> None:
     dy, x = torch.randn(8, 12), torch.randn(8, 16)
-    torch.library.opcheck(linear_pruned_weight_gradient, (dy, x, "mvue", 2, 4, "auto", KEY, False, "a"))
+    torch.library.opcheck(operator_of(linear_pruned_weight_gradient), (dy, x, "mvue", 2, 4, "auto", KEY, False, "a"))
 
 
 def test_graphs_say_that_the_update_prunes() -> None:

@@ -24,6 +24,7 @@ from nmcompile.backends.cusparselt.support import Sizes, float16_refusal, operan
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.shared.sparse_operand import pattern_support
 from nmcompile.backends.triton.support import KEEP
+from nmcompile.custom_op import operator_of
 from nmcompile.errors import BackendUnavailable
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.choice_slot import ChoiceSlot
@@ -190,16 +191,24 @@ def test_fakes_and_schemas(layout: torch.memory_format, library: FakeLibrary) ->
     key = torch.tensor(3)
     for transposed in (False, True):
         weight = w.t().contiguous() if transposed else w
-        torch.library.opcheck(linear_forward, (x, weight, None, b, transposed, library.name, "a"), test_utils=CHECKS)
+        torch.library.opcheck(
+            operator_of(linear_forward), (x, weight, None, b, transposed, library.name, "a"), test_utils=CHECKS
+        )
         other = pruned(12, 8, dim=0).t().contiguous() if transposed else pruned(12, 8, dim=0)
         given = dy, other, other != 0, transposed, library.name, "b"
-        torch.library.opcheck(linear_input_gradient, given, test_utils=CHECKS)
+        torch.library.opcheck(operator_of(linear_input_gradient), given, test_utils=CHECKS)
         rule = "mvue", 2, 4, "auto", key
-        torch.library.opcheck(linear_weight_gradient, (dy, x, *rule, transposed, library.name, "c"), test_utils=CHECKS)
+        torch.library.opcheck(
+            operator_of(linear_weight_gradient), (dy, x, *rule, transposed, library.name, "c"), test_utils=CHECKS
+        )
     x, dy = (torch.randn(2, c, 3, 4).contiguous(memory_format=layout) for c in (8, 12))
-    torch.library.opcheck(pointwise_forward, (x, pruned(12, 8, 1, 1), None, b, library.name, "d"), test_utils=CHECKS)
+    torch.library.opcheck(
+        operator_of(pointwise_forward), (x, pruned(12, 8, 1, 1), None, b, library.name, "d"), test_utils=CHECKS
+    )
     weight = pruned(12, 8, 1, 1, dim=0)
-    torch.library.opcheck(pointwise_input_gradient, (dy, weight, weight != 0, x, library.name, "e"), test_utils=CHECKS)
+    torch.library.opcheck(
+        operator_of(pointwise_input_gradient), (dy, weight, weight != 0, x, library.name, "e"), test_utils=CHECKS
+    )
 
 
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
@@ -213,9 +222,13 @@ def test_images_lie_as_the_input_does_whatever_the_weight(
         torch.empty_strided((12, 8, 1, 1), (8, 1, 8, 8)).copy_(pruned(12, 8, 1, 1, dim=dim)) for dim in (1, 0)
     )
     assert forward.is_contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(pointwise_forward, (x, forward, None, None, library.name, "a"), test_utils=CHECKS)
+    torch.library.opcheck(
+        operator_of(pointwise_forward), (x, forward, None, None, library.name, "a"), test_utils=CHECKS
+    )
     assert pointwise_forward(x, forward, None, None, library.name, "a").is_contiguous(memory_format=layout)
-    torch.library.opcheck(pointwise_input_gradient, (dy, backward, None, x, library.name, "a"), test_utils=CHECKS)
+    torch.library.opcheck(
+        operator_of(pointwise_input_gradient), (dy, backward, None, x, library.name, "a"), test_utils=CHECKS
+    )
     assert pointwise_input_gradient(dy, backward, None, x, library.name, "a").is_contiguous(memory_format=layout)
 
 

@@ -11,6 +11,7 @@ from nmcompile.backends.triton import operators as triton_operators
 from nmcompile.backends.triton.layout import BlockLayout, block_layout, fast_dim
 from nmcompile.backends.triton.support import tensor_runs
 from nmcompile.config import Phase
+from nmcompile.custom_op import operator_of
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import LinearLayer
 from nmcompile.ir.node_meta import KEY, NodeMeta
@@ -91,11 +92,11 @@ def test_other_tensors_run_as_the_reference(axis: str) -> None:
 
 def test_opcheck() -> None:
     x, key = torch.randn(16, 24), torch.tensor(2)
-    torch.library.opcheck(triton_operators.triton_prune, (x, "mvue", 2, 4, 0, key))
+    torch.library.opcheck(operator_of(triton_operators.triton_prune), (x, "mvue", 2, 4, 0, key))
     for dim in (0, 1, -1, -2):
-        torch.library.opcheck(triton_operators.triton_prune_lines, (x, "mvue", 2, 4, dim, key))
-        torch.library.opcheck(triton_operators.triton_pack_lines, (x, "greedy", dim))
-    torch.library.opcheck(triton_operators.triton_prune_tiles, (x.t(),))
+        torch.library.opcheck(operator_of(triton_operators.triton_prune_lines), (x, "mvue", 2, 4, dim, key))
+        torch.library.opcheck(operator_of(triton_operators.triton_pack_lines), (x, "greedy", dim))
+    torch.library.opcheck(operator_of(triton_operators.triton_prune_tiles), (x.t(),))
 
 
 @pytest.mark.parametrize("dim", [0, 1])
