@@ -60,7 +60,7 @@ class GemmCall(NamedTuple):
             return output if fill(output) else None
 
         threads = torch.get_num_threads()
-        layouts = tuple(None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in self.operands)
+        layouts = tuple([None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in self.operands])
         problem = self.phase, self.geometry, layouts, threads
         work = self._multiplications()
         result, choice = run_best(problem, work, lambda: self._predicted(threads), sparse, dense)

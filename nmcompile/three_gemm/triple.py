@@ -110,8 +110,8 @@ class GemmTriple:
         if is_transformed:
             return run_layer(self, *operands)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            output: Tensor = ThreeGemmFunction.apply(self, *operands)  # type: ignore[no-untyped-call]
-            return output
+            run: Callable[..., Tensor] = ThreeGemmFunction.apply
+            return run(self, *operands)
         return self.forward_of(named(operands))[0]
 
     @staticmethod
