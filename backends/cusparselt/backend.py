@@ -7,7 +7,15 @@ from torch.fx.node import Argument
 
 from nmcompile.backends.cusparselt import operators
 from nmcompile.backends.cusparselt.library import CUSPARSELT, Library
-from nmcompile.backends.shared.fuse_nodes import Rule, pruned_alone, take_mask, take_pruning
+from nmcompile.backends.cusparselt.update import linear_parameter_gradients, linear_weight_gradient
+from nmcompile.backends.shared.fuse_nodes import (
+    Rule,
+    bias_gradient_of,
+    pruned_alone,
+    split_gradients,
+    take_mask,
+    take_pruning,
+)
 from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.backends.triton import mask_kernel, prune
@@ -21,7 +29,6 @@ from nmcompile.ir.protocols import OTHER_KIND, Support
 GEMMS: GemmTable = {
     (ops.gemm_forward, LinearLayer): operators.linear_forward,
     (ops.gemm_backward, LinearLayer): operators.linear_input_gradient,
-    (ops.gemm_update, LinearLayer): operators.linear_weight_gradient,
     (ops.gemm_forward, ConvLayer): operators.pointwise_forward,
     (ops.gemm_backward, ConvLayer): operators.pointwise_input_gradient,
 }
@@ -51,10 +58,12 @@ class CusparseltBackend:
     def lower(self, node: fx.Node) -> None:
         meta = meta_of(node)
         slot = ChoiceSlot(f"{meta.layer.name} {meta.phase.value} cusparselt")
-        target = GEMMS[node.target, type(meta.layer)]
-        arguments = _update_arguments(node) if node.target is ops.gemm_update else _weight_arguments(node)
-        ops.replace_node(node, target, (*arguments, self.library.name, slot.name))
+        names = self.library.name, slot.name
         update_meta(node, choice=slot)
+        if node.target is ops.gemm_update:
+            _lower_update(node, names)
+        else:
+            ops.replace_node(node, GEMMS[node.target, type(meta.layer)], (*_weight_arguments(node), *names))
 
 
 def _weight_arguments(node: fx.Node) -> tuple[Argument, ...]:
@@ -69,15 +78,20 @@ def _weight_arguments(node: fx.Node) -> tuple[Argument, ...]:
     return first, weight, mask, *(rest[:1] if isinstance(meta_of(node).layer, ConvLayer) else rest)
 
 
-def _update_arguments(node: fx.Node) -> tuple[Argument, ...]:
-    """Return the arguments of a linear layer's update, which prunes the gradient itself if nothing else reads it."""
+def _lower_update(node: fx.Node, names: tuple[str, str]) -> None:
+    """Have a linear layer's update prune the gradient itself if nothing else reads it, and sum it for the bias."""
     row, pruned = pruned_row(node), pruned_alone(node)
     assert row is not None and row.pattern is not None
     dense, input, transposed = gemm_arguments(node)
     rule: Rule = (KEEP, row.pattern.n_keep, row.pattern.block, row.axis, None)
     if pruned is not None:
         dense, rule = take_pruning(node, pruned, prune)
-    return dense, input, *rule, transposed
+    arguments, bias = (dense, input, *rule, transposed, *names), bias_gradient_of(dense)
+    if bias is None:
+        ops.replace_node(node, linear_weight_gradient, arguments)
+    else:
+        ops.replace_node(node, linear_parameter_gradients, arguments)
+        split_gradients(node, bias)
 
 
 def _layer_support(layer: Layer, is_update: bool) -> Support:

@@ -32,6 +32,7 @@ class Operand(NamedTuple):
         operator: a name in `nmcompile.pruning.OPERATORS`, or `KEEP`.
         pattern: the operator's pattern.
         key: for its draws, 0-d int64.
+        sums: `empty_sums(matrix)`, for dim 0, to receive partial sums over the rows of the matrix before it is pruned.
     """
 
     matrix: Tensor
@@ -40,6 +41,7 @@ class Operand(NamedTuple):
     operator: str = KEEP
     pattern: NMPattern = TWO_OF_FOUR
     key: Tensor | None = None
+    sums: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -65,9 +67,11 @@ def compressed(library: Library, operand: Operand, rows: int, depth: int) -> Ten
     matrix = operand.matrix
     layout = checked_layout(library, rows, depth, matrix.dtype, matrix.device)
     if layout is None:
+        _sum_alone(operand)
         lines = operand.pruned().movedim(operand.dim, 1)
         return library.compress(F.pad(lines, (0, depth - lines.shape[1], 0, rows - lines.shape[0])).contiguous())
     if operand.operator != KEEP and (operand.operator not in PACKED or operand.pattern != TWO_OF_FOUR):
+        _sum_alone(operand)
         operand = Operand(operand.pruned(), operand.dim)
     return _write(operand, rows, depth, layout)
 
@@ -95,5 +99,12 @@ def _write(operand: Operand, rows: int, depth: int, layout: Layout) -> Tensor:
     if matrix.stride(0) == 1 and operand.operator == KEEP:  # neighbours in memory are read together
         matrix, dim, mask = matrix.t(), 1 - dim, None if mask is None else mask.t()
     values = out[: layout.start].view(matrix.dtype).view(rows, depth // 2)
-    pack_lines(matrix, operand.operator, dim, operand.key, values, out, layout.places, mask)
+    pack_lines(matrix, operand.operator, dim, operand.key, values, out, layout.places, mask, operand.sums)
     return out
+
+
+def _sum_alone(operand: Operand) -> None:
+    """Sum in a pass of its own, where no kernel of ours reads the matrix before it is pruned."""
+    if operand.sums is not None:
+        operand.sums[1:] = 0
+        torch.sum(operand.matrix, 0, dtype=torch.float32, out=operand.sums[0])

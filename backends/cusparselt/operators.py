@@ -1,4 +1,4 @@
-"""The GEMMs of linear layers and 1x1 convolutions as torch operators.
+"""The GEMMs of linear layers and 1x1 convolutions that read a sparse weight, as torch operators.
 
 The weight comes with its mask, or with its zeros. `library` and `slot` are the names of the library that
 multiplies and of the slot in which the node keeps its choice. Operands that the library does not take run as in
@@ -12,11 +12,8 @@ from nmcompile.backends.cusparselt.library import library_named
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows, memory_format
 from nmcompile.backends.reference import conv, linear
-from nmcompile.backends.triton import prune
-from nmcompile.backends.triton.support import KEEP
 from nmcompile.custom_op import custom_op
 from nmcompile.ir.choice_slot import keep
-from nmcompile.pruning.pattern import NMPattern
 
 
 def _empty_output(input: Tensor, weight: Tensor, transposed: bool) -> Tensor:
@@ -25,11 +22,6 @@ def _empty_output(input: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 
 def _empty_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return _empty_output(grad_output, weight, not transposed)
-
-
-def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
-    sizes = grad_output.shape[-1], input.shape[-1]
-    return input.new_empty(sizes[::-1] if transposed else sizes)
 
 
 def _empty_image(input: Tensor, channels: int) -> Tensor:
@@ -60,38 +52,6 @@ def linear_input_gradient(
         lambda: linear.linear_input_gradient(grad_output, kept_for(by).masked(weight, mask), transposed),
     )
     return keep(slot, outcome)
-
-
-@custom_op("nmcompile::cusparselt_linear_weight_gradient", fake=_empty_weight_gradient)
-def linear_weight_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    operator: str,
-    n_keep: int,
-    block: int,
-    axis: str,
-    key: Tensor | None,
-    transposed: bool,
-    library: str,
-    slot: str,
-) -> Tensor:
-    """Compute dW = dYᵀ X, of the weight's shape.
-
-    dY is pruned along the tokens by `operator` on the way; for `KEEP` it comes with its zeros.
-    """
-    is_flat = axis != "batch" or grad_output.dim() == 2
-
-    def pruned() -> Tensor:
-        return grad_output if operator == KEEP else prune(grad_output, operator, n_keep, block, axis, -1, key)
-
-    def dense() -> Tensor:
-        return linear.linear_weight_gradient(pruned(), input, transposed)
-
-    if not is_flat:  # blocks of tokens that are not neighbours
-        return dense()
-    sparse = Operand(by_rows(grad_output, -1), 0, None, operator, NMPattern(n_keep, block), key)
-    product = Product(library_named(library), sparse, by_rows(input, -1), by_depth=True, by_rows=not transposed)
-    return keep(slot, product.run(lambda gradient: gradient, dense))
 
 
 @custom_op("nmcompile::cusparselt_pointwise_forward", fake=lambda input, weight: _empty_image(input, weight.shape[0]))

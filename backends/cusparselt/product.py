@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from nmcompile.backends.cusparselt.plans import ALIGNMENT, Problem, kept_plan
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
 from nmcompile.backends.shared.choose_kernel import run_best
 from nmcompile.ir.choice import Choice
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Product:
     def sizes(self) -> Sizes:
         return Sizes(self.sparse.rows, self.sparse.depth, self.dense.shape[1 if self.by_depth else 0])
 
-    def run(self, restore: Callable[[Tensor], Tensor], dense: Callable[[], Tensor]) -> tuple[Tensor, Choice]:
+    def run(self, restore: Callable[[Tensor], Result], dense: Callable[[], Result]) -> tuple[Result, Choice]:
         """Return the result by the kernel that pays, and the choice of that kernel.
 
         Args:
@@ -58,11 +61,11 @@ class Product:
             return dense(), Choice("dense", refusal)
         device, strides = self.dense.device, (operand.matrix.stride(), self.dense.stride())
         work = operand.operator, operand.pattern, operand.dim, operand.mask is None, is_kept(self.weight, operand.mask)
-        form = self.by_depth, self.by_rows, self.bias is None, self.dense.dtype, str(device)
+        form = self.by_depth, self.by_rows, self.bias is None, operand.sums is None, self.dense.dtype, str(device)
         problem = self.library.name, sizes, strides, work, form
         multiplications = sizes.rows * sizes.depth * sizes.lanes
 
-        def sparse() -> Tensor | None:
+        def sparse() -> Result | None:
             result = self.multiply()
             return None if result is None else restore(result)
 

@@ -1,16 +1,16 @@
 """The reference backend: dense PyTorch math on pruned operands, on any device. Slow, obvious and trusted."""
 
-import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from nmcompile.backends.reference import conv, linear
+from nmcompile.backends.shared.fuse_nodes import bias_gradient_of, split_gradients
 from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.errors import LoweringError
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, LinearLayer
-from nmcompile.ir.node_meta import KEY, meta_of
+from nmcompile.ir.node_meta import meta_of
 from nmcompile.ir.protocols import Support
 
 GEMMS: GemmTable = {
@@ -52,33 +52,13 @@ class ReferenceBackend:
 
 def _lower_gemm(node: fx.Node) -> None:
     layer, arguments = meta_of(node).layer, gemm_arguments(node)
-    bias = _same_gradient_bias(node) if node.target is ops.gemm_update and isinstance(layer, ConvLayer) else None
+    is_conv_update = node.target is ops.gemm_update and isinstance(layer, ConvLayer)
+    bias = bias_gradient_of(node.args[0]) if is_conv_update else None
     if bias is None:
         ops.replace_node(node, GEMMS[node.target, type(layer)], arguments)
     else:
         ops.replace_node(node, conv.conv_parameter_gradients, arguments)
-        _split_gradients(node, bias)
-
-
-def _same_gradient_bias(node: fx.Node) -> fx.Node | None:
-    """Return the bias gradient that reads the same tensor as the update GEMM, so one kernel computes both."""
-    gradient = node.args[0]
-    assert isinstance(gradient, fx.Node)
-    return next((user for user in gradient.users if user.target is ops.bias_gradient), None)
-
-
-def _split_gradients(node: fx.Node, bias: fx.Node) -> None:
-    """Give the readers of dW and of db one of the node's two results each."""
-    users = list(node.users)
-    with node.graph.inserting_after(node):
-        weight_gradient = node.graph.call_function(operator.getitem, (node, 0))
-        bias_gradient = node.graph.call_function(operator.getitem, (node, 1))
-    for user in users:
-        user.replace_input_with(node, weight_gradient)
-    for item in (weight_gradient, bias_gradient):
-        item.meta[KEY] = replace(meta_of(node), kind="view")
-    bias.replace_all_uses_with(bias_gradient)
-    node.graph.erase_node(bias)
+        split_gradients(node, bias)
 
 
 def _lower_bias_gradient(node: fx.Node) -> None:

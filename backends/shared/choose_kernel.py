@@ -10,9 +10,9 @@ Equal problems are measured once per process.
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from nmcompile.backends.shared.known_choices import known_choice, remember
 from nmcompile.backends.shared.timing import seconds
@@ -25,14 +25,17 @@ UNFIT = Choice("dense", "no sparse kernel computes it: a NaN or an infinity, no 
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
 
 
+Result = TypeVar("Result")
+
+
 def run_best(
     problem: Hashable,
     multiplications: int,
     predict: Callable[[], float | None],
-    sparse: Callable[[], Tensor | None],
-    dense: Callable[[], Tensor],
+    sparse: Callable[[], Result | None],
+    dense: Callable[[], Result],
     device: torch.device | None = None,
-) -> tuple[Tensor, Choice]:
+) -> tuple[Result, Choice]:
     """Return the product by the kernel that pays, and the choice of that kernel.
 
     Args:
@@ -55,8 +58,8 @@ def _choice(
     problem: Hashable,
     multiplications: int,
     predict: Callable[[], float | None],
-    sparse: Callable[[], Tensor | None],
-    dense: Callable[[], Tensor],
+    sparse: Callable[[], object],
+    dense: Callable[[], object],
     device: torch.device | None,
 ) -> Choice:
     if multiplications < SMALL:

@@ -1,16 +1,17 @@
-"""Nodes that a GEMM fuses: the mask of its weight, and the pruning of its gradient.
+"""Nodes that a GEMM fuses: the mask of its weight, the pruning of its gradient, and the sum for the bias.
 
-`NodeMeta.fused` then has the plan row of the removed node, and computes the node's result.
+If it masks or prunes, `NodeMeta.fused` has the plan row of the removed node, and computes the node's result.
 """
 
 from collections.abc import Callable
 from functools import partial
+from operator import getitem
 
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from nmcompile.ir import operations as ops
-from nmcompile.ir.node_meta import Fused, row_of, update_meta
+from nmcompile.ir.node_meta import KEY, Fused, NodeMeta, meta_of, row_of, update_meta
 
 Rule = tuple[Argument, ...]
 """Operator, N, M, axis and key of a prune node."""
@@ -51,6 +52,26 @@ def take_pruning(node: fx.Node, pruned: fx.Node, prune: Callable[..., Tensor]) -
     node.args = (dense, *node.args[1:])
     node.graph.erase_node(pruned)
     return dense, (operator, n_keep, block, axis, *(key or (None,)))
+
+
+def bias_gradient_of(gradient: Argument) -> fx.Node | None:
+    """Return the node that sums this very gradient for the bias, so one kernel may read it for both."""
+    assert isinstance(gradient, fx.Node)
+    return next((user for user in gradient.users if user.target is ops.bias_gradient), None)
+
+
+def split_gradients(node: fx.Node, bias: fx.Node) -> None:
+    """Give the readers of dW and of db one each of the two results that the node has now."""
+    users, meta = list(node.users), meta_of(node)
+    with node.graph.inserting_after(node):
+        weight_gradient = node.graph.call_function(getitem, (node, 0))
+        bias_gradient = node.graph.call_function(getitem, (node, 1))
+    for user in users:
+        user.replace_input_with(node, weight_gradient)
+    for item in (weight_gradient, bias_gradient):
+        item.meta[KEY] = NodeMeta("view", meta.layer, meta.phase, backend=meta.backend)
+    bias.replace_all_uses_with(bias_gradient)
+    node.graph.erase_node(bias)
 
 
 def _fuse(node: fx.Node, pruned: fx.Node, operand: Callable[..., Tensor]) -> None:

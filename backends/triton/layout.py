@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 SECTOR = 16  # elements of 16 bits that a GPU moves at a time
+LINES_TILE = (16, 64)  # blocks per program of `kernels.lines`: across the consecutive blocks, and along them
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ def block_layout(x: Tensor, out: Tensor, dim: int, block: int) -> BlockLayout:
             axis = len(dims) - 1
     sizes, in_strides, out_strides = zip(*(dims or [(1, 0, 0)]), strict=True)
     return BlockLayout(sizes, in_strides, out_strides, x.stride(dim), out.stride(dim), axis, length)
+
+
+def empty_sums(x: Tensor) -> Tensor:
+    """Return the buffer for partial sums over the rows of a matrix: one row for each tile of blocks of four rows."""
+    rows_per_tile = 4 * LINES_TILE[0]
+    return x.new_empty(-(-x.shape[0] // rows_per_tile), x.shape[1], dtype=torch.float32)
 
 
 def fast_dim(layout: BlockLayout, block: int) -> int | None:

@@ -6,11 +6,12 @@ freed with the graph.
 """
 
 import itertools
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from torch import Tensor
-
 from nmcompile.ir.choice import Choice
+
+Result = TypeVar("Result")
 
 _numbers = itertools.count()
 _slots: "WeakValueDictionary[str, ChoiceSlot]" = WeakValueDictionary()
@@ -31,7 +32,7 @@ class ChoiceSlot:
         _slots[self.name] = self
 
 
-def keep(name: str, outcome: tuple[Tensor, Choice]) -> Tensor:
+def keep(name: str, outcome: tuple[Result, Choice]) -> Result:
     """Keep a choice in the slot of that name, if its graph is still alive, and return the result."""
     result, choice = outcome
     if (slot := _slots.get(name)) is not None:

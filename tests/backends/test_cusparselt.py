@@ -1,6 +1,7 @@
 """The cuSPARSELt backend without a GPU: its rules, and its layers with a library that PyTorch computes."""
 
 import copy
+from operator import getitem
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,12 @@ from nmcompile.backends.cusparselt.library import CUSPARSELT, Library
 from nmcompile.backends.cusparselt.operators import (
     linear_forward,
     linear_input_gradient,
-    linear_weight_gradient,
     pointwise_forward,
     pointwise_input_gradient,
 )
 from nmcompile.backends.cusparselt.support import Sizes, float16_refusal, operand_refusal, padded
+from nmcompile.backends.cusparselt.update import linear_parameter_gradients, linear_weight_gradient
+from nmcompile.backends.reference.linear import linear_bias_gradient
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.shared.sparse_operand import pattern_support
 from nmcompile.backends.triton.support import KEEP
@@ -28,7 +30,7 @@ from nmcompile.custom_op import operator_of
 from nmcompile.errors import BackendUnavailable
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.choice_slot import ChoiceSlot
-from nmcompile.ir.node_meta import find_meta
+from nmcompile.ir.node_meta import find_meta, meta_of
 from nmcompile.pruning import OPERATORS
 from tests.backends.fake_cusparselt import FakeLibrary, pruned
 
@@ -198,9 +200,15 @@ def test_fakes_and_schemas(layout: torch.memory_format, library: FakeLibrary) ->
         given = dy, other, other != 0, transposed, library.name, "b"
         torch.library.opcheck(operator_of(linear_input_gradient), given, test_utils=CHECKS)
         rule = "mvue", 2, 4, "auto", key
+<<<<<<< HEAD
         torch.library.opcheck(
             operator_of(linear_weight_gradient), (dy, x, *rule, transposed, library.name, "c"), test_utils=CHECKS
         )
+=======
+        update = dy, x, *rule, transposed, library.name, "c"
+        torch.library.opcheck(linear_weight_gradient, update, test_utils=CHECKS)
+        torch.library.opcheck(linear_parameter_gradients, update, test_utils=CHECKS)
+>>>>>>> 3eb90b0 (The update GEMM of cuSPARSELt's linear layers sums dY for the bias while it prunes and packs it)
     x, dy = (torch.randn(2, c, 3, 4).contiguous(memory_format=layout) for c in (8, 12))
     torch.library.opcheck(
         operator_of(pointwise_forward), (x, pruned(12, 8, 1, 1), None, b, library.name, "d"), test_utils=CHECKS
@@ -230,6 +238,39 @@ def test_images_lie_as_the_input_does_whatever_the_weight(
         operator_of(pointwise_input_gradient), (dy, backward, None, x, library.name, "a"), test_utils=CHECKS
     )
     assert pointwise_input_gradient(dy, backward, None, x, library.name, "a").is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(("bias", "target"), [(True, linear_parameter_gradients), (False, linear_weight_gradient)])
+def test_the_update_gemm_also_sums_the_gradient_that_it_prunes(
+    bias: bool, target: object, library: FakeLibrary
+) -> None:
+    layer = nn.Linear(8, 8, bias)
+    compiled = nmcompile.compile(layer, config=CompileConfig(ends="sparse"), backend=CusparseltBackend(library))
+    graph = nmcompile.inspect(compiled).layer("").graphs[Phase.UPDATE].graph
+    gemm, *views = (node for node in graph.nodes if node.op == "call_function")
+    assert gemm.target is target
+    assert [node.target for node in views] == (2 * [getitem] if bias else [])
+    metas = [meta_of(node) for node in (gemm, *views)]
+    assert [(meta.kind, meta.planned is None) for meta in metas] == [("gemm", False), *([("view", True)] * len(views))]
+    returned: Any = graph.output_node().args[0]
+    assert [node.args for node in returned] == ([(gemm, 0), (gemm, 1)] if bias else [gemm.args])
+
+
+@pytest.mark.parametrize("axis", ["auto", "batch"])
+@pytest.mark.parametrize("kernel", ["sparse", "dense"])
+def test_a_bias_gradient_is_the_sum_before_pruning(
+    kernel: str, axis: str, library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice(kernel, "the test asks for it"))
+    dy, x, key = torch.randn(4, 48, 12), torch.randn(4, 48, 8), torch.tensor(5)
+    rule: Any = "mvue", 2, 4, axis, key, False, library.name, "u"
+    for dtype in (torch.float32, torch.bfloat16):
+        given = dy.to(dtype), x.to(dtype)
+        weight, bias = linear_parameter_gradients(*given, *rule)
+        assert weight.equal(linear_weight_gradient(*given, *rule))
+        eager = linear_bias_gradient(*given)
+        assert bias.dtype == dtype and (kernel == "sparse" or bias.equal(eager))
+        torch.testing.assert_close(bias, eager)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

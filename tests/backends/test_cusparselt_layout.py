@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nmcompile.backends.cusparselt.layout import find_layout
 from nmcompile.backends.cusparselt.operand import Operand, checked_layout, compressed
+from nmcompile.backends.triton.layout import empty_sums
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.pruning import OPERATORS, NMPattern, mask
 from nmcompile.pruning.packed import pack, two_of_four
@@ -130,3 +131,22 @@ def test_a_gradient_is_pruned_and_compressed(sizes: tuple[int, int], operator: s
     given = Operand(pruned if operator == KEEP else gradient, 0, None, operator, NMPattern.parse(pattern), key)
     result = compressed(library, given, 64, 128)
     assert result.view(torch.uint8).equal(rows_share_bytes(expected).view(torch.uint8))
+
+
+@pytest.mark.parametrize("order", [rows_share_bytes, swizzled])
+@pytest.mark.parametrize(("operator", "pattern"), [("mvue", "2:4"), ("mvue", "1:2"), ("greedy", "2:4")])
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [((128, 64), torch.bfloat16), ((100, 60), torch.float16), ((97, 33), torch.float32), ((10, 70), torch.bfloat16)],
+)
+def test_a_gradient_is_summed_before_it_is_pruned(
+    sizes: tuple[int, int], dtype: torch.dtype, operator: str, pattern: str, order: Compress, kernel: None
+) -> None:
+    """Tiles of tokens apart, the last of them partial or of padding alone, or in a pass of its own."""
+    gradient, key = torch.randn(*sizes, dtype=dtype), torch.tensor(12)
+    given = Operand(gradient, 0, None, operator, NMPattern.parse(pattern), key)
+    expected = compressed(FakeLibrary(order), given, 128, 256)
+    sums = torch.full_like(empty_sums(gradient), torch.nan)
+    assert compressed(FakeLibrary(order), given._replace(sums=sums), 128, 256).equal(expected)
+    exact, magnitude = gradient.double().sum(0), gradient.double().abs().sum(0)
+    assert bool(((sums.sum(0) - exact).abs() <= sizes[0] * 2.0**-24 * magnitude).all())

@@ -1,5 +1,6 @@
 """The backends that the conformance tests run, each on a device and in a type that it takes."""
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 
@@ -17,9 +18,12 @@ from nmcompile.ir.layers import ConvLayer, Layer
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.ir.protocols import Backend
 from tests.backends.fake_cusparselt import FakeLibrary
+from tests.backends.on_triton import HAS_DEVICE, interpreter
 
-HAS_DEVICE = torch.cuda.is_available()
 IS_INTERPRETED = importlib.util.find_spec("triton") is not None and not HAS_DEVICE
+if IS_INTERPRETED:  # the interpreter must be requested before anything imports Triton
+    with interpreter():
+        importlib.import_module("nmcompile.backends.triton.kernels.blocks")
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from torch import Tensor
 from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune, prune_and_pack
 from nmcompile.backends.triton.kernels.philox import uniforms, uniforms_one_by_one
-from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
+from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks, to_float
+from nmcompile.backends.triton.layout import LINES_TILE as TILE
 from nmcompile.backends.triton.layout import Places
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.pruning.pattern import NMPattern
 
-TILE = (16, 64)  # blocks per program: across the consecutive blocks, and along them
 REGISTERS = 128  # per thread; four programs then run at a time
 
 
@@ -46,6 +46,7 @@ def pack_lines(
     positions: Tensor,
     places: Places | None = None,
     mask: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write the matrix `x` pruned 2:4 along `dim` in packed form (see `nmcompile.pruning.packed`).
 
@@ -57,8 +58,9 @@ def pack_lines(
         positions: contiguous uint8, `(lines, length / 8)`, or the memory that `places` point into.
         places: where the positions of each block lie, if not in rows.
         mask: bool of the shape of `x`, any strides; elements outside it count as zeros.
+        sums: `layout.empty_sums(x)`, for `dim` 0, to receive partial sums over the rows of `x` before it is pruned.
     """
-    _launch(x, operator, NMPattern(2, 4), dim, key, values, positions, places, mask)
+    _launch(x, operator, NMPattern(2, 4), dim, key, values, positions, places, mask, sums)
     return values, positions
 
 
@@ -72,6 +74,7 @@ def _launch(
     positions: Tensor | None,
     places: Places | None = None,
     mask: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
     rows, columns = (triton.cdiv(size, pattern.block if index == dim else 1) for index, size in enumerate(x.shape))
     width = 2 if positions is not None else pattern.block
@@ -85,6 +88,7 @@ def _launch(
             positions,
             None if places is None else places.lines,
             None if places is None else places.blocks,
+            sums,
             key_on(x.device, key),
             rows,
             columns,
@@ -120,6 +124,7 @@ def prune_lines_kernel(
     positions,
     line_places,
     block_places,
+    sums,
     key,
     rows,
     columns,
@@ -152,6 +157,8 @@ def prune_lines_kernel(
         strides = mask_row_stride, mask_column_stride
         flags = load_tile(mask, first_row, first_column, across, length, *strides, ALONG_ROWS, WIDE, M, R, C)
         bits = zero_where_unset(flags, bits)
+    if sums is not None:
+        store_sums(sums, bits, first_row, first_column, length, columns, DTYPE, R, C)
     u = ()
     if DRAWS > 0:
         u = tile_uniforms(first_row, first_column, columns, tl.load(key), DRAWS, ALIGNED, R, C)
@@ -212,6 +219,20 @@ def zero_where_unset(flags, bits):
     for i in tl.static_range(len(bits)):
         masked = masked + (tl.where(flags[i] != 0, bits[i], 0).to(bits[i].dtype),)
     return masked
+
+
+@triton.jit
+def store_sums(
+    sums, bits, first_row, first_column, length, columns, DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    """Write the sums of the tile's columns, float32, into the tile's row of `sums`, if it is not of padding alone."""
+    of_blocks = to_float(bits[0], DTYPE)
+    for i in tl.static_range(1, len(bits)):
+        of_blocks += to_float(bits[i], DTYPE)
+    column = first_column + tl.arange(0, C)
+    width = tl.where(first_row * len(bits) < length, columns, 0)
+    start = sums + (first_row // R).to(tl.int64) * columns
+    tl.store(start + column, tl.sum(tl.reshape(of_blocks, (R, C)), 0), mask=column < width)
 
 
 @triton.jit
