@@ -200,15 +200,9 @@ def test_fakes_and_schemas(layout: torch.memory_format, library: FakeLibrary) ->
         given = dy, other, other != 0, transposed, library.name, "b"
         torch.library.opcheck(operator_of(linear_input_gradient), given, test_utils=CHECKS)
         rule = "mvue", 2, 4, "auto", key
-<<<<<<< HEAD
-        torch.library.opcheck(
-            operator_of(linear_weight_gradient), (dy, x, *rule, transposed, library.name, "c"), test_utils=CHECKS
-        )
-=======
         update = dy, x, *rule, transposed, library.name, "c"
-        torch.library.opcheck(linear_weight_gradient, update, test_utils=CHECKS)
-        torch.library.opcheck(linear_parameter_gradients, update, test_utils=CHECKS)
->>>>>>> 3eb90b0 (The update GEMM of cuSPARSELt's linear layers sums dY for the bias while it prunes and packs it)
+        torch.library.opcheck(operator_of(linear_weight_gradient), update, test_utils=CHECKS)
+        torch.library.opcheck(operator_of(linear_parameter_gradients), update, test_utils=CHECKS)
     x, dy = (torch.randn(2, c, 3, 4).contiguous(memory_format=layout) for c in (8, 12))
     torch.library.opcheck(
         operator_of(pointwise_forward), (x, pruned(12, 8, 1, 1), None, b, library.name, "d"), test_utils=CHECKS
