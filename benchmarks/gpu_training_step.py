@@ -51,6 +51,7 @@ def mlp(tokens: int, width: int, hidden: int) -> Workload:
 
 def vit_large(batch: int) -> Workload:
     model = models.vit_l_16()
+    nn.init.normal_(model.heads.head.weight, std=0.01)  # torchvision's is zero, and all gradients with it
     return Workload(model, torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16), CompileConfig())
 
 
@@ -89,11 +90,36 @@ def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workloa
         trained.zero_grad()
         load.x.grad = None
         output = model(load.x)
-        output.backward(torch.ones_like(output))
-        if optimizer is not None:
+        if optimizer is None:
+            output.backward(torch.randn_like(output))
+        else:
+            labels = torch.arange(len(output), device="cuda") % output.shape[1]
+            nn.functional.cross_entropy(output.float(), labels).backward()
             optimizer.step()
 
     return step
+
+
+def zero_share(step: Callable[[], None], model: nn.Module) -> float:
+    """Return the share of zeros among the gradients of all linear and conv outputs: MVUE costs less on zeros."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
+        found.append((grad_output[0] == 0).float().mean())
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    handles = [layer.register_full_backward_hook(note) for layer in layers]
+    step()
+    for handle in handles:
+        handle.remove()
+    return float(torch.stack(found).mean())
+
+
+def check_finite(models: dict[str, nn.Module]) -> None:
+    """Stop if training has diverged: on a NaN every pruning kernel takes its slow path."""
+    for variant, model in models.items():
+        if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
+            raise SystemExit(f"{variant}: a gradient is not finite after the last timed step")
 
 
 def peak_of(variant: str, load: Workload) -> int:
@@ -123,6 +149,7 @@ def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any
     count, head_start = (STEPS, 0) if load.has_optimizer else (1, HEAD_START)
     calls = {key: partial(repeat, step, count) for key, step in steps.items()}
     times = on_gpu(calls, options.repeats, head_start=head_start)
+    check_finite(models)
     medians = {key: statistics.median(found) / count for key, found in times.items()}
     choices = {variant: choices_of(model) for variant, model in models.items() if variant != "dense"}
     print(name)
@@ -131,8 +158,10 @@ def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any
     for variant, found in choices.items():
         print(f"  {variant}: {sum(c.kernel == 'sparse' for c in found)} of {len(found)} GEMMs sparse")
         print(*(f"    {choice}" for choice in dict.fromkeys(map(str, found))), sep="\n")
+    zeros = zero_share(steps["dense"], models["dense"]) if "dense" in models else None
+    print(f"  zeros among gradients: {zeros}")
     chosen = {variant: [str(choice) for choice in found] for variant, found in choices.items()}
-    return {"workload": name, "milliseconds": medians, "bytes": peaks, "choices": chosen}
+    return {"workload": name, "milliseconds": medians, "bytes": peaks, "zeros": zeros, "choices": chosen}
 
 
 def repeat(step: Callable[[], None], count: int) -> None:
