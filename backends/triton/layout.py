@@ -78,9 +78,9 @@ def empty_sums(x: Tensor) -> Tensor:
 def fast_dim(layout: BlockLayout, block: int) -> int | None:
     """Return the dim of the grid along which blocks are neighbours in memory, if it is not the last one.
 
-    Blocks are numbered along the last dim. Where their elements are neighbours along another one, as those of
-    channels-last images are, threads side by side should walk that one. None where the last dim is as good: its blocks
-    are neighbours too, or the other dim is shorter than what one access of the memory brings.
+    Blocks are numbered along the last dim. If they are neighbours in memory along another one, as in channels-last
+    images, neighbouring threads should read along that one. None if reading along the last dim is as good: its blocks
+    are neighbours too, no dim has neighbours, or that dim is shorter than one access to memory.
     """
     *others, last = range(len(layout.sizes))
     in_unit, out_unit = (block if step == 1 else 1 for step in (layout.in_step, layout.out_step))

@@ -1,7 +1,7 @@
-"""The kernels as compiled for sm_90, without a device: Triton's wheel has a compiler and a disassembler.
+"""Compiled kernels for sm_90, made without a device: Triton's wheel has a compiler and a disassembler.
 
-`python -m tests.backends.sm90` prints as JSON what their code does. It is a program of its own: a process that imported
-kernels for the interpreter does not compile them.
+`python -m tests.backends.sm90` prints their accesses and their instructions as JSON. It is a program of its own: a
+process that has imported kernels for the interpreter cannot compile them.
 """
 
 import json
@@ -17,6 +17,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from nmcompile.backends.triton.layout import empty_sums
 
 LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?P<predicate>@!?U?P\w+)?\s*(?P<code>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*);")
 LABEL = re.compile(r"\.L_x_\d+")
@@ -39,7 +41,7 @@ class Code:
         return Counter(line["code"] for line in self.lines if line["code"].startswith(("LDG", "STG")))
 
     def executed(self, rounds: int) -> int:
-        """Count what a thread executes on the shortest way, which skips rare paths; the loop, if any, for `rounds`."""
+        """Count what a thread executes on the shortest path, which skips rare ones; a loop counts `rounds` times."""
         for place, line in enumerate(self.lines):
             head = self._target(line)
             if head is not None and head < place and (body := self._distance(head, {place})):
@@ -75,21 +77,18 @@ class Code:
 
 
 def h200() -> Any:
-    """A driver for Triton that compiles as for an H200 and launches nothing."""
+    """Return a driver for Triton that compiles for an H200 and launches nothing."""
     from triton.backends.compiler import GPUTarget
 
     properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
-    answers: dict[str, Any] = {
-        "get_current_target": GPUTarget("cuda", 90, 32),
-        "get_current_device": 0,
-        "get_current_stream": 0,
-        "get_active_torch_device": torch.device("cpu"),
-        "launcher_cls": mock.Mock(),
-    }
-    utils = mock.Mock(
-        **{"load_binary.return_value": (1, 1, 0, 0, 1024), "get_device_properties.return_value": properties}
-    )
-    return mock.Mock(utils=utils, **{f"{name}.return_value": answer for name, answer in answers.items()})
+    driver = mock.Mock()
+    driver.utils.load_binary.return_value = 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
+    driver.utils.get_device_properties.return_value = properties
+    driver.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    driver.get_current_device.return_value = 0
+    driver.get_current_stream.return_value = 0
+    driver.get_active_torch_device.return_value = torch.device("cpu")
+    return driver
 
 
 def compiled(launch: Callable[[], object]) -> Code:
@@ -122,16 +121,37 @@ def pruning(x: Tensor, operator: str, n_keep: int, block: int, dim: int) -> Code
     return compiled(lambda: prune_blocks(x, operator, pattern, dim, key, torch.empty_like(x)))
 
 
-def image(samples: int, channels: int, side: int) -> Tensor:
-    return torch.zeros(samples, side, side, channels, dtype=torch.bfloat16).movedim(-1, 1)
+def packing(x: Tensor, operator: str, sums: Tensor | None) -> Code:
+    from nmcompile.backends.triton.kernels.lines import pack_lines
+
+    lines, length = x.shape[1], x.shape[0]
+    out = x.new_empty(lines, length // 2), x.new_empty(lines, length // 8, dtype=torch.uint8)
+    return compiled(lambda: pack_lines(x, operator, 0, torch.tensor(1), *out, sums=sums))
 
 
+def image(samples: int, channels: int, side: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(samples, side, side, channels, dtype=dtype).movedim(-1, 1)
+
+
+def positions(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).flatten(1)
+
+
+MATRIX = torch.zeros(4096, 64, dtype=torch.bfloat16)
 CASES: dict[str, Callable[[], Code]] = {
-    "batch": lambda: pruning(image(8, 64, 16), "mvue", 2, 4, 0),
-    "odd": lambda: pruning(image(8, 64, 7), "mvue", 2, 4, 0),
-    "flat": lambda: pruning(image(8, 24, 16).transpose(0, 1).flatten(1), "mvue", 1, 2, 1),
+    "samples": lambda: pruning(image(8, 64, 16), "mvue", 2, 4, 0),
+    "samples of odd sides": lambda: pruning(image(8, 64, 7), "mvue", 2, 4, 0),
+    "samples, a partial block": lambda: pruning(image(6, 24, 7), "greedy", 2, 4, 0),
+    "samples, 34 channels": lambda: pruning(image(8, 34, 7), "greedy", 2, 4, 0),
+    "samples, 33 channels": lambda: pruning(image(8, 33, 7), "greedy", 2, 4, 0),
+    "samples in float32": lambda: pruning(image(8, 64, 16, torch.float32), "mvue", 1, 2, 0),
+    "positions": lambda: pruning(positions(image(8, 24, 16)), "mvue", 1, 2, 1),
+    "positions, a partial block": lambda: pruning(positions(image(3, 24, 7)), "greedy", 2, 4, 1),
     "channels": lambda: pruning(image(8, 64, 16), "greedy", 4, 8, 1),
-    "pairs": lambda: pruning(torch.zeros(4096, 64, dtype=torch.bfloat16), "mvue", 1, 2, 0),
+    "channels, a partial block": lambda: pruning(image(8, 60, 16), "greedy", 4, 8, 1),
+    "pairs of a matrix": lambda: pruning(MATRIX, "mvue", 1, 2, 0),
+    "packed": lambda: packing(MATRIX, "mvue", None),
+    "packed and summed": lambda: packing(MATRIX, "mvue", empty_sums(MATRIX)),
 }
 ROUNDS = 4  # of the loop over positions
 

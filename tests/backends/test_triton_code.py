@@ -1,4 +1,4 @@
-"""The compiled kernels: how wide they read and write, and how many instructions they execute."""
+"""Compiled kernels: how wide they read and write, and how many instructions they execute."""
 
 import importlib.util
 import json
@@ -22,20 +22,44 @@ def codes() -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", ["batch", "odd", "flat", "channels", "pairs"])
-def test_no_access_is_narrower_than_64_bits(case: str, codes: Any) -> None:
+@pytest.mark.parametrize(
+    ("case", "bits"),
+    [
+        ("samples", 64),
+        ("samples of odd sides", 64),
+        ("samples, a partial block", 64),
+        ("samples, 34 channels", 32),  # the largest power of two that divides a position
+        ("samples, 33 channels", 16),
+        ("samples in float32", 64),
+        ("positions", 64),
+        ("positions, a partial block", 64),
+        ("channels", 128),
+        ("channels, a partial block", 16),  # its elements exist one by one
+        ("pairs of a matrix", 64),
+        ("packed", 32),  # the codes
+    ],
+)
+def test_accesses_to_memory_are_wide(case: str, bits: int, codes: Any) -> None:
     accesses = codes[case]["accesses"]
-    assert accesses and all(code.endswith((".64", ".128")) for code in accesses), accesses
+    assert accesses and min(map(width, accesses)) == bits, accesses
+
+
+def width(code: str) -> int:
+    """Return the bits of a load or store: those of its suffix, or 32."""
+    number = code.rpartition(".")[2].lstrip("EUS")
+    return int(number) if number else 32
 
 
 @pytest.mark.parametrize(
-    ("case", "limit"),
+    ("case", "blocks", "limit"),
     [
-        ("batch", 150),  # exact MVUE 2:4
-        ("odd", 170),  # where a counter's words start anywhere
-        ("flat", 60),  # MVUE 1:2
-        ("pairs", 60),  # the same of a matrix
+        ("samples", 16, 150),
+        ("samples of odd sides", 16, 170),  # their first numbers stand anywhere in a counter
+        ("positions", 16, 60),
+        ("pairs of a matrix", 16, 60),
+        ("packed", 8, 150),
+        ("packed and summed", 8, 165),
     ],
 )
-def test_a_block_takes_few_instructions(case: str, limit: int, codes: Any) -> None:
-    assert codes[case]["executed"] <= limit * 16, "a thread prunes 16 blocks"
+def test_a_block_takes_few_instructions(case: str, blocks: int, limit: int, codes: Any) -> None:
+    assert codes[case]["executed"] <= limit * blocks, "for the blocks of a thread"

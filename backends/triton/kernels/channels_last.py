@@ -1,7 +1,8 @@
-"""Prune blocks that are neighbours in memory across the order of their numbers, as those of channels-last images are.
+"""Pruning of blocks whose neighbours in memory do not have consecutive numbers, as in channels-last images.
 
-The kernel of `blocks` gives neighbouring threads consecutive numbers, which lie far apart here. In this kernel they lie
-side by side in memory, along the grid's fast dim, and each walks along the last dim, as far as a counter's words reach.
+`blocks` gives neighbouring threads consecutive blocks, which lie far apart here. In this kernel neighbouring threads
+read neighbours in memory, along the fast dim of the grid. Each walks along the last dim, as far as the random words of
+one counter reach.
 """
 
 from math import gcd, prod
@@ -18,9 +19,9 @@ from nmcompile.backends.triton.kernels.philox import at_step, uniforms_of_walks
 from nmcompile.backends.triton.layout import BlockLayout
 from nmcompile.pruning.pattern import NMPattern
 
-WALKS = 512  # of a program
-WIDEST = 128  # walks side by side
-SIDE = 4  # of them that a thread takes, to read and write 64 bits of a 16-bit type at a time
+WALKS = 512  # walks per program
+WIDEST = 128  # walks per program along the fast dim
+SIDE = 4  # walks side by side per thread, which then reads and writes 64 bits of a 16-bit type at a time
 LARGEST_UNIT = 8
 
 
@@ -31,8 +32,8 @@ def prune_channels_last(
 
     Args:
         x, operator, pattern, key, out: as there.
-        layout: of the blocks in `x` and `out`.
-        fast: the dim of the grid along which blocks are neighbours in memory, not the last.
+        layout: the layout of the blocks in `x` and `out`.
+        fast: the dim that `layout.fast_dim` finds.
     """
     *outer, last = layout.sizes
     across, walk = outer.pop(fast), 4 // max(DRAWS[operator], 1)
@@ -76,7 +77,7 @@ def prune_channels_last(
 
 
 def _unit(layout: BlockLayout, fast: int, tiles: tuple[bool, bool]) -> int:
-    """What strides are counted in: as much as divides them all, which tells the compiler how accesses are aligned."""
+    """Return the unit of strides and steps, which divides them all: it tells the compiler how accesses are aligned."""
     strides = [s for strides in (layout.in_strides, layout.out_strides) for d, s in enumerate(strides) if d != fast]
     steps = [step for step, is_tile in zip((layout.in_step, layout.out_step), tiles, strict=True) if not is_tile]
     return gcd(LARGEST_UNIT, *strides, *steps)
@@ -130,12 +131,13 @@ def channels_last_kernel(
         u = uniforms_of_walks(number + first, first_channel, *weights, ALIGNED, DRAWS, WALK, C, SIDE)
     for step in range(WALK):
         position = first + step
+        elements = left
         if AXIS == LAST:
-            left = length - position * M
+            elements = length - position * M
         elif AXIS == FAST:
-            left = length - channel * M
+            elements = length - channel * M
         inside = (position < sizes[LAST]) & (channel < sides * SIDE)
-        elements = tl.where(inside, left, 0)
+        elements = tl.where(inside, elements, 0)
         start = position * in_strides[LAST] * UNIT + channel * IN_WIDTH
         bits = load_blocks(x, start, elements, in_step * UNIT, AXIS >= 0, IN_TILES, M)
         pruned = prune(bits, at_step(u, step) if DRAWS > 0 else (), OPERATOR, N, DTYPE)

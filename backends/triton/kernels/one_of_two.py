@@ -1,11 +1,12 @@
-"""MVUE 1:2 of any blocks, in half of the operations that N:M takes (`operators.select_mvue`), and with its results.
+"""MVUE 1:2 in half of the operations that N:M takes (`operators.select_mvue`), with its results for any block.
 
-Of a pair with the sum S = |a| + |b|, the draw takes b where |a| <= u S, and emits S with the sign of what it takes.
-What water-filling does to two elements comes to this:
+In a pair with the sum S = |a| + |b|, the draw takes b if |a| <= u S, else a, and emits S with the sign of the element
+that it takes. For two elements, water-filling and the rule for numbers that are not finite leave two exceptions:
 
-- An element that is the whole sum is saturated. It is taken whatever u is, and S is its own magnitude. This includes
-  the only element that is not zero, which rounding of u S could lose where S is subnormal.
-- A pair whose sum is not finite keeps its larger element unchanged, NaN as an infinity, the first of two equal ones.
+- An element whose magnitude is the rounded sum is saturated: it is taken for any u, and S is its own magnitude. This
+  includes the only element that is not zero. If S is subnormal, rounding of u S would lose it for some u.
+- A pair without a finite sum keeps its larger element unchanged. A NaN ranks as an infinity, and of two equal elements
+  the first is kept.
 """
 
 import triton
@@ -18,7 +19,7 @@ SIGN = tl.constexpr(-0x80000000)
 
 @triton.jit
 def prune_pair(bits, u, DTYPE: tl.constexpr):
-    """The pruned blocks."""
+    """Return the pruned blocks."""
     x0 = to_float(bits[0], DTYPE)
     x1 = to_float(bits[1], DTYPE)
     a = tl.abs(x0)
