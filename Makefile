@@ -68,6 +68,7 @@ $(VENV)/.lint: $(VENV)/.test
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo,test,lint]'
 	touch $@
 
-$(VENV)/.docs: $(VENV)/.demo
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,docs]'
+# The site needs no package, so it builds no kernels.
+$(VENV)/.docs: $(VENV)/.venv constraints.txt
+	$(BIN)/pip install -q -c constraints.txt mkdocs pygments
 	touch $@
