@@ -41,7 +41,8 @@ def custom_op(
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return operator(*args, **kwargs) if _is_seen(args) else function(*args, **kwargs)
+            is_seen = _is_seen((*args, *kwargs.values()) if kwargs else args)
+            return operator(*args, **kwargs) if is_seen else function(*args, **kwargs)
 
         setattr(call, "operator", operator)  # noqa: B010 - functions declare no attributes
         return call

@@ -72,6 +72,7 @@ def test_modes_profilers_tracers_and_subclasses_see_the_operator() -> None:
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
     assert isinstance(widened(fake, 2.0), FakeTensor)
+    assert isinstance(widened(x=fake, factor=2.0), FakeTensor)
 
 
 @custom_op("nmcompile_tests::through_dispatcher", fake=lambda x: x.new_empty(()))

@@ -22,7 +22,7 @@ from nmcompile.ir.choice import Choice
 
 MODES = ("training", "weights", "inference")
 WINDOWS = 4
-"""Of cycles; in the first one, caches fill. What leaks grows in all the others, and noise does not."""
+"""The number of windows of cycles. Caches fill in the first one; a leak grows in all the others, and noise does not."""
 MARGIN = 2  # objects of a type, entries of a registry, megabytes; each kind of cycle comes three times in a window
 STATM = Path("/proc/self/statm")
 X = torch.randn(4, 8)

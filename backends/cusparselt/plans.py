@@ -1,4 +1,4 @@
-"""Plans: one is made per problem, and then costs some microseconds per product."""
+"""Plans of products. A plan is made once for a problem; a product with it then costs some microseconds."""
 
 import ctypes
 import threading

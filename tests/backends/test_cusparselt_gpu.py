@@ -1,4 +1,4 @@
-"""What only a GPU can show of cuSPARSELt: the library is right, and a step or a CUDA graph runs without waiting."""
+"""Tests of cuSPARSELt on a GPU: the library is right, and a step or a CUDA graph runs without waiting."""
 
 import pytest
 import torch

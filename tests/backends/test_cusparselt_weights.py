@@ -1,4 +1,4 @@
-"""What the cuSPARSELt backend keeps of a weight at rest, with a library that PyTorch computes."""
+"""Compressed weights that the cuSPARSELt backend caches, with a library that PyTorch computes."""
 
 from itertools import count
 
