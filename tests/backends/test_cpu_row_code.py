@@ -77,6 +77,15 @@ def test_each_row_keeps_its_places() -> None:
     assert product(x, weight).equal(weight.t().repeat(2, 1))
 
 
+def test_copies_of_the_code_are_written_again_for_other_shapes() -> None:
+    torch.manual_seed(2)
+    weight = pruned(torch.randn(420, 132), 1)  # more sixteens of rows than there are copies
+    x = torch.randn(320, 132)
+    few = torch.cat([product(part, weight) for part in x.split(FEW)])
+    for tokens in (320, 200, 320):
+        assert product(x[:tokens], weight).equal(few[:tokens])
+
+
 def test_denormal_and_infinite_values() -> None:
     torch.manual_seed(1)
     weight, x = pruned(torch.randn(16, 64), 1), torch.randn(160, 64)

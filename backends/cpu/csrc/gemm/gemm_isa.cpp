@@ -65,14 +65,19 @@ void fetch_rows(const Kept& kept, Index row, Index stride) {
 template <class Form>
 void add_rows(RowCode<Form>& code, const Kept& kept, Index stride, const std::vector<Column>& columns) {
     const Index width = columns[0].from.width;
+    const auto written = [&](Index row) {
+        const Index rows = smaller(kCodeRows, kept.rows - row);
+        return code.write(rows, kept.fours, width, kept.values.places + row * Form::kValues, stride);
+    };
+    auto next = written(0);
     for (Index row = 0; row < kept.rows; row += kCodeRows) {
-        const Index at = row * Form::kValues;
-        code.write(smaller(kCodeRows, kept.rows - row), kept.fours, width, kept.values.places + at, stride);
+        const auto these = next;
+        if (row + kCodeRows < kept.rows) next = written(row + kCodeRows);
         fetch_rows<Form>(kept, row + kCodeRows, stride);
         for (const Column& column : columns) {
             float* const sums = column.sums + row * width;
             for (Index lane = 0; lane < column.from.count; lane += kFloats) {
-                code.run(column.panel + lane, kept.values.values + at, sums + lane, kept.is_first);
+                these.run(column.panel + lane, kept.values.values + row * Form::kValues, sums + lane, kept.is_first);
             }
         }
     }

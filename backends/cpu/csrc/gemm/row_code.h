@@ -15,7 +15,8 @@ namespace nmcompile::NMCOMPILE_ISA {
 
 constexpr int kCodeRows = 16;     // of S: their sums stay in registers
 constexpr int kCodeBlocks = 2;    // of depth
-constexpr int kCodeLanes = 1024;  // of a tile: writing takes about as long as running for 16 of them
+constexpr int kCodeLanes = 1024;  // of a tile: writing takes about as long as running for 32 of them
+constexpr int kCodeCopies = 12;   // together they are larger than a first-level cache of instructions
 constexpr int kFours = kDepthBlock / 4;
 
 // How vectors come from a panel. For each four `kPanelRows` are read and `kVectors` made, the last registers, in the
@@ -69,11 +70,26 @@ struct PanelCode<PairedValues> {
     }
 };
 
+// Code is written into one copy after the other. The lines of the oldest have left the cache of instructions; a processor
+// that is told to change an instruction in that cache stops and starts afresh, for each line.
 template <class Form>
 class RowCode {
    public:
     using Panel = PanelCode<Form>;
+    using Function = void (*)(const float* panel, const float* near, float* sums, const float* far, int adds, Index stride);
     static constexpr Index kPanelRows = kCodeBlocks * kFours * Panel::kPanelRows;
+
+    // Code for some rows, until as many others are written as there are copies.
+    struct Written {
+        Function function;
+        Index stride;
+
+        // Adds to the sums of these rows for one vector of lanes, from zero where they are the first.
+        void run(const float* panel, const float* values, float* sums, bool first) const {
+            constexpr Index kMiddle = kNear * Form::kValues / 2;  // as offsets of one byte reach to both sides
+            function(panel, values + kMiddle, sums, values + 3 * kMiddle, !first, stride);
+        }
+    };
 
     static bool is_allowed() {
         static const bool allowed = ExecutableMemory(kBytes).data() != nullptr;
@@ -82,33 +98,27 @@ class RowCode {
 
     bool is_ready() const { return memory_.data() != nullptr; }
 
-    // Makes it the code for what `rows` keep of `fours`, from block to block of depth at a distance of `stride` values.
-    // `width` is that of panels and sums.
-    void write(Index rows, Index fours, Index width, const std::uint8_t* places, Index stride) {
+    // Writes code for what `rows` keep of `fours`, from block to block of depth at a distance of `stride` values. `width`
+    // is that of panels and sums. Best done one turn before it runs: meanwhile it leaves the cache of data.
+    Written write(Index rows, Index fours, Index width, const std::uint8_t* places, Index stride) {
         const Shape shape{static_cast<int>(rows), static_cast<int>(fours), static_cast<std::int32_t>(width)};
-        Program& program = programs_[2 * (rows == kCodeRows) + (fours == kCodeBlocks * kFours)];
+        Copies& copies = kinds_[2 * (rows == kCodeRows) + (fours == kCodeBlocks * kFours)];
+        Program& program = copies.programs[copies.next++ % kCodeCopies];
         if (!(program.shape == shape)) {
+            const auto place = (&copies - kinds_) * kCodeCopies + (&program - copies.programs);
             program.shape = shape;
-            emit(program, memory_.data() + kProgramBytes * (&program - programs_));
+            emit(program, memory_.data() + kProgramBytes * place);
         }
         set_places(program, places, stride);
-        written_ = &program;
-        stride_ = stride * sizeof(float);
-    }
-
-    // Adds to the sums of these rows for one vector of lanes, from zero where they are the first.
-    void run(const float* panel, const float* values, float* sums, bool first) const {
-        constexpr Index kMiddle = kNear * Form::kValues / 2;  // as offsets of one byte reach to both sides
-        written_->run(panel, values + kMiddle, sums, values + 3 * kMiddle, !first, stride_);
+        return {program.function, static_cast<Index>(stride * sizeof(float))};
     }
 
    private:
     using Encoder = Avx512Encoder;
-    using Run = void (*)(const float* panel, const float* near, float* sums, const float* far, int adds, Index stride);
 
     static constexpr int kEach = Form::kValues / kFours;  // values of a row and a four
     static constexpr int kNear = kCodeRows / 2;           // rows whose values one register reaches
-    static constexpr std::size_t kProgramBytes = 16384, kBytes = 4 * kProgramBytes;
+    static constexpr std::size_t kProgramBytes = 16384, kBytes = 4 * kCodeCopies * kProgramBytes;
     static_assert(kCodeBlocks * kFours * (Panel::kBytes + kCodeRows * kEach * Encoder::kMultiplyAddBytes) +
                       kCodeRows * 3 * Encoder::kAccessBytes + 64 <= kProgramBytes);
 
@@ -117,17 +127,20 @@ class RowCode {
         std::int32_t width = 0;
         bool operator==(const Shape&) const = default;
     };
-    // One each for full depth and rest, and for sixteen rows and rest.
     struct Program {
         Shape shape;
-        Run run = nullptr;
+        Function function = nullptr;
         std::uint8_t* fours = nullptr;
+    };
+    struct Copies {
+        Program programs[kCodeCopies];
+        unsigned next = 0;
     };
 
     static void emit(Program& program, std::uint8_t* to) {
         const auto [rows, fours, lanes] = program.shape;
         const auto width = static_cast<std::int32_t>(lanes * sizeof(float));
-        program.run = reinterpret_cast<Run>(to);
+        program.function = reinterpret_cast<Function>(to);
         Encoder code(to);
         Panel::begin(code);
         for (int row = 0; row < rows; ++row) code.clear(row);
@@ -185,9 +198,7 @@ class RowCode {
     static constexpr int kFirst = 32 - Panel::kVectors;
 
     ExecutableMemory memory_{kBytes};
-    Program programs_[4];
-    const Program* written_ = nullptr;
-    Index stride_ = 0;
+    Copies kinds_[4];  // for full depth and rest, and for sixteen rows and rest
 };
 
 }  // namespace nmcompile::NMCOMPILE_ISA
