@@ -16,6 +16,7 @@ from tabulate import tabulate
 from timing import gpu_setting, on_gpu
 from torch import Tensor
 
+from nmcompile.backends.cusparselt.compress import compress
 from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.backends.triton.operators import triton_pack_lines, triton_prune, triton_prune_tiles
@@ -45,7 +46,7 @@ def gradient_calls(x: Tensor) -> Calls:
         operand = Operand(x, 0, None, "mvue", TWO_OF_FOUR, key)
         lines = operand.pruned().t().contiguous()
         calls["MVUE 2:4, packed for cuSPARSELt"] = lambda: compressed(CUSPARSELT, operand, x.shape[1], x.shape[0])
-        calls["cuSPARSELt's own compression alone"] = lambda: CUSPARSELT.compress(lines)
+        calls["cuSPARSELt's own compression alone"] = lambda: compress(CUSPARSELT, lines)
     return calls
 
 

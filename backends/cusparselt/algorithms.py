@@ -1,7 +1,8 @@
 """Choice among the library's algorithms.
 
 Some are wrong for some shapes, and the default is often not the fastest. So each is checked against the dense product
-of random operands before it is timed, once for each problem.
+of random operands before it is timed, once for each problem. The sparse operand is compressed as a layer's is, so that
+a wrong guess about its format shows here too.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.library import Library
-from nmcompile.backends.cusparselt.operand import Operand, compressed
+from nmcompile.backends.cusparselt.operand import Operand, checked_layout, compressed
 from nmcompile.backends.cusparselt.plans import Algorithm, Plan, Problem, algorithm_count
+from nmcompile.backends.cusparselt.support import SPARSE_MULTIPLE
 from nmcompile.backends.shared.recent import Recent
 from nmcompile.backends.shared.timing import seconds
 from nmcompile.errors import LibraryError
@@ -56,12 +58,18 @@ def best_algorithm(library: Library, problem: Problem) -> Algorithm | None:
 
 
 def _search(library: Library, problem: Problem, is_deterministic: bool) -> Algorithm | None:
+    if problem.depth % SPARSE_MULTIPLE and not _has_layout(library, problem):
+        return None  # the library's own compression would cost more than the padding that such a depth saves
     trial = _trial(library, problem)
     right = _right_algorithms(library, problem, trial)
     if is_deterministic:  # no clock decides
         return next(right, None)
     times = {one: _time(partial(_run, Plan(library, problem, one), trial), problem) for one in right}
     return min(times, key=lambda one: times[one]) if times else None
+
+
+def _has_layout(library: Library, problem: Problem) -> bool:
+    return checked_layout(library, problem.rows, problem.depth, problem.dtype, problem.device) is not None
 
 
 def _trial(library: Library, problem: Problem) -> Trial:

@@ -27,20 +27,22 @@ class Layout(NamedTuple):
         size: size in bytes.
         start: offset of the codes.
         places: places of the codes.
+        filler: the value of the bytes without a place, which the library appends to some sizes; None if there are none.
     """
 
     size: int
     start: int
     places: Places
+    filler: int | None
 
 
 def find_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device, compress: Compress) -> Layout | None:
-    """Find the layout of `(rows, depth)` matrices; None if rows and groups do not each add their part.
+    """Find the layout of `(rows, depth)` matrices; None if rows and groups do not each add their part to the address.
 
     Args:
         rows, depth: sizes that the library takes without padding.
         dtype, device: of the matrices.
-        compress: the library's function.
+        compress: returns the bytes that the library stores.
     """
     start = rows * depth // 2 * dtype.itemsize
     size = 0
@@ -51,9 +53,8 @@ def find_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device,
         flags = torch.zeros(rows, depth // GROUP, dtype=torch.bool, device=device)
         flags[row, group] = True
         compressed = compress(torch.stack([~flags, ~flags, flags, flags], -1).flatten(1).to(dtype))
-        stored = compressed.flatten().view(torch.uint8)
-        size = len(stored)
-        codes = stored[start:]
+        size = len(compressed)
+        codes = compressed[start:]
         return torch.stack([codes & 0xF, codes >> 4], -1).flatten() == LAST
 
     first = slice(0, 1)
@@ -66,8 +67,26 @@ def find_layout(rows: int, depth: int, dtype: torch.dtype, device: torch.device,
         return None
     lines = (of_rows + 2 * start).div(2, rounding_mode="floor")
     blocks = (of_groups - of_groups[0]).div(2, rounding_mode="floor")
+    if int(lines.min() + blocks.min()) < start or int(lines.max() + blocks.max()) >= size:
+        return None  # the kernel would write there
+    empty = compress(torch.zeros(rows, depth, dtype=dtype, device=device))
+    fillers = _bytes_without_place(empty, lines, blocks, start)
+    if len(fillers) > 1:
+        return None
     index = torch.int32 if size < 2**31 else torch.int64
-    return Layout(size, start, Places(lines.to(index), blocks.to(index), partner))
+    filler = int(fillers) if len(fillers) else None
+    return Layout(size, start, Places(lines.to(index), blocks.to(index), partner), filler)
+
+
+def _bytes_without_place(compressed: Tensor, lines: Tensor, blocks: Tensor, start: int) -> Tensor:
+    """Return the different values of the bytes from `start` on that hold the codes of no group."""
+    if len(compressed) - start == len(lines) * len(blocks) // 2:
+        return compressed[:0]
+    is_free = torch.ones(len(compressed), dtype=torch.bool, device=compressed.device)
+    is_free[:start] = False
+    is_free[lines.view(-1, 1) + blocks] = False
+    values: Tensor = compressed[is_free].unique()
+    return values
 
 
 def _places(count: int, device: torch.device, probe: Callable[[slice | Tensor], Tensor]) -> Tensor | None:

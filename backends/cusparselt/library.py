@@ -11,7 +11,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
 
 from nmcompile.errors import LibraryError
 from nmcompile.ir.protocols import Support
@@ -99,10 +98,6 @@ class Library:
             self.call("cusparseLtInit", handle)
             self._handles[device] = handle
         return self._handles[device]
-
-    def compress(self, matrix: Tensor) -> Tensor:
-        """Compress a contiguous matrix that keeps at most two of every four elements of a row."""
-        return torch._cslt_compress(matrix)
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:
         """Make a device the current one."""

@@ -4,13 +4,14 @@ The library's own function takes as long as a large product. So a kernel of ours
 pass, once it is known where the library expects the indices. Its first use checks that it writes the same bytes.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nmcompile.backends.cusparselt.compress import compress
 from nmcompile.backends.cusparselt.layout import Layout, find_layout
 from nmcompile.backends.cusparselt.library import Library
 from nmcompile.backends.triton.operators import triton_prune
@@ -69,7 +70,8 @@ def compressed(library: Library, operand: Operand, rows: int, depth: int) -> Ten
     if layout is None:
         _sum_alone(operand)
         lines = operand.pruned().movedim(operand.dim, 1)
-        return library.compress(F.pad(lines, (0, depth - lines.shape[1], 0, rows - lines.shape[0])).contiguous())
+        padded = F.pad(lines, (0, depth - lines.shape[1], 0, rows - lines.shape[0]))
+        return compress(library, padded.contiguous())
     if operand.operator != KEEP and (operand.operator not in PACKED or operand.pattern != TWO_OF_FOUR):
         _sum_alone(operand)
         operand = Operand(operand.pruned(), operand.dim)
@@ -81,14 +83,14 @@ def checked_layout(library: Library, rows: int, depth: int, dtype: torch.dtype, 
     """Return the layout of compressed matrices of that size; None if our kernel writes other bytes than the library."""
     if not (triton_support().ok and runs_on(device)):
         return None
-    layout = find_layout(rows, depth, dtype, device, library.compress)
+    layout = find_layout(rows, depth, dtype, device, partial(compress, library))
     if layout is None:
         return None
     dice = torch.Generator(device).manual_seed(0)
     matrix = torch.randn(rows, depth, device=device, dtype=dtype, generator=dice)
     greedy = Operand(matrix, 1, operator="greedy")
-    ours, theirs = _write(greedy, rows, depth, layout), library.compress(greedy.pruned())
-    return layout if torch.equal(ours, theirs.flatten().view(torch.uint8)) else None
+    ours, theirs = _write(greedy, rows, depth, layout), compress(library, greedy.pruned())
+    return layout if torch.equal(ours, theirs) else None
 
 
 def _write(operand: Operand, rows: int, depth: int, layout: Layout) -> Tensor:
@@ -96,6 +98,8 @@ def _write(operand: Operand, rows: int, depth: int, layout: Layout) -> Tensor:
 
     matrix, dim, mask = operand.matrix.detach(), operand.dim, operand.mask
     out = torch.empty(layout.size, dtype=torch.uint8, device=matrix.device)
+    if layout.filler is not None:
+        out[layout.start :].fill_(layout.filler)
     if matrix.stride(0) == 1 and operand.operator == KEEP:  # neighbours in memory are read together
         matrix, dim, mask = matrix.t(), 1 - dim, None if mask is None else mask.t()
     values = out[: layout.start].view(matrix.dtype).view(rows, depth // 2)

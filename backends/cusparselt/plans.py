@@ -20,6 +20,7 @@ TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 COLUMNS_FIRST, ROWS_FIRST = 1, 2
 PLAIN, TRANSPOSED = 0, 1
 COMPUTE_FLOAT32 = 2
+HALF = 0  # of the elements are zeros: the only sparsity that there is
 BIAS_POINTER = 8
 ALGORITHM_ID, ALGORITHM_COUNT, SPLIT_K = 0, 1, 3
 
@@ -87,17 +88,26 @@ def _plans(library: Library, problem: Problem, algorithm: Algorithm) -> dict[int
     return {}
 
 
+def describe_sparse(library: Library, rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Structure:
+    """Return the library's description of a sparse matrix; the caller destroys it."""
+    described = ctypes.create_string_buffer(STRUCTURE)
+    sizes, kind = _long(rows, depth, depth), (ALIGNMENT, TYPES[dtype])
+    library.call(
+        "cusparseLtStructuredDescriptorInit", library.handle(device), described, *sizes, *kind, ROWS_FIRST, HALF
+    )
+    return described
+
+
 class _Product:
     """The library's description of a problem."""
 
     def __init__(self, library: Library, problem: Problem) -> None:
         self.handle = handle = library.handle(problem.device)
         rows, depth, lanes = problem.rows, problem.depth, problem.lanes
-        self.matrices = [ctypes.create_string_buffer(STRUCTURE) for _ in range(3)]
-        sparse, dense, result = self.matrices
+        sparse = describe_sparse(library, rows, depth, problem.dtype, problem.device)
+        dense, result = (ctypes.create_string_buffer(STRUCTURE) for _ in range(2))
+        self.matrices = [sparse, dense, result]
         kind = ALIGNMENT, TYPES[problem.dtype]
-        sizes = _long(rows, depth, depth)
-        library.call("cusparseLtStructuredDescriptorInit", handle, sparse, *sizes, *kind, ROWS_FIRST, 0)
         sizes = _long(depth, lanes, lanes) if problem.by_depth else _long(lanes, depth, depth)
         library.call("cusparseLtDenseDescriptorInit", handle, dense, *sizes, *kind, ROWS_FIRST)
         order, leading = (ROWS_FIRST, lanes) if problem.by_rows else (COLUMNS_FIRST, rows)

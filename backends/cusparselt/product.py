@@ -12,8 +12,8 @@ from nmcompile.backends.cusparselt.algorithms import best_algorithm
 from nmcompile.backends.cusparselt.kept_weights import is_kept, kept_for
 from nmcompile.backends.cusparselt.library import Library
 from nmcompile.backends.cusparselt.operand import Operand, compressed
-from nmcompile.backends.cusparselt.plans import ALIGNMENT, Problem, kept_plan
-from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, padded
+from nmcompile.backends.cusparselt.plans import ALIGNMENT, Plan, Problem, kept_plan
+from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, paddings
 from nmcompile.backends.shared.choose_kernel import run_best
 from nmcompile.ir.choice import Choice
 
@@ -78,13 +78,19 @@ class Product:
 
     def multiply(self) -> Tensor | None:
         """Multiply by the library; None if no algorithm is correct, or a graph is captured and there is no plan."""
-        given, bias, device = self.sizes, self.bias, self.dense.device
-        sizes = padded(given)
-        problem = Problem(*sizes, self.by_depth, self.by_rows, bias is not None, self.dense.dtype, device)
+        for sizes in paddings(self.sizes):
+            if (plan := self._plan(sizes)) is not None:
+                return self._run(plan, sizes)
+        return None
+
+    def _plan(self, sizes: Sizes) -> Plan | None:
+        form = self.by_depth, self.by_rows, self.bias is not None
+        problem = Problem(*sizes, *form, self.dense.dtype, self.dense.device)
         algorithm = best_algorithm(self.library, problem)
-        plan = None if algorithm is None else kept_plan(self.library, problem, algorithm)
-        if plan is None:
-            return None
+        return None if algorithm is None else kept_plan(self.library, problem, algorithm)
+
+    def _run(self, plan: Plan, sizes: Sizes) -> Tensor:
+        given, bias = self.sizes, self.bias
         if bias is not None and sizes.rows > given.rows:
             bias = F.pad(bias, (0, sizes.rows - given.rows))
         result = plan.run(self._compressed(sizes), self._dense(sizes), bias)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nmcompile.backends.cusparselt.library import Library
 
-SPARSE_MULTIPLE = 64  # for both sizes of the sparse operand: the library needs 16, and orders indices in tiles of 64
+SPARSE_MULTIPLE = 64  # for both sizes of the sparse operand: the library orders indices in tiles of 64
+DEPTH_MULTIPLE = 16  # for the depth, if the order is found there too: all that the library needs
 DENSE_MULTIPLE = 8  # for the free size of the dense operand
 HOPPER = 9
 
@@ -24,6 +25,13 @@ def padded(sizes: Sizes) -> Sizes:
     """Return the sizes with the zeros that cuSPARSELt needs appended."""
     multiples = SPARSE_MULTIPLE, SPARSE_MULTIPLE, DENSE_MULTIPLE
     return Sizes(*(-(-size // multiple) * multiple for size, multiple in zip(sizes, multiples, strict=True)))
+
+
+def paddings(sizes: Sizes) -> tuple[Sizes, ...]:
+    """Return the padded sizes to try, in this order: a depth that the library takes as it is saves a copy of X."""
+    whole = padded(sizes)
+    unpadded = whole._replace(depth=sizes.depth)
+    return (whole,) if sizes.depth % DEPTH_MULTIPLE or whole == unpadded else (unpadded, whole)
 
 
 def operand_refusal(library: Library, *operands: Tensor) -> str:

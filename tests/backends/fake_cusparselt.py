@@ -41,10 +41,10 @@ _numbers = count()
 
 
 def compress_in_rows(matrix: Tensor) -> Tensor:
-    """Return the kept values by rows, followed by the codes of their groups by rows."""
+    """Return the bytes of the kept values by rows, followed by the codes of their groups by rows."""
     assert matrix.is_contiguous()
     values, indices = pack(matrix, two_of_four(matrix, 1), 1)
-    return torch.cat([values.flatten().view(torch.uint8), indices.flatten()]).view(matrix.dtype)
+    return torch.cat([values.flatten().view(torch.uint8), indices.flatten()])
 
 
 def pruned(*shape: int, dim: int = 1) -> Tensor:
@@ -103,7 +103,11 @@ class Matmul:
 class Functions:
     """The C functions.
 
+    Args:
+        order: compresses, in an order of the codes that the library may have; products take `compress_in_rows` alone.
+
     Attributes:
+        compressions: the matrices that were compressed.
         right: the one algorithm that is right; None if all are wrong.
         calls: the functions that were called, without their prefix.
         refused: functions that fail.
@@ -111,7 +115,9 @@ class Functions:
         structures: what each structure describes, by its address.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: Compress) -> None:
+        self.order = order
+        self.compressions: list[Tensor] = []
         self.right: Algorithm | None = RIGHT
         self.calls: list[str] = []
         self.refused: set[str] = set()
@@ -138,6 +144,22 @@ class Functions:
         if rows.value % 16 or columns.value % 16:
             return INVALID
         return self._describe_matrix(out, rows, columns, *rest[:-1])
+
+    def cusparseLtSpMMACompressedSize2(self, _: Any, matrix: Any, size: Any, space: Any) -> int:
+        described = self._at(matrix)
+        content = torch.zeros(described.rows, described.columns, dtype=described.dtype)
+        size._obj.value, space._obj.value = self.order(content).nbytes, WORKSPACE
+        return OK
+
+    def cusparseLtSpMMACompress2(
+        self, _: Any, matrix: Any, is_sparse: int, operation: int, address: Any, output: Any, *__: Any
+    ) -> int:
+        assert is_sparse and operation == PLAIN
+        content = self._at(matrix).at(address.value).clone()
+        self.compressions.append(content)
+        result = self.order(content)
+        memory(output.value, (len(result),), torch.uint8).copy_(result)
+        return OK
 
     def cusparseLtDenseDescriptorInit(self, _: Any, out: Any, rows: Any, columns: Any, *rest: Any) -> int:
         return self._describe_matrix(out, rows, columns, *rest)
@@ -215,10 +237,9 @@ class FakeLibrary(Library):
     """A library on CPU tensors. It takes float32 too, so that rounding hides nothing.
 
     Args:
-        order: compresses, in an order of the codes that the library may have; products take `compress_in_rows` alone.
+        order: that of the C functions.
 
     Attributes:
-        compressions: the matrices that were compressed.
         capturing: whether a CUDA graph is being captured.
         current_stream: the stream that takes the work.
     """
@@ -229,17 +250,11 @@ class FakeLibrary(Library):
 
     def __init__(self, order: Compress = compress_in_rows) -> None:
         super().__init__(f"fake {next(_numbers)}")
-        self.order = order
-        self.functions = Functions()
-        self.compressions: list[Tensor] = []
+        self.functions = Functions(order)
         self.capturing, self.current_stream = False, 0
 
     def support(self) -> Support:
         return Support(True, "computed by PyTorch")
-
-    def compress(self, matrix: Tensor) -> Tensor:
-        self.compressions.append(matrix)
-        return self.order(matrix)
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:
         return nullcontext()

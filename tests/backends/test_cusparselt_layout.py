@@ -5,19 +5,23 @@ Without a CUDA device the kernel runs in Triton's interpreter.
 
 import importlib.util
 import os
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.layout import find_layout
 from nmcompile.backends.cusparselt.operand import Operand, checked_layout, compressed
+from nmcompile.backends.cusparselt.product import Product
+from nmcompile.backends.cusparselt.support import Sizes
 from nmcompile.backends.triton.layout import empty_sums
 from nmcompile.backends.triton.support import KEEP
 from nmcompile.pruning import OPERATORS, NMPattern, mask
 from nmcompile.pruning.packed import pack, two_of_four
-from tests.backends.fake_cusparselt import Compress, FakeLibrary, compress_in_rows
+from tests.backends.fake_cusparselt import Compress, FakeLibrary, compress_in_rows, pruned
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     # The interpreter must be requested before Triton is imported.
@@ -39,7 +43,7 @@ def in_bytes(values: Tensor, codes: Tensor) -> Tensor:
     """Return a library's output: values, then the codes in their order, two per byte."""
     pairs = codes.flatten()
     index_bytes = (pairs[0::2] | pairs[1::2] << 4).to(torch.uint8)
-    return torch.cat([values.flatten().view(torch.uint8), index_bytes]).view(values.dtype)
+    return torch.cat([values.flatten().view(torch.uint8), index_bytes])
 
 
 def rows_share_bytes(matrix: Tensor) -> Tensor:
@@ -56,6 +60,27 @@ def groups_share_bytes(matrix: Tensor) -> Tensor:
     rows, groups = codes.shape
     tiles = codes.view(rows // 64, 4, 2, 8, groups // 16, 2, 4, 2)
     return in_bytes(values, tiles.permute(0, 4, 1, 3, 6, 5, 2, 7))
+
+
+def padded_to_tiles(matrix: Tensor, filler: int = 0x44) -> Tensor:
+    """Order codes as `rows_share_bytes`, in whole tiles: the last one of a depth that ends inside it is filled up."""
+    values, codes = codes_of(matrix)
+    missing = -codes.shape[1] % 8
+    tiles = F.pad(codes, (0, missing), value=filler & 15).view(len(codes) // 64, 4, 2, 8, -1, 2, 4)
+    return in_bytes(values, tiles.permute(0, 4, 1, 3, 6, 5, 2))
+
+
+def padded_at_random(matrix: Tensor) -> Tensor:
+    """Fill up with other bytes in each call, as a library would that leaves them as they are."""
+    content = padded_to_tiles(matrix)
+    return torch.cat([content, torch.randint(256, (16,), dtype=torch.uint8)])
+
+
+def past_the_end(matrix: Tensor) -> Tensor:
+    """Order codes by rows, with the first row near the end: a sum over rows and groups lies outside."""
+    values, codes = codes_of(matrix)
+    codes[[0, -2], 2:] = codes[[-2, 0], 2:]
+    return in_bytes(values, codes)
 
 
 def swizzled(matrix: Tensor) -> Tensor:
@@ -86,6 +111,7 @@ def test_an_order_is_found(order: Compress, partner: int) -> None:
     lines, blocks = layout.places.lines, layout.places.blocks
     low_lines = [r for r in range(128) if not r & partner]
     low_blocks = blocks if partner else blocks[::2]
+    assert layout.filler is None
     found = (lines[low_lines].view(-1, 1) + low_blocks).flatten()
     assert found.sort().values.equal(torch.arange(layout.start, layout.size, dtype=torch.int32))
 
@@ -101,6 +127,43 @@ def test_another_order_is_not_mistaken_for_one(kernel: None) -> None:
     assert result.equal(swizzled(padded)), "the library's own function runs"
 
 
+@pytest.mark.parametrize("order", [swizzled, past_the_end, padded_at_random, partial(padded_to_tiles, filler=0xEE)])
+def test_other_orders_are_refused(order: Compress) -> None:
+    assert find_layout(64, 80, torch.bfloat16, CPU, order) is None
+
+
+@pytest.mark.parametrize("depth", [16, 80, 96])
+@pytest.mark.parametrize("order", [compress_in_rows, padded_to_tiles, partial(padded_to_tiles, filler=0)])
+def test_depths_of_a_part_of_a_tile_have_a_layout(order: Compress, depth: int, kernel: None) -> None:
+    library, ends_whole = FakeLibrary(order), depth % 32 == 0
+    layout = checked_layout(library, 64, depth, torch.bfloat16, CPU)
+    assert layout is not None and (layout.filler is None) == (ends_whole or order is compress_in_rows)
+    matrix, key = torch.randn(depth, 60, dtype=torch.bfloat16), torch.tensor(5)
+    result = compressed(library, Operand(matrix, 0, operator="mvue", key=key), 64, depth)
+    padded = F.pad(OPERATORS["mvue"].prune(matrix, "2:4", 0, key).t(), (0, 0, 0, 4)).contiguous()
+    assert result.equal(order(padded))
+
+
+@pytest.mark.parametrize("depth", [48, 80])
+def test_a_depth_with_a_layout_is_not_padded(depth: int, kernel: None) -> None:
+    library, sparse, dense = FakeLibrary(), pruned(depth, 64, dim=0).bfloat16(), torch.randn(depth, 8).bfloat16()
+    result = Product(library, Operand(sparse, 0), dense, by_depth=True).multiply()
+    assert result is not None
+    torch.testing.assert_close(result, dense.t() @ sparse)
+    assert set(library.functions.sizes) == {Sizes(64, depth, 8)}
+
+
+def test_a_depth_without_a_layout_is_padded(kernel: None) -> None:
+    def order(matrix: Tensor) -> Tensor:
+        return compress_in_rows(matrix) if matrix.shape[1] % 64 == 0 else swizzled(matrix)
+
+    library, sparse, dense = FakeLibrary(order), pruned(80, 64, dim=0).bfloat16(), torch.randn(80, 8).bfloat16()
+    result = Product(library, Operand(sparse, 0), dense, by_depth=True).multiply()
+    assert result is not None
+    torch.testing.assert_close(result, dense.t() @ sparse)
+    assert set(library.functions.sizes) == {Sizes(64, 128, 8)}
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -114,7 +177,7 @@ def test_a_masked_weight_is_compressed(order: Compress, dim: int, is_transposed:
         given, flags = given.t().contiguous().t(), flags.t().contiguous().t()
     result = compressed(library, Operand(given, dim, flags), 64, 128)
     assert checked_layout(library, 64, 128, torch.bfloat16, CPU) is not None, "the kernel was not checked"
-    assert result.view(torch.uint8).equal(order(zeros).view(torch.uint8))
+    assert result.equal(order(zeros))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +193,7 @@ def test_a_gradient_is_pruned_and_compressed(sizes: tuple[int, int], operator: s
     expected[: sizes[1], : sizes[0]] = pruned.t()
     given = Operand(pruned if operator == KEEP else gradient, 0, None, operator, NMPattern.parse(pattern), key)
     result = compressed(library, given, 64, 128)
-    assert result.view(torch.uint8).equal(rows_share_bytes(expected).view(torch.uint8))
+    assert result.equal(rows_share_bytes(expected))
 
 
 @pytest.mark.parametrize("order", [rows_share_bytes, swizzled])

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt import plans
+from nmcompile.backends.cusparselt.compress import compress
 from nmcompile.backends.cusparselt.library import CUSPARSELT, library_named
 from nmcompile.backends.cusparselt.plans import Algorithm, Plan, Problem, kept_plan
 from nmcompile.errors import LibraryError
@@ -43,7 +44,7 @@ def test_a_refused_algorithm_says_so_and_leaves_nothing(library: FakeLibrary) ->
 def test_a_product_has_the_problem_s_shape_and_bias(by_depth: bool, by_rows: bool, library: FakeLibrary) -> None:
     plan = Plan(library, PROBLEM._replace(by_depth=by_depth, by_rows=by_rows), RIGHT)
     sparse, dense, bias = (x.bfloat16() for x in (pruned(64, 64), torch.randn(8, 64), torch.randn(64)))
-    result = plan.run(library.compress(sparse), dense.t().contiguous() if by_depth else dense, bias)
+    result = plan.run(compress(library, sparse), dense.t().contiguous() if by_depth else dense, bias)
     expected = F.linear(dense.float(), sparse.float(), bias.float()).bfloat16()
     torch.testing.assert_close(result, expected.t() if by_rows else expected, rtol=0, atol=0)
 
@@ -74,7 +75,7 @@ def test_threads_that_share_a_plan_have_their_own_bias(library: FakeLibrary) -> 
 def test_a_plan_made_in_inference_mode_serves_outside(library: FakeLibrary) -> None:
     with torch.inference_mode():
         plan = Plan(library, PROBLEM, RIGHT)
-    compressed, dense = library.compress(pruned(64, 64).bfloat16()), torch.randn(8, 64, dtype=torch.bfloat16)
+    compressed, dense = compress(library, pruned(64, 64).bfloat16()), torch.randn(8, 64, dtype=torch.bfloat16)
     plan.run(compressed, dense, torch.ones(64, dtype=torch.bfloat16))
     assert plan.bias is not None and bool((plan.bias == 1).all())
 

@@ -79,7 +79,7 @@ def out_of_memory(library: FakeLibrary) -> None:
     def compress(matrix: Tensor) -> Tensor:
         raise torch.OutOfMemoryError
 
-    library.order = compress
+    library.functions.order = compress
 
 
 def refused(library: FakeLibrary) -> None:
@@ -92,7 +92,7 @@ def test_a_search_that_fails_leaves_the_dense_kernel(
 ) -> None:
     make_fail(library)
     assert best_algorithm(library, PROBLEM) is None
-    library.order = compress_in_rows
+    library.functions.order = compress_in_rows
     library.functions.refused.clear()
     assert best_algorithm(library, PROBLEM) is None, "searched in every call"
     assert best_algorithm(library, PROBLEM._replace(lanes=16)) == RIGHT
