@@ -16,6 +16,9 @@ from torch._ops import OpOverload
 
 from nmcompile.sharded import PLAIN
 
+UNSEEN = frozenset({*PLAIN, type(None), bool, int, float, str, tuple, list})
+"""Types of arguments that hide no subclass of Tensor."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -72,7 +75,7 @@ def _is_seen(args: Iterable[object]) -> bool:
     if torch._C._autograd._profiler_enabled():
         return True
     for x in args:  # noqa: SIM110 - a generator would take longer than the tests
-        if type(x) not in PLAIN and isinstance(x, Tensor):
+        if type(x) not in UNSEEN and isinstance(x, Tensor):
             return True
     return False
 

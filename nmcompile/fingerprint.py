@@ -25,16 +25,20 @@ def fingerprint(x: Tensor) -> int | None:
     """
     if not _is_readable(x):
         return None
-    x = x.detach()
-    reach = x.numel() if x.is_contiguous() else _reach(x)
+    if x.is_contiguous():
+        return _of_memory(x, x.numel())
+    reach = _reach(x)
     if reach > x.numel():  # the gaps between its elements are not part of it
-        x, reach = x.contiguous(), x.numel()
-    if x.device.type == "cpu" and not MISSING:
-        found = kernels.fingerprint(x.data_ptr(), reach * x.element_size(), torch.get_num_threads())
-    else:
-        found = _by_torch(x.as_strided((reach,), (1,)).view(torch.uint8))
+        return _of_memory(x.contiguous(), x.numel())
     # The same bytes in another layout are another matrix.
-    return found if x.is_contiguous() else found ^ hash((x.shape, x.stride()))
+    return _of_memory(x, reach) ^ hash((x.shape, x.stride()))
+
+
+def _of_memory(x: Tensor, reach: int) -> int:
+    """Return the fingerprint of `reach` elements from the first one on, as they lie in memory."""
+    if x.is_cpu and not MISSING:
+        return kernels.fingerprint(x.data_ptr(), reach * x.itemsize, torch.get_num_threads())
+    return _by_torch(x.detach().as_strided((reach,), (1,)).view(torch.uint8))
 
 
 def _is_readable(x: Tensor) -> bool:

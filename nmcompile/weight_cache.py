@@ -5,8 +5,7 @@ a GPU the comparison would have to wait for the device, so values are cached the
 nothing.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from itertools import starmap
 from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
@@ -27,14 +26,17 @@ Content = int | Literal["frozen"]
 _content: ContextVar[Content | None] = ContextVar("_content", default=None)
 
 
-@contextmanager
-def weights_at_rest(content: Content = FROZEN) -> Iterator[None]:
-    """Declare the weight of the running layer unchanging inside this context; `content` is its fingerprint."""
-    token = _content.set(content)
-    try:
-        yield
-    finally:
-        _content.reset(token)
+class weights_at_rest:  # noqa: N801 - a context manager, called like a function
+    """A context in which the weight of the running layer does not change; `content` is its fingerprint."""
+
+    def __init__(self, content: Content = FROZEN) -> None:
+        self.content = content
+
+    def __enter__(self) -> None:
+        self.token = _content.set(self.content)
+
+    def __exit__(self, *error: object) -> None:
+        _content.reset(self.token)
 
 
 def content_at_rest() -> Content | None:
@@ -138,7 +140,7 @@ class WeightCache(Generic[Value]):
 
     def forget(self, weight: Tensor | None) -> None:
         """Free the cached value of a weight, if there is one."""
-        if weight is not None:
+        if weight is not None and _cached.data:
             _cached.get(weight, {}).pop(self, None)
 
     def _find(self, weight: Tensor, others: tuple[Tensor | None, ...], how: Hashable) -> _Entry | None:

@@ -1,7 +1,7 @@
 """One call of a GEMM: the operands of its kernels and the size of the product."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -59,24 +59,33 @@ class GemmCall(NamedTuple):
             output = empty()
             return output if fill(output) else None
 
-        threads = torch.get_num_threads()
-        layouts = tuple([None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in self.operands])
-        problem = self.phase, self.geometry, layouts, threads
-        work = self._multiplications()
-        result, choice = run_best(problem, work, lambda: self._predicted(threads), sparse, dense)
+        result, choice = run_best(self._problem, self._multiplications(), self._predicted, sparse, dense)
         if self.phase == AT_REST and choice.kernel == "dense":
             forget_packs(self.operands[1])
         return result, choice
 
     def _refusal(self) -> str:
         """Return why there is no sparse kernel for these operands; empty if there is one."""
-        kinds = {(x.dtype, x.device.type) for x in self.operands if x is not None and x.dtype != torch.bool}
-        dtypes = DTYPES[:1] if self.phase == ON_GRID else DTYPES
-        if len(kinds) > 1 or not all(dtype in dtypes and device == "cpu" for dtype, device in kinds):
-            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        if not self._are_taken():
+            kinds = {f"{x.dtype} on {x.device.type}" for x in self.operands if x is not None and x.dtype != torch.bool}
+            found = ", ".join(sorted(kinds))
             return f"no sparse kernel for {found}, only for operands of one type, float32 or bfloat16, on cpu"
         support = kernel_support()
         return "" if support.ok else support.reason
+
+    def _are_taken(self) -> bool:
+        """Return whether the operands are on the CPU and have one type that the kernels take."""
+        first = self.operands[0]
+        dtype = None if first is None else first.dtype
+        for x in self.operands:  # a loop, as each call of a small layer comes here
+            if x is not None and not (x.is_cpu and (x.dtype == dtype or x.dtype == torch.bool)):
+                return False
+        return dtype in (DTYPES[:1] if self.phase == ON_GRID else DTYPES)
+
+    def _problem(self) -> Hashable:
+        """Return everything that decides the time of the kernels."""
+        layouts = tuple([None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in self.operands])
+        return self.phase, self.geometry, layouts, torch.get_num_threads()
 
     def _is_finite(self) -> bool:
         """Return whether the operands hold no NaN or infinity that the sparse kernel would not multiply by a zero.
@@ -96,9 +105,10 @@ class GemmCall(NamedTuple):
         lanes = max(self.lanes, READING) if self.phase == ON_GRID else self.lanes
         return self.rows * self.depth * lanes * self.geometry.groups
 
-    def _predicted(self, threads: int) -> float | None:
+    def _predicted(self) -> float | None:
         """Return the predicted speed-up; None for integers and bfloat16, which the cost model does not cover."""
         first = self.operands[0]
         if self.phase == ON_GRID or (first is not None and first.dtype != torch.float32):
             return None
+        threads = torch.get_num_threads()
         return predicted_speedup(self.rows, self.depth, self.lanes, self.geometry.is_linear, threads)

@@ -72,7 +72,7 @@ class Product:
         kept = kept_for(self.library)
         before = kept.kernels_of(self.weight)
         with torch.cuda.device_of(self.dense):
-            result, choice = run_best(problem, multiplications, lambda: None, sparse, dense, device)
+            result, choice = run_best(lambda: problem, multiplications, lambda: None, sparse, dense, device)
         kept.forget_others(self.weight, choice.kernel, before)
         return result, choice
 

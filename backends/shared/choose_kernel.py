@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def run_best(
-    problem: Hashable,
+    problem: Callable[[], Hashable],
     multiplications: int,
     predict: Callable[[], float | None],
     sparse: Callable[[], Result | None],
@@ -39,7 +39,8 @@ def run_best(
     """Return the product by the kernel that pays, and the choice of that kernel.
 
     Args:
-        problem: everything that decides the time of both kernels; equal ones (by `repr`, for files) are measured once.
+        problem: returns everything that decides the time of both kernels; equal ones (by `repr`, for files) are
+            measured once. Small products are not asked for it, as that would take longer than some of them.
         multiplications: of the dense product.
         predict: the speed-up, dense time / sparse time, by the cost model, if there is one.
         sparse, dense: run the kernels. `sparse` returns None if the operand keeps more than its pattern.
@@ -55,7 +56,7 @@ def run_best(
 
 
 def _choice(
-    problem: Hashable,
+    problem: Callable[[], Hashable],
     multiplications: int,
     predict: Callable[[], float | None],
     sparse: Callable[[], object],
@@ -66,14 +67,15 @@ def _choice(
         return small(multiplications)
     if torch.are_deterministic_algorithms_enabled():
         return Choice("sparse", "not measured, so every run rounds alike: deterministic algorithms are requested")
-    choice = known_choice(problem)
+    asked = problem()
+    choice = known_choice(asked)
     if choice is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return CAPTURING
         if sparse() is None:
             return UNFIT  # the time to notice that is not a measurement
         choice = measure(predict(), sparse, dense, device)
-        remember(problem, choice)
+        remember(asked, choice)
     return choice
 
 

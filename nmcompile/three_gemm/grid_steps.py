@@ -75,7 +75,7 @@ class GridSteps:
     @property
     def activations(self) -> tuple[ActivationStep, ...]:
         """Return the existing steps of the input and of the output."""
-        return tuple(step for step in (self.input, self.output) if step is not None)
+        return tuple([step for step in (self.input, self.output) if step is not None])
 
     def of_weight(self, weight: Tensor) -> Tensor | None:
         """Return SAWB's step of the dense weight. It is not state, so eval() is constant as long as the weight is."""

@@ -12,7 +12,6 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.captured import Site
-from nmcompile.ir.layers import Layer
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.sharded import PLAIN, is_sharded
 from nmcompile.three_gemm.autograd_function import OPERANDS, ThreeGemmFunction, named, own
@@ -48,6 +47,7 @@ class GemmTriple:
         self, graphs: ThreeGraphs, site: Site, mask: MaskSource | None, stream: DrawStream, steps: GridSteps
     ) -> None:
         self.graphs = graphs
+        self.layer = graphs.layer
         self.site = site
         self.mask = mask
         self.stream = stream
@@ -70,10 +70,6 @@ class GemmTriple:
         wanted = set(self.placeholders[Phase.BACKWARD] if needs_backward else ())
         wanted.update(self.placeholders[Phase.UPDATE] if needs_update else ())
         return tuple(name for name in (*OPERANDS, *self.graphs.saved) if name in wanted)
-
-    @property
-    def layer(self) -> Layer:
-        return self.graphs.layer
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """Return the layer's output.
@@ -98,7 +94,8 @@ class GemmTriple:
             if rows is not None:
                 weight = weight[rows]
                 mask, bias, weight_step = (_rows(t, rows) for t in (mask, bias, weight_step))
-            input, weight, bias = _autocast(input, weight, bias)
+            if torch._C._is_any_autocast_enabled():
+                input, weight, bias = _autocast(input, weight, bias)
             input, unbatched = self.layer.prepare(input)
             operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
             output = self._apply(is_transformed, operands)
@@ -180,11 +177,10 @@ class GemmTriple:
     def run_graph(self, phase: Phase, values: Values, graph: Callable[..., Results]) -> Results:
         """Run the graph of a phase, or its replacement, outside autocast: the operands have their dtypes."""
         arguments = [values[name] for name in self.placeholders[phase]]
-        device = next(v for v in values.values() if v is not None).device.type
         # Dynamo takes autocast for off after such a block; operands that are cast already do not need it.
-        is_on = not torch.compiler.is_compiling() and torch.is_autocast_enabled(device)
-        if not is_on:
+        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
             return graph(*arguments)
+        device = next(v for v in values.values() if v is not None).device.type
         with torch.autocast(device, enabled=False):
             return graph(*arguments)
 

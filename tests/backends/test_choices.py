@@ -48,7 +48,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 def run(problem: object = "a", size: int = SMALL, predicted: float = 1.5) -> tuple[Tensor, Choice]:
-    return run_best(problem, size, lambda: predicted, lambda: SPARSE, lambda: DENSE)
+    return run_best(lambda: problem, size, lambda: predicted, lambda: SPARSE, lambda: DENSE)
 
 
 @pytest.mark.parametrize(("sparse_seconds", "chosen"), [(0.5, SPARSE), (0.94, SPARSE), (0.99, DENSE), (2.0, DENSE)])
@@ -138,7 +138,7 @@ def test_where_algorithms_have_to_be_deterministic_no_clock_decides(monkeypatch:
 def test_an_operand_that_keeps_too_much_runs_dense_and_is_not_remembered(timed: dict[str, float]) -> None:
     timed["sparse"] = 0.5
     for _ in range(2):  # before and after the measurement
-        result, choice = run_best("a", SMALL, lambda: 1.0, lambda: None, lambda: DENSE)
+        result, choice = run_best(lambda: "a", SMALL, lambda: 1.0, lambda: None, lambda: DENSE)
         assert result is DENSE and choice.kernel == "dense" and "NaN" in choice.reason
         assert run()[0] is SPARSE
 

@@ -1,5 +1,6 @@
 """Compressed weights that the cuSPARSELt backend caches, with a library that PyTorch computes."""
 
+from collections.abc import Callable
 from itertools import count
 
 import pytest
@@ -90,8 +91,8 @@ def test_only_parameters_are_kept(library: FakeLibrary) -> None:
 def test_two_sizes_keep_both_forms(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sparse kernel runs for the larger size; a graph may have captured its operand."""
 
-    def choose(problem: tuple[str, Sizes], *_: object) -> Choice:
-        return Choice("sparse" if problem[1].lanes > 8 else "dense", "the test asks for it")
+    def choose(problem: Callable[[], tuple[str, Sizes]], *_: object) -> Choice:
+        return Choice("sparse" if problem()[1].lanes > 8 else "dense", "the test asks for it")
 
     monkeypatch.setattr(choices, "_choice", choose)
     compiled, sizes = at_rest(nn.Linear(64, 64), library), [torch.randn(n, 64) for n in (16, 8)]
