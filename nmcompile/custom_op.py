@@ -19,6 +19,14 @@ from nmcompile.sharded import PLAIN
 UNSEEN = frozenset({*PLAIN, type(None), bool, int, float, str, tuple, list})
 """Types of arguments that hide no subclass of Tensor."""
 
+# Looked up once: each operator of each small layer asks all of them.
+is_grad_enabled = torch.is_grad_enabled
+dispatch_modes = torch._C._len_torch_dispatch_stack
+function_modes = torch._C._len_torch_function_stack
+are_transforms_active = torch._C._are_functorch_transforms_active
+tracing_state = torch._C._get_tracing_state
+is_profiling = torch._C._autograd._profiler_enabled
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,12 +75,9 @@ def shown_name(target: object) -> str:
 
 def _is_seen(args: Iterable[object]) -> bool:
     """Return whether something has to see the operator that is called with these arguments."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or is_grad_enabled():
         return True
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    if modes or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
-        return True
-    if torch._C._autograd._profiler_enabled():
+    if dispatch_modes() or function_modes() or are_transforms_active() or tracing_state() or is_profiling():
         return True
     for x in args:  # noqa: SIM110 - a generator would take longer than the tests
         if type(x) not in UNSEEN and isinstance(x, Tensor):

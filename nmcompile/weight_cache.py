@@ -26,7 +26,7 @@ Content = int | Literal["frozen"]
 _content: ContextVar[Content | None] = ContextVar("_content", default=None)
 
 
-class weights_at_rest:  # noqa: N801 - a context manager, called like a function
+class weights_at_rest:
     """A context in which the weight of the running layer does not change; `content` is its fingerprint."""
 
     def __init__(self, content: Content = FROZEN) -> None:
