@@ -88,8 +88,9 @@ class CompileConfig:
             does not update these clips. Needs the whole graph; without it results stay as they are.
         where: `"all"` prunes everything in the plan. `"pays"` times each layer alone, pruned and dense, and leaves the
             phases dense that pruning does not make faster. Inputs are random, with the shape and layout that `args`
-            give the layer. The choice is made once, when the model is compiled (in the autocast context, with the
-            threads and in the mode, `train()` or `eval()`, of that moment), by the first rank for all, and is stored in
+            give the layer. If a step of the whole model with `args` is slower than dense all the same, everything is
+            left dense. The choice is made once, when the model is compiled (in the autocast context, with the threads
+            and in the mode, `train()` or `eval()`, of that moment), by the first rank for all, and is stored in
             `sparse_state_dict`.
     """
 

@@ -13,6 +13,7 @@ from nmcompile.api.measure_phases import find_dense_phases
 from nmcompile.api.pipeline import bind_layers, install_layers, plan_and_lower
 from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
+from nmcompile.api.whole_step import leave_slower_dense
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call, check_callable, check_kind, check_number
 from nmcompile.config import CompileConfig
@@ -116,10 +117,10 @@ def control_accuracy(request: Request, validation: Callable[[nn.Module], float],
 
 
 def keep_what_pays(request: Request) -> Request:
-    """Time the layers of a trial, and leave the phases dense that pruning does not make faster."""
+    """Leave the phases dense that pruning does not make faster: of layers timed alone, then of the whole step."""
     trial = rewrite(request)
     dense_phases = find_dense_phases(trial, request.args, request.kwargs)
-    return replace(request.after(trial), dense_phases=dense_phases)
+    return leave_slower_dense(replace(request.after(trial), dense_phases=dense_phases), trial, rewrite)
 
 
 def rewrite(request: Request, inplace: bool = False) -> nn.Module:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, Phase, Pruning
-from nmcompile.api import measure_phases as profitability
+from nmcompile.api import measure_phases, whole_step
+from nmcompile.api.layer_steps import Parts, Steps
 from nmcompile.api.measure_phases import NOT_REACHED, decide
 from nmcompile.errors import ConfigError, StateError
 
@@ -28,9 +29,7 @@ Dense = dict[str, set[Phase]]
         ({(): 1.0, (WEIGHT,): 0.96}, set(WEIGHT)),  # within the noise
     ],
 )
-def test_the_fastest_combination_is_kept(
-    times: Mapping[tuple[tuple[Phase, ...], ...], float], dense: set[Phase]
-) -> None:
+def test_the_fastest_combination_is_kept(times: Mapping[Parts, float], dense: set[Phase]) -> None:
     assert set(decide(times)) == dense
 
 
@@ -48,17 +47,18 @@ def net() -> nn.Sequential:
 
 
 @pytest.fixture
-def paying(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[tuple[Phase, ...], ...]]:
-    """Return which phases pay, by the width of the layer's input; every candidate runs once."""
-    pays: dict[int, tuple[tuple[Phase, ...], ...]] = {16: (WEIGHT,), 8: ()}
+def paying(monkeypatch: pytest.MonkeyPatch) -> dict[int, Parts]:
+    """Return which phases pay, by the width of the layer's input; every candidate runs once, whole steps do not."""
+    pays: dict[int, Parts] = {16: (WEIGHT,), 8: ()}
 
-    def timed(steps: profitability.Steps, _: torch.device) -> dict[tuple[tuple[Phase, ...], ...], float]:
+    def timed(steps: Steps, *_: object) -> dict[Parts, float]:
         results = {parts: step() for parts, step in steps.items()}
         gradients = results[()]
         assert isinstance(gradients, tuple)
         return {parts: 0.5 if parts == pays[gradients[0].shape[1]] else 1.0 for parts in steps}
 
-    monkeypatch.setattr(profitability, "_typical_times", timed)
+    monkeypatch.setattr(measure_phases, "medians_in_turns", timed)
+    monkeypatch.setattr(whole_step, "step_times", lambda *_: (1.0, 1.0))
     return pays
 
 
@@ -117,14 +117,14 @@ def test_a_saved_decision_holds_where_another_was_measured(paying: dict[int, obj
 def test_a_gradient_of_the_input_counts_where_it_is_asked_for(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[int] = []
 
-    def timed(steps: profitability.Steps, _: torch.device) -> dict[tuple[tuple[Phase, ...], ...], float]:
+    def timed(steps: Steps, *_: object) -> dict[Parts, float]:
         for step in steps.values():
             found = step()
             assert isinstance(found, tuple)
             gradients.append(len(found))
         return dict.fromkeys(steps, 1.0)
 
-    monkeypatch.setattr(profitability, "_typical_times", timed)
+    monkeypatch.setattr(measure_phases, "medians_in_turns", timed)
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4, bias=False))
     nmcompile.compile(model, args=(X.clone().requires_grad_(asked),), config=CONFIG)
     assert set(gradients) == ({3, 2} if asked else {2})

@@ -289,6 +289,7 @@ def paying(monkeypatch: pytest.MonkeyPatch, dense: str) -> nn.Module:
     """Return a model that was measured to gain nothing in one of its layers."""
     found = {name: {Phase.FORWARD: "slow"} if name == dense else {} for name in ("0", "2")}
     monkeypatch.setattr("nmcompile.api.compile.find_dense_phases", lambda *_: found)
+    monkeypatch.setattr("nmcompile.api.whole_step.step_times", lambda *_: (1.0, 1.0))
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     config = CompileConfig(ends="sparse", where="pays")
     return nmcompile.compile(model, "weights", args=(torch.randn(2, 8),), config=config)

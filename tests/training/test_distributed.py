@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.api import measure_phases as profitability
+from nmcompile.api import measure_phases, whole_step
 from nmcompile.training.find_masks import masks_of
 
 WORLD = 2
@@ -171,7 +172,10 @@ def frozen_masks(rank: int) -> tuple[dict[str, Tensor], ...]:
 
 def decided(rank: int) -> dict[str, Tensor]:
     """Return the decision of `where="pays"` if the first rank would prune everything and the second nothing."""
-    with mock.patch.object(profitability, "_typical_times", lambda steps, _: {p: len(p) * (rank - 0.5) for p in steps}):
+    layers = mock.patch.object(
+        measure_phases, "medians_in_turns", lambda steps, *_: {p: len(p) * (rank - 0.5) for p in steps}
+    )
+    with layers, mock.patch.object(whole_step, "step_times", lambda *_: (1.0 + rank, 2.0 - rank)):
         torch.manual_seed(0)
         config = CompileConfig(where="pays", ends="sparse")
         return nmcompile.sparse_state_dict(nmcompile.compile(block(), args=(data(0, 0),), config=config))
@@ -179,13 +183,30 @@ def decided(rank: int) -> dict[str, Tensor]:
 
 def failed(rank: int) -> str:
     """Return the error on a rank if the first rank cannot measure."""
-    with mock.patch.object(profitability, "_typical_times", side_effect=MemoryError("no room")):
+    with mock.patch.object(measure_phases, "medians_in_turns", side_effect=MemoryError("no room")):
         config = CompileConfig(where="pays", ends="sparse")
         try:
             nmcompile.compile(block(), args=(data(0, 0),), config=config)
         except (MemoryError, nmcompile.NMCompileError) as error:
             return f"{type(error).__name__}: {error}"
     return ""
+
+
+def failed_step(rank: int) -> tuple[str, bool]:
+    """Return the warning on a rank if the second rank cannot run a whole step, and whether all layers stay pruned."""
+
+    def times(*_: object) -> tuple[float, float]:
+        if rank:
+            raise MemoryError("no room")
+        return 2.0, 1.0
+
+    layers = mock.patch.object(measure_phases, "medians_in_turns", lambda steps, *_: {p: -len(p) for p in steps})
+    with layers, mock.patch.object(whole_step, "step_times", times), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = CompileConfig(where="pays", ends="sparse")
+        state = nmcompile.sparse_state_dict(nmcompile.compile(block(), args=(data(0, 0),), config=config))
+    dense = [tensor for name, tensor in state.items() if name.endswith(".dense_phases")]
+    return str(caught[0].message), bool(dense) and not any(tensor.any() for tensor in dense)
 
 
 def worker(rank: int, folder: str) -> None:
@@ -195,6 +216,7 @@ def worker(rank: int, folder: str) -> None:
     try:
         found: dict[Any, Any] = {case: results(rank, *case) for case in CASES}
         found |= {"frozen": frozen_masks(rank), "decided": decided(rank), "failed": failed(rank)}
+        found["failed step"] = failed_step(rank)
         found |= {"drawn": drawn(rank), "fsdp1": of_fsdp1(), "misfits": misfits()}
         torch.save(found, f"{folder}/{rank}.pt")
         dist.barrier()
@@ -272,3 +294,8 @@ def test_the_first_rank_decides_what_pays(ranks: list[dict[Any, Any]]) -> None:
 def test_a_failing_measurement_fails_everywhere(ranks: list[dict[Any, Any]]) -> None:
     first, second = (rank["failed"] for rank in ranks)
     assert first == "MemoryError: no room" and second.startswith("PassError") and second.endswith(first)
+
+
+def test_a_step_that_fails_on_one_rank_decides_on_none(ranks: list[dict[Any, Any]]) -> None:
+    for message, is_pruned in (rank["failed step"] for rank in ranks):
+        assert "whole step could not be timed" in message and "MemoryError: no room" in message and is_pruned
