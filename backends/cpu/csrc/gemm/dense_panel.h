@@ -47,41 +47,49 @@ void copy_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* dept
     }
 }
 
-// Copies runs of depth, `stride` apart: squares of lanes and depth, transposed.
-template <class T>
-void transpose_run(const GemmJob<T>& job, const PanelLanes& lanes, const Run& run, const Inside* inside, Index stride,
-                   float* panel) {
-    const T* from = job.dense + run.start.offset;
-    for (Index lane = 0; lane < lanes.width; lane += kFloats) {
-        Floats square[kFloats];
-#pragma GCC unroll 16
-        for (Index i = 0; i < kFloats; ++i) {
-            const T* const row = from + lanes.points[lane + i].offset;
-            square[i] = load_between(row, inside[lane + i]);
-            __builtin_prefetch(row + kFloats);
+// Runs of a block of depth. If it runs across two or four samples, each of them has runs of its own, `stride` apart.
+struct DepthRuns {
+    Run runs[kDepthBlock];
+    Index count = 0, stride = 4;
+
+    DepthRuns(const Point* depth, Index size) {
+        while (stride > 1 && !(stride < size && depth[stride].offset == depth[0].offset + 1)) stride /= 2;
+        for (Index series = 0; series < smaller(stride, size); ++series) {
+            for (Index k = series; k < size; k += runs[count++].length * stride) {
+                runs[count] = run_from(depth, k, size, stride);
+            }
         }
-        transpose(square);
-        for (Index k = 0; k < run.length; ++k) store(square[k], panel + (run.first + k * stride) * lanes.width + lane);
     }
+};
+
+// Copies a run of depth for a vector of lanes from `lane` on: a square, transposed.
+template <class T>
+void transpose_run(const GemmJob<T>& job, const PanelLanes& lanes, Index lane, const Run& run, const Inside* inside,
+                   Index stride, float* panel) {
+    const T* from = job.dense + run.start.offset;
+    Floats square[kFloats];
+#pragma GCC unroll 16
+    for (Index i = 0; i < kFloats; ++i) {
+        const T* const row = from + lanes.points[lane + i].offset;
+        square[i] = load_between(row, inside[i]);
+        __builtin_prefetch(row + kFloats);
+    }
+    transpose(square);
+    for (Index k = 0; k < run.length; ++k) store(square[k], panel + (run.first + k * stride) * lanes.width + lane);
 }
 
+// All depth of a few lanes, then of the next: a lane is often a page of its own.
 template <class T>
 void transpose_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* depth, Index count, float* panel) {
-    // If a block runs across two or four samples, each of them has runs of its own.
-    Index stride = 4;
-    while (stride > 1 && !(stride < count && depth[stride].offset == depth[0].offset + 1)) stride /= 2;
-    Inside inside[kMostLanes];
-    for (Index lane = lanes.count; lane < lanes.width; ++lane) inside[lane] = {0, 0};
-    Run last{};
-    for (Index series = 0; series < smaller(stride, count); ++series) {
-        for (Index k = series; k < count;) {
-            const Run run = run_from(depth, k, count, stride);
-            if (!run.is_placed_like(last)) {
-                for (Index i = 0; i < lanes.count; ++i) inside[i] = inside_image(job, run, lanes.points[i]);
+    const DepthRuns all(depth, count);
+    for (Index lane = 0; lane < lanes.width; lane += kFloats) {
+        Inside inside[kFloats];
+        for (Index r = 0; r < all.count; ++r) {
+            const Run& run = all.runs[r];
+            for (Index i = 0; i < kFloats && (r == 0 || !run.is_placed_like(all.runs[r - 1])); ++i) {
+                inside[i] = lane + i < lanes.count ? inside_image(job, run, lanes.points[lane + i]) : Inside{0, 0};
             }
-            transpose_run(job, lanes, run, inside, stride, panel);
-            k += run.length * stride;
-            last = run;
+            transpose_run(job, lanes, lane, run, inside, all.stride, panel);
         }
     }
 }

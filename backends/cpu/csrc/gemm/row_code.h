@@ -70,13 +70,13 @@ struct PanelCode<PairedValues> {
     }
 };
 
-// Code is written into one copy after the other. The lines of the oldest have left the cache of instructions; a processor
-// that is told to change an instruction in that cache stops and starts afresh, for each line.
+// Code is written into one copy after the other. The oldest has left the cache of instructions; a processor that is told
+// to change an instruction in that cache stops and starts afresh, for each line.
 template <class Form>
 class RowCode {
    public:
     using Panel = PanelCode<Form>;
-    using Function = void (*)(const float* panel, const float* near, float* sums, const float* far, int adds, Index stride);
+    using Function = void (*)(const float* panel, const float* near, float* sums, const float* far, int adds, Index step);
     static constexpr Index kPanelRows = kCodeBlocks * kFours * Panel::kPanelRows;
 
     // Code for some rows, until as many others are written as there are copies.
@@ -98,8 +98,8 @@ class RowCode {
 
     bool is_ready() const { return memory_.data() != nullptr; }
 
-    // Writes code for what `rows` keep of `fours`, from block to block of depth at a distance of `stride` values. `width`
-    // is that of panels and sums. Best done one turn before it runs: meanwhile it leaves the cache of data.
+    // Writes code for what `rows` keep of `fours`, from block to block of depth at a distance of `stride` values.
+    // `width` is that of panels and sums. Best done one turn before it runs: meanwhile it leaves the cache of data.
     Written write(Index rows, Index fours, Index width, const std::uint8_t* places, Index stride) {
         const Shape shape{static_cast<int>(rows), static_cast<int>(fours), static_cast<std::int32_t>(width)};
         Copies& copies = kinds_[2 * (rows == kCodeRows) + (fours == kCodeBlocks * kFours)];

@@ -18,13 +18,13 @@ void write_row_runs(const GemmJob<T>& job, const PanelLanes& to, Index first_row
     }
 }
 
-// Rows are contiguous in the output.
+// Rows are contiguous in the output. All rows of a few lanes, then of the next: a lane is often a page of its own.
 template <class T>
 void write_transposed(const GemmJob<T>& job, const PanelLanes& to, Index first_row, Index last_row, const float* sums) {
-    Index row = first_row;
-    for (; row + kFloats <= last_row; row += kFloats) {
-        const Floats bias = job.bias ? Memory<T>::read(job.bias + row) : Floats{};
-        for (Index lane = 0; lane < to.count; lane += kFloats) {
+    const Index whole = first_row + (last_row - first_row) / kFloats * kFloats;
+    for (Index lane = 0; lane < to.count; lane += kFloats) {
+        for (Index row = first_row; row < whole; row += kFloats) {
+            const Floats bias = job.bias ? Memory<T>::read(job.bias + row) : Floats{};
             Floats square[kFloats];
             for (Index r = 0; r < kFloats; ++r) square[r] = load<Floats>(sums + (row - first_row + r) * to.width + lane);
             transpose(square);
@@ -33,7 +33,7 @@ void write_transposed(const GemmJob<T>& job, const PanelLanes& to, Index first_r
             }
         }
     }
-    write_row_runs(job, to, row, last_row, sums + (row - first_row) * to.width);
+    write_row_runs(job, to, whole, last_row, sums + (whole - first_row) * to.width);
 }
 
 template <class T>
