@@ -45,15 +45,6 @@ class KeptWeights:
         """Return the masked weight."""
         return weight if mask is None else self._get("dense", weight, mask, None, lambda: apply_mask(weight, mask))
 
-    def kernels_of(self, weight: Tensor | None) -> frozenset[str]:
-        """Name the kernels for which a form of the weight is cached."""
-        return frozenset(kernel for kernel, cache in self.forms.items() if weight is not None and weight in cache)
-
-    def forget_others(self, weight: Tensor | None, chosen: str, before: frozenset[str]) -> None:
-        """Free the forms that were cached to try kernels that were not chosen; graphs may read those of `before`."""
-        for kernel in self.kernels_of(weight) - before - {chosen}:
-            self.forms[kernel].forget(weight)
-
     def pin(self, form: Tensor, weight: Tensor) -> None:
         """Keep a form alive as long as the memory of its weight, even if the cache drops it: a CUDA graph reads it.
 

@@ -1,8 +1,7 @@
-"""One product with a sparse operand: padded, compressed, multiplied by the kernel that pays."""
+"""One product with a sparse operand: padded, compressed, multiplied by the library."""
 
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +13,6 @@ from nmcompile.backends.cusparselt.library import Library
 from nmcompile.backends.cusparselt.operand import Operand, compressed
 from nmcompile.backends.cusparselt.plans import ALIGNMENT, Plan, Problem, kept_plan
 from nmcompile.backends.cusparselt.support import Sizes, operand_refusal, paddings
-from nmcompile.backends.shared.choose_kernel import run_best
-from nmcompile.ir.choice import Choice
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,35 +41,18 @@ class Product:
     def sizes(self) -> Sizes:
         return Sizes(self.sparse.rows, self.sparse.depth, self.dense.shape[1 if self.by_depth else 0])
 
-    def run(self, restore: Callable[[Tensor], Result], dense: Callable[[], Result]) -> tuple[Result, Choice]:
-        """Return the result by the kernel that pays, and the choice of that kernel.
-
-        Args:
-            restore: turns the product's matrix into the layer's result.
-            dense: returns the same result by the dense kernel.
-        """
-        operand, sizes = self.sparse, self.sizes
-        refusal = operand_refusal(
-            self.library, operand.matrix, self.dense, *(() if self.bias is None else (self.bias,))
-        )
-        if refusal:
-            return dense(), Choice("dense", refusal)
-        device, strides = self.dense.device, (operand.matrix.stride(), self.dense.stride())
+    @property
+    def problem(self) -> Hashable:
+        """Return everything that decides the time of the product."""
+        operand, strides = self.sparse, (self.sparse.matrix.stride(), self.dense.stride())
         work = operand.operator, operand.pattern, operand.dim, operand.mask is None, is_kept(self.weight, operand.mask)
-        form = self.by_depth, self.by_rows, self.bias is None, operand.sums is None, self.dense.dtype, str(device)
-        problem = self.library.name, sizes, strides, work, form
-        multiplications = sizes.rows * sizes.depth * sizes.lanes
+        form = self.by_depth, self.by_rows, self.bias is None, operand.sums is None
+        return self.library.name, self.sizes, strides, work, (*form, self.dense.dtype, str(self.dense.device))
 
-        def sparse() -> Result | None:
-            result = self.multiply()
-            return None if result is None else restore(result)
-
-        kept = kept_for(self.library)
-        before = kept.kernels_of(self.weight)
-        with torch.cuda.device_of(self.dense):
-            result, choice = run_best(lambda: problem, multiplications, lambda: None, sparse, dense, device)
-        kept.forget_others(self.weight, choice.kernel, before)
-        return result, choice
+    def refusal(self) -> str:
+        """Return why the library cannot multiply these operands; empty if it can."""
+        bias = () if self.bias is None else (self.bias,)
+        return operand_refusal(self.library, self.sparse.matrix, self.dense, *bias)
 
     def multiply(self) -> Tensor | None:
         """Multiply by the library; None if no algorithm is correct, or a graph is captured and there is no plan."""

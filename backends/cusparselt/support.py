@@ -20,6 +20,10 @@ class Sizes(NamedTuple):
     depth: int
     lanes: int
 
+    @property
+    def multiplications(self) -> int:
+        return self.rows * self.depth * self.lanes
+
 
 def padded(sizes: Sizes) -> Sizes:
     """Return the sizes with the zeros that cuSPARSELt needs appended."""

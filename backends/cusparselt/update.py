@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nmcompile.backends.cusparselt.library import library_named
+from nmcompile.backends.cusparselt.gemm_call import GemmCall, run_call
+from nmcompile.backends.cusparselt.library import Library, library_named
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.product import Product, by_rows
 from nmcompile.backends.reference import linear
@@ -44,10 +45,16 @@ def linear_weight_gradient(
     slot: str,
 ) -> Tensor:
     """Compute dW, of the weight's shape."""
-    update = _Update(grad_output, input, operator, NMPattern(n_keep, block), axis, key, transposed)
-    if not update.is_flat:
-        return update.dense()
-    return keep(slot, update.product(library).run(lambda gradient: gradient, update.dense))
+    update = _Update(operator, NMPattern(n_keep, block), axis, key, transposed)
+    if not update.is_flat(grad_output):
+        return update.dense(grad_output, input)
+    by = library_named(library)
+
+    def call(grad_output: Tensor, input: Tensor, _: Tensor | None) -> GemmCall[Tensor]:
+        product = update.product(by, grad_output, input)
+        return GemmCall(product, lambda gradient: gradient, lambda: update.dense(grad_output, input))
+
+    return keep(slot, run_call(call, grad_output, input))
 
 
 @custom_op("nmcompile::cusparselt_linear_parameter_gradients", fake=_empty_parameter_gradients)
@@ -69,43 +76,43 @@ def linear_parameter_gradients(
     so db differs from eager's by float32 rounding, before both are rounded to the dtype of dY. The order is the same in
     every run. If the dense kernel runs, db is eager's.
     """
-    update = _Update(grad_output, input, operator, NMPattern(n_keep, block), axis, key, transposed)
+    update = _Update(operator, NMPattern(n_keep, block), axis, key, transposed)
+    if not update.is_flat(grad_output):
+        return update.dense(grad_output, input), linear.linear_bias_gradient(grad_output, input)
+    by = library_named(library)
 
-    def dense() -> tuple[Tensor, Tensor]:
-        return update.dense(), linear.linear_bias_gradient(grad_output, input)
+    def call(grad_output: Tensor, input: Tensor, _: Tensor | None) -> GemmCall[tuple[Tensor, Tensor]]:
+        sums = empty_sums(by_rows(grad_output, -1))
+        return GemmCall(
+            update.product(by, grad_output, input, sums),
+            lambda gradient: (gradient, sums.sum(0).to(grad_output.dtype)),
+            lambda: (update.dense(grad_output, input), linear.linear_bias_gradient(grad_output, input)),
+        )
 
-    if not update.is_flat:
-        return dense()
-    sums = empty_sums(by_rows(grad_output, -1))
-    product = update.product(library, sums)
-    return keep(slot, product.run(lambda gradient: (gradient, sums.sum(0).to(grad_output.dtype)), dense))
+    return keep(slot, run_call(call, grad_output, input))
 
 
 @dataclass(frozen=True)
 class _Update:
-    """An update GEMM whose gradient may still have to be pruned."""
+    """An update GEMM, and how its gradient still has to be pruned."""
 
-    grad_output: Tensor
-    input: Tensor
     operator: str
     pattern: NMPattern
     axis: str
     key: Tensor | None
     transposed: bool
 
-    @property
-    def is_flat(self) -> bool:
-        """Whether the tokens of a block are neighbours. Only such blocks are 2:4 along the sum of the GEMM."""
-        return self.axis != "batch" or self.grad_output.dim() == 2
+    def is_flat(self, grad_output: Tensor) -> bool:
+        """Return whether the tokens of a block are neighbours. Only such blocks are 2:4 along the sum of the GEMM."""
+        return self.axis != "batch" or grad_output.dim() == 2
 
-    def dense(self) -> Tensor:
+    def dense(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """Return dW by the dense kernel."""
-        gradient, rule = self.grad_output, (self.operator, self.pattern.n_keep, self.pattern.block, self.axis)
-        pruned = gradient if self.operator == KEEP else prune(gradient, *rule, -1, self.key)
-        return linear.linear_weight_gradient(pruned, self.input, self.transposed)
+        rule = self.operator, self.pattern.n_keep, self.pattern.block, self.axis
+        pruned = grad_output if self.operator == KEEP else prune(grad_output, *rule, -1, self.key)
+        return linear.linear_weight_gradient(pruned, input, self.transposed)
 
-    def product(self, library: str, sums: Tensor | None = None) -> Product:
+    def product(self, library: Library, grad_output: Tensor, input: Tensor, sums: Tensor | None = None) -> Product:
         """Return the product that computes dW, and puts partial sums of dY over the tokens into `sums`."""
-        sparse = Operand(by_rows(self.grad_output, -1), 0, None, self.operator, self.pattern, self.key, sums)
-        dense, by_weight_rows = by_rows(self.input, -1), not self.transposed
-        return Product(library_named(library), sparse, dense, by_depth=True, by_rows=by_weight_rows)
+        sparse = Operand(by_rows(grad_output, -1), 0, None, self.operator, self.pattern, self.key, sums)
+        return Product(library, sparse, by_rows(input, -1), by_depth=True, by_rows=not self.transposed)

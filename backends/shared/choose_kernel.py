@@ -5,27 +5,44 @@ sums round. The dense kernel rounds as PyTorch does. On CPUs it also runs if an 
 choice never hides one. On GPUs that check would have to wait for the device. There cuSPARSELt skips pruned elements: a
 NaN reaches the results of the kept elements that meet it, but with the dense kernel all results.
 
+On a GPU random operands are timed instead of the call's own, for the gradients of a first step may all be zero, and a
+GPU multiplies zeros faster. The sparse kernel also has to gain what its launch costs on the host.
+
 Equal problems are measured once per process.
 """
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from nmcompile.backends.shared.known_choices import known_choice, remember
 from nmcompile.backends.shared.timing import seconds
-from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice import MEASURED, Choice
 
-SMALL = 2**24  # multiplications: about a tenth of a millisecond, too little to gain anything
+SMALL = 2**24  # multiplications: about a tenth of a millisecond on a CPU, too little to gain anything
+SMALL_ON_GPU = 2**33  # about a fortieth of a millisecond on a large GPU
+LAUNCH = 15e-6  # seconds by which a sparse call from eager Python takes longer on the host than a dense one
 ROUNDS = 4
 MARGIN = 0.95  # × the dense time, which the sparse kernel must stay below: runs differ by some percent
 UNFIT = Choice("dense", "no sparse kernel computes it: a NaN or an infinity, no right algorithm, or no room to try one")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
-
+TOO_LITTLE = f"a gain of less than the {LAUNCH * 1e6:.0f} µs that a sparse call costs on the host"
 
 Result = TypeVar("Result")
+
+
+class Trial(NamedTuple):
+    """A product that is timed in place of a call's on a GPU.
+
+    Args:
+        device: the device of the call.
+        kernels: makes random operands, and returns the sparse and the dense kernel on them.
+    """
+
+    device: torch.device
+    kernels: Callable[[], tuple[Callable[[], object], Callable[[], object]]]
 
 
 def run_best(
@@ -34,7 +51,7 @@ def run_best(
     predict: Callable[[], float | None],
     sparse: Callable[[], Result | None],
     dense: Callable[[], Result],
-    device: torch.device | None = None,
+    trial: Trial | None = None,
 ) -> tuple[Result, Choice]:
     """Return the product by the kernel that pays, and the choice of that kernel.
 
@@ -44,9 +61,9 @@ def run_best(
         multiplications: of the dense product.
         predict: the speed-up, dense time / sparse time, by the cost model, if there is one.
         sparse, dense: run the kernels. `sparse` returns None if the operand keeps more than its pattern.
-        device: the device that they run on; None is the CPU.
+        trial: for kernels of a GPU; those of the CPU are timed on the call's own operands.
     """
-    choice = _choice(problem, multiplications, predict, sparse, dense, device)
+    choice = _choice(problem, multiplications, predict, sparse, dense, trial)
     if choice.kernel == "sparse":
         result = sparse()
         if result is not None:
@@ -61,9 +78,9 @@ def _choice(
     predict: Callable[[], float | None],
     sparse: Callable[[], object],
     dense: Callable[[], object],
-    device: torch.device | None,
+    trial: Trial | None,
 ) -> Choice:
-    if multiplications < SMALL:
+    if is_small(multiplications, on_gpu=trial is not None):
         return small(multiplications)
     if torch.are_deterministic_algorithms_enabled():
         return Choice("sparse", "not measured, so every run rounds alike: deterministic algorithms are requested")
@@ -72,11 +89,21 @@ def _choice(
     if choice is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return CAPTURING
-        if sparse() is None:
-            return UNFIT  # the time to notice that is not a measurement
-        choice = measure(predict(), sparse, dense, device)
+        try:
+            if trial is not None:
+                sparse, dense = trial.kernels()
+            if sparse() is None:
+                return UNFIT  # the time to notice that is not a measurement
+            choice = measure(predict(), sparse, dense, trial)
+        except torch.OutOfMemoryError:  # each attempt would empty the allocator's cache
+            choice = UNFIT
         remember(asked, choice)
     return choice
+
+
+def is_small(multiplications: int, on_gpu: bool) -> bool:
+    """Return whether a product of so few multiplications runs dense in any case."""
+    return multiplications < (SMALL_ON_GPU if on_gpu else SMALL)
 
 
 @lru_cache(1024)
@@ -86,20 +113,23 @@ def small(multiplications: int) -> Choice:
 
 
 def measure(
-    predicted: float | None,
-    sparse: Callable[[], object],
-    dense: Callable[[], object],
-    device: torch.device | None = None,
+    predicted: float | None, sparse: Callable[[], object], dense: Callable[[], object], trial: Trial | None
 ) -> Choice:
     """Time both kernels in turn and choose by the best of a few calls each."""
+    device = None if trial is None else trial.device
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(1 + ROUNDS):
         times["dense"].append(seconds(dense, device))
         times["sparse"].append(seconds(sparse, device))
     best = {kernel: min(values[1:]) for kernel, values in times.items()}
-    return Choice(faster(best["sparse"], best["dense"]), "measured", predicted, best["dense"], best["sparse"])
+    kernel, reason = faster(best["sparse"], best["dense"], on_gpu=trial is not None)
+    return Choice(kernel, reason, predicted, best["dense"], best["sparse"])
 
 
-def faster(sparse_seconds: float, dense_seconds: float) -> str:
-    """Return the kernel to run: the dense one unless the sparse one gains enough."""
-    return "sparse" if sparse_seconds < MARGIN * dense_seconds else "dense"
+def faster(sparse_seconds: float, dense_seconds: float, on_gpu: bool) -> tuple[str, str]:
+    """Return the kernel to run, the dense one unless the sparse one gains enough, and the reason."""
+    if sparse_seconds >= MARGIN * dense_seconds:
+        return "dense", MEASURED
+    if on_gpu and dense_seconds - sparse_seconds < LAUNCH:
+        return "dense", TOO_LITTLE
+    return "sparse", MEASURED

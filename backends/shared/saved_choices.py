@@ -22,7 +22,8 @@ LARGEST_FILE = 2**26  # bytes: some hundred thousand choices
 
 def save_choices(path: str | os.PathLike[str]) -> None:
     """Write the choices that were measured in this process as JSON, for `load_choices` in another on this machine."""
-    found = {problem: asdict(choice) for problem, choice in known_choices().items()}
+    measured = {problem: choice for problem, choice in known_choices().items() if choice.seconds is not None}
+    found = {problem: asdict(choice) for problem, choice in measured.items()}
     write_atomically(check_path("path", path), json.dumps({"setting": _setting(), "choices": found}, indent=2).encode())
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MEASURED = "measured"
+"""Reason of a choice that its two times explain."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -45,6 +48,7 @@ class Choice:
         if self.speedup is not None and self.dense_seconds is not None and self._pruned_seconds is not None:
             times = f"{self.dense_seconds * 1e3:.2f} / {self._pruned_seconds * 1e3:.2f} ms = {self.speedup:.2f}"
             text = f"{self.kernel}: {times}" + (f", predicted {self.predicted:.2f}" if self.predicted else "")
+            text += "" if self.reason == MEASURED else f"; {self.reason}"
         if self.kernel != "integers" and self.integers_seconds is not None:
             text += f"; packed integers {self.integers_seconds * 1e3:.2f} ms"
         return text

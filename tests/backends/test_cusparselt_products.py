@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nmcompile import NMPattern
 from nmcompile.backends.cusparselt.algorithms import SPLITS, best_algorithm
+from nmcompile.backends.cusparselt.gemm_call import GemmCall, run_call
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.plans import Problem
 from nmcompile.backends.cusparselt.product import Product
@@ -101,6 +102,9 @@ def test_a_search_that_fails_leaves_the_dense_kernel(
 def test_where_every_algorithm_is_wrong_the_dense_kernel_runs(library: FakeLibrary) -> None:
     library.functions.right = None
     dense = torch.ones(3)
-    product = Product(library, Operand(pruned(64, 64), 1), torch.randn(8, 64))
-    result, choice = product.run(lambda rows: rows, lambda: dense)
+
+    def call(sparse: Tensor, x: Tensor, _: Tensor | None) -> GemmCall[Tensor]:
+        return GemmCall(Product(library, Operand(sparse, 1), x), lambda rows: rows, lambda: dense)
+
+    result, choice = run_call(call, pruned(64, 64), torch.randn(8, 64))
     assert result is dense and choice.kernel == "dense"

@@ -102,20 +102,6 @@ def test_two_sizes_keep_both_forms(library: FakeLibrary, monkeypatch: pytest.Mon
     assert len(compressed(library)) == SEARCH + 1
 
 
-def test_what_lost_the_measurement_is_not_kept(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(*given: object) -> Choice:
-        sparse, dense = given[3:5]
-        assert callable(sparse) and callable(dense)
-        sparse(), dense()
-        return Choice("dense", "the test measured")
-
-    monkeypatch.setattr(choices, "_choice", choose)
-    with torch.no_grad():
-        compiled = at_rest(nn.Linear(64, 64), library)
-        compiled(torch.randn(8, 64))
-    assert kept(library) == (0, 1)
-
-
 def test_a_graph_that_is_captured_makes_what_is_not_there(library: FakeLibrary) -> None:
     compiled, x, captured = at_rest(nn.Linear(64, 64), library), torch.randn(8, 64), kept_for(library).captured
     compiled(x)  # with gradients, which keeps nothing but the plan
