@@ -4,6 +4,7 @@ The pruned operand is dense with zeros. `slot` is the name of the slot in which 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from nmcompile.ir.operations import like
 from nmcompile.weight_cache import are_weights_at_rest
 
 Ints = Sequence[int]
+Layout = tuple[torch.Size, tuple[int, ...]]
+"""Sizes and strides of a tensor."""
+SHAPES = 1024  # results whose sizes and strides are cached
 
 
 @custom_op(
@@ -41,7 +45,7 @@ def conv_forward(
 ) -> Tensor:
     """Compute Y = X * W + b, `(N, C, *spatial)`, with W pruned along in-channels; channels last if X or W is."""
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    shape = _output_shape(input, weight, geometry)
+    shape = _known_shape(_layout(input), _layout(weight), geometry)
     lanes = shape.numel() // max(1, shape.shape[1])
 
     def dense() -> Tensor:
@@ -128,6 +132,17 @@ def _output_shape(input: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return _empty_image(image, _is_channels_last(weight.unsqueeze(2))).squeeze(2)
     is_channels_last = any(_is_channels_last(x) for x in (input, weight))
     return _empty_image([input.shape[0], weight.shape[0], *sizes], is_channels_last)
+
+
+def _layout(x: Tensor) -> Layout:
+    return x.shape, x.stride()
+
+
+@lru_cache(SHAPES)
+def _known_shape(input: Layout, weight: Layout, geometry: Geometry) -> Tensor:
+    """Return `_output_shape`, which takes as long as all else that a call of a small layer has to find out."""
+    x, w = (torch.empty_strided(*layout, device="meta") for layout in (input, weight))
+    return _output_shape(x, w, geometry)
 
 
 def _empty_image(sizes: list[int], is_channels_last: bool) -> Tensor:
