@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,13 +81,13 @@ def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> Row:
     return Row(name, str(dtype), tokens, medians, speedup, choice.kernel)
 
 
-def measured(repeats: int) -> Iterator[Row]:
+def measured(repeats: int, counts: Sequence[int]) -> Iterator[Row]:
     for dtype in (torch.bfloat16, torch.float16):
         if refusal := operand_refusal(CUSPARSELT, torch.ones(1, device="cuda", dtype=dtype)):
             print(f"{dtype}: {refusal}")
             continue
         for name in LAYERS:
-            for tokens in TOKENS:
+            for tokens in counts:
                 yield measure(name, tokens, dtype, repeats)
 
 
@@ -122,12 +122,13 @@ def curves(rows: list[Row]) -> list[Curve]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_gemm.json")
     options = parser.parse_args()
     if not CUSPARSELT.support().ok:
         raise SystemExit(CUSPARSELT.support().reason)
     torch.manual_seed(0)
-    rows = list(measured(options.repeats))
+    rows = list(measured(options.repeats, options.tokens))
     table = [
         [r.dtype, r.layer, r.tokens, r.milliseconds["dense"], r.kernel, *(f"{k} {v:.2f}" for k, v in r.speedup.items())]
         for r in rows

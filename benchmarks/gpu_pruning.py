@@ -1,6 +1,8 @@
 """The Triton kernels that prune, beside a copy of the same tensor on the GPU, in bfloat16.
 
-"packed" is the operand of a sparse GEMM: values and indices, in cuSPARSELt's order where a row names the library.
+"packed" is the operand of a sparse GEMM: values and indices, in cuSPARSELt's order where a row names the library. "by
+number" is the kernel for tensors whose blocks lie in the order of their numbers, which those of channels-last images
+do not.
 
 python benchmarks/gpu_pruning.py   # writes results/gpu_pruning.json; needs a CUDA device
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 from nmcompile.backends.cusparselt.compress import compress
 from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.backends.cusparselt.operand import Operand, compressed
+from nmcompile.backends.triton.layout import block_layout
 from nmcompile.backends.triton.operators import triton_pack_lines, triton_prune, triton_prune_tiles
 from nmcompile.backends.triton.operators import triton_transposable_mask as triton_mask
 from nmcompile.backends.triton.support import triton_support
@@ -51,14 +54,20 @@ def gradient_calls(x: Tensor) -> Calls:
 
 
 def image_calls(x: Tensor) -> Calls:
+    from nmcompile.backends.triton.kernels.blocks import prune_by_number
+
     key, copy = draw_key(device="cuda"), torch.empty_like(x)
     last = x.contiguous(memory_format=torch.channels_last)
+    layout, out = block_layout(last, last, 0, TWO_OF_FOUR.block), torch.empty_like(last)
     return {
         "copy": lambda: copy.copy_(x),
         "MVUE 1:2, along samples": lambda: triton_prune(x, "mvue", 1, 2, 0, key),
         "MVUE 2:4, along samples": lambda: triton_prune(x, "mvue", 2, 4, 0, key),
         "MVUE 1:2, along samples, channels last": lambda: triton_prune(last, "mvue", 1, 2, 0, key),
         "MVUE 2:4, along samples, channels last": lambda: triton_prune(last, "mvue", 2, 4, 0, key),
+        "MVUE 2:4, along samples, channels last, by number": lambda: prune_by_number(
+            last, "mvue", TWO_OF_FOUR, key, out, layout
+        ),
         "greedy 4:8, along channels, channels last": lambda: triton_prune(last, "greedy", 4, 8, 1, None),
     }
 

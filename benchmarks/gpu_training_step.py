@@ -1,9 +1,10 @@
 """Training steps on a GPU in bfloat16, dense and sparse in turns, in eager mode and under `torch.compile`.
 
 The MLPs run forward and backward; whole models also run their optimizer. "training" prunes all three GEMMs, "weights"
-only the weights of forward and backward (mode "t-weights"), "pays" whatever was measured to pay. The GPU is timed. The
-peak memory is that of a model that trains alone. The step of an MLP is queued before it is timed. Whole models run
-some steps in a row, as in training, where Python has to stay ahead of the GPU.
+only the weights of forward and backward (mode "t-weights"), "pays" whatever was measured to pay. Some steps run in a
+row, as in training. Their time is that from their first kernel to the end of the last one, in which the GPU waits where
+Python does not stay ahead of it. "busy" is the time in which kernels ran, by PyTorch's profiler. The peak memory is
+that of a model that trains alone.
 
 python benchmarks/gpu_training_step.py   # writes results/gpu_training_step.json; needs a GPU that cuSPARSELt takes
 """
@@ -14,61 +15,21 @@ import gc
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import gpu_setting, on_gpu
+from gpu_workloads import WORKLOADS, Workload
+from timing import busy_on_gpu, gpu_setting, on_gpu
 from torch import Tensor, nn
-from vision import models
 
 import nmcompile
-from nmcompile import CompileConfig
 from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.ir.choice import Choice
 
-HEAD_START = 20_000_000  # GPU cycles, about ten milliseconds, in which Python queues the step of an MLP
-STEPS = 3  # steps of a whole model in a row
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model, a batch for it, and the configuration of its pruning."""
-
-    model: nn.Module
-    x: Tensor
-    config: CompileConfig
-    has_optimizer: bool = True
-
-
-def mlp(tokens: int, width: int, hidden: int) -> Workload:
-    model = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    return Workload(model, x, CompileConfig(ends="sparse"), has_optimizer=False)
-
-
-def vit_large(batch: int) -> Workload:
-    model = models.vit_l_16()
-    nn.init.normal_(model.heads.head.weight, std=0.01)  # torchvision's is zero, and all gradients with it
-    return Workload(model, torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16), CompileConfig())
-
-
-def resnet50(batch: int) -> Workload:
-    model = models.resnet50().to(memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
-    return Workload(model, x.to(memory_format=torch.channels_last), CompileConfig())
-
-
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "MLP of ViT-L, 13008 tokens": lambda: mlp(13008, 1024, 4096),
-    "MLP 4096-14336-4096, 16384 tokens": lambda: mlp(16384, 4096, 14336),
-    "ViT-L/16, batch 192": lambda: vit_large(192),
-    "ResNet-50, batch 256, channels last": lambda: resnet50(256),
-}
-
-
+STEPS = 3  # steps in a row
 VARIANTS = "dense", "training", "weights", "pays"
 
 
@@ -84,17 +45,16 @@ def made(variant: str, load: Workload) -> nn.Module:
 
 def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workload) -> Callable[[], None]:
     """Return a function that makes a training step of `model` by calling the module `trained`."""
-    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9, fused=True) if load.has_optimizer else None
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9, fused=True)
 
     def step() -> None:
         trained.zero_grad()
         load.x.grad = None
         output = model(load.x)
-        if optimizer is None:
+        if load.loss is None:
             output.backward(torch.randn_like(output))
         else:
-            labels = torch.arange(len(output), device="cuda") % output.shape[1]
-            nn.functional.cross_entropy(output.float(), labels).backward()
+            load.loss(output).backward()
             optimizer.step()
 
     return step
@@ -146,22 +106,24 @@ def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any
         steps[f"{variant}, torch.compile"] = stepper(torch.compile(model), model, load)
     for step in steps.values():
         step()
-    count, head_start = (STEPS, 0) if load.has_optimizer else (1, HEAD_START)
-    calls = {key: partial(repeat, step, count) for key, step in steps.items()}
-    times = on_gpu(calls, options.repeats, head_start=head_start)
+    calls = {key: partial(repeat, step, STEPS) for key, step in steps.items()}
+    times = on_gpu(calls, options.repeats, head_start=0)
+    medians = {key: statistics.median(found) / STEPS for key, found in times.items()}
+    busy = {key: busy_on_gpu(call) / STEPS for key, call in calls.items()}
     check_finite(models)
-    medians = {key: statistics.median(found) / count for key, found in times.items()}
     choices = {variant: choices_of(model) for variant, model in models.items() if variant != "dense"}
     print(name)
     for key, time in medians.items():
-        print(f"  {key} {time:.2f} ms", f"{peaks[key] / 2**20:.0f} MiB" if key in peaks else "", flush=True)
+        peak = f", {peaks[key] / 2**20:.0f} MiB" if key in peaks else ""
+        print(f"  {key} {time:.2f} ms, busy {busy[key]:.2f} ms{peak}", flush=True)
     for variant, found in choices.items():
         print(f"  {variant}: {sum(c.kernel == 'sparse' for c in found)} of {len(found)} GEMMs sparse")
         print(*(f"    {choice}" for choice in dict.fromkeys(map(str, found))), sep="\n")
     zeros = zero_share(steps["dense"], models["dense"]) if "dense" in models else None
     print(f"  zeros among gradients: {zeros}")
     chosen = {variant: [str(choice) for choice in found] for variant, found in choices.items()}
-    return {"workload": name, "milliseconds": medians, "bytes": peaks, "zeros": zeros, "choices": chosen}
+    timed = {"milliseconds": medians, "busy": busy}
+    return {"workload": name, **timed, "bytes": peaks, "zeros": zeros, "choices": chosen}
 
 
 def repeat(step: Callable[[], None], count: int) -> None:

@@ -1,13 +1,16 @@
 """Timing in turns: whatever slows a shared machine for a while slows every candidate, so ratios hold."""
 
+import math
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from nmcompile.backends.cusparselt.library import CUSPARSELT
 
@@ -64,6 +67,26 @@ def on_gpu(
             if turn >= 0:
                 found[name].append(start.elapsed_time(end))
     return found
+
+
+def busy_on_gpu(call: Callable[[], object]) -> float:
+    """Return the milliseconds in which the GPU runs kernels or copies of a call, by PyTorch's profiler."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    on_device = (event for event in found.events() or () if event.device_type == DeviceType.CUDA)
+    spans = (event.time_range for event in on_device if not event.is_user_annotation)  # such a span includes gaps
+    return covered((span.start, span.end) for span in spans) / 1e3
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of spans."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 def gpu_setting() -> dict[str, Any]:

@@ -57,17 +57,19 @@ class Product:
     def multiply(self) -> Tensor | None:
         """Multiply by the library; None if no algorithm is correct, or a graph is captured and there is no plan."""
         for sizes in paddings(self.sizes):
-            if (plan := self._plan(sizes)) is not None:
-                return self._run(plan, sizes)
+            if (plan := self.plan(sizes)) is not None:
+                return self.run_plan(plan, sizes)
         return None
 
-    def _plan(self, sizes: Sizes) -> Plan | None:
+    def plan(self, sizes: Sizes) -> Plan | None:
+        """Return the plan for sizes that `paddings` returns; None as `multiply`."""
         form = self.by_depth, self.by_rows, self.bias is not None
         problem = Problem(*sizes, *form, self.dense.dtype, self.dense.device)
         algorithm = best_algorithm(self.library, problem)
         return None if algorithm is None else kept_plan(self.library, problem, algorithm)
 
-    def _run(self, plan: Plan, sizes: Sizes) -> Tensor:
+    def run_plan(self, plan: Plan, sizes: Sizes) -> Tensor:
+        """Multiply by a plan for these sizes."""
         given, bias = self.sizes, self.bias
         if bias is not None and sizes.rows > given.rows:
             bias = F.pad(bias, (0, sizes.rows - given.rows))

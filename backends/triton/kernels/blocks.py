@@ -37,13 +37,13 @@ def prune_blocks(x: Tensor, operator: str, pattern: NMPattern, dim: int, key: Te
     layout = block_layout(x, out, dim, pattern.block)
     fast = fast_dim(layout, pattern.block)
     if fast is None:
-        _prune_by_number(x, operator, pattern, key, out, layout)
+        prune_by_number(x, operator, pattern, key, out, layout)
     else:
         prune_channels_last(x, operator, pattern, key, out, layout, fast)
     return out
 
 
-def _prune_by_number(
+def prune_by_number(
     x: Tensor, operator: str, pattern: NMPattern, key: Tensor | None, out: Tensor, layout: BlockLayout
 ) -> None:
     blocks = prod(layout.sizes)
