@@ -24,7 +24,7 @@ CLIPS = ("mse", "percentile", "pact")
 PLACEMENTS = ("operand", "activation")
 OUTPUTS = ("float", "int8")
 GRANULARITIES = ("tensor", "channel")
-WHERE = ("all", "pays")
+WHERE = ("all", "pays", "likely")
 
 
 class Phase(enum.Enum):
@@ -91,7 +91,9 @@ class CompileConfig:
             give the layer. If a step of the whole model with `args` is slower than dense all the same, everything is
             left dense. The choice is made once, when the model is compiled (in the autocast context, with the threads
             and in the mode, `train()` or `eval()`, of that moment), by the first rank for all, and is stored in
-            `sparse_state_dict`.
+            `sparse_state_dict`. `"likely"` decides by cost models alone, from the sizes that `args` give the layers: it
+            reads no clock and runs nothing, so all ranks, and all machines with that type of device, decide the same,
+            whatever their threads. Layers whose sizes or kernels no model knows stay pruned.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)

@@ -40,17 +40,30 @@ class Costs(NamedTuple):
 
 
 def predicted_speedup(rows: int, depth: int, lanes: int, is_linear: bool, threads: int) -> float:
-    """Predict dense time / sparse time of one product."""
-    costs, (products, weights) = _costs(threads), _dense_terms(rows, depth, lanes)
-    dense = products * (costs.linear if is_linear else costs.convolution) + weights * costs.read
-    return dense / sum(term * cost for term, cost in zip(_sparse_terms(rows, depth, lanes), costs[3:], strict=True))
+    """Predict dense time / sparse time of one product on this machine."""
+    costs, sizes = _costs(threads), (rows, depth, lanes)
+    return dense_seconds(costs, *sizes, is_linear) / sparse_seconds(costs, *sizes, is_packed=False)
 
 
-def _dense_terms(rows: int, depth: int, lanes: int) -> tuple[int, int]:
+def dense_seconds(costs: Costs, rows: int, depth: int, lanes: int, is_linear: bool) -> float:
+    """Return the time of the dense kernel."""
+    products, weights = dense_terms(rows, depth, lanes)
+    return products * (costs.linear if is_linear else costs.convolution) + weights * costs.read
+
+
+def sparse_seconds(costs: Costs, rows: int, depth: int, lanes: int, is_packed: bool) -> float:
+    """Return the time of the sparse kernel, on an operand that is packed before the call or by it."""
+    products, packed, copied = sparse_terms(rows, depth, lanes)
+    return products * costs.sparse + (0 if is_packed else packed * costs.pack) + copied * costs.copy
+
+
+def dense_terms(rows: int, depth: int, lanes: int) -> tuple[int, int]:
+    """Return how many multiplications and how many reads of the weight the dense kernel takes."""
     return rows * depth * lanes, rows * depth
 
 
-def _sparse_terms(rows: int, depth: int, lanes: int) -> tuple[int, int, int]:
+def sparse_terms(rows: int, depth: int, lanes: int) -> tuple[int, int, int]:
+    """Return how often the sparse kernel multiplies a vector, and how many elements it packs and copies."""
     vectors = -(-lanes // VECTOR)
     tiles = -(-vectors // TILE_VECTORS)
     # The code of a value is written, or the value and its place loaded, once for all vectors of a tile.
@@ -66,8 +79,8 @@ def _costs(threads: int) -> Costs:
     sparse = [_best(functools.partial(_sparse, x, weight)) for x, weight in operands]
     image, kernel = _ones(1, 128, 28, 28), _ones(128, 128, 3, 3)
     convolution = _best(functools.partial(F.conv2d, image, kernel, padding=1)) / (28**2 * kernel.numel())
-    multiply, read = _solved([_dense_terms(*sample) for sample in SAMPLES[:2]], dense)
-    return Costs(multiply, convolution, read, *_solved([_sparse_terms(*sample) for sample in SAMPLES], sparse))
+    multiply, read = _solved([dense_terms(*sample) for sample in SAMPLES[:2]], dense)
+    return Costs(multiply, convolution, read, *_solved([sparse_terms(*sample) for sample in SAMPLES], sparse))
 
 
 def _ones(*shape: int) -> Tensor:

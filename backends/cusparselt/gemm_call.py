@@ -59,4 +59,4 @@ def run_call(
 
     work, trial = product.sizes.multiplications, Trial(product.dense.device, kernels)
     with torch.cuda.device_of(product.dense):
-        return run_best(lambda: product.problem, work, lambda: None, call.sparse, call.dense, trial)
+        return run_best(lambda: product.problem, work, product.predicted_speedup, call.sparse, call.dense, trial)

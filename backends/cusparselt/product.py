@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.algorithms import best_algorithm
+from nmcompile.backends.cusparselt.cost import predicted_speedup
 from nmcompile.backends.cusparselt.kept_weights import is_kept, kept_for
 from nmcompile.backends.cusparselt.library import Library
 from nmcompile.backends.cusparselt.operand import Operand, compressed
@@ -48,6 +49,10 @@ class Product:
         work = operand.operator, operand.pattern, operand.dim, operand.mask is None, is_kept(self.weight, operand.mask)
         form = self.by_depth, self.by_rows, self.bias is None, operand.sums is None
         return self.library.name, self.sizes, strides, work, (*form, self.dense.dtype, str(self.dense.device))
+
+    def predicted_speedup(self) -> float | None:
+        """Return dense time / sparse time by the cost model."""
+        return predicted_speedup(self.sizes, self.sparse, is_kept(self.weight, self.sparse.mask))
 
     def refusal(self) -> str:
         """Return why the library cannot multiply these operands; empty if it can."""

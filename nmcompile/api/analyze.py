@@ -1,6 +1,6 @@
 """The report on what `compile` would do."""
 
-from nmcompile.api.compile import keep_what_pays
+from nmcompile.api.compile import leave_dense
 from nmcompile.api.pipeline import plan_and_lower
 from nmcompile.api.request import Model, request_of
 from nmcompile.arguments import Args, Kwargs
@@ -25,7 +25,6 @@ def analyze(
     """
     check_call(args, kwargs)
     request = request_of(model, mode, args, kwargs, config, backend)
-    if request.config.where == "pays":
-        request = keep_what_pays(request)
+    request = leave_dense(request)
     done = plan_and_lower(request)
     return build_report(done.program, {}, model_name=type(request.plain).__name__, mode=mode)

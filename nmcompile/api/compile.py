@@ -11,6 +11,7 @@ from torch import nn
 from nmcompile.api.calibrate import calibrate_reached, check_data
 from nmcompile.api.measure_phases import find_dense_phases
 from nmcompile.api.pipeline import bind_layers, install_layers, plan_and_lower
+from nmcompile.api.predict_phases import find_unlikely_phases, tell_if_slower
 from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
 from nmcompile.api.whole_step import leave_slower_dense
@@ -21,6 +22,7 @@ from nmcompile.errors import ConfigError
 from nmcompile.ir.protocols import Backend
 from nmcompile.three_gemm.copy_model import share_copy
 from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.record import record_of
 
 
 def compile(
@@ -70,7 +72,7 @@ def compile(
 
     Raises:
         ConfigError: an unknown mode, pattern, layer name or backend; `args` that are not a tuple; `validation` without
-            `max_drop` or the reverse; `where="pays"` without `args`.
+            `max_drop` or the reverse; `where="pays"` or `"likely"` without `args`.
         CaptureError: nothing to compile, or the model refuses `args`.
         PreconditionError: a layer named in `config` cannot be pruned as asked.
         BackendUnavailable: the backend asked for cannot run here.
@@ -87,9 +89,11 @@ def compile(
         request = find_clips(request, calibration)
     if validation is not None and max_drop is not None:
         request = control_accuracy(request, validation, max_drop)
-    if request.config.where == "pays":
-        request = keep_what_pays(request)
-    return rewrite(request, inplace)
+    request = leave_dense(request)
+    compiled = rewrite(request, inplace)
+    if request.config.where == "all":
+        tell_if_slower(request, record_of(compiled)[1].program)
+    return compiled
 
 
 def _check_control(validation: object, max_drop: object) -> None:
@@ -114,6 +118,15 @@ def control_accuracy(request: Request, validation: Callable[[nn.Module], float],
     dense = score_of(share_copy(request.plain), validation)
     reverted = revert_layers(dense, names, lambda layers: rewrite(request.without(layers)), validation, max_drop)
     return replace(request.without(reverted.layers), reverted=reverted)
+
+
+def leave_dense(request: Request) -> Request:
+    """Leave the phases dense that `CompileConfig.where` finds, if it is asked to."""
+    if request.config.where == "pays":
+        return keep_what_pays(request)
+    if request.config.where == "likely":
+        return replace(request, dense_phases=find_unlikely_phases(request))
+    return request
 
 
 def keep_what_pays(request: Request) -> Request:

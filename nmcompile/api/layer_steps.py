@@ -1,12 +1,12 @@
 """A step of one layer alone, for each choice of the parts that it prunes: to time them against each other."""
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nmcompile.api.choose_phases import Parts, choices_of
 from nmcompile.api.pipeline import lowered
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.backends.reference import ReferenceBackend
@@ -21,8 +21,6 @@ from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import TripleFactory
 from nmcompile.training.earlier import earlier_layers
 
-Parts = tuple[tuple[Phase, ...], ...]
-"""Phases that are pruned, grouped if they can only be pruned together; `()` is the plain layer."""
 Steps = Mapping[Parts, Callable[[], object]]
 
 
@@ -49,10 +47,14 @@ def inputs_of(trial: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Tensor]
     inputs: dict[str, Tensor] = {}
     with evaluating(trial), observing(triples_of(trial), lambda triple: _Inputs(triple, inputs)):
         trial(*args, **kwargs)
-    # The gradient of the model's own inputs is needed only if one of them requires it.
-    facts, leaves = record_of(trial)[1].program.captured.facts, pytree.tree_leaves((args, kwargs))
-    asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    facts, asked = record_of(trial)[1].program.captured.facts, asks_gradient(args, kwargs)
     return {name: x.requires_grad_(trial.training and (asked or not facts[name].first)) for name, x in inputs.items()}
+
+
+def asks_gradient(args: Args, kwargs: Kwargs) -> bool:
+    """Return whether an input of the model requires a gradient, and so those of its first layers do."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def steps_of(trial: nn.Module, record: Compilation, triple: GemmTriple, layout: Tensor) -> Steps:
@@ -98,11 +100,9 @@ def _variants(
     trial: nn.Module, record: Compilation, triple: GemmTriple
 ) -> Iterator[tuple[Parts, Callable[..., Tensor]]]:
     plan = triple.graphs.plan
-    parts = plan.parts()
-    for count in range(len(parts) + 1):
-        for kept in itertools.combinations(parts, count):
-            dropped = {phase: "" for part in parts if part not in kept for phase in part}
-            yield kept, _layer(trial, record, triple, plan.without(dropped) if dropped else plan)
+    for kept in choices_of(plan):
+        dropped = {phase: "" for part in plan.parts() if part not in kept for phase in part}
+        yield kept, _layer(trial, record, triple, plan.without(dropped) if dropped else plan)
 
 
 def _layer(trial: nn.Module, record: Compilation, triple: GemmTriple, plan: LayerPlan) -> Callable[..., Tensor]:

@@ -1,6 +1,5 @@
 """`CompileConfig(where="pays")`, layer by layer: finds the phases that pruning makes slower, by timing each alone."""
 
-import itertools
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -8,23 +7,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from nmcompile.api.choose_phases import Times, decide, optional_phases
 from nmcompile.api.first_rank import of_first_rank
-from nmcompile.api.layer_steps import Parts, device_of, inputs_of, steps_of
+from nmcompile.api.layer_steps import device_of, inputs_of, steps_of
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.backends.shared.timing import Turns, medians_in_turns, seconds
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.plan import DensePhases
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.record import Compilation, record_of
+from nmcompile.three_gemm.record import record_of
 from nmcompile.three_gemm.triple import GemmTriple
 
 TURNS = Turns(5, 12, 0.3)
 HEAD_START = 8_000_000  # cycles by which a layer's step is ahead of the GPU: about four milliseconds
-MARGIN = 0.95  # × the dense time, which pruning must stay below: runs differ by a few percent
+VERDICT = "pruning does not pay (where='pays')"
 NOT_REACHED = "no call with args reaches it, so whether pruning pays is not known (where='pays')"
-
-Times = Mapping[Parts, float]
 
 
 def find_dense_phases(trial: nn.Module, args: Args | None, kwargs: Kwargs | None) -> DensePhases:
@@ -52,38 +50,12 @@ def _measured(trial: nn.Module, args: Args, kwargs: Kwargs) -> DensePhases:
         return _measure_layers(trial, inputs_of(trial, args, kwargs))
 
 
-def decide(times: Times) -> dict[Phase, str]:
-    """Return the phases to leave dense, with the reason.
-
-    Args:
-        times: seconds of a step of the layer by the parts that it prunes; `()` is the plain layer.
-    """
-    best = min((parts for parts in times if parts), key=lambda parts: times[parts])
-    kept = set(itertools.chain(*best)) if times[best] < MARGIN * times[()] else set()
-    everything = max(times, key=len)
-    reason = (
-        f"pruning does not pay (where='pays'): {times[everything] * 1e3:.2f} ms with everything pruned, "
-        f"{times[best] * 1e3:.2f} at best, {times[()] * 1e3:.2f} dense"
-    )
-    return {phase: reason for part in everything for phase in part if phase not in kept}
-
-
-def optional_phases(triple: GemmTriple, record: Compilation) -> tuple[Phase, ...]:
-    """Return the pruned phases of a layer that may be left dense.
-
-    A weight that was trained with a mask computes other results without it.
-    """
-    plan = triple.graphs.plan
-    carries = triple.site.weight in record.program.captured.carried and plan.find(Phase.FORWARD, "weight")
-    return tuple(itertools.chain(*plan.parts()[1 if carries else 0 :]))
-
-
 def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhases:
     _, record = record_of(trial)
     measured: dict[Hashable, Times] = {}
     dense: dict[str, Mapping[Phase, str]] = {}
     for triple in triples_of(trial):
-        name, optional = triple.layer.name, optional_phases(triple, record)
+        name, optional = triple.layer.name, optional_phases(triple.graphs.plan, record.program.captured)
         if not triple.graphs.plan.parts():
             continue
         if name not in inputs:
@@ -93,7 +65,7 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
         if problem not in measured:
             clock = partial(seconds, device=device_of(trial, triple), head_start=HEAD_START)
             measured[problem] = medians_in_turns(steps_of(trial, record, triple, inputs[name]), clock, TURNS)
-        dense[name] = {phase: why for phase, why in decide(measured[problem]).items() if phase in optional}
+        dense[name] = {phase: why for phase, why in decide(measured[problem], VERDICT).items() if phase in optional}
     return dense
 
 

@@ -17,7 +17,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.find_masks import masks_among
 
-LOADED = "pruning did not pay where the loaded state was decided (where='pays')"
+LOADED = "pruning did not pay where the loaded state was decided (CompileConfig.where)"
 
 
 def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -25,8 +25,8 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
     (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
-    inputs and outputs), `seed` and `format`; with `where="pays"` also `<layer>.dense_phases` (bool, for the forward,
-    the backward and the update GEMM: whether it is left dense).
+    inputs and outputs), `seed` and `format`; with `where="pays"` or `"likely"` also `<layer>.dense_phases` (bool, for
+    the forward, the backward and the update GEMM: whether it is left dense).
 
     Raises:
         StateError: the model is not compiled, or holds several compiled ones with layers of the same name.
@@ -41,8 +41,8 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load the result of `sparse_state_dict`, after `load_state_dict`: training continues bit for bit.
 
-    A model that was compiled with `where="pays"` is planned as the state says, whatever was measured here; load before
-    it is wrapped (by DDP, FSDP2 or `torch.compile`).
+    A model that was compiled with `where="pays"` or `"likely"` is planned as the state says, whatever was found here;
+    load before it is wrapped (by DDP, FSDP2 or `torch.compile`).
 
     Raises:
         StateError: the model is not compiled, or has no storage yet; or the state is of another format, plan, shape or
@@ -94,7 +94,7 @@ def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
 def _read_dense_phases(state: dict[str, Tensor], planned: DensePhases | None) -> DensePhases | None:
     """Return the state's decision for the layers that this model may leave dense; None if a layer has none."""
     if planned is None and any(key.endswith(DENSE) for key in state):
-        raise StateError("the sparse state was saved with CompileConfig(where='pays'); compile the model with it too")
+        raise StateError("the sparse state was saved with where='pays' or 'likely'; compile the model with it too")
     keys = {name: f"{name}{DENSE}" for name in planned or {}}
     if any(key not in state for key in keys.values()):
         return None

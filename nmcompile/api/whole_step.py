@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nmcompile.api.choose_phases import optional_phases
 from nmcompile.api.first_rank import by_all_ranks, is_distributed
-from nmcompile.api.measure_phases import optional_phases
+from nmcompile.api.measure_phases import VERDICT
 from nmcompile.api.request import Request
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.backends.shared.timing import Call, Turns, medians_in_turns
@@ -42,7 +43,8 @@ def leave_slower_dense(request: Request, trial: nn.Module, build: Callable[[Requ
         build: makes the model of a request, as a copy that shares every tensor.
     """
     _, record = record_of(trial)
-    optional = {triple.layer.name: optional_phases(triple, record) for triple in triples_of(trial)}
+    captured = record.program.captured
+    optional = {triple.layer.name: optional_phases(triple.graphs.plan, captured) for triple in triples_of(trial)}
     chosen = request.dense_phases or {}
     dense = all_dense(optional, chosen, "")
     if dense == chosen:
@@ -58,7 +60,7 @@ def leave_slower_dense(request: Request, trial: nn.Module, build: Callable[[Requ
     if pruned_time <= SLOWER * dense_time:
         return request
     times = f"the whole step takes {pruned_time * 1e3:.2f} ms pruned, {dense_time * 1e3:.2f} dense"
-    return replace(request, dense_phases=all_dense(optional, chosen, f"pruning does not pay (where='pays'): {times}"))
+    return replace(request, dense_phases=all_dense(optional, chosen, f"{VERDICT}: {times}"))
 
 
 def all_dense(optional: Mapping[str, tuple[Phase, ...]], chosen: DensePhases, reason: str) -> DensePhases:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, Phase
 from nmcompile.api import measure_phases, whole_step
-from nmcompile.api.layer_steps import Parts, Steps
+from nmcompile.api.choose_phases import Parts
+from nmcompile.api.layer_steps import Steps
 from nmcompile.api.whole_step import SLOWER, all_dense
 from nmcompile.backends.shared.timing import Call, Turns, medians_in_turns
 

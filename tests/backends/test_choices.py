@@ -13,9 +13,11 @@ from nmcompile.backends.cpu import cost
 from nmcompile.backends.cpu.conv import conv_forward, conv_input_gradient, conv_weight_gradient
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward, linear_input_gradient, linear_weight_gradient
+from nmcompile.backends.cpu.typical_cost import COPIED_BYTE, COPIES, DRAWS, HOST, CpuCosts
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.backends.shared import known_choices, timing
 from nmcompile.backends.shared.choose_kernel import SMALL, run_best
+from nmcompile.backends.shared.cost_model import Gemm, Pruned, pruned_seconds
 from nmcompile.backends.shared.known_choices import forget
 from nmcompile.backends.shared.recent import Recent
 from nmcompile.backends.shared.saved_choices import load_choices, save_choices
@@ -279,3 +281,35 @@ def test_a_gpu_is_timed_without_what_asks_for_its_work(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles}"))
     assert timing.seconds(lambda: done.append("run"), torch.device("cuda", 1), 7) == 0.002
     assert done == ["sleep 7", "record", "run", "record", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("gemm", "low", "high"),
+    [
+        (Gemm(1024, 1024, 1024, 1, True, torch.float32), 1.5, 2.0),
+        (Gemm(64, 576, 25088, 1, False, torch.float32), 1.1, 1.5),
+        (Gemm(4096, 1024, 1, 1, True, torch.float32), 0.0, 0.5),
+    ],
+)
+def test_a_typical_processor_gains_where_zen_4_did(gemm: Gemm, low: float, high: float) -> None:
+    costs, grouped = CpuCosts(), gemm._replace(groups=3)
+    dense, sparse = costs.dense_seconds(gemm), costs.sparse_seconds(gemm, is_cached=False)
+    assert sparse is not None and low < dense / sparse < high
+    assert costs.dense_seconds(grouped) == pytest.approx(3 * dense)
+    packed = costs.sparse_seconds(gemm, is_cached=True)
+    assert packed is not None and packed < sparse
+
+
+@pytest.mark.parametrize(("has_kernel", "kernel"), [(True, "sparse"), (False, "dense")])
+def test_the_pruning_of_an_operand_is_predicted_for_the_kernel_that_runs(has_kernel: bool, kernel: str) -> None:
+    costs, gemm = CpuCosts(), Gemm(1024, 1024, 1024, 1, True, torch.float32)
+    gradient = Pruned("grad_output", 2**20, "mvue 2:4", has_kernel=True, is_fused=True, is_cached=False)
+    product = costs.sparse_seconds(gemm, False) if has_kernel else costs.dense_seconds(gemm)
+    copies, copy = (DRAWS if has_kernel else COPIES["mvue 2:4"]), 2 * 4 * 2**20 * COPIED_BYTE
+    assert product is not None
+    assert pruned_seconds(costs, gemm, [gradient], has_kernel) == pytest.approx(product + copies * copy + HOST)
+
+
+def test_a_small_product_is_predicted_to_run_dense() -> None:
+    costs, gemm = CpuCosts(), Gemm(64, 64, 64, 1, True, torch.float32)
+    assert pruned_seconds(costs, gemm, [], has_kernel=True) == pytest.approx(costs.dense_seconds(gemm) + HOST)
