@@ -8,8 +8,8 @@
 
 namespace nmcompile {
 
-// Registers of a function's first four arguments, which are addresses here; the fifth and sixth are numbers.
-enum class Argument : int { first = 7, second = 6, third = 2, fourth = 1 };
+// Registers that hold addresses: a function's first four arguments, and one more. The fifth and sixth are numbers here.
+enum class Address : int { first = 7, second = 6, third = 2, fourth = 1, other = 0 };
 
 // sum += vector * value, where all lanes share the value, four bytes in memory.
 struct MultiplyAdd {
@@ -26,7 +26,7 @@ public:
     std::uint8_t* at() const { return at_; }
 
     // `value` is an offset of -128 to 127 values from the address.
-    void multiply_add(const MultiplyAdd& kind, int sum, int vector, Argument address, int value) {
+    void multiply_add(const MultiplyAdd& kind, int sum, int vector, Address address, int value) {
         start({.map = 2, .prefix = kind.prefix, .shared = 1}, sum, vector, static_cast<int>(address));
         byte(kind.opcode);
         byte(0x40 | (sum & 7) << 3 | static_cast<int>(address));
@@ -39,8 +39,8 @@ public:
         return static_cast<std::uint8_t>((~vector & 15) << 3 | 4 | kind.prefix);
     }
 
-    void load(int vector, Argument address, std::int32_t bytes) { access(0x10, vector, address, bytes); }
-    void store(int vector, Argument address, std::int32_t bytes) { access(0x11, vector, address, bytes); }
+    void load(int vector, Address address, std::int32_t bytes) { access(0x10, vector, address, bytes); }
+    void store(int vector, Address address, std::int32_t bytes) { access(0x11, vector, address, bytes); }
 
     // XORs vector 0 with itself, whatever it holds.
     void clear(int vector) { combine({.map = 1, .prefix = 1}, 0xEF, vector, 0, 0); }
@@ -56,7 +56,11 @@ public:
         bytes({0xC5, 0xFB, 0x92, 0xC8});        // kmovd k1, eax
     }
 
-    void add_sixth(Argument to) { bytes({0x4C, 0x01, 0xC8 | static_cast<int>(to)}); }
+    void set_other(Address from, std::int32_t bytes_on) {
+        bytes({0x48, 0x8D, 0x80 | static_cast<int>(from)});  // lea rax
+        number(bytes_on);
+    }
+    void add_sixth(Address to) { bytes({0x4C, 0x01, 0xC8 | static_cast<int>(to)}); }
 
     // Jumps over `length` bytes if the fifth argument is zero.
     void skip_unless_fifth(std::int32_t length) {
@@ -88,7 +92,7 @@ private:
         byte(2 << 5 | form.shared << 4 | (~other & 16) >> 1 | form.mask);
     }
 
-    void access(int opcode, int vector, Argument address, std::int32_t offset) {
+    void access(int opcode, int vector, Address address, std::int32_t offset) {
         start({.map = 1}, vector, 0, static_cast<int>(address));
         byte(opcode);
         byte(0x80 | (vector & 7) << 3 | static_cast<int>(address));

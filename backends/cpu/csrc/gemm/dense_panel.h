@@ -83,7 +83,7 @@ template <class T>
 void transpose_runs(const GemmJob<T>& job, const PanelLanes& lanes, const Point* depth, Index count, float* panel) {
     const DepthRuns all(depth, count);
     for (Index lane = 0; lane < lanes.width; lane += kFloats) {
-        Inside inside[kFloats];
+        Inside inside[kFloats] = {};
         for (Index r = 0; r < all.count; ++r) {
             const Run& run = all.runs[r];
             for (Index i = 0; i < kFloats && (r == 0 || !run.is_placed_like(all.runs[r - 1])); ++i) {

@@ -1,10 +1,12 @@
 // Machine code for some rows of the sparse operand, written anew for every few blocks of depth.
 //
 // A compiled loop finds a value's row of the panel by its address, so that every multiply-add reads a vector from a
-// cache: more than processors sustain. Written code names a register: the rows of a four are loaded once for sixteen
-// rows of S, and what a multiply-add reads is one float, the value. From block to block only the bytes differ that name
-// these registers.
+// cache: more than processors sustain. Written code names a register: the rows of a four are loaded once for 24 rows of
+// S, and what a multiply-add reads is one float, the value. From block to block only the bytes differ that name these
+// registers.
 #pragma once
+
+#include <iterator>
 
 #include "gemm/avx512_encoder.h"
 #include "gemm/paired_values.h"
@@ -13,7 +15,7 @@
 #if defined(__AVX512F__)
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr int kCodeRows = 16;     // of S: their sums stay in registers
+constexpr int kCodeRows = 24;     // of S: their sums stay in registers
 constexpr int kCodeBlocks = 2;    // of depth
 constexpr int kCodeLanes = 1024;  // of a tile: writing takes about as long as running for 32 of them
 constexpr int kCodeCopies = 12;   // together they are larger than a first-level cache of instructions
@@ -31,7 +33,7 @@ struct PanelCode<SingleValues> {
 
     static void begin(Avx512Encoder&) {}
     static void make_vectors(Avx512Encoder& code, int row, std::int32_t width) {
-        for (int i = 0; i < kVectors; ++i) code.load(32 - kVectors + i, Argument::first, (row + i) * width);
+        for (int i = 0; i < kVectors; ++i) code.load(32 - kVectors + i, Address::first, (row + i) * width);
     }
     template <class T>
     static void make_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, float* panel, float*) {
@@ -50,8 +52,8 @@ struct PanelCode<PairedValues> {
     static void begin(Avx512Encoder& code) { code.begin_blends(); }
     static void make_vectors(Avx512Encoder& code, int row, std::int32_t width) {
         constexpr int p01 = 26, p02 = 27, p03 = 28, p12 = 29, p13 = 30, p23 = 31, second = 24, third = 25;
-        code.load(p01, Argument::first, row * width);
-        code.load(p23, Argument::first, (row + 1) * width);
+        code.load(p01, Address::first, row * width);
+        code.load(p23, Address::first, (row + 1) * width);
         code.shift_down(second, p01);
         code.shift_up(third, p23);
         code.blend(p02, p01, third);
@@ -117,7 +119,9 @@ class RowCode {
     using Encoder = Avx512Encoder;
 
     static constexpr int kEach = Form::kValues / kFours;  // values of a row and a four
-    static constexpr int kNear = kCodeRows / 2;           // rows whose values one register reaches
+    static constexpr int kNear = 8;                       // rows whose values one register reaches
+    static constexpr Address kAddresses[] = {Address::second, Address::fourth, Address::other};
+    static_assert(kCodeRows == kNear * static_cast<int>(std::size(kAddresses)));
     static constexpr std::size_t kProgramBytes = 16384, kBytes = 4 * kCodeCopies * kProgramBytes;
     static_assert(kCodeBlocks * kFours * (Panel::kBytes + kCodeRows * kEach * Encoder::kMultiplyAddBytes) +
                       kCodeRows * 3 * Encoder::kAccessBytes + 64 <= kProgramBytes);
@@ -143,28 +147,27 @@ class RowCode {
         program.function = reinterpret_cast<Function>(to);
         Encoder code(to);
         Panel::begin(code);
+        code.set_other(Address::fourth, kNear * Form::kValues * sizeof(float));
         for (int row = 0; row < rows; ++row) code.clear(row);
         code.skip_unless_fifth(rows * Encoder::kAccessBytes);
-        for (int row = 0; row < rows; ++row) code.load(row, Argument::third, row * width);
+        for (int row = 0; row < rows; ++row) code.load(row, Address::third, row * width);
         program.fours = code.at();
         for (int four = 0; four < fours; ++four) {
             if (four > 0 && four % kFours == 0) advance(code);
             Panel::make_vectors(code, four * Panel::kPanelRows, width);
             for (int row = 0; row < rows; ++row) add_row(code, row, four % kFours);
         }
-        for (int row = 0; row < rows; ++row) code.store(row, Argument::third, row * width);
+        for (int row = 0; row < rows; ++row) code.store(row, Address::third, row * width);
         code.leave();
     }
 
     static void advance(Encoder& code) {
-        code.add_sixth(Argument::second);
-        code.add_sixth(Argument::fourth);
+        for (const Address address : kAddresses) code.add_sixth(address);
     }
 
     static void add_row(Encoder& code, int row, int four) {
-        const Argument address = row < kNear ? Argument::second : Argument::fourth;
         const int value = (row % kNear - kNear / 2) * static_cast<int>(Form::kValues) + four * kEach;
-        for (int i = 0; i < kEach; ++i) code.multiply_add(Panel::kKind, row, kFirst, address, value + i);
+        for (int i = 0; i < kEach; ++i) code.multiply_add(Panel::kKind, row, kFirst, kAddresses[row / kNear], value + i);
     }
 
     // The bytes of all values at once; then each goes to its place.
@@ -174,7 +177,7 @@ class RowCode {
         alignas(64) std::uint8_t bytes[kCodeRows * Form::kValues];
         for (int four = 0; four < fours; ++four) {
             if (four % kFours == 0) bytes_of(places + four / kFours * stride, rows, bytes);
-            if (four > 0 && four % kFours == 0) at += 2 * Encoder::kAddBytes;
+            if (four > 0 && four % kFours == 0) at += std::size(kAddresses) * Encoder::kAddBytes;
             at += Panel::kBytes;
             const std::uint8_t* from = bytes + four % kFours * kEach;
             for (int row = 0; row < rows; ++row, from += Form::kValues) {
@@ -198,7 +201,7 @@ class RowCode {
     static constexpr int kFirst = 32 - Panel::kVectors;
 
     ExecutableMemory memory_{kBytes};
-    Copies kinds_[4];  // for full depth and rest, and for sixteen rows and rest
+    Copies kinds_[4];  // for full depth and rest, and for all rows and rest
 };
 
 }  // namespace nmcompile::NMCOMPILE_ISA
