@@ -60,6 +60,12 @@ def compiled(mode: str = "weights") -> nn.Module:
     return nmcompile.compile(net(), mode).eval()
 
 
+def graphed() -> dict[str, Any]:
+    model = compiled()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return {"model": model, "loss": nn.functional.mse_loss, "optimizer": optimizer, "example": (X, X)}
+
+
 def quantized() -> nn.Module:
     return compiled("inference")
 
@@ -156,6 +162,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "Histogram.best_clip": (observed().best_clip, lambda: {"grid": Grid(4, True)}),
     "clips": (training.clips, lambda: {"compiled": compiled()}),
     "step": (training.step, lambda: {"model": compiled()}),
+    "graphed_step": (training.graphed_step, graphed),
     "scheme_a": (
         lambda **given: next(recipes.scheme_a(**given)),
         lambda: {"model": net(), "calibration": [X], **RECIPE},
@@ -237,8 +244,12 @@ NAMES = {
     "target": "ReLU|cannot be read",
 }
 """Arguments' names in messages, if they differ from the arguments' own names."""
-RUN = {("compile", "validation"): {"class", "module"}, ("verify", "step"): {"class", "module"}}
-"""Functions that are run, and whose own errors come through."""
+RUN = {
+    ("compile", "validation"): {"class", "module"},
+    ("verify", "step"): {"class", "module"},
+    ("graphed_step", "loss"): {"class", "module", "function"},
+}
+"""Functions that are run, and whose own errors come through; without a GPU a loss is not run."""
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import nmcompile
 from nmcompile import CompileConfig
+from nmcompile.training import masks
 
 STEPS = 6
 EXACT = ["eager", "aot_eager"]
@@ -103,6 +104,21 @@ def point_elsewhere(model: nn.Module) -> None:
     nn.utils.vector_to_parameters(torch.randn(72), model.parameters())
 
 
+def assign_other(model: nn.Module) -> None:
+    model.load_state_dict(nn.Linear(8, 8).state_dict(), assign=True)
+
+
+@pytest.fixture
+def no_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take torch for one that cannot guard on objects."""
+    monkeypatch.setattr(masks, "guards_of", lambda _: ())
+
+
+@pytest.mark.usefixtures("no_guards")
+def test_graphs_rebuild_masks_if_no_guard_can() -> None:
+    test_masks_follow_other_writes_too("aot_eager")
+
+
 @pytest.mark.parametrize("backend", [*EXACT, "inductor"])
 def test_masks_follow_other_writes_too(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
@@ -118,9 +134,42 @@ def test_masks_follow_other_writes_too(backend: str) -> None:
     assert counter.frame_count == 1
 
 
+class Twice(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+CALLERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "function": lambda model: torch.compile(lambda x: 2 * model(x), backend="aot_eager", fullgraph=True),
+    "module": lambda model: torch.compile(Twice(model), backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("change", [load_other, write_in_place, point_elsewhere, assign_other])
+def test_a_write_between_steps_is_seen_wherever_the_model_is_called(
+    change: Callable[[nn.Module], None], caller: str
+) -> None:
+    torch.manual_seed(0)
+    model = nmcompile.compile(nn.Linear(8, 8), "t-weights", config=CompileConfig(refresh=None, ends="sparse"))
+    run, x = CALLERS[caller](model), torch.randn(4, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        run(x).square().sum().backward()
+        optimizer.step()
+        change(model)
+        output = run(x)
+        fresh = nmcompile.compile(nmcompile.decompile(model), "t-weights", config=CompileConfig(ends="sparse"))
+        torch.testing.assert_close(output, 2 * fresh(x))
+
+
 @pytest.mark.parametrize("refresh", [2, None])
 def test_a_compiled_optimizer_keeps_the_refresh_period(refresh: int | None) -> None:
-    masks = []
+    states = []
     for step_of in (lambda optimizer: optimizer.step, lambda optimizer: torch.compile(optimizer.step, backend="eager")):
         torch.manual_seed(0)
         config = CompileConfig(refresh=refresh, ends="sparse")
@@ -132,8 +181,8 @@ def test_a_compiled_optimizer_keeps_the_refresh_period(refresh: int | None) -> N
             (model(x) - 1).square().mean().backward()
             step()
         state = nmcompile.sparse_state_dict(model)
-        masks.append((state["weight.mask"], state["weight.clock"].tolist()))
-    assert torch.equal(masks[0][0], masks[1][0]) and masks[0][1] == masks[1][1] == [5, 0]
+        states.append((state["weight.mask"], state["weight.clock"].tolist()))
+    assert torch.equal(states[0][0], states[1][0]) and states[0][1] == states[1][1] == [5, 0]
 
 
 def test_a_report_sees_that_a_compiled_model_ran() -> None:

@@ -25,6 +25,9 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 
     The result for the weight of a frozen model is cached.
     """
+    if torch.compiler.is_dynamo_compiling():
+        # In a graph the number would be a tensor of the CPU, and CUDA graphs leave out a graph that has one.
+        return torch.where(mask, x, x.new_zeros(()))
     if not is_cacheable(x, mask) or content_at_rest() != FROZEN:
         return torch.where(mask, x, 0.0)
     return _masked.get(x, (mask,), (), lambda: torch.where(mask, x, 0.0))

@@ -102,10 +102,15 @@ class ThreeGemm(Rewritten):
         for mask in masks:
             mask.move(fn(mask.tensor))
         for triple in self.three_gemms.values():
+            triple.stream.move(_device_after(fn, triple.stream.draw))
             for step in triple.steps.activations:
-                # `fn` only changes the device of a bool tensor; the clip stays float32.
-                step.move(fn(torch.empty(0, dtype=torch.bool, device=step.clip.device)).device)
+                step.move(_device_after(fn, step.clip))
         return result
+
+
+def _device_after(fn: Callable[[Tensor], Tensor], x: Tensor) -> torch.device:
+    """Return the device to which `fn` moves a tensor whose dtype it must not change; it does not change bool's."""
+    return fn(torch.empty(0, dtype=torch.bool, device=x.device)).device
 
 
 class ThreeGemmLayer(ThreeGemm):

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from nmcompile.training.clips import clips as clips
+from nmcompile.training.graphed_step import graphed_step as graphed_step
 from nmcompile.training.optimizer_hooks import step as step
 
 if TYPE_CHECKING:

@@ -54,6 +54,7 @@ class TripleFactory:
         row = graphs.plan.find(Phase.FORWARD, "weight")
         mask = self._mask(site, row) if row else None
         stream = DrawStream(self.seed, site.layer.name, self.replicas)
+        stream.move(self._device(site))
         return GemmTriple(graphs, site, mask, stream, self._steps(site, graphs.plan))
 
     def _steps(self, site: Site, plan: LayerPlan) -> GridSteps:
@@ -68,12 +69,15 @@ class TripleFactory:
     def _activation_step(self, site: Site, row: PlanRow | None) -> ActivationStep | None:
         if row is None:
             return None
-        device = next(self.model.get_submodule(site.module).parameters()).device
-        step = ActivationStep(site.layer.name, row, device)
+        step = ActivationStep(site.layer.name, row, self._device(site))
         earlier = self.earlier.steps.get((site.layer.name, row.operand))
         if earlier is not None and earlier.is_calibrated and earlier.grid == step.grid:
             step.calibrate(earlier.clip)
         return step
+
+    def _device(self, site: Site) -> torch.device:
+        modules = self.model.get_submodule(site.module), self.model
+        return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
 
     def _mask(self, site: Site, row: PlanRow) -> WeightMask:
         weight = None if site.is_expression else _find(self.model, site.weight)
@@ -98,8 +102,7 @@ class TripleFactory:
     def _new_mask(self, site: Site, row: PlanRow, weight: Tensor | None) -> WeightMask:
         assert row.operator is not None and row.pattern is not None
         if weight is None:
-            like = next(self.model.get_submodule(site.module).parameters())
-            weight = torch.empty(site.layer.weight_shape, device=like.device)
+            weight = torch.empty(site.layer.weight_shape, device=self._device(site))
         config = self.config
         kernel = self.program.layers[site.layer.name].mask_kernel()
         mask = WeightMask(

@@ -18,8 +18,9 @@ from nmcompile.layer_config import TRANSPOSABLE
 from nmcompile.printable import printable
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.sharded import gathered, is_sharded, refuse_flat
+from nmcompile.training.mask_guard import guards_of
 from nmcompile.training.optimizer_hooks import live_masks, watch_optimizers
-from nmcompile.training.refresh_mask import NEVER, compute_mask, refresh_mask, when_compared
+from nmcompile.training.refresh_mask import NEVER, compute_mask, is_compared, refresh_mask, when_compared
 from nmcompile.training.step_count import StepCount
 from nmcompile.training.weight_clock import UNKNOWN, WeightClock
 from nmcompile.weight_cache import FROZEN, Content
@@ -77,6 +78,7 @@ class WeightMask:
         like = torch.empty(weight.shape, device=weight.device) if is_sharded(weight) else weight
         self.tensor = torch.zeros_like(like, dtype=torch.bool, requires_grad=False)
         self.clock = WeightClock()
+        self.guards = guards_of(self)
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
         live_masks.add(self)
 
@@ -91,9 +93,7 @@ class WeightMask:
         A weight other than the registered one gets a mask of its own, which is not cached.
         """
         if torch.compiler.is_compiling():
-            self._fit(weight)
-            self._refresh(weight, when_compared(weight, content, is_trained))
-            return self.tensor
+            return self._in_graph(weight, when_compared(weight, content, is_trained))
         if type(weight) is not nn.Parameter:
             refuse_flat(self.name, weight)
         if weight.is_meta or self._is_another(weight, content):
@@ -106,6 +106,22 @@ class WeightMask:
             self._refresh(weight, NEVER)
             self.clock.content = UNKNOWN if content is None or content == FROZEN else content
         return self.tensor
+
+    def _in_graph(self, weight: Tensor, compares: int) -> Tensor:
+        """Return the mask inside a graph that is being made, which will rebuild it only if no guard can."""
+        is_own = torch.compiler.is_dynamo_compiling() and self._is_registered(weight)
+        # Dynamo guards on an object once a value has been compared with it.
+        if is_own and weight.device == self.tensor.device and self.guards and self.guards[compares] is not None:
+            return self.tensor
+        self._fit(weight)
+        self._refresh(weight, compares)
+        return self.tensor
+
+    def bring_up_to_date(self, compares: int) -> None:
+        """Rebuild the mask as `current` does, before a graph reads it; nothing happens unless the weight is plain."""
+        weight = self.weight()
+        if type(weight) is nn.Parameter and not weight.is_meta and weight.device == self.tensor.device:
+            self.current(weight, fingerprint(weight) if is_compared(compares, self.is_followed) else None)
 
     def _is_registered(self, weight: Tensor) -> TypeGuard[nn.Parameter]:
         """Return whether this is the parameter that was accepted last; asking its modules takes longer."""
@@ -276,11 +292,12 @@ class WeightMask:
 
     def __getstate__(self) -> dict[str, object]:
         self.look()
-        return self.__dict__ | {"owners": list(self.owners.items())}
+        return self.__dict__ | {"owners": list(self.owners.items()), "guards": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
         self.clock.start_anew()
+        self.guards = guards_of(self)
         live_masks.add(self)
         watch_optimizers()  # in a process that has compiled nothing
 

@@ -6,6 +6,7 @@ They are global. They also free the cached values of the stepped weights, and un
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -34,6 +35,9 @@ live_masks: "weakref.WeakSet[WeightMask]" = weakref.WeakSet()
 _steps_before: "weakref.WeakKeyDictionary[Optimizer, dict[int, int]]" = weakref.WeakKeyDictionary()
 """Number of steps that each mask had noted, by the mask's id, for each optimizer that is making a step."""
 
+_uncounted: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+"""Optimizers whose present step is counted by the caller."""
+
 
 @cache
 def watch_optimizers() -> None:
@@ -49,11 +53,21 @@ def step(model: nn.Module) -> None:
     Call it once after each step; the hooks do the same for optimizers of torch.optim.
     """
     check_compiled("model", model)
-    _note_step(list(model.parameters()))
+    note_step(list(model.parameters()))
+
+
+@contextmanager
+def uncounted(optimizer: Optimizer) -> Iterator[None]:
+    """Leave it to the caller to count the steps of an optimizer in this context, with `note_step`."""
+    _uncounted.add(optimizer)
+    try:
+        yield
+    finally:
+        _uncounted.discard(optimizer)
 
 
 def _before_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-    masks = list(_masks_of(_held(optimizer)))
+    masks = list(_masks_of(held(optimizer)))
     _steps_before[optimizer] = {id(mask): mask.notes for mask in masks}
     for mask in masks:
         if mask.was_moved():
@@ -103,12 +117,15 @@ def _decay(masks: "Sequence[WeightMask]", optimizer: Optimizer) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
+    before = _steps_before.pop(optimizer, {})
+    if optimizer in _uncounted:
+        return
     # A GradScaler tells fused optimizers, which are called each time, whether to skip the step.
     found_inf = getattr(optimizer, "found_inf", None)
-    _note_step(_held(optimizer), _steps_before.pop(optimizer, {}), found_inf if isinstance(found_inf, Tensor) else None)
+    note_step(held(optimizer), before, found_inf if isinstance(found_inf, Tensor) else None)
 
 
-def _note_step(
+def note_step(
     parameters: Sequence[Tensor],
     before: Mapping[int, int] = MappingProxyType({}),
     found_inf: Tensor | None = None,
@@ -123,7 +140,8 @@ def _note_step(
     forget(parameters)
 
 
-def _held(optimizer: Optimizer) -> list[Tensor]:
+def held(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters that an optimizer steps."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 

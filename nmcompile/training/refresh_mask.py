@@ -33,6 +33,11 @@ def when_compared(weight: Tensor, content: Content | None, is_trained: bool) -> 
     return ALWAYS if weight.device.type == "cpu" or not torch.is_grad_enabled() else NEVER
 
 
+def is_compared(compares: int, is_followed: bool) -> bool:
+    """Return whether a call under this condition compares, given whether an optimizer is known to step the weight."""
+    return compares == ALWAYS or (compares == UNTIL_FOLLOWED and not is_followed)
+
+
 @custom_op("nmcompile::refresh_mask", mutates_args=("mask", "clock"))
 def refresh_mask(
     weight: Tensor,
@@ -47,8 +52,7 @@ def refresh_mask(
     compares: int,
 ) -> None:
     """Rebuild `mask` from `weight` if it is outdated; `compares` says when to detect that by a fingerprint."""
-    is_asked = compares == ALWAYS or (compares == UNTIL_FOLLOWED and not int(clock[FOLLOWED]))
-    content = fingerprint(weight) if is_asked else None
+    content = fingerprint(weight) if is_compared(compares, bool(clock[FOLLOWED])) else None
     if is_outdated(weight, clock, content):
         mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
         clock[STALE], clock[CONTENT] = 0, UNKNOWN
