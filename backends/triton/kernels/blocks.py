@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nmcompile.backends.triton.kernels.access import is_tile, load_blocks, store_blocks
 from nmcompile.backends.triton.kernels.channels_last import prune_channels_last
+from nmcompile.backends.triton.kernels.kept_launches import launch
 from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune
 from nmcompile.backends.triton.kernels.philox import uniforms
@@ -50,7 +51,9 @@ def prune_by_number(
     unit = _unit(layout, pattern)
     at_a_time = PAIRS if pattern.block == 2 else BLOCKS
     with torch.cuda.device_of(x):
-        prune_blocks_kernel[(triton.cdiv(blocks, at_a_time),)](
+        launch(
+            prune_blocks_kernel,
+            triton.cdiv(blocks, at_a_time),
             words(x),
             words(out),
             key_on(x.device, key),

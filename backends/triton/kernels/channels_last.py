@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nmcompile.backends.triton.kernels.access import is_tile, load_blocks, store_blocks
+from nmcompile.backends.triton.kernels.kept_launches import launch
 from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune
 from nmcompile.backends.triton.kernels.philox import at_step, uniforms_of_walks
@@ -43,7 +44,9 @@ def prune_channels_last(
     side = 1 if tiles[0] else gcd(SIDE, across)
     unit = _unit(layout, fast, tiles)
     with torch.cuda.device_of(x):
-        channels_last_kernel[(prod(outer) * triton.cdiv(last, rows * walk) * triton.cdiv(across, width),)](
+        launch(
+            channels_last_kernel,
+            prod(outer) * triton.cdiv(last, rows * walk) * triton.cdiv(across, width),
             words(x),
             words(out),
             key_on(x.device, key),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmcompile.backends.triton.kernels.kept_launches import launch
 from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune, prune_and_pack
 from nmcompile.backends.triton.kernels.philox import uniforms, uniforms_one_by_one
@@ -81,7 +82,9 @@ def _launch(
     lines, blocks = values.shape[0], values.shape[1] // width
     tiles = triton.cdiv(blocks if dim == 1 else lines, TILE[1]), triton.cdiv(lines if dim == 1 else blocks, TILE[0])
     with torch.cuda.device_of(x):
-        prune_lines_kernel[(tiles[0] * tiles[1],)](
+        launch(
+            prune_lines_kernel,
+            tiles[0] * tiles[1],
             words(x),
             None if mask is None else mask.view(torch.int8),
             words(values),

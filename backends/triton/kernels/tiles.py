@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmcompile.backends.triton.kernels.kept_launches import launch
 from nmcompile.backends.triton.kernels.launch import OPTIONS, TYPES, needs_int64, words
 from nmcompile.backends.triton.kernels.lines import span
 from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
@@ -32,7 +33,9 @@ def prune_tiles(
     rows, columns = w.shape
     across = triton.cdiv(columns, 4 * REGION[1])
     with torch.cuda.device_of(w):
-        prune_tiles_kernel[(triton.cdiv(rows, 4 * REGION[0]) * across,)](
+        launch(
+            prune_tiles_kernel,
+            triton.cdiv(rows, 4 * REGION[0]) * across,
             words(w),
             None if out is None else words(out),
             None if transposed is None else words(transposed),
