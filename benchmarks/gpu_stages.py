@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 PARALLEL = ("-n", "8") if find_spec("xdist") else ()
 BITS = "bfloat16 or tiles or lines or images"  # names of tests
 SAMPLES = "MVUE 2:4, along samples, channels last"
+GRAPHED = "milliseconds", "training, graphed"
 
 Find = Callable[[Any], float]
 
@@ -54,7 +55,11 @@ def figure(*keys: str) -> Find:
 
 def speedup(clock: str, variant: str, over: str = "dense") -> Find:
     """Return a speed-up by "milliseconds", in which the GPU may wait for Python, or by "busy", in which it does not."""
-    return lambda content: figure(clock, over)(content) / figure(clock, variant)(content)
+    return ratio((clock, over), (clock, variant))
+
+
+def ratio(over: tuple[str, str], under: tuple[str, str]) -> Find:
+    return lambda content: figure(*over)(content) / figure(*under)(content)
 
 
 STAGES = (
@@ -105,11 +110,18 @@ STAGES = (
     ),
     step(
         "resnet",
-        70,
+        60,
         "--workloads 3 --compiled --variants dense training pays",
         Expected("ResNet-50, GPU alone, ms", figure("busy", "training"), high=59.5),
         Expected("ResNet-50, GPU alone", speedup("busy", "training"), 0.88, 0.95),
         Expected('ResNet-50, where="pays"', speedup("milliseconds", "pays"), low=0.99),
+    ),
+    step(
+        "resnet-graphed",
+        45,
+        "--workloads 3 --compiled --variants dense training --graphed training",
+        Expected("ResNet-50 as a CUDA graph, over dense, GPU alone", ratio(("busy", "dense"), GRAPHED), 0.88, 0.95),
+        Expected("its time over that of its kernels", ratio(GRAPHED, ("busy", "training")), high=1.05),
     ),
     step(
         "vit-compiled",

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.ir.choice import Choice
+from nmcompile.training import graphed_step
 
 STEPS = 3  # steps in a row
 VARIANTS = "dense", "training", "weights", "pays"
@@ -43,9 +44,13 @@ def made(variant: str, load: Workload) -> nn.Module:
     return nmcompile.compile(dense, {"weights": "t-weights"}.get(variant, variant), config=load.config)
 
 
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
+
+
 def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workload) -> Callable[[], None]:
     """Return a function that makes a training step of `model` by calling the module `trained`."""
-    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9, fused=True)
+    optimizer = optimizer_of(trained)
 
     def step() -> None:
         trained.zero_grad()
@@ -60,7 +65,15 @@ def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workloa
     return step
 
 
-def zero_share(step: Callable[[], None], model: nn.Module) -> float:
+def graphed_stepper(variant: str, load: Workload) -> Callable[[], object]:
+    """Return a function that makes a training step by replaying a CUDA graph, of a model of its own."""
+    if load.loss is None:
+        raise SystemExit("a step without a loss and an optimizer cannot be graphed")
+    model = made(variant, load)
+    return partial(graphed_step(model, load.loss, optimizer_of(model), [load.x]), load.x)
+
+
+def zero_share(step: Callable[[], object], model: nn.Module) -> float:
     """Return the share of zeros among the gradients of all linear and conv outputs: MVUE costs less on zeros."""
     found: list[Tensor] = []
 
@@ -98,12 +111,13 @@ def peak_of(variant: str, load: Workload) -> int:
 def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any]:
     peaks = {variant: peak_of(variant, load) for variant in options.variants}
     models = {variant: made(variant, load) for variant in options.variants}
-    steps = {variant: stepper(model, model, load) for variant, model in models.items()}
+    steps: dict[str, Callable[[], object]] = {variant: stepper(model, model, load) for variant, model in models.items()}
     for step in steps.values():
         step()
     for variant in options.compiled:
         model = models[variant]
         steps[f"{variant}, torch.compile"] = stepper(torch.compile(model), model, load)
+    steps |= {f"{variant}, graphed": graphed_stepper(variant, load) for variant in options.graphed}
     for step in steps.values():
         step()
     calls = {key: partial(repeat, step, STEPS) for key, step in steps.items()}
@@ -126,7 +140,7 @@ def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any
     return {"workload": name, **timed, "bytes": peaks, "zeros": zeros, "choices": chosen}
 
 
-def repeat(step: Callable[[], None], count: int) -> None:
+def repeat(step: Callable[[], object], count: int) -> None:
     for _ in range(count):
         step()
 
@@ -141,6 +155,7 @@ def main() -> None:
     parser.add_argument("--workloads", type=int, nargs="+", default=list(range(len(WORKLOADS))), help="by number")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--compiled", nargs="*", default=list(VARIANTS), choices=VARIANTS, help="by torch.compile too")
+    parser.add_argument("--graphed", nargs="*", default=[], choices=VARIANTS[1:], help="as a CUDA graph too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_training_step.json")
     options = parser.parse_args()
     if not CUSPARSELT.support().ok:
