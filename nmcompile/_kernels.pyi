@@ -64,7 +64,7 @@ def gemm(
 ) -> bool:
     """Write a contraction of tensors of one type, float32 or bfloat16, into `output`.
 
-    Return False, with nothing written, if `sparse` is not 2:4.
+    Return False, with anything written, if `sparse` is not 2:4 or one of the operands is not finite.
     """
 
 def gemm_pruned(
@@ -89,7 +89,7 @@ def gemm_pruned(
 ) -> bool:
     """Write a contraction as `gemm` does, pruning `sparse` along its depth while packing it, its rows side by side.
 
-    Return False, with nothing written, if a block with a NaN keeps more than two of some four.
+    Return False, with anything written, if one of the operands is not finite.
     """
 
 class PackedSparse:
@@ -102,7 +102,7 @@ class PackedSparse:
 def pack_sparse(
     sparse: Tensor, rows: int, sparse_row: int, sparse_depth: Axis, mask: Tensor | None, isa: str, threads: int
 ) -> PackedSparse | None:
-    """Pack the sparse operand of a contraction; return None if it is not 2:4."""
+    """Pack the sparse operand of a contraction; return None if it is not 2:4 or not finite."""
 
 def gemm_packed(
     packed: PackedSparse,
@@ -117,8 +117,11 @@ def gemm_packed(
     bias: Tensor | None,
     isa: str,
     threads: int,
-) -> None:
-    """Write a contraction of float32 or bfloat16 tensors of one type, one of which is packed, into `output`."""
+) -> bool:
+    """Write a contraction of float32 or bfloat16 tensors of one type, one of which is packed, into `output`.
+
+    Return False, with anything written, if `dense` is not finite.
+    """
 
 class PackedIntegers:
     """A 2:4 matrix of 4-bit integers, in twelve bits per group of four."""

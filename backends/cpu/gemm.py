@@ -1,8 +1,8 @@
 """The three GEMMs of a layer by the native sparse kernel.
 
-Each function writes its result into a tensor, or returns False if the pruned operand keeps more than two of some four
-(a block with a NaN is kept whole): the caller then runs the dense kernel. Zeros are skipped, so the other operand has
-to be finite: a dense product yields NaN where infinity or NaN meets a zero. `GemmCall` ensures that.
+Each function writes its result into a tensor, or returns False if the pruned operand keeps more than two of some four,
+or if an operand is not finite: the caller then runs the dense kernel. The sparse one skips zeros, where a dense product
+yields NaN for infinity or NaN times zero.
 """
 
 from collections.abc import Iterable, Sequence
@@ -188,9 +188,8 @@ def _run_packed(
     packed = [pack for pack in packs if pack is not None]
     if len(packed) < len(contractions):
         return False
-    for one, pack, bs in zip(contractions, packed, biases, strict=True):
-        kernels.gemm_packed(pack, *one[4:], bs, *isa_and_threads())
-    return True
+    each = zip(contractions, packed, biases, strict=True)
+    return all(kernels.gemm_packed(pack, *one[4:], bs, *isa_and_threads()) for one, pack, bs in each)
 
 
 def _pair(values: Sequence[int], missing: int) -> Pair:

@@ -1,6 +1,5 @@
 """One call of a GEMM: the operands of its kernels and the size of the product."""
 
-import math
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -45,8 +44,7 @@ class GemmCall(NamedTuple):
 
         Args:
             empty: returns a tensor for the result.
-            fill: writes the result with the sparse kernel; False if the operand is not 2:4. It only runs if the dense
-                operand is finite, so both kernels yield the same NaN.
+            fill: writes the result with the sparse kernel; False if the operand is not 2:4, or an operand not finite.
             dense: returns the result of the dense kernel.
         """
         refusal = self._refusal()
@@ -54,8 +52,6 @@ class GemmCall(NamedTuple):
             return dense(), Choice("dense", refusal)
 
         def sparse() -> Tensor | None:
-            if not self._is_finite():
-                return None
             output = empty()
             return output if fill(output) else None
 
@@ -86,19 +82,6 @@ class GemmCall(NamedTuple):
         """Return everything that decides the time of the kernels."""
         layouts = tuple([None if x is None else (x.dtype, tuple(x.shape), x.stride()) for x in self.operands])
         return self.phase, self.geometry, layouts, torch.get_num_threads()
-
-    def _is_finite(self) -> bool:
-        """Return whether the operands hold no NaN or infinity that the sparse kernel would not multiply by a zero.
-
-        It skips zeros of the sparse operand, and reads zeros around images, where the dense kernel reads nothing. A sum
-        reads an operand once, at the speed of memory. If the sum overflows, only the sparse kernel is lost. Integers
-        are checked where they are packed.
-        """
-        if self.phase == ON_GRID:
-            return True
-        dense = self.operands[1 if self.phase.startswith("update") else 0]
-        read = (dense,) if self.geometry.is_linear else self.operands[:2]
-        return all(x is None or math.isfinite(float(x.detach().sum())) for x in read)
 
     def _multiplications(self) -> int:
         """Return the multiplications of the dense product, or the equivalent of reading the weight if that is more."""

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
+from nmcompile.backends.cpu.gemm import Geometry, sparse_forward, sparse_update
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
+from nmcompile.pruning import OPERATORS, NMPattern
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 LAYERS = {
@@ -53,7 +55,33 @@ def test_as_in_the_dense_product(
         torch.testing.assert_close(ours[ours.isfinite()], dense[dense.isfinite()], rtol=2e-2, atol=2e-2)
 
 
-def test_a_sum_that_overflows_only_costs_the_sparse_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [(0, 0), (299, 131), (150, 64), (16, 130)])
+def test_kernels_find_it_wherever_it_is(place: tuple[int, int], dtype: torch.dtype, value: float) -> None:
+    x, weight = torch.randn(300, 132, dtype=dtype), torch.randn(72, 132, dtype=dtype)
+    weight = OPERATORS["greedy"].prune(weight, NMPattern(2, 4), 1, None)
+    grad_output = OPERATORS["greedy"].prune(torch.randn(300, 72, dtype=dtype), NMPattern(2, 4), 0, None)
+    y, packs = x.new_empty(300, 72), []
+    assert sparse_forward(x, weight, None, None, y, Geometry(), packs)
+    x[place] = value
+    assert not sparse_forward(x, weight, None, None, y, Geometry())
+    assert not sparse_forward(x, weight, None, None, y, Geometry(), packs)
+    assert not sparse_update(grad_output, x, torch.empty_like(weight), Geometry(), "flat", 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_weights_that_the_mask_keeps_have_to_be_finite(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(300, 132, dtype=dtype), torch.randn(72, 132, dtype=dtype)
+    mask = torch.tensor([True, False, False, True]).expand(72, 33, 4).reshape(72, 132)
+    y = x.new_empty(300, 72)
+    weight[71, 129] = torch.nan
+    assert sparse_forward(x, weight, mask, None, y, Geometry()) and y.isfinite().all()
+    weight[71, 131] = torch.nan
+    assert not sparse_forward(x, weight, mask, None, y, Geometry())
+
+
+def test_large_values_are_finite_though_their_sum_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(16, 16), torch.full((8, 16), 3e38)
     x[:, 1::2] = -3e38
     x[0] = 3e38  # their sum is infinite

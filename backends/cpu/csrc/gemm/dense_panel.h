@@ -8,13 +8,26 @@ namespace nmcompile::NMCOMPILE_ISA {
 constexpr int kMostVectors = 8;  // vectors of a panel; that many sums in registers hide the latency of a multiply-add
 constexpr int kMostLanes = kMostVectors * kFloats;
 
+// Returns whether whole vectors of floats are all finite: the exponent bits of NaN and infinity are all set.
+inline bool are_finite(const float* from, Index count) {
+    using Words = Vector<std::uint32_t, kFloats>;
+    Words largest{};
+    for (Index i = 0; i < count; i += kFloats) {
+        const Words magnitude = std::bit_cast<Words>(load<Floats>(from + i)) << 1;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return !any(largest >= 0xFF000000u);
+}
+
 // The lanes that share a panel, and the runs in which they are contiguous in memory.
 struct PanelLanes {
     Point points[kMostLanes];
     Run runs[kMostLanes];
     Index count, run_count, width;  // width: row length of a panel, in whole vectors
+    bool is_checked;                // whether to look for values that are not finite
 
-    PanelLanes(const GemmAxis& axis, Index first, Index last, Index width) : count(last - first), width(width) {
+    PanelLanes(const GemmAxis& axis, Index first, Index last, Index width, bool is_checked)
+        : count(last - first), width(width), is_checked(is_checked) {
         walk(axis, first, count, points);
         for (Index lane = count; lane < width; ++lane) points[lane] = points[0];  // never used, but addressed
         run_count = 0;
@@ -107,6 +120,7 @@ Index fill_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, fl
     }
     const Index rows = (count + 15) / 16 * 16;
     for (Index i = count * lanes.width; i < rows * lanes.width; ++i) panel[i] = 0.0f;
+    if (lanes.is_checked && !are_finite(panel, count * lanes.width)) *job.is_finite = false;
     return rows;
 }
 

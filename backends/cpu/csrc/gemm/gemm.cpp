@@ -47,8 +47,10 @@ float* task_memory(std::int64_t floats) {
 }
 
 template <class T>
-void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
+bool multiply_all(GemmJob<T> job, const GemmKernel<T>& kernel, const KeptValues& kept, unsigned threads) {
     const Tasks tasks = tasks_of(job, kernel, threads);
+    std::atomic<bool> is_finite = true;
+    job.is_finite = &is_finite;
     in_parallel(tasks.count(), 1, threads, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t i = first; i < last; ++i) {
             const std::int64_t row = i % tasks.along * tasks.rows, lane = i / tasks.along * tasks.lanes;
@@ -57,6 +59,7 @@ void multiply_all(const GemmJob<T>& job, const GemmKernel<T>& kernel, const Kept
             kernel.multiply(job, kept, tile, task_memory(kernel.scratch_floats(tasks.rows, tasks.lanes)));
         }
     });
+    return is_finite;
 }
 
 template <class T, class Pack>
@@ -64,9 +67,7 @@ bool pack_and_multiply(const GemmJob<T>& job, InstructionSet isa, unsigned threa
     const GemmKernel kernel = kernel_of<T>(isa);
     const std::int64_t depth = job.sparse_depth.size, values = kernel.values_of_block;
     const KeptValues kept = kept_in(packing_memory(packed_floats(job.rows, depth, values)), job.rows, depth, values);
-    if (!pack(kernel, kept)) return false;
-    multiply_all(job, kernel, kept, threads);
-    return true;
+    return pack(kernel, kept) && multiply_all(job, kernel, kept, threads);
 }
 
 }  // namespace
@@ -89,12 +90,12 @@ std::unique_ptr<PackedSparse> pack_sparse(const GemmJob<T>& job, InstructionSet 
 }
 
 template <class T>
-void gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionSet isa, unsigned threads) {
+bool gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionSet isa, unsigned threads) {
     const GemmKernel kernel = kernel_of<T>(isa);
     if (kernel.values_of_block != packed.values_of_block()) {
         throw std::invalid_argument("the operand was packed for another type or instruction set");
     }
-    multiply_all(job, kernel, packed.kept(), threads);
+    return multiply_all(job, kernel, packed.kept(), threads);
 }
 
 template <class T>
@@ -116,8 +117,8 @@ template bool gemm<float>(const GemmJob<float>&, InstructionSet, unsigned);
 template bool gemm<BFloat16>(const GemmJob<BFloat16>&, InstructionSet, unsigned);
 template bool gemm_pruned<float>(const GemmJob<float>&, Operator, const Rule&, InstructionSet, unsigned);
 template bool gemm_pruned<BFloat16>(const GemmJob<BFloat16>&, Operator, const Rule&, InstructionSet, unsigned);
-template void gemm_packed<float>(const GemmJob<float>&, const PackedSparse&, InstructionSet, unsigned);
-template void gemm_packed<BFloat16>(const GemmJob<BFloat16>&, const PackedSparse&, InstructionSet, unsigned);
+template bool gemm_packed<float>(const GemmJob<float>&, const PackedSparse&, InstructionSet, unsigned);
+template bool gemm_packed<BFloat16>(const GemmJob<BFloat16>&, const PackedSparse&, InstructionSet, unsigned);
 template std::unique_ptr<PackedSparse> pack_sparse<float>(const GemmJob<float>&, InstructionSet, unsigned);
 template std::unique_ptr<PackedSparse> pack_sparse<BFloat16>(const GemmJob<BFloat16>&, InstructionSet, unsigned);
 

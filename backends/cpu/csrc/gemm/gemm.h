@@ -5,6 +5,7 @@
 // layers and of convolutions; which axis is what, nmcompile/backends/cpu/contraction.py says.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -60,6 +61,8 @@ struct GemmJob {
     std::int64_t output_row;
     GemmAxis output_lanes;
     const T* bias;  // one for each row, or null
+
+    std::atomic<bool>* is_finite;  // set to false where D is not
 };
 
 // S without its zeros, packed once for many products with operands of the same type.
@@ -77,17 +80,20 @@ private:
     AlignedMemory<float> memory_;
 };
 
-// Null where S has more than two non-zeros in some four. Only S and its axes are read of the job.
+// Zeros of S are skipped and those around images are read, so S and D have to be finite: a dense product yields NaN where
+// infinity or NaN meets a zero.
+
+// Null where S is not finite or has more than two non-zeros in some four. Only S and its axes are read of the job.
 template <class T>
 std::unique_ptr<PackedSparse> pack_sparse(const GemmJob<T>& job, InstructionSet isa, unsigned threads);
 
-// The product of the packed S; nothing of S is read of the job but its sizes. Throws std::invalid_argument where S was
-// packed for another kernel.
+// The product of the packed S; nothing of S is read of the job but its sizes. False where D is not finite; C is then not
+// the product. Throws std::invalid_argument where S was packed for another kernel.
 template <class T>
-void gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionSet isa, unsigned threads);
+bool gemm_packed(const GemmJob<T>& job, const PackedSparse& packed, InstructionSet isa, unsigned threads);
 
-// False where S has more than two non-zeros in some four; C is then not written. Sums run along depth in one order,
-// whatever the number of threads.
+// False where S or D is not finite or S has more than two non-zeros in some four; C is then not the product. Sums run along
+// depth in one order, whatever the number of threads.
 template <class T>
 bool gemm(const GemmJob<T>& job, InstructionSet isa, unsigned threads);
 

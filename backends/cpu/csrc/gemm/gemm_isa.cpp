@@ -112,7 +112,9 @@ std::vector<Column> columns_of(const GemmJob<T>& job, const GemmTile& tile, floa
     for (Index lane = tile.first_lane; lane < tile.last_lane; lane += width) {
         const Index last = smaller(lane + width, tile.last_lane);
         float* const sums = scratch + kColumnFloats<Form>;
-        columns.push_back({{job.dense_lanes, lane, last, width}, {job.output_lanes, lane, last, width}, scratch, sums});
+        const bool is_checked = tile.first_row == 0;  // other tiles of these lanes read the same
+        const PanelLanes from(job.dense_lanes, lane, last, width, is_checked);
+        columns.push_back({from, {job.output_lanes, lane, last, width, false}, scratch, sums});
         scratch = sums + sum_floats(tile.last_row - tile.first_row);
     }
     return columns;

@@ -18,7 +18,7 @@ struct GemmKernel {
     std::int64_t vector_lanes, panel_lanes;  // of a panel at most; all its vectors are whole except the last one
     std::int64_t most_panels;                // of a tile
     std::int64_t values_of_block;            // values that a row keeps of a block of depth
-    // Packs one block of depth of the rows from `row` on; returns false if some four keep more than two.
+    // Packs one block of depth of the rows from `row` on; returns false if some four keep more than two or are not finite.
     bool (*pack)(const GemmJob<T>& job, const KeptValues& kept, std::int64_t block, std::int64_t row);
     // Computes C for a tile. `scratch` holds `scratch_floats` for its rows and lanes, aligned to 64 bytes.
     void (*multiply)(const GemmJob<T>& job, const KeptValues& kept, const GemmTile& tile, float* scratch);

@@ -121,7 +121,7 @@ std::unique_ptr<PackedSparse> checked_pack(const Input<T>& sparse, std::int64_t 
 }
 
 template <class T>
-void checked_packed(const PackedSparse& packed, const Input<T>& dense, const AxisSpec& dense_depth,
+bool checked_packed(const PackedSparse& packed, const Input<T>& dense, const AxisSpec& dense_depth,
                     const AxisSpec& dense_lanes, std::int32_t height, std::int32_t width, const Output<T>& output,
                     std::int64_t output_row, const AxisSpec& output_lanes, const Input<T>& bias, const char* isa,
                     unsigned threads) {
@@ -131,7 +131,7 @@ void checked_packed(const PackedSparse& packed, const Input<T>& dense, const Axi
               bias);
     const InstructionSet chosen = instruction_set(isa);
     nb::gil_scoped_release release;
-    gemm_packed(job, packed, chosen, threads);
+    return gemm_packed(job, packed, chosen, threads);
 }
 
 template <class T>
@@ -139,16 +139,16 @@ void bind_products_of(nb::module_& m) {
     m.def("gemm", &checked_gemm<T>, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
           "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a, "height"_a, "width"_a, "output"_a.noconvert(),
           "output_row"_a, "output_lanes"_a, "mask"_a.noconvert().none(), "bias"_a.noconvert().none(), "isa"_a, "threads"_a,
-          "Write the product of a 2:4 sparse operand and a dense one; False where the first is not 2:4.");
+          "Write the product of a 2:4 sparse operand and a dense one; False where they are not such or not finite.");
     m.def("gemm_pruned", &checked_pruned<T>, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
           "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a, "height"_a, "width"_a, "output"_a.noconvert(),
           "output_row"_a, "output_lanes"_a, "op"_a, "n_keep"_a, "block"_a, "key"_a, "isa"_a, "threads"_a,
           "The same with an operand that is pruned along depth while it is packed.");
     m.def("pack_sparse", &checked_pack<T>, "sparse"_a.noconvert(), "rows"_a, "sparse_row"_a, "sparse_depth"_a,
-          "mask"_a.noconvert().none(), "isa"_a, "threads"_a, "A 2:4 operand packed; None where it is not 2:4.");
+          "mask"_a.noconvert().none(), "isa"_a, "threads"_a, "A 2:4 operand packed; None where it is not 2:4 or not finite.");
     m.def("gemm_packed", &checked_packed<T>, "packed"_a, "dense"_a.noconvert(), "dense_depth"_a, "dense_lanes"_a,
           "height"_a, "width"_a, "output"_a.noconvert(), "output_row"_a, "output_lanes"_a, "bias"_a.noconvert().none(),
-          "isa"_a, "threads"_a, "Write the product of a packed operand and a dense one of the same type.");
+          "isa"_a, "threads"_a, "Write the product of a packed operand and a dense one of its type; False where that is not finite.");
 }
 
 }  // namespace

@@ -239,6 +239,7 @@ bool pack_rows(const GemmJob<T>& job, const KeptValues& kept, Index block, Index
             gather_rows<kMasked>(job, depth, row, rows, gathered);
         }
         for (Index r = 0; r < rows; ++r, ++row) {
+            fits = are_finite(gathered[r], kDepthBlock) && fits;
             fits = Form::pack_row(gathered[r], kept, (block * job.rows + row) * Form::kValues) && fits;
         }
     }
