@@ -8,6 +8,7 @@ import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward, sparse_update
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
 from nmcompile.pruning import OPERATORS, NMPattern
@@ -62,7 +63,8 @@ def test_kernels_find_it_wherever_it_is(place: tuple[int, int], dtype: torch.dty
     x, weight = torch.randn(300, 132, dtype=dtype), torch.randn(72, 132, dtype=dtype)
     weight = OPERATORS["greedy"].prune(weight, NMPattern(2, 4), 1, None)
     grad_output = OPERATORS["greedy"].prune(torch.randn(300, 72, dtype=dtype), NMPattern(2, 4), 0, None)
-    y, packs = x.new_empty(300, 72), []
+    packs: Packs = []
+    y = x.new_empty(300, 72)
     assert sparse_forward(x, weight, None, None, y, Geometry(), packs)
     x[place] = value
     assert not sparse_forward(x, weight, None, None, y, Geometry())
