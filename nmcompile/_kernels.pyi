@@ -27,7 +27,10 @@ def prune(
     isa: str,
     threads: int,
 ) -> None:
-    """Write `x`, pruned by an operator, into `out`; packed into `out` and `indices` if they are given."""
+    """Write `x`, pruned by an operator, into `out`; packed into `out` and `indices` if they are given.
+
+    A bool `out` gets the mask of the kept elements.
+    """
 
 def transposable(
     x: Tensor,

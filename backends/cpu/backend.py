@@ -9,8 +9,8 @@ from nmcompile.backends.cpu import conv, linear
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.cpu.packed_integers import BITS
-from nmcompile.backends.cpu.prune import prune_natively, prune_support
-from nmcompile.backends.cpu.transposable import MASK_KERNEL, PATTERN
+from nmcompile.backends.cpu.prune import PRUNE_MASK, cpu_prune_mask, prune_natively, prune_support
+from nmcompile.backends.cpu.transposable import PATTERN, TRANSPOSABLE_MASK
 from nmcompile.backends.shared.fuse_nodes import pruned_alone, take_mask, take_pruning
 from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
@@ -45,14 +45,16 @@ class CpuBackend:
     def supports(self, node: fx.Node) -> Support:
         if node.target in OPERAND:
             return gemm_support(node)
-        if node.target in (ops.apply_mask, ops.prune_mask):
+        if node.target is ops.apply_mask:
             return mask_support(node)
-        return _operator_support(node) if node.target is ops.prune else OTHER_KIND
+        return _operator_support(node) if node.target in (ops.prune, ops.prune_mask) else OTHER_KIND
 
     def lower(self, node: fx.Node) -> None:
         if node.target is ops.apply_mask:
             # The graph only applies the mask. It is computed when it is refreshed, outside the graph.
-            update_meta(node, mask_kernel=MASK_KERNEL)
+            update_meta(node, mask_kernel=mask_kernel(node))
+        elif node.target is ops.prune_mask:
+            ops.replace_node(node, cpu_prune_mask, node.args)
         elif node.target is ops.prune:
             ops.replace_node(node, prune_natively, node.args)
         else:
@@ -144,14 +146,24 @@ def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     pruned = node.args[1]
     assert isinstance(pruned, fx.Node)
     weight, mask = take_mask(node)
-    if mask is not None and mask_support(pruned).ok:
-        update_meta(node, mask_kernel=MASK_KERNEL)
+    if mask is not None and kernel_support().ok:
+        update_meta(node, mask_kernel=mask_kernel(pruned))
     return weight, mask
 
 
 def mask_support(node: fx.Node) -> Support:
-    """Return whether there is a kernel for the mask that a node computes, or applies to a weight."""
-    row = row_of(node)
-    if row is None or (row.operator, row.pattern) != ("transposable", PATTERN):
-        return Support(False, "no native kernel for masks except exact transposable ones of 2:4")
+    """Return whether there is a kernel for the mask that a node applies to a weight."""
+    if not mask_kernel(node):
+        return Support(False, "no native kernel for masks except greedy ones, and exact transposable ones of 2:4")
     return kernel_support()
+
+
+def mask_kernel(node: fx.Node) -> str:
+    """Return the name of the kernel that computes the mask of a weight; "" if there is none."""
+    row = row_of(node)
+    if row is None or row.operand != "weight" or row.pattern is None:
+        return ""
+    if (row.operator, row.pattern) == ("transposable", PATTERN):
+        return TRANSPOSABLE_MASK
+    pattern = row.pattern.n_keep, row.pattern.block
+    return PRUNE_MASK if row.operator == "greedy" and prune_support(row.operator, *pattern).ok else ""

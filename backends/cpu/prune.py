@@ -21,6 +21,7 @@ from nmcompile.pruning.operator import check
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.references import OPERATORS
 
+PRUNE_MASK = "nmcompile::cpu_prune_mask"
 WORD = 2**64 - 1  # a key as an unsigned number
 RANKING = frozenset({"greedy", "greedy_by_value"})
 NATIVE = RANKING | {"mvue", "mvue_approx"}
@@ -85,6 +86,29 @@ def cpu_prune_out(
     _write(x, operator, NMPattern(n_keep, block), dim, key, relu, out)
 
 
+@custom_op(PRUNE_MASK, fake=lambda x: torch.empty_like(x, dtype=torch.bool))
+def cpu_prune_mask(x: Tensor, operator: str, n_keep: int, block: int, dim: int) -> Tensor:
+    """Return the mask of the elements that a ranking operator keeps, bool with the strides of `torch.empty_like(x)`.
+
+    Args:
+        x: any shape, strides and device; float64, float32, bfloat16 or float16.
+        operator: `"greedy"` or `"greedy_by_value"`.
+        n_keep: N.
+        block: M.
+        dim: the dim along which blocks run.
+
+    Raises:
+        OperandError: the operator does not take `x`.
+        ConfigError: the operator draws its elements, or the pattern does not fit it.
+    """
+    pattern = NMPattern(n_keep, block)
+    if operator not in RANKING or not runs_natively(x, operator, pattern, dim, None, relu=False):
+        return OPERATORS[operator].mask(x, pattern, dim)
+    mask = torch.empty_like(x, dtype=torch.bool, requires_grad=False)
+    call_kernel(x, operator, pattern, dim, None, False, mask)
+    return mask
+
+
 def prune_natively(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:
@@ -115,7 +139,7 @@ def call_kernel(
     out: Tensor,
     indices: Tensor | None = None,
 ) -> None:
-    """Run the kernel on operands that it takes."""
+    """Run the kernel on operands that it takes; a bool `out` gets the mask of the kept elements."""
     tensors = lend(x.detach().resolve_neg()), lend(out), None if indices is None else lend(indices)
     pruning = check(x, dim), pattern.n_keep, pattern.block
     kernels.prune(operator, *tensors, *pruning, relu, word_of(operator, key), *isa_and_threads())

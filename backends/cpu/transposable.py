@@ -19,7 +19,7 @@ from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.transposable import transposable_mask
 
 PATTERN = NMPattern(2, 4)
-MASK_KERNEL = "nmcompile::cpu_transposable_mask"
+TRANSPOSABLE_MASK = "nmcompile::cpu_transposable_mask"
 
 
 class Outputs(NamedTuple):

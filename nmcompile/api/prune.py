@@ -10,13 +10,14 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from nmcompile.backends.cpu.prune import cpu_prune, cpu_prune_out
+from nmcompile.backends.cpu.prune import cpu_prune, cpu_prune_mask, cpu_prune_out
 from nmcompile.backends.cpu.transposable import cpu_transposable_mask
 from nmcompile.backends.triton.operators import triton_prune, triton_prune_out, triton_transposable_mask
+from nmcompile.pruning.magnitude import mask as reference_greedy_mask
 from nmcompile.pruning.operator import BlockOperator
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.references import OPERATORS
-from nmcompile.pruning.transposable import transposable_mask as reference_mask
+from nmcompile.pruning.transposable import transposable_mask as reference_transposable_mask
 
 PRUNE: dict[str, tuple[Callable[..., Tensor], Callable[..., None]]] = {
     "cpu": (cpu_prune, cpu_prune_out),
@@ -41,8 +42,14 @@ class AcceleratedOperator(BlockOperator):
         prune_out(x.detach(), *rule, out.detach(), key)
         return out
 
+    def find(self, x: Tensor, pattern: NMPattern, dim: int) -> Tensor:
+        """Return the mask of checked operands."""
+        if x.device.type != "cpu":
+            return super().find(x, pattern, dim)
+        return cpu_prune_mask(x, self.name, pattern.n_keep, pattern.block, dim)
 
-@wraps(reference_mask)
+
+@wraps(reference_transposable_mask)
 def transposable_mask(
     w: Tensor, pattern: NMPattern | str, *, dims: tuple[int, int] = (-2, -1), method: str = "exact"
 ) -> Tensor:
@@ -50,7 +57,7 @@ def transposable_mask(
     fits = isinstance(method, str) and method == "exact" and NMPattern.parse(pattern) == NMPattern(2, 4)
     if fits and isinstance(w, Tensor) and w.device.type in MASK and isinstance(dims, tuple) and len(dims) == 2:
         return MASK[w.device.type](w.detach(), *dims)
-    return reference_mask(w, pattern, dims=dims, method=method)
+    return reference_transposable_mask(w, pattern, dims=dims, method=method)
 
 
 def _accelerated(name: str) -> AcceleratedOperator:
@@ -61,3 +68,8 @@ def _accelerated(name: str) -> AcceleratedOperator:
 
 # The operators by the names under which users import them from `nmcompile.pruning`.
 ACCELERATED = {name: _accelerated(name) for name in OPERATORS}
+
+
+@wraps(reference_greedy_mask)
+def mask(x: Tensor, pattern: NMPattern | str, dim: int = -1) -> Tensor:
+    return ACCELERATED["greedy"].mask(x, pattern, dim)

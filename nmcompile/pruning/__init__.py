@@ -6,7 +6,6 @@ reference operators, written in PyTorch, which the kernels equal bit for bit.
 
 from typing import TYPE_CHECKING
 
-from nmcompile.pruning.magnitude import mask as mask
 from nmcompile.pruning.operator import PruningOperator as PruningOperator
 from nmcompile.pruning.operator import check as check
 from nmcompile.pruning.pattern import NMPattern as NMPattern
@@ -14,6 +13,7 @@ from nmcompile.pruning.philox import draw_key as draw_key
 from nmcompile.pruning.references import OPERATORS as OPERATORS
 
 if TYPE_CHECKING:
+    from nmcompile.api.prune import mask as mask
     from nmcompile.api.prune import transposable_mask as transposable_mask
 
     greedy: PruningOperator
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     # Kernels stand above the reference operators, so they are looked up when an operator is first used.
-    if name not in OPERATORS and name != "transposable_mask":
+    if name not in OPERATORS and name not in ("mask", "transposable_mask"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nmcompile.api import prune
 
-    return prune.transposable_mask if name == "transposable_mask" else prune.ACCELERATED[name]
+    return prune.ACCELERATED[name] if name in OPERATORS else getattr(prune, name)

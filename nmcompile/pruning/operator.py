@@ -138,11 +138,13 @@ class BlockOperator:
         """
         if self.needs_key:
             raise ConfigError(f"operator {self.name!r} keeps other elements at each draw and has no mask; use 'greedy'")
-        fitting, axis = self._fit(pattern), check(x, dim)
-        result = torch.empty_like(x, dtype=torch.bool, requires_grad=False)
+        return self.find(x.detach(), self._fit(pattern), check(x, dim))
+
+    def find(self, x: Tensor, pattern: NMPattern, dim: int) -> Tensor:
+        """Return the mask of operands that were checked."""
+        result = torch.empty_like(x, dtype=torch.bool)
         if x.numel():
-            blocks = split(x.detach(), axis, fitting.block)
-            result.copy_(join(self._select(blocks, fitting, None).mask, x, axis))
+            result.copy_(join(self._select(split(x, dim, pattern.block), pattern, None).mask, x, dim))
         return result
 
     @torch.no_grad()

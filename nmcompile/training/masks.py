@@ -47,7 +47,7 @@ class WeightMask:
         refresh: optimizer steps between two computations, None to keep the first mask.
         sr_ste: SR-STE's λ.
         weight: gives shape and device of the mask.
-        kernel: the backend's kernel for a transposable mask, see `compute_mask`; empty for the reference.
+        kernel: the backend's kernel for the mask, see `compute_mask`; empty for the reference.
     """
 
     def __init__(

@@ -69,17 +69,25 @@ def compute_mask(
 ) -> Tensor:
     """Compute the mask of a weight: row-wise along `in_dim`, or transposable over tiles (out, in) inside each group.
 
-    `kernel` names an operator, `"namespace::name"`, that takes a weight, `out_dim` and `in_dim` and returns the mask of
-    `operator` and `pattern`. It is a name because it has to be saved, and traced by `torch.compile`.
+    `kernel` names an operator, `"namespace::name"`, that computes such masks bit for bit, see `_by_kernel`. It is a
+    name because it has to be saved, and traced by `torch.compile`.
     """
     if operator == "greedy":
+        if kernel:
+            return _by_kernel(kernel, weight, operator, pattern.n_keep, pattern.block, in_dim)
         return greedy_mask(weight, pattern, dim=in_dim)
     split = weight.unflatten(out_dim, (groups, -1))
     dims = out_dim + 1, in_dim + (in_dim > out_dim)
     if kernel:
-        namespace, _, name = kernel.partition("::")
-        mask: Tensor = getattr(getattr(torch.ops, namespace), name)(split, *dims)
+        mask = _by_kernel(kernel, split, *dims)
     else:
         method = "exact" if operator == "transposable" else "greedy"
         mask = transposable_mask(split, pattern, dims=dims, method=method)
     return mask.flatten(out_dim, out_dim + 1)
+
+
+def _by_kernel(kernel: str, weight: Tensor, *rule: str | int) -> Tensor:
+    """Return the mask by a kernel that takes the operator, N, M and a dim, or the two dims of a tile."""
+    namespace, _, name = kernel.partition("::")
+    mask: Tensor = getattr(getattr(torch.ops, namespace), name)(weight, *rule)
+    return mask

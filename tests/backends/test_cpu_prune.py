@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from nmcompile.backends.cpu import CpuBackend
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.cpu.prune import WORD, cpu_prune, cpu_prune_out, prune_natively
+from nmcompile.backends.cpu.prune import WORD, cpu_prune, cpu_prune_mask, cpu_prune_out, prune_natively
 from nmcompile.backends.cpu.prune_packed import cpu_prune_packed, cpu_prune_packed_out
 from nmcompile.config import Phase
 from nmcompile.custom_op import operator_of
@@ -134,6 +134,41 @@ def test_equals_the_reference(
     for isa in INSTRUCTION_SETS:
         assert_same(run_kernel(x, operator, pattern, dim, key, relu, expected, isa), expected)
     torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    SHAPES.filter(lambda shape: torch.Size(shape).numel() < 50_000),
+    KINDS,
+    st.sampled_from(DTYPES),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from(["greedy", "greedy_by_value"]),
+    st.sampled_from(PATTERNS),
+    st.data(),
+)
+def test_masks_equal_those_of_the_reference(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, layout: str, operator: str, pattern: str, data: st.DataObject
+) -> None:
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    x = values(shape, kind, dtype, seed=data.draw(st.integers(0, 2**32 - 1)))
+    x = LAYOUTS[layout](x) if x.numel() else x
+    expected = OPERATORS[operator].mask(x, pattern, dim)
+    n_keep, block = map(int, pattern.split(":"))
+    found = cpu_prune_mask(x, operator, n_keep, block, dim)
+    assert found.equal(expected) and found.stride() == expected.stride()
+    for isa in INSTRUCTION_SETS:
+        written = ~expected
+        kernels.prune(operator, x, written, None, dim % x.dim(), n_keep, block, False, 0, isa, 1)
+        assert written.view(torch.uint8).equal(expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("operator", "relu"), [("mvue", False), ("greedy", True)])
+def test_the_kernel_refuses_masks_that_no_operator_has(operator: str, relu: bool) -> None:
+    x = torch.randn(8, 8)
+    with pytest.raises(ValueError, match="no kernel for this operator"):
+        kernels.prune(operator, x, x > 0, None, 1, 2, 4, relu, 0, INSTRUCTION_SETS[0], 1)
+    with pytest.raises(ConfigError, match="has no mask"):
+        cpu_prune_mask(x, "mvue", 2, 4, 1)
 
 
 @settings(deadline=None, max_examples=200)

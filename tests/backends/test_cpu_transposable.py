@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import nmcompile
+from nmcompile import CompileConfig, LayerConfig, Pruning
 from nmcompile.backends.cpu.kernels import kernel_support
+from nmcompile.backends.cpu.prune import PRUNE_MASK
 from nmcompile.backends.cpu.transposable import (
-    MASK_KERNEL,
+    TRANSPOSABLE_MASK,
     Outputs,
     cpu_transposable_mask,
     cpu_transposable_out,
@@ -19,8 +21,9 @@ from nmcompile.backends.cpu.transposable import (
 )
 from nmcompile.errors import OperandError
 from nmcompile.native import INSTRUCTION_SETS, kernels
-from nmcompile.pruning import transposable_mask
+from nmcompile.pruning import NMPattern, transposable_mask
 from nmcompile.pruning.packed import Packed, pack, packed_shapes, unpack
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.training.find_masks import masks_of
 from tests.backends.operands import LAYOUTS, values
 
@@ -237,12 +240,29 @@ def test_compiled_models_compute_their_masks_with_it(groups: int) -> None:
     masks, others = masks_of(native), masks_of(reference)
     assert masks and masks.keys() == others.keys()
     for name, mask in masks.items():
-        assert (mask.kernel, others[name].kernel) == (MASK_KERNEL, "")
+        assert (mask.kernel, others[name].kernel) == (TRANSPOSABLE_MASK, "")
         assert mask.tensor.any() and mask.tensor.equal(others[name].tensor)
     assert "prune: cpu" in nmcompile.inspect(native).layer("2").kernels[nmcompile.Phase.FORWARD]
 
 
-def test_row_wise_masks_stay_with_the_reference() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    compiled = nmcompile.compile(model, "weights", args=(torch.randn(2, 8),), backend="cpu")
-    assert [mask.kernel for mask in masks_of(compiled).values()] == [""]
+@pytest.mark.parametrize(("operator", "kernel"), [("greedy", PRUNE_MASK), ("transposable_greedy", "")])
+def test_other_masks_take_their_own_kernel_or_the_reference(operator: str, kernel: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8))
+    pruned = LayerConfig(weight=Pruning(operator, NMPattern(2, 4)))
+    config = CompileConfig(layers={"1": pruned})
+    x = torch.randn(2, 8)
+    compiled = nmcompile.compile(model, "weights", args=(x,), config=config, backend="cpu")
+    reference = nmcompile.compile(model, "weights", args=(x,), config=config, backend="reference")
+    assert compiled(x).equal(reference(x))
+    ((name, mask),) = masks_of(compiled).items()
+    assert mask.kernel == kernel
+    assert mask.tensor.any() and mask.tensor.equal(masks_of(reference)[name].tensor)
+
+
+def test_masks_of_inputs_are_found_by_a_kernel() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    x = torch.randn(2, 8)
+    compiled = nmcompile.compile(model, "activations", args=(x,), backend="cpu")
+    assert compiled(x).equal(nmcompile.compile(model, "activations", args=(x,), backend="reference")(x))
+    forwards = [triple.graphs[nmcompile.Phase.FORWARD] for triple in triples_of(compiled)]
+    assert any("cpu_prune_mask" in graph.code for graph in forwards)

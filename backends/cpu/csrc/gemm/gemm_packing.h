@@ -44,7 +44,7 @@ template <class T>
 class Pruning {
 public:
     Pruning(const GemmJob<T>& job, Operator op, const Rule& rule, InstructionSet isa)
-        : job_(job), rule_(rule), kernel_(prune_kernel<T>(op, false, rule, isa)) {
+        : job_(job), rule_(rule), kernel_(prune_kernel<T>(op, Form::values, rule, isa)) {
         int digits = 0;
         for (const Digit& digit : job.sparse_depth.digits) {
             if (digit.size > 1) step_ = digit.step.offset, ++digits;

@@ -39,8 +39,8 @@ std::vector<GridDim> merge(std::vector<GridDim> dims) {
 
 }  // namespace
 
-BlockGrid::BlockGrid(std::vector<GridDim> dims, const Run& first, Index element_size, Index unit)
-    : outer_(merge(std::move(dims))), first_(first), element_size_(element_size) {
+BlockGrid::BlockGrid(std::vector<GridDim> dims, const Run& first, Index in_size, Index out_size, Index unit)
+    : outer_(merge(std::move(dims))), first_(first), in_size_(in_size), out_size_(out_size) {
     // The lanes are those of the innermost dim, unless these are few.
     if (outer_.back().size < kFewLanes) {
         const auto shorter = [](const GridDim& a, const GridDim& b) { return a.size < b.size; };
@@ -87,15 +87,17 @@ Run BlockGrid::run(Index index) const {
         at_index += place * dim.index;
         run.number += static_cast<std::uint64_t>(place) * dim.number;
     }
-    run.in = static_cast<const char*>(run.in) + in * element_size_;
-    run.out = static_cast<char*>(run.out) + out * element_size_;
+    run.in = static_cast<const char*>(run.in) + in * in_size_;
+    run.out = static_cast<char*>(run.out) + out * out_size_;
     if (run.indices != nullptr) run.indices += at_index;
     return run;
 }
 
-std::vector<BlockGrid> block_grids(const std::vector<Axis>& axes, std::size_t dim, int unit, int block, bool packed,
+std::vector<BlockGrid> block_grids(const std::vector<Axis>& axes, std::size_t dim, int unit, int block, Form form,
                                    const Run& pointers, Index element_size) {
     const Axis& along = axes[dim];
+    const bool packed = form == Form::packed;
+    const Index out_size = form == Form::mask ? 1 : element_size;
     const Index full = along.size / unit, partial = along.size % unit, out_unit = packed ? unit / 2 : unit;
     const Index blocks = (along.size + block - 1) / block;
     std::vector<GridDim> dims;
@@ -121,16 +123,16 @@ std::vector<BlockGrid> block_grids(const std::vector<Axis>& axes, std::size_t di
     if (partial > 0) {
         Run last = run;
         last.in = static_cast<const char*>(run.in) + full * unit * along.in_stride * element_size;
-        last.out = static_cast<char*>(run.out) + full * out_unit * along.out_stride * element_size;
+        last.out = static_cast<char*>(run.out) + full * out_unit * along.out_stride * out_size;
         if (packed) last.indices += full * along.index_stride;
         last.length = partial;
         last.number = static_cast<std::uint64_t>(full) * number_unit;
-        result.emplace_back(dims, last, element_size, unit);
+        result.emplace_back(dims, last, element_size, out_size, unit);
     }
     if (full > 0) {
         run.length = unit;
         dims.push_back({full, along.in_stride * unit, along.out_stride * out_unit, along.index_stride, number_unit});
-        result.emplace_back(dims, run, element_size, unit);
+        result.emplace_back(dims, run, element_size, out_size, unit);
     }
     return result;
 }

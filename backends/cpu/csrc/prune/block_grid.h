@@ -23,7 +23,8 @@ struct GridDim {
 class BlockGrid {
    public:
     // `first` has pointers, strides along a unit and numbers; strides from unit to unit follow from the dims.
-    BlockGrid(std::vector<GridDim> dims, const Run& first, std::int64_t element_size, std::int64_t unit);
+    BlockGrid(std::vector<GridDim> dims, const Run& first, std::int64_t in_size, std::int64_t out_size,
+              std::int64_t unit);
 
     std::int64_t runs() const;
     Run run(std::int64_t index) const;
@@ -32,11 +33,12 @@ class BlockGrid {
    private:
     std::vector<GridDim> outer_;  // all dims except those of a row of lanes
     Run first_;                   // the first row, with all its lanes
-    std::int64_t element_size_, lanes_per_run_, runs_per_row_;
+    std::int64_t in_size_, out_size_, lanes_per_run_, runs_per_row_;  // sizes of an element in bytes
 };
 
-// `unit` elements along `axes[dim]` are a lane; they hold `unit / block` blocks. `run` has the pointers.
-std::vector<BlockGrid> block_grids(const std::vector<Axis>& axes, std::size_t dim, int unit, int block, bool packed,
+// `unit` elements along `axes[dim]` are a lane; they hold `unit / block` blocks. `run` has the pointers; `element_size`
+// is that of the input.
+std::vector<BlockGrid> block_grids(const std::vector<Axis>& axes, std::size_t dim, int unit, int block, Form form,
                                    const Run& pointers, std::int64_t element_size);
 
 }  // namespace nmcompile

@@ -12,6 +12,9 @@ constexpr int kMaxBlock = 32;
 constexpr int kPackedUnit = 8;   // elements that share a byte of indices: two groups of four
 constexpr int kPackedGroup = 4;  // elements of which a packed form keeps two
 
+// Values of the input's type, zero where pruned; packed values; or a byte for each element, 1 where it is kept.
+enum class Form { values, packed, mask };
+
 enum class Operator { mvue, mvue_approx, greedy, greedy_by_value };
 
 inline Operator operator_of(std::string_view name) {

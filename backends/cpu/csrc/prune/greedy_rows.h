@@ -20,7 +20,8 @@ inline constexpr std::int64_t kInfinityBits<Half> = 0x7C00;
 template <>
 inline constexpr std::int64_t kInfinityBits<BFloat16> = 0x7F80;
 
-template <class T, bool ByValue, bool Relu>
+// Rows of ones that stay where an element is kept if `Masks`, else of the elements.
+template <class T, bool ByValue, bool Relu, bool Masks>
 class GreedyRows {
    public:
     GreedyRows(const Run&, const Rule&) {}
@@ -31,8 +32,9 @@ class GreedyRows {
     NMCOMPILE_INLINE void prune(const Row<T>* x, Row<T>* y, int, NKeep n_keep, Block block) const {
         Row<T> scores[kMaxBlock];
         for (int i = 0; i < block; ++i) {
-            y[i] = Relu ? relu(x[i]) : x[i];
-            scores[i] = score(y[i]);
+            const Row<T> value = Relu ? relu(x[i]) : x[i];
+            scores[i] = score(value);
+            y[i] = Masks ? Row<T>{} + Int{1} : value;
         }
         if constexpr (!std::is_same_v<Block, int>) {
             keep_half(scores, y, n_keep, block);

@@ -29,8 +29,7 @@ void finish_streaming() {
 
 template <class T>
 bool prune(const PruneJob& job) {
-    const bool packed = job.indices != nullptr;
-    const PruneKernel kernel = prune_kernel<T>(job.op, packed, job.rule, job.isa);
+    const PruneKernel kernel = prune_kernel<T>(job.op, job.form, job.rule, job.isa);
     if (kernel == nullptr) return false;
     std::int64_t elements = 1;
     for (const Axis& axis : job.axes) elements *= axis.size;
@@ -44,8 +43,8 @@ bool prune(const PruneJob& job) {
     pointers.indices = job.indices;
     const std::int64_t useful = std::max<std::int64_t>(elements / kElementsPerThread, 1);
     const auto threads = std::min<std::int64_t>(useful, job.threads);
-    const int unit = packed ? kPackedUnit : rule.block;
-    for (const BlockGrid& grid : block_grids(job.axes, job.dim, unit, rule.block, packed, pointers, sizeof(T))) {
+    const int unit = job.form == Form::packed ? kPackedUnit : rule.block;
+    for (const BlockGrid& grid : block_grids(job.axes, job.dim, unit, rule.block, job.form, pointers, sizeof(T))) {
         const std::int64_t piece = std::max<std::int64_t>(1, kElementsPerThread / 4 / grid.elements_per_run());
         in_parallel(grid.runs(), piece, threads, [&](std::int64_t first, std::int64_t last) {
             for (std::int64_t i = first; i < last; ++i) kernel(grid.run(i), rule);

@@ -16,7 +16,8 @@ struct PruneJob {
     std::size_t dim;
     const void* in;
     void* out;
-    std::uint8_t* indices;  // null unless the output is packed (block_run.h)
+    std::uint8_t* indices;  // null unless the output is packed
+    Form form;
     InstructionSet isa;
     unsigned threads;
 };

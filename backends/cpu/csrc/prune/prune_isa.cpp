@@ -3,6 +3,7 @@
 #include "prune/prune_isa.h"
 
 #include "prune/greedy_rows.h"
+#include "prune/mask_rows.h"
 #include "prune/mvue_approx_rows.h"
 #include "prune/mvue_rows.h"
 #include "prune/packed_rows.h"
@@ -36,12 +37,19 @@ RunAccess<const T, kLayout, Unit> input(const Run& run, Unit unit) {
     return {static_cast<const T*>(run.in), run.in_stride, run.in_lane, run.length, unit};
 }
 
-template <class T, template <int> class Rows, class NKeep, class Block>
+template <class T, Layout kLayout, class Unit>
+RunAccess<T, kLayout, Unit> values(const Run& run, const Rule& rule, Unit unit) {
+    return {static_cast<T*>(run.out), run.out_stride, run.out_lane, run.length, unit, rule.streams};
+}
+
+template <class T, bool Masks, template <int> class Rows, class NKeep, class Block>
 void prune(const Run& run, const Rule& rule, NKeep n_keep, Block block) {
     const auto work = [&]<Layout kLayout>() {
         const auto in = input<T, kLayout>(run, block);
-        T* const to = static_cast<T*>(run.out);
-        const RunAccess<T, kLayout, Block> out(to, run.out_stride, run.out_lane, run.length, block, rule.streams);
+        const auto out = [&] {
+            if constexpr (Masks) return MaskWriter<T, kLayout, Block>(run, block);
+            else return values<T, kLayout>(run, rule, block);
+        }();
         Rows<1> rows(run, rule);
         for_vectors<T>(run.count, [&](Index first, Index count) __attribute__((always_inline)) {
             Row<T> x[kMaxBlock], y[kMaxBlock];
@@ -77,21 +85,21 @@ void prune_packed(const Run& run, const Rule& rule) {
 }
 
 // Kernels of `Rows` for the common patterns, and if `Any`, also for all others.
-template <class T, template <int> class Rows, bool Any>
+template <class T, bool Masks, template <int> class Rows, bool Any>
 PruneKernel choose(bool packed, const Rule& rule) {
     const auto is = [&](int n, int m) { return rule.n_keep == n && rule.block == m; };
     const auto half = [&]<int N, int M>() -> PruneKernel {
-        if constexpr (M <= kPackedGroup) {
+        if constexpr (M <= kPackedGroup && !Masks) {
             if (packed) return prune_packed<T, Rows, N, M>;
         }
-        return [](const Run& run, const Rule& rule) { prune<T, Rows>(run, rule, Constant<N>{}, Constant<M>{}); };
+        return [](const Run& run, const Rule& rule) { prune<T, Masks, Rows>(run, rule, Constant<N>{}, Constant<M>{}); };
     };
     if (is(2, 4)) return half.template operator()<2, 4>();
     if constexpr (Any) {
         if (is(1, 2)) return half.template operator()<1, 2>();
         if (packed) return nullptr;
         if (is(4, 8)) return half.template operator()<4, 8>();
-        return [](const Run& run, const Rule& rule) { prune<T, Rows>(run, rule, rule.n_keep, rule.block); };
+        return [](const Run& run, const Rule& rule) { prune<T, Masks, Rows>(run, rule, rule.n_keep, rule.block); };
     }
     return nullptr;
 }
@@ -103,33 +111,43 @@ struct Operators {
     template <int Blocks>
     using mvue_approx = DrawnRows<T, MvueApprox, Blocks>;
     template <int>
-    using greedy = GreedyRows<T, false, false>;
+    using greedy = GreedyRows<T, false, false, false>;
     template <int>
-    using greedy_by_value = GreedyRows<T, true, false>;
+    using greedy_by_value = GreedyRows<T, true, false, false>;
     template <int>
-    using greedy_relu = GreedyRows<T, false, true>;  // after a ReLU a number equals its magnitude
+    using greedy_relu = GreedyRows<T, false, true, false>;  // after a ReLU a number equals its magnitude
+    template <int>
+    using greedy_mask = GreedyRows<T, false, false, true>;
+    template <int>
+    using greedy_by_value_mask = GreedyRows<T, true, false, true>;
 };
 
 }  // namespace
 
-// Returns the kernel of an operator for dense or packed output, nullptr if there is none.
+// Returns the kernel of an operator for this form of the output, nullptr if there is none.
 template <class T>
-PruneKernel prune_kernel(Operator op, bool packed, const Rule& rule) {
+PruneKernel prune_kernel(Operator op, Form form, const Rule& rule) {
     using O = Operators<T>;
+    const bool packed = form == Form::packed;
     const bool ranks = op == Operator::greedy || op == Operator::greedy_by_value;
-    if (rule.relu) return ranks ? choose<T, O::template greedy_relu, true>(packed, rule) : nullptr;
+    if (form == Form::mask) {
+        if (!ranks || rule.relu) return nullptr;
+        return op == Operator::greedy ? choose<T, true, O::template greedy_mask, true>(packed, rule)
+                                      : choose<T, true, O::template greedy_by_value_mask, true>(packed, rule);
+    }
+    if (rule.relu) return ranks ? choose<T, false, O::template greedy_relu, true>(packed, rule) : nullptr;
     switch (op) {
-        case Operator::mvue: return choose<T, O::template mvue, true>(packed, rule);
-        case Operator::mvue_approx: return choose<T, O::template mvue_approx, false>(packed, rule);
-        case Operator::greedy: return choose<T, O::template greedy, true>(packed, rule);
-        case Operator::greedy_by_value: return choose<T, O::template greedy_by_value, true>(packed, rule);
+        case Operator::mvue: return choose<T, false, O::template mvue, true>(packed, rule);
+        case Operator::mvue_approx: return choose<T, false, O::template mvue_approx, false>(packed, rule);
+        case Operator::greedy: return choose<T, false, O::template greedy, true>(packed, rule);
+        case Operator::greedy_by_value: return choose<T, false, O::template greedy_by_value, true>(packed, rule);
     }
     return nullptr;
 }
 
-template PruneKernel prune_kernel<double>(Operator, bool, const Rule&);
-template PruneKernel prune_kernel<float>(Operator, bool, const Rule&);
-template PruneKernel prune_kernel<Half>(Operator, bool, const Rule&);
-template PruneKernel prune_kernel<BFloat16>(Operator, bool, const Rule&);
+template PruneKernel prune_kernel<double>(Operator, Form, const Rule&);
+template PruneKernel prune_kernel<float>(Operator, Form, const Rule&);
+template PruneKernel prune_kernel<Half>(Operator, Form, const Rule&);
+template PruneKernel prune_kernel<BFloat16>(Operator, Form, const Rule&);
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -20,10 +20,12 @@ namespace {
 using Input = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 
+bool is_mask(const Output& out) { return out.dtype() == nb::dtype<bool>(); }
+
 // Returns the dims of x with the strides of the outputs, after checking the outputs' shapes and dtypes.
 std::vector<Axis> axes_of(const Input& x, const Output& out, const Output& indices, std::size_t dim) {
     const bool packed = indices.is_valid();
-    bool fits = x.ndim() == out.ndim() && x.dtype() == out.dtype();
+    bool fits = x.ndim() == out.ndim() && (is_mask(out) || x.dtype() == out.dtype());
     fits = fits && (!packed || (indices.ndim() == x.ndim() && indices.dtype() == nb::dtype<std::uint8_t>()));
     std::vector<Axis> axes(fits ? x.ndim() : 0);
     for (std::size_t i = 0; i < axes.size(); ++i) {
@@ -56,6 +58,7 @@ void checked_prune(const char* op, const Input& x, const Output& out, const Outp
     job.in = x.data();
     job.out = out.data();
     job.indices = indices.is_valid() ? static_cast<std::uint8_t*>(indices.data()) : nullptr;
+    job.form = job.indices != nullptr ? Form::packed : is_mask(out) ? Form::mask : Form::values;
     job.isa = instruction_set(isa);
     job.threads = threads;
 
@@ -81,7 +84,8 @@ void bind_prune(nb::module_& m) {
     m.attr("MAX_BLOCK") = kMaxBlock;
     m.def("prune", &checked_prune, "op"_a, "x"_a.noconvert(), "out"_a.noconvert(), "indices"_a.noconvert().none(),
           "dim"_a, "n_keep"_a, "block"_a, "relu"_a, "key"_a, "isa"_a, "threads"_a,
-          "Write `x`, pruned by an operator, into `out`; packed into `out` and `indices` if they are given.");
+          "Write `x`, pruned by an operator, into `out`; packed into `out` and `indices` if they are given; a bool `out` "
+          "gets the mask of the kept elements.");
 }
 
 }  // namespace nmcompile
