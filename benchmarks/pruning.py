@@ -23,12 +23,14 @@ from tabulate import tabulate
 from timing import in_turns, processor
 from torch import Tensor
 
+from nmcompile import pruning
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.prune import call_kernel, cpu_prune, cpu_prune_out
 from nmcompile.backends.cpu.prune_packed import cpu_prune_packed_out
 from nmcompile.backends.cpu.transposable import cpu_transposable_mask, cpu_transposable_out
-from nmcompile.pruning import OPERATORS, NMPattern, draw_key, transposable_mask
+from nmcompile.pruning import OPERATORS, NMPattern, draw_key
 from nmcompile.pruning.packed import packed_shapes
+from nmcompile.pruning.transposable import transposable_mask
 
 Calls = dict[str, Callable[[], object]]
 
@@ -69,7 +71,11 @@ class Pruned:
 
     def eager(self, x: Tensor, dim: int, key: Tensor | None) -> Tensor:
         dense = torch.relu(x) if self.relu else x
-        return OPERATORS[self.operator].prune(dense, f"{self.n_keep}:{self.block}", dim, key)
+        return OPERATORS[self.operator].prune(dense, self.pattern, dim, key)
+
+    @property
+    def pattern(self) -> str:
+        return f"{self.n_keep}:{self.block}"
 
     def key(self) -> Tensor | None:
         return draw_key() if OPERATORS[self.operator].needs_key else None
@@ -114,6 +120,11 @@ def reused_buffers(x: Tensor, pruned: Pruned) -> Calls:
         "along rows": lambda: pruned.into(out, x, 1, key),
         "along columns": lambda: pruned.into(out, x, 0, key),
     }
+    if not pruned.relu:
+        public = getattr(pruning, pruned.operator)
+        calls["nmcompile.pruning, out="] = lambda: public(x, pruned.pattern, dim=1, out=out)
+    if key is None and not pruned.relu:
+        calls["mask, allocated"] = lambda: pruning.mask(x, pruned.pattern, dim=1)
     if pruned.block <= 4:
         values, indices = packed_shapes(tuple(x.shape), 1)
         packed = x.new_empty(values), x.new_empty(indices, dtype=torch.uint8)
