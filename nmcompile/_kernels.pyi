@@ -14,6 +14,9 @@ def memory(bytes: int) -> Tensor:
 def fingerprint(address: int, bytes: int, threads: int) -> int:
     """Compute a number that changes with the bytes at that address, see `nmcompile.fingerprint`."""
 
+def write_masked(x: int, mask: int, out: int, count: int, size: int, threads: int) -> None:
+    """Write the elements at address `x`, of `size` bytes each, to `out`: zero where the mask does not hold."""
+
 def prune(
     op: str,
     x: Tensor | CapsuleType,

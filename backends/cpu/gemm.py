@@ -15,19 +15,8 @@ from nmcompile.backends.cpu import contraction
 from nmcompile.backends.cpu.contraction import Contraction, Pair, Window
 from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.backends.cpu.prune import word_of
-from nmcompile.ir.operations import apply_mask
 from nmcompile.native import isa_and_threads, kernels
 from nmcompile.pruning.pattern import NMPattern
-from nmcompile.weight_cache import are_weights_at_rest
-
-WORDS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-}
-"""Integers as wide as floating-point numbers."""
-
 
 class Geometry(NamedTuple):
     """Geometry of a 1-d or 2-d convolution; empty for a linear layer."""
@@ -130,18 +119,6 @@ def sparse_pruned_update(
     dy, x, dw = geometry.images(grad_output), geometry.images(input), geometry.kernels(grad_weight)
     rule = operator, pattern.n_keep, pattern.block, word_of(operator, key)
     return kernels.gemm_pruned(*contraction.update(dy, x, dw, geometry.window, 1), *rule, *isa_and_threads())
-
-
-def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the masked weight, which the dense kernels read; cached if it is at rest."""
-    if mask is None:
-        return weight
-    if are_weights_at_rest() or weight.dtype not in WORDS or weight.stride() != mask.stride():
-        return apply_mask(weight, mask)
-    # `torch.where` branches at each element, which takes ten times as long: a processor cannot predict a mask.
-    word = WORDS[weight.dtype]
-    kept = mask.view(torch.int8).to(word).neg_()  # all bits of an element, or none
-    return kept.bitwise_and_(weight.view(word)).view(weight.dtype)
 
 
 def _samples_of_block(grad_output: Tensor, axis: str, block: int, geometry: Geometry) -> int:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from nmcompile.backends.cpu.gemm import (
     Geometry,
-    masked,
     sparse_backward,
     sparse_forward,
     sparse_pruned_update,
     sparse_update,
 )
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
+from nmcompile.backends.cpu.masked import masked
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.cpu.spare_memory import empty

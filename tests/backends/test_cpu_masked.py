@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from nmcompile.backends.cpu.gemm import WORDS, masked
+from nmcompile.backends.cpu.masked import masked
 from nmcompile.ir.operations import apply_mask
 from nmcompile.weight_cache import weights_at_rest
+
+WORDS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+"""Integers as wide as floating-point numbers."""
 
 
 @pytest.mark.parametrize("dtype", WORDS, ids=str)
@@ -29,3 +37,8 @@ def test_the_weight_of_a_frozen_model_is_masked_once() -> None:
     weight, mask = torch.randn(8, 8), torch.rand(8, 8) > 0.5
     with weights_at_rest():
         assert masked(weight, mask) is masked(weight, mask) is apply_mask(weight, mask)
+
+
+def test_a_large_weight_is_masked_by_several_threads() -> None:
+    weight, mask = torch.randn(1025, 517), torch.rand(1025, 517) > 0.5
+    assert masked(weight, mask).equal(torch.where(mask, weight, 0.0))

@@ -8,6 +8,7 @@
 #include "integers/packed_integers_module.h"
 #include "machine/instruction_sets.h"
 #include "machine/spare_memory.h"
+#include "masked.h"
 #include "prune/prune_module.h"
 #include "transposable/transposable_module.h"
 
@@ -28,6 +29,13 @@ std::int64_t fingerprint_at(std::uintptr_t address, std::int64_t bytes, unsigned
     return fingerprint(reinterpret_cast<const std::uint8_t*>(address), bytes, threads);
 }
 
+void write_masked_at(std::uintptr_t x, std::uintptr_t mask, std::uintptr_t out, std::int64_t count, int size,
+                     unsigned threads) {
+    nb::gil_scoped_release release;
+    write_masked(reinterpret_cast<const void*>(x), reinterpret_cast<const std::uint8_t*>(mask),
+                 reinterpret_cast<void*>(out), count, size, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -41,6 +49,8 @@ NB_MODULE(_kernels, m) {
     m.def("fingerprint", &fingerprint_at, "address"_a, "bytes"_a, "threads"_a,
           "Of what lies there, a number that changes with it (see nmcompile.ir.fingerprint). Exporting a tensor would take"
           " longer than a small weight.");
+    m.def("write_masked", &write_masked_at, "x"_a, "mask"_a, "out"_a, "count"_a, "size"_a, "threads"_a,
+          "Write the elements at address `x`, of `size` bytes each, to `out`: zero where the mask does not hold.");
     bind_gemm(m);
     bind_packed_integers(m);
     bind_prune(m);
