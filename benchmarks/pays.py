@@ -60,18 +60,22 @@ def main() -> None:
         # With a gradient of the input, like a layer in the middle of a model.
         args = (x.detach().requires_grad_(),)
         models["pays"] = nmcompile.compile(models["pays"], "training", args=args, config=config)
-        plan = nmcompile.inspect(models["pays"]).layers[0].plan
-        pruned = [phase.value for phase in Phase if any(row.is_sparse for row in plan.rows_of(phase))]
         times = in_turns({key: stepper(model, x) for key, model in models.items()}, options.repeats)
         medians = {key: statistics.median(found) for key, found in times.items()}
         ratios = {key: medians["dense"] / medians[key] for key in ("pays", "dense again")}
-        rows.append({"layer": name, "milliseconds": medians, "speedup": ratios, "pruned": pruned})
-        print(
-            f"{name}: {ratios['pays']:.2f} ({ratios['dense again']:.2f}), pruned in {', '.join(pruned) or 'no phase'}"
+        report = nmcompile.inspect(models["pays"])
+        pruned = [phase.value for phase in Phase if report.layers[0].plan.is_pruned(phase)]
+        share = report.pruned_share
+        rows.append(
+            {"layer": name, "milliseconds": medians, "speedup": ratios, "pruned": pruned, "pruned_share": share}
         )
+        speed = f"{ratios['pays']:.2f} ({ratios['dense again']:.2f})"
+        print(f"{name}: {speed}, pruned in {', '.join(pruned) or 'no phase'}, {share or 0.0:.0%} of the MACs")
     for key in ("pays", "dense again"):
-        found = sorted(row["speedup"][key] for row in rows)
-        print(f"{key}: {found[0]:.2f} at least, {statistics.median(found):.2f} in the middle, {found[-1]:.2f} at most")
+        speeds = sorted(row["speedup"][key] for row in rows)
+        print(
+            f"{key}: {speeds[0]:.2f} at least, {statistics.median(speeds):.2f} in the middle, {speeds[-1]:.2f} at most"
+        )
     setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": processor()}
     RESULT.write_text(json.dumps({**setting, "repeats": options.repeats, "results": rows}, indent=2) + "\n")
 

@@ -25,7 +25,8 @@ COPIES = {
 DRAWS = 0.9  # copies for pruning an operand that the sparse kernel packs anyway
 MASK, OTHERS, REFERENCE = 1.6, 2.0, 50.0
 """Copies for masking a weight, for an operator that was not measured, and for one without a kernel."""
-HOST = 5e-5  # seconds of Python
+CALL, HOST = 2e-5, 5e-5
+"""Seconds of Python for a dense GEMM, and how much more it takes to prune."""
 
 
 class CpuCosts(NamedTuple):
@@ -39,10 +40,12 @@ class CpuCosts(NamedTuple):
         return dtype != torch.bfloat16  # whose kernels depend on the processor
 
     def dense_seconds(self, gemm: Gemm) -> float:
-        return gemm.groups * dense_seconds(TYPICAL, *gemm[:3], gemm.is_linear)
+        return CALL + gemm.groups * dense_seconds(TYPICAL, *gemm[:3], gemm.is_linear)
 
     def sparse_seconds(self, gemm: Gemm, is_cached: bool) -> float | None:
-        return gemm.groups * sparse_seconds(TYPICAL, *gemm[:3], is_cached) if gemm.dtype == torch.float32 else None
+        if gemm.dtype != torch.float32:
+            return None
+        return CALL + gemm.groups * sparse_seconds(TYPICAL, *gemm[:3], is_cached)
 
     def pruning_seconds(self, pruned: Pruned, dtype: torch.dtype, for_sparse: bool) -> float:
         return _copies(pruned, for_sparse) * 2 * pruned.elements * dtype.itemsize * COPIED_BYTE

@@ -68,8 +68,8 @@ def tell_if_slower(request: Request, program: Program) -> None:
     dense, pruned = (sum(times) for times in zip(*known, strict=True)) if known else (0.0, 0.0)
     if pruned * MARGIN > dense and pruned - dense > LEAST_LOSS:
         logger.warning(
-            "the pruned layers of %s are predicted to take %.2f ms a step, and %.2f ms dense; "
-            "CompileConfig(where='pays') prunes only where that is measured to be faster",
+            "%s is predicted to slow down: its pruned layers take %.1f ms a step, %.1f dense; "
+            "CompileConfig(where='pays') helps",
             type(request.plain).__name__,
             pruned * 1e3,
             dense * 1e3,

@@ -47,8 +47,16 @@ class Report:
         return self.program.captured.whole_reason
 
     @property
+    def pruned_share(self) -> float | None:
+        """Return the share of the MACs of all three GEMMs that read a pruned operand; None if no shape is known."""
+        macs = {layer.name: layer.macs for layer in self.layers if layer.macs is not None}
+        pruned = (macs.get(layer.name, 0) for layer in self.layers for phase in Phase if layer.density(phase) < 1)
+        total = len(Phase) * sum(macs.values())
+        return sum(pruned) / total if total else None
+
+    @property
     def summary(self) -> dict[str, Any]:
-        """Return totals: layers, parameters, and per phase the share of MACs in sparse GEMMs, expected MACs and BOPs.
+        """Return totals: layers, parameters, `pruned_share`, and per phase that share, expected MACs and BOPs.
 
         `parameters` counts the parameters of GEMMs, each once; `uncaptured_parameters` are read by code that is not a
         layer. The MACs of `uncounted_layers`, whose shapes are unknown, are in none of them.
@@ -64,6 +72,7 @@ class Report:
             "parameters": covered_parameters(captured, (layer.name for layer in self.layers)) + uncaptured,
             "uncaptured_parameters": uncaptured,
             "sparse_parameters": covered_parameters(captured, (layer.name for layer in sparse)),
+            "pruned_share": self.pruned_share,
             "phases": {phase.value: self._totals(phase) for phase in Phase},
         }
 

@@ -143,5 +143,12 @@ def _gain(report: "Report") -> str:
     return (
         f"{len(sparse)} of {len(choices)} GEMMs that ran had a sparse kernel; those measured take "
         f"{time * 1e3:.1f} ms, and {dense_time * 1e3:.1f} ms with dense kernels on the same pruned operands. "
+        f"{_share(report)}"
         "Whether a layer is faster than without pruning, CompileConfig(where='pays') measures."
     )
+
+
+def _share(report: "Report") -> str:
+    """Return how much of the model is pruned: without that, a speed-up of 1.00 may be one of nothing."""
+    share = report.pruned_share
+    return "" if share is None else f"Pruned operands take part in {share:.1%} of the MACs of all three GEMMs. "

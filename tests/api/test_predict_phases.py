@@ -145,5 +145,5 @@ def test_a_model_that_is_predicted_to_be_slower_is_told(
     assert len(caplog.messages) == is_told
     if is_told:
         (message,) = caplog.messages
-        assert message.startswith("the pruned layers of Sequential are predicted to take ")
+        assert message.startswith("Sequential is predicted to slow down: its pruned layers take ")
         assert "where='pays'" in message and "\n" not in message

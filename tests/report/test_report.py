@@ -63,6 +63,7 @@ def test_totals_equal_closed_forms(mode: str, x: Tensor) -> None:
         assert values["bops"] == pytest.approx(values["expected_macs"] * 32 * 32)
     assert (summary["layers"], summary["uncounted_layers"]) == (4, 0)
     assert summary["sparse_layers"] == (0 if mode == "dense" else 2)
+    assert summary["pruned_share"] == pytest.approx(pruned / total * sum(one < 1 for one in DENSITY[mode]) / len(Phase))
     assert summary["parameters"] == sum(WEIGHTS.values())
     assert summary["sparse_parameters"] == (0 if mode == "dense" else sum(WEIGHTS[name] for name in MIDDLE))
 
@@ -90,7 +91,7 @@ def test_unknown_shapes_are_said_to_be_unknown() -> None:
     report = nmcompile.analyze(network())
     assert [layer.macs for layer in report.layers] == [None] * 4
     assert report.summary["phases"]["forward"]["macs"] is None
-    assert report.summary["uncounted_layers"] == 4
+    assert report.summary["uncounted_layers"] == 4 and report.pruned_share is None
     assert "MACs of 4 layers are unknown and not counted: pass args=" in str(report)
 
 
