@@ -21,6 +21,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import nmcompile
 from nmcompile import CompileConfig
+from nmcompile.three_gemm import draw_stream
 from nmcompile.training import masks
 
 MODES = "weights", "t-weights", "training"
@@ -115,6 +116,16 @@ def test_only_the_counts_of_draws_are_written_in_backward(mode: str) -> None:
     assert [(x.dtype, x.dim()) for x in written] == ([(torch.int64, 0)] * 2 if mode == "training" else [])
 
 
+def test_memory_that_stays_is_made_while_a_step_is_compiled() -> None:
+    """Memory that backward makes belongs to the CUDA graph, which torch refuses if it stays."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = nmcompile.compile(net, "training", config=CompileConfig(ends="sparse"))
+    output = torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(8, 8))
+    made = draw_stream._on_device.cache_info().misses
+    output.sum().backward()
+    assert draw_stream._on_device.cache_info().misses == made
+
+
 def test_every_input_but_the_batch_stays_where_it_is() -> None:
     """Others would be copied before each replay."""
     graphs = graphs_of("training", "auto")
@@ -125,7 +136,7 @@ def test_every_input_but_the_batch_stays_where_it_is() -> None:
 
 def test_the_operator_that_rebuilds_masks_would_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs hold it if torch cannot guard on objects; the census sees it."""
-    monkeypatch.setattr(masks, "guards_of", lambda _: ())
+    monkeypatch.setattr(masks, "guards_of", lambda _: None)
     graphs = captured("t-weights", "auto")
     assert any("refresh_mask" in str(node) or "refresh_mask" in str(node.args) for node in graphs.forward.graph.nodes)
     assert len(find_input_mutations(graphs.forward.graph)) > 3

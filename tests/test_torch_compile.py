@@ -111,7 +111,7 @@ def assign_other(model: nn.Module) -> None:
 @pytest.fixture
 def no_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take torch for one that cannot guard on objects."""
-    monkeypatch.setattr(masks, "guards_of", lambda _: ())
+    monkeypatch.setattr(masks, "guards_of", lambda _: None)
 
 
 @pytest.mark.usefixtures("no_guards")

@@ -46,6 +46,8 @@ class DrawStream:
 
     def move(self, device: torch.device) -> None:
         """Move to a device: keys are made on the device that uses them, so nothing has to wait for a copy."""
+        if torch.compiler.is_dynamo_compiling():
+            make_bases(self.seed, self.layer, self._rank(), device)
         if self.draw.device != device and device.type != "meta":
             # A tensor made in inference mode could not be advanced outside of it.
             with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
@@ -53,22 +55,32 @@ class DrawStream:
 
     def next_keys(self) -> Tensor:
         """Return the keys of one backward call, int64 of shape (2,): for the backward GEMM and for the update GEMM."""
-        rank = self.replicas.rank if self.rank is None else self.rank
-        return next_keys(self.draw, self.seed, self.layer, rank)
+        return next_keys(self.draw, self.seed, self.layer, self._rank())
+
+    def _rank(self) -> int:
+        return self.replicas.rank if self.rank is None else self.rank
 
 
 @custom_op("nmcompile::next_keys", fake=lambda draw: draw.new_empty(2), mutates_args=("draw",))
 def next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
     """Return keys for the current draw, and advance it. A custom operator, as it has to draw in each compiled step."""
-    if rank == OWN_RANK:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     keys = _bases(seed, layer, rank, draw.device) + draw
     draw.add_(1)
     return keys
 
 
+@torch.compiler.assume_constant_result
+def make_bases(seed: int, layer: str, rank: int, device: torch.device) -> bool:
+    """Make what `next_keys` reads while a step is compiled: memory that stays must not be one of a CUDA graph."""
+    if device.type != "meta":
+        _bases(seed, layer, rank, device)
+    return True
+
+
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
     """Return the keys of draw 0: they stay on a GPU, as a copy from the CPU would wait for it."""
+    if rank == OWN_RANK:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     bases = tuple(_base(seed, layer, rank, phase) for phase in ("backward", "update"))
     return _on_device(bases, device)
 

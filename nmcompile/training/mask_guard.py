@@ -45,6 +45,6 @@ def _opaque() -> type[MaskGuard] | None:
 _kind = _opaque()
 
 
-def guards_of(mask: "WeightMask") -> tuple[MaskGuard, ...]:
-    """Return a guard for each condition under which a call compares; none if Dynamo cannot ask them."""
-    return () if _kind is None else tuple(_kind(mask, compares) for compares in (NEVER, UNTIL_FOLLOWED, ALWAYS))
+def guards_of(mask: "WeightMask") -> tuple[MaskGuard, ...] | None:
+    """Return a guard for each condition under which a call compares; None if Dynamo cannot ask them."""
+    return None if _kind is None else tuple(_kind(mask, compares) for compares in (NEVER, UNTIL_FOLLOWED, ALWAYS))

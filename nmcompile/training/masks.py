@@ -110,8 +110,9 @@ class WeightMask:
     def _in_graph(self, weight: Tensor, compares: int) -> Tensor:
         """Return the mask inside a graph that is being made, which will rebuild it only if no guard can."""
         is_own = torch.compiler.is_dynamo_compiling() and self._is_registered(weight)
-        # Dynamo guards on an object once a value has been compared with it.
-        if is_own and weight.device == self.tensor.device and self.guards and self.guards[compares] is not None:
+        if is_own and weight.device == self.tensor.device and self.guards is not None:
+            # Dynamo asks an object once the traced code has looked at it; the truth of a tuple would look at each.
+            assert self.guards[compares] is not None
             return self.tensor
         self._fit(weight)
         self._refresh(weight, compares)
@@ -292,7 +293,7 @@ class WeightMask:
 
     def __getstate__(self) -> dict[str, object]:
         self.look()
-        return self.__dict__ | {"owners": list(self.owners.items()), "guards": ()}
+        return self.__dict__ | {"owners": list(self.owners.items()), "guards": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})

@@ -178,7 +178,7 @@ def test_finalize_and_verify_see_a_write() -> None:
     assert nmcompile.verify(model).ok
 
 
-def test_a_training_step_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_compares_nothing_and_other_calls_compare_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, compared = compiled_linear(), []
     train(model, 1)
 
@@ -193,6 +193,13 @@ def test_a_training_step_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         model(X)
     assert len(compared) == 1
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    for context, comparisons in (torch.enable_grad, 0), (torch.no_grad, 1):
+        with context():
+            run(X)
+            compared.clear()
+            run(X)
+        assert len(compared) == comparisons
 
 
 def test_an_optimizer_that_nobody_sees_is_followed() -> None:
