@@ -69,12 +69,14 @@ def next_keys(draw: Tensor, seed: int, layer: str, rank: int) -> Tensor:
     return keys
 
 
-@torch.compiler.assume_constant_result
 def make_bases(seed: int, layer: str, rank: int, device: torch.device) -> bool:
     """Make what `next_keys` reads while a step is compiled: memory that stays must not be one of a CUDA graph."""
     if device.type != "meta":
         _bases(seed, layer, rank, device)
     return True
+
+
+torch.compiler.assume_constant_result(make_bases)  # Dynamo calls it, and traces nothing.
 
 
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
