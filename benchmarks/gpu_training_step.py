@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from gpu_workloads import WORKLOADS, Workload
+from gradients import check_finite, zero_share
 from timing import busy_on_gpu, gpu_setting, on_gpu
 from torch import Tensor, nn
 
@@ -71,28 +72,6 @@ def graphed_stepper(variant: str, load: Workload) -> Callable[[], object]:
         raise SystemExit("a step without a loss and an optimizer cannot be graphed")
     model = made(variant, load)
     return partial(graphed_step(model, load.loss, optimizer_of(model), [load.x]), load.x)
-
-
-def zero_share(step: Callable[[], object], model: nn.Module) -> float:
-    """Return the share of zeros among the gradients of all linear and conv outputs: MVUE costs less on zeros."""
-    found: list[Tensor] = []
-
-    def note(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
-        found.append((grad_output[0] == 0).float().mean())
-
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    handles = [layer.register_full_backward_hook(note) for layer in layers]
-    step()
-    for handle in handles:
-        handle.remove()
-    return float(torch.stack(found).mean())
-
-
-def check_finite(models: dict[str, nn.Module]) -> None:
-    """Stop if training has diverged: on a NaN every pruning kernel takes its slow path."""
-    for variant, model in models.items():
-        if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
-            raise SystemExit(f"{variant}: a gradient is not finite after the last timed step")
 
 
 def peak_of(variant: str, load: Workload) -> int:

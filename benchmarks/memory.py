@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 import torch
-from timing import processor
+from gradients import check_finite
+from timing import cpu_setting
 from vision import models
 
 import nmcompile
@@ -47,6 +48,7 @@ def peak(variant: str, batch: int) -> int:
             model(torch.randn(batch, 3, 224, 224)), torch.randint(1000, (batch,))
         ).backward()
         optimizer.step()
+    check_finite({variant: model})
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
@@ -86,7 +88,7 @@ def main() -> None:
         )
         workload = f"ResNet-18, batch {options.batch}, SGD with momentum"
         rows.append({"workload": workload, "allocator": name, "bytes": medians, "of dense": ratios})
-    setting = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": processor()}
+    setting = {"command": sys.argv, **cpu_setting()}
     RESULT.write_text(json.dumps({**setting, "repeats": options.repeats, "results": rows}, indent=2) + "\n")
 
 

@@ -99,8 +99,15 @@ def gpu_setting() -> dict[str, Any]:
     }
 
 
+def cpu_setting() -> dict[str, Any]:
+    """Return the processor, the threads and the version of PyTorch."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": processor()}
+
+
 def processor() -> str:
-    """Return the name and the flags of the processor."""
+    """Return the name, the numbers and the flags of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "flags"))]
-    return "; ".join(dict.fromkeys(names)) or platform.processor()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:
+        return platform.processor()
+    return "{model name} (family {cpu family}, model {model}); {flags}".format_map(fields)

@@ -1,4 +1,4 @@
-"""torchvision's models, also where its wheel is built for CUDA and torch is not: on import it names CUDA operators."""
+"""torchvision's models, also where its wheel is built for CUDA and torch is not (it names CUDA operators), and timm."""
 
 import torch
 
@@ -7,4 +7,5 @@ for name in ("nms", "qnms"):
     if torch.version.cuda is None and not hasattr(torch.ops.torchvision, name):
         LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+import timm as timm  # noqa: E402 - imports torchvision
 from torchvision import models as models  # noqa: E402

@@ -18,6 +18,7 @@ from nmcompile.backends.cpu.prune import word_of
 from nmcompile.native import isa_and_threads, kernels
 from nmcompile.pruning.pattern import NMPattern
 
+
 class Geometry(NamedTuple):
     """Geometry of a 1-d or 2-d convolution; empty for a linear layer."""
 
