@@ -7,8 +7,6 @@ from nmcompile.config import Phase
 from nmcompile.ir.captured import Captured
 from nmcompile.ir.plan import LayerPlan
 
-MARGIN = 0.95  # × the dense time, which pruning must stay below: times differ by a few percent from run to run
-
 Parts = tuple[tuple[Phase, ...], ...]
 """Phases that are pruned, grouped if they can only be pruned together; `()` is the plain layer."""
 Times = Mapping[Parts, float]
@@ -21,15 +19,16 @@ def choices_of(plan: LayerPlan) -> Iterator[Parts]:
     return itertools.chain.from_iterable(itertools.combinations(parts, count) for count in range(len(parts) + 1))
 
 
-def decide(times: Times, verdict: str) -> dict[Phase, str]:
+def decide(times: Times, margin: float, verdict: str) -> dict[Phase, str]:
     """Return the phases to leave dense, with the reason.
 
     Args:
         times: of all choices among the parts of a layer.
+        margin: × the dense time, which pruning must stay below.
         verdict: the beginning of the reason.
     """
     best = min((parts for parts in times if parts), key=lambda parts: times[parts])
-    kept = set(itertools.chain(*best)) if times[best] < MARGIN * times[()] else set()
+    kept = set(itertools.chain(*best)) if times[best] < margin * times[()] else set()
     everything = max(times, key=len)
     reason = (
         f"{verdict}: {times[everything] * 1e3:.2f} ms with everything pruned, "

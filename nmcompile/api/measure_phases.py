@@ -21,6 +21,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 TURNS = Turns(5, 12, 0.3)
 HEAD_START = 8_000_000  # cycles by which a layer's step is ahead of the GPU: about four milliseconds
+MARGIN = 0.95  # × the dense time, which pruning must stay below: runs differ by a few percent
 VERDICT = "pruning does not pay (where='pays')"
 NOT_REACHED = "no call with args reaches it, so whether pruning pays is not known (where='pays')"
 
@@ -65,7 +66,8 @@ def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhas
         if problem not in measured:
             clock = partial(seconds, device=device_of(trial, triple), head_start=HEAD_START)
             measured[problem] = medians_in_turns(steps_of(trial, record, triple, inputs[name]), clock, TURNS)
-        dense[name] = {phase: why for phase, why in decide(measured[problem], VERDICT).items() if phase in optional}
+        reasons = decide(measured[problem], MARGIN, VERDICT)
+        dense[name] = {phase: reason for phase, reason in reasons.items() if phase in optional}
     return dense
 
 

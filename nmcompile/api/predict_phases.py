@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nmcompile.api.choose_phases import MARGIN, Times, choices_of, decide, optional_phases
+from nmcompile.api.choose_phases import Times, choices_of, decide, optional_phases
 from nmcompile.api.layer_costs import Seconds, Setting, predict_phases
 from nmcompile.api.layer_steps import asks_gradient
 from nmcompile.api.pipeline import plan_and_lower
@@ -22,6 +22,7 @@ from nmcompile.errors import ConfigError
 from nmcompile.ir.plan import DensePhases
 from nmcompile.ir.program import Program, ThreeGraphs
 
+MARGIN = 0.9  # × the dense time, which pruning must stay below: predictions err by about a tenth
 LEAST_LOSS = 1e-3  # seconds a step that are worth a line
 VERDICT = "pruning is predicted not to pay (where='likely')"
 
@@ -50,7 +51,7 @@ def _unlikely(three: ThreeGraphs, seconds: dict[Phase, Seconds] | None, request:
     if seconds is None:
         return {}
     optional = optional_phases(three.plan, request.captured)
-    return {phase: why for phase, why in decide(_times(three, seconds), VERDICT).items() if phase in optional}
+    return {phase: why for phase, why in decide(_times(three, seconds), MARGIN, VERDICT).items() if phase in optional}
 
 
 def _warn_of_nothing_known(request: Request) -> None:

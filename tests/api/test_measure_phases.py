@@ -11,7 +11,7 @@ from nmcompile import CompileConfig, LayerConfig, Phase, Pruning
 from nmcompile.api import measure_phases, whole_step
 from nmcompile.api.choose_phases import Parts, decide
 from nmcompile.api.layer_steps import Steps
-from nmcompile.api.measure_phases import NOT_REACHED, VERDICT
+from nmcompile.api.measure_phases import MARGIN, NOT_REACHED, VERDICT
 from nmcompile.errors import ConfigError, StateError
 
 WEIGHT, UPDATE = (Phase.FORWARD, Phase.BACKWARD), (Phase.UPDATE,)
@@ -31,11 +31,11 @@ Dense = dict[str, set[Phase]]
     ],
 )
 def test_the_fastest_combination_is_kept(times: Mapping[Parts, float], dense: set[Phase]) -> None:
-    assert set(decide(times, VERDICT)) == dense
+    assert set(decide(times, MARGIN, VERDICT)) == dense
 
 
 def test_the_reason_holds_the_times() -> None:
-    assert decide({(): 1e-3, (UPDATE,): 2e-3}, VERDICT)[Phase.UPDATE].endswith(
+    assert decide({(): 1e-3, (UPDATE,): 2e-3}, MARGIN, VERDICT)[Phase.UPDATE].endswith(
         "2.00 ms with everything pruned, 2.00 at best, 1.00 dense"
     )
 
