@@ -52,7 +52,8 @@ class CudaRecorder:
         return result
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # Other threads, such as one that pins batches, may go on meanwhile.
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             return function()
 
     def replay(self) -> None:

@@ -33,6 +33,7 @@ from nmcompile.ir.choice_slot import ChoiceSlot
 from nmcompile.ir.node_meta import find_meta, meta_of
 from nmcompile.pruning import OPERATORS
 from tests.backends.fake_cusparselt import FakeLibrary, pruned
+from tests.graph_census import check_recordable, graphs_of, written
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,17 @@ def test_compiled_graphs_and_copies_multiply_by_the_same_library(library: FakeLi
         y = run(x)
         y.sum().backward()
         assert torch.equal(y, expected) and len(library.functions.sizes) > before
+
+
+@pytest.mark.parametrize("mode", ["t-weights", "training"])
+def test_cuda_graphs_can_record_what_it_runs(mode: str, library: FakeLibrary) -> None:
+    net, config = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), CompileConfig(ends="sparse")
+    graphs = graphs_of(
+        nmcompile.compile(net, mode, config=config, backend=CusparseltBackend(library)), torch.randn(64, 64)
+    )
+    check_recordable(graphs)
+    assert not written(graphs.forward) and all(x.dim() == 0 for x in written(graphs.backward).values())
+    assert "cusparselt" in str(graphs.forward.graph) and "cusparselt" in str(graphs.backward.graph)
 
 
 @pytest.mark.parametrize(
