@@ -91,7 +91,7 @@ def sizes() -> Counter[str]:
 def test_dropped_models_leave_nothing_behind(cycles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Large GEMMs are measured, and keep packed weights; these are small, and no clock shall decide.
     monkeypatch.setattr(choose_kernel, "SMALL", 1)
-    monkeypatch.setattr(choose_kernel, "measure", lambda *_: Choice("sparse", "the test asks for it"))
+    monkeypatch.setattr(choose_kernel, "measure", lambda *_: (Choice("sparse", "the test asks for it"), True))
     seen = []
     for _ in range(WINDOWS):
         for number in range(cycles):

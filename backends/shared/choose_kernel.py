@@ -8,7 +8,7 @@ NaN reaches the results of the kept elements that meet it, but with the dense ke
 On a GPU random operands are timed instead of the call's own, for the gradients of a first step may all be zero, and a
 GPU multiplies zeros faster. The sparse kernel also has to gain what its launch costs on the host.
 
-Equal problems are measured once per process.
+Equal problems are measured once per process, or again if another program seems to have disturbed the measurement.
 """
 
 from collections.abc import Callable, Hashable
@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from nmcompile.backends.shared.known_choices import known_choice, remember
+from nmcompile.backends.shared.known_choices import is_due, known_choice, remember
 from nmcompile.backends.shared.timing import seconds
 from nmcompile.ir.choice import MEASURED, Choice
 
@@ -25,6 +25,7 @@ SMALL = 2**24  # multiplications: about a tenth of a millisecond on a CPU, too l
 SMALL_ON_GPU = 2**33  # about a fortieth of a millisecond on a large GPU
 LAUNCH = 15e-6  # seconds by which a sparse call from eager Python takes longer on the host than a dense one
 ROUNDS = 4
+SPREAD = 1.3  # × the best time, within which a second one lies unless something disturbed the calls
 MARGIN = 0.95  # × the dense time, which the sparse kernel must stay below: runs differ by some percent
 UNFIT = Choice("dense", "no sparse kernel computes it: a NaN or an infinity, no right algorithm, or no room to try one")
 CAPTURING = Choice("dense", "nothing can be measured while a CUDA graph is captured; call it once before")
@@ -86,18 +87,18 @@ def _choice(
         return Choice("sparse", "not measured, so every run rounds alike: deterministic algorithms are requested")
     asked = problem()
     choice = known_choice(asked)
-    if choice is None:
+    if choice is None or is_due(asked):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return CAPTURING
+            return choice or CAPTURING
         try:
             if trial is not None:
                 sparse, dense = trial.kernels()
             if sparse() is None:
                 return UNFIT  # the time to notice that is not a measurement
-            choice = measure(predict(), sparse, dense, trial)
+            choice, is_sure = measure(predict(), sparse, dense, trial)
         except torch.OutOfMemoryError:  # each attempt would empty the allocator's cache
-            choice = UNFIT
-        remember(asked, choice)
+            choice, is_sure = UNFIT, True
+        remember(asked, choice, is_sure)
     return choice
 
 
@@ -114,16 +115,18 @@ def small(multiplications: int) -> Choice:
 
 def measure(
     predicted: float | None, sparse: Callable[[], object], dense: Callable[[], object], trial: Trial | None
-) -> Choice:
-    """Time both kernels in turn and choose by the best of a few calls each."""
+) -> tuple[Choice, bool]:
+    """Time both kernels in turn, choose by the best of a few calls each, and return whether these are beyond doubt."""
     device = None if trial is None else trial.device
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(1 + ROUNDS):
         times["dense"].append(seconds(dense, device))
         times["sparse"].append(seconds(sparse, device))
-    best = {kernel: min(values[1:]) for kernel, values in times.items()}
-    kernel, reason = faster(best["sparse"], best["dense"], on_gpu=trial is not None)
-    return Choice(kernel, reason, predicted, best["dense"], best["sparse"])
+    best = {kernel: sorted(values[1:]) for kernel, values in times.items()}
+    (dense_time, next_dense), (sparse_time, next_sparse) = best["dense"][:2], best["sparse"][:2]
+    kernel, reason = faster(sparse_time, dense_time, on_gpu=trial is not None)
+    is_sure = next_dense <= SPREAD * dense_time and next_sparse <= SPREAD * sparse_time
+    return Choice(kernel, reason, predicted, dense_time, sparse_time), is_sure
 
 
 def faster(sparse_seconds: float, dense_seconds: float, on_gpu: bool) -> tuple[str, str]:

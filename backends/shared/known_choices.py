@@ -1,4 +1,8 @@
-"""Decided problems: measured in this process, or loaded from a file. All nodes and models share them."""
+"""Decided problems: measured in this process, or loaded from a file. All nodes and models share them.
+
+A measurement that another program seems to have disturbed is doubted: the problem is measured again some calls later,
+and a second time if need be.
+"""
 
 from collections.abc import Hashable, Mapping
 
@@ -6,10 +10,26 @@ from nmcompile.backends.shared.recent import Recent
 from nmcompile.ir.choice import Choice
 
 PROBLEMS = 4096  # cached measurements, about a kilobyte each
+DOUBTED_CALLS = 50  # by a doubted choice, until it is measured again: ten calls, so they add little
+MEASUREMENTS = 3  # of one problem, at most: some machines are never quiet
 
 _measured: Recent[Hashable, Choice] = Recent(PROBLEMS)
+_doubts: Recent[Hashable, "_Doubt"] = Recent(PROBLEMS)
 _loaded: dict[str, Choice] = {}
 """Loaded choices by the `repr` of their problems, as in files; their number is that in the loaded files."""
+
+
+class _Doubt:
+    """A count of the measurements of a problem, and of the calls since the last one."""
+
+    def __init__(self) -> None:
+        self.measurements = 0
+        self.calls = 0
+
+    def is_due(self) -> bool:
+        """Count a call, and return whether the problem is to be measured again."""
+        self.calls += 1
+        return self.calls > DOUBTED_CALLS and self.measurements < MEASUREMENTS
 
 
 def known_choice(problem: Hashable) -> Choice | None:
@@ -20,9 +40,21 @@ def known_choice(problem: Hashable) -> Choice | None:
     return choice
 
 
-def remember(problem: Hashable, choice: Choice) -> None:
-    """Record a measured choice for all equal problems."""
+def is_due(problem: Hashable) -> bool:
+    """Count a call by a known choice, and return whether its problem is to be measured again."""
+    doubt = _doubts.get(problem) if len(_doubts) else None
+    return doubt is not None and doubt.is_due()
+
+
+def remember(problem: Hashable, choice: Choice, is_sure: bool) -> None:
+    """Record a measured choice for all equal problems; an unsure one is measured again later."""
     _measured.put(problem, choice)
+    if is_sure:
+        _doubts.drop(problem)
+        return
+    doubt = _doubts.get(problem) or _Doubt()
+    doubt.measurements, doubt.calls = doubt.measurements + 1, 0
+    _doubts.put(problem, doubt)
 
 
 def known_choices() -> dict[str, Choice]:
@@ -38,4 +70,5 @@ def take_over(choices: Mapping[str, Choice]) -> None:
 def forget() -> None:
     """Forget all choices, so problems are measured again: after the machine or its load has changed."""
     _measured.clear()
+    _doubts.clear()
     _loaded.clear()

@@ -36,6 +36,11 @@ class Recent(Generic[Key, Value]):
             if len(self._values) > self.size:
                 self._values.popitem(last=False)
 
+    def drop(self, key: Key) -> None:
+        """Drop a key, if it is there."""
+        with self._lock:
+            self._values.pop(key, None)
+
     def items(self) -> list[tuple[Key, Value]]:
         """Return the keys with their values, the least recently used first."""
         with self._lock:
