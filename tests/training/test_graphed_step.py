@@ -105,6 +105,16 @@ def test_it_trains_as_a_loop_does(mode: str, name: str, sr_ste: float) -> None:
     assert recorder.calls == ["run"] * WARM_UPS + ["capture"] + ["replay"] * (STEPS - WARM_UPS)
 
 
+def test_a_model_under_torch_compile_trains_alike() -> None:
+    model, expected = compiled(), compiled()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert isinstance(run, nn.Module)
+    step, _ = graphed(run, OPTIMIZERS["sgd"](model))
+    losses = [step(x, y) for x, y in batches()]
+    assert all(map(torch.equal, losses, trained(expected, OPTIMIZERS["sgd"](expected), batches())))
+    assert_same(model, expected)
+
+
 def test_masks_are_rebuilt_between_replays_into_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     model = compiled("t-weights")
     step, recorder = graphed(model, torch.optim.SGD(model.parameters(), 0.5))
