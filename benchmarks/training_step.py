@@ -22,7 +22,6 @@ import torch
 from best_dense import BestDense
 from cpu_workloads import WORKLOADS, Workload
 from gradients import check_finite, zero_share
-from pruned_share import pruned_share
 from timing import cpu_setting, in_turns
 from torch import Tensor, nn
 
@@ -66,7 +65,11 @@ def run(name: str, load: Workload, options: argparse.Namespace) -> dict[str, Any
     times = in_turns(steps, options.repeats)
     check_finite(models)
     medians = {variant: statistics.median(found) for variant, found in times.items()}
-    shares = {variant: pruned_share(model) for variant, model in models.items() if variant not in PEERS}
+    shares = {
+        variant: nmcompile.inspect(model).pruned_share or 0.0
+        for variant, model in models.items()
+        if variant not in PEERS
+    }
     zeros = zero_share(steps["eager"], models["eager"]) if "eager" in models else None
     row = {"workload": name, "milliseconds": medians, "speedup": speedups(medians), "pruned share of MACs": shares}
     print(name)

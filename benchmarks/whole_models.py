@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from gradients import check_finite, zero_share
-from pruned_share import pruned_share
 from timing import cpu_setting, in_turns
 from torch import Tensor, nn
 from vision import models, timm
@@ -97,7 +96,8 @@ def run(model: Model, repeats: int) -> dict[str, Any]:
     check_finite(variants)
     medians = {variant: statistics.median(found) for variant, found in times.items()}
     ratios = {variant: medians["dense"] / medians[variant] for variant in ("pays", "dense again")}
-    share, zeros = pruned_share(variants["pays"]), zero_share(steps["dense"], plain)
+    share = nmcompile.inspect(variants["pays"]).pruned_share or 0.0
+    zeros = zero_share(steps["dense"], plain)
     print(
         f"{model.name}: {ratios['pays']:.2f} ({ratios['dense again']:.2f}), {medians['dense']:.0f} ms dense, "
         f"{share:.0%} of MACs pruned, {zeros:.1%} of gradients zero",

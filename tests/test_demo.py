@@ -16,6 +16,7 @@ from nmcompile.demo import images as demo_images
 from nmcompile.demo.images import FILES, Images, load_images
 from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.run import summary
+from nmcompile.demo.steps import described
 from nmcompile.demo.training import batches, evaluate
 from nmcompile.errors import ConfigError
 from nmcompile.pruning import NMPattern
@@ -177,5 +178,24 @@ def test_the_run_follows_from_its_seed(folder: Path) -> None:
 def without_times(text: str) -> list[str]:
     """Return a run's results without its times, which differ in each run."""
     return [
-        line for line in text.splitlines() if not re.search(r"a step with a batch of|times as fast|\d\.\d\dx", line)
+        line
+        for line in text.splitlines()
+        if not re.search(r"a step with a batch of|times as fast|ms more|ms masks|\d\.\d\dx", line)
     ]
+
+
+SHARES = {"sparse": 0.99, "pays": 0.0}
+
+
+def test_a_slow_down_says_where_the_time_goes() -> None:
+    times = {"dense": 10e-3, "rewritten": 12e-3, "masked": 15e-3, "sparse": 20e-3, "pays": 10e-3}
+    first, second, third, fourth = described(times, SHARES, 8).splitlines()
+    assert first.startswith("a step with a batch of 128: dense 10.0 ms, sparse 20.0 ms, pays 10.0 ms")
+    assert second.startswith("0.50 (99%) and 1.00 (0%) times as fast as dense")
+    assert third == "of the 10.0 ms more, 2.0 ms are Python around 8 layers (0.25 each),"
+    assert fourth.startswith("3.0 ms masks and 5.0 ms pruned gradients")
+
+
+def test_a_speed_up_has_nothing_to_explain() -> None:
+    times = {"dense": 10e-3, "rewritten": 12e-3, "masked": 9e-3, "sparse": 8e-3, "pays": 8e-3}
+    assert len(described(times, SHARES, 8).splitlines()) == 2

@@ -1,8 +1,6 @@
 """Train dense and sparse from the same weights on the same batches, deploy the sparse model, and show the results."""
 
 import copy
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -15,12 +13,11 @@ from nmcompile.config import Phase
 from nmcompile.demo.deployment import deploy
 from nmcompile.demo.images import Images, load_images
 from nmcompile.demo.resnet import ResNet
+from nmcompile.demo.steps import step_times
 from nmcompile.demo.training import BATCH, evaluate, train
 from nmcompile.printable import table
 from nmcompile.report.layers import OPERANDS, LayerReport
 from nmcompile.report.report import Report
-
-TURNS = 20
 
 
 def run_demo(data: Path | None, epochs: int | None, seed: int, train_images: int) -> bool:
@@ -68,28 +65,6 @@ def summary(name: str, report: VerifyReport) -> str:
     blocks = sum(check.blocks for check in report.checks)
     counted = f"{name}: {blocks:,} blocks in {len(report.checks)} checks"
     return f"{counted}, every block holds" if report.ok else f"{counted}\n{broken}"
-
-
-def step_times(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
-    """Time a training step of each model in turns, and return the medians as text; the models' state stays as it is."""
-    x, y = images.train_images[:BATCH], images.train_labels[:BATCH]
-    models = {"dense": copy.deepcopy(dense).train(), "sparse": copy.deepcopy(sparse).train()}
-    paying = nmcompile.CompileConfig(where="pays")
-    models["pays"] = nmcompile.compile(copy.deepcopy(dense).train(), "training", args=(x,), config=paying)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(TURNS):
-        for name, model in models.items():
-            start = time.perf_counter()
-            F.cross_entropy(model(x), y).backward()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    shown = ", ".join(f"{name} {time:.1f} ms" for name, time in medians.items())
-    shares = {name: nmcompile.inspect(models[name]).pruned_share or 0.0 for name in ("sparse", "pays")}
-    gains = " and ".join(f"{medians['dense'] / medians[name]:.2f} ({share:.0%})" for name, share in shares.items())
-    return (
-        f"a step with a batch of {BATCH}: {shown} (pruned only where that pays):\n"
-        f"{gains} times as fast as dense, with that share of the MACs pruned; layers this small gain little"
-    )
 
 
 def verify_all(sparse: nn.Module, images: Images) -> dict[str, VerifyReport]:
