@@ -6,7 +6,7 @@ themselves, since their counts lie on the GPU and the graph advances them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,48 +16,12 @@ from nmcompile.checks import check_callable, check_compiled, check_kind
 from nmcompile.errors import ConfigError
 from nmcompile.training.find_masks import masks_of
 from nmcompile.training.optimizer_hooks import held, note_step, uncounted
+from nmcompile.training.recorder import CudaRecorder, Recorder
 from nmcompile.training.refresh_mask import UNTIL_FOLLOWED
 
 WARM_UPS = 3  # steps before the capture, in which kernels are chosen and the optimizer makes its state
 
 Settings = list[dict[str, Any]]
-
-
-class Recorder(Protocol):
-    """A recorder of kernels."""
-
-    def run(self, function: Callable[[], Tensor]) -> Tensor:
-        """Run a function that is going to be captured, and return its result."""
-
-    def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        """Record what a function launches, without computing it; return the tensor of its result."""
-
-    def replay(self) -> None:
-        """Launch what was captured: its result is computed anew."""
-
-
-class CudaRecorder:
-    """A CUDA graph, captured on the stream that runs the warm-up."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        self._stream = torch.cuda.Stream(device)
-
-    def run(self, function: Callable[[], Tensor]) -> Tensor:
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = function()
-        current.wait_stream(self._stream)
-        return result
-
-    def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        # Other threads, such as one that pins batches, may go on meanwhile.
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            return function()
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 class GraphedStep:

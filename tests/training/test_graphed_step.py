@@ -15,7 +15,8 @@ from nmcompile.pruning.magnitude import mask as greedy_mask
 from nmcompile.training import graphed_step, masks
 from nmcompile.training import step as tell_step
 from nmcompile.training.find_masks import masks_of
-from nmcompile.training.graphed_step import WARM_UPS, CudaRecorder, GraphedStep
+from nmcompile.training.graphed_step import WARM_UPS, GraphedStep
+from nmcompile.training.recorder import CudaRecorder
 from nmcompile.training.refresh_mask import refresh_mask
 
 STEPS = WARM_UPS + 6
