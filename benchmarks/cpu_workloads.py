@@ -41,8 +41,8 @@ def vit_small(batch: int) -> Workload:
 
 
 def llama_blocks(batch: int, tokens: int, dtype: torch.dtype) -> Workload:
-    """Return four blocks with a fourth of Llama 3 8B's width; they are in the middle of a model, so none is an end."""
-    shape = Shape(width=1024, heads=8, key_heads=2, hidden=3584)
+    """Return four blocks of Llama 3 8B's proportions; they are in the middle of a model, so none is an end."""
+    shape = Shape(width=768, heads=6, key_heads=2, hidden=2688)
     x, target = torch.randn(2, batch, tokens, shape.width, dtype=dtype)
 
     def loss(output: Tensor) -> Tensor:
@@ -63,6 +63,6 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "ResNet-18, batch 32, NCHW": lambda: resnet18(32, torch.contiguous_format),
     "ResNet-18, batch 32, channels last": lambda: resnet18(32, torch.channels_last),
     "ViT-S/16, batch 8": lambda: vit_small(8),
-    "four Llama blocks of width 1024, 4 x 256 tokens": lambda: llama_blocks(4, 256, torch.float32),
-    "the same blocks in bfloat16": lambda: llama_blocks(4, 256, torch.bfloat16),
+    "four Llama blocks of width 768, 4 x 128 tokens": lambda: llama_blocks(4, 128, torch.float32),
+    "the same blocks in bfloat16": lambda: llama_blocks(4, 128, torch.bfloat16),
 }
