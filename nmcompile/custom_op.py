@@ -52,8 +52,8 @@ def custom_op(
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            is_seen = _is_seen((*args, *kwargs.values()) if kwargs else args)
-            return operator(*args, **kwargs) if is_seen else function(*args, **kwargs)
+            run = operator if is_seen((*args, *kwargs.values()) if kwargs else args) else function
+            return run(*args, **kwargs)
 
         setattr(call, "operator", operator)  # noqa: B010 - functions declare no attributes
         return call
@@ -73,7 +73,7 @@ def shown_name(target: object) -> str:
     return str(operator.overloadpacket.__name__ if operator is not None else getattr(target, "__name__", target))
 
 
-def _is_seen(args: Iterable[object]) -> bool:
+def is_seen(args: Iterable[object]) -> bool:
     """Return whether something has to see the operator that is called with these arguments."""
     if torch.compiler.is_compiling() or is_grad_enabled():
         return True

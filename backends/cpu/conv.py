@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from nmcompile.backends.cpu.gemm import Geometry, sparse_backward, sparse_forward, sparse_update
+from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
-from nmcompile.backends.cpu.masked import masked
 from nmcompile.backends.cpu.packed_weights import kept_packs
-from nmcompile.backends.cpu.spare_memory import empty, empty_like
 from nmcompile.backends.reference import conv
 from nmcompile.custom_op import custom_op
 from nmcompile.ir.choice_slot import keep
 from nmcompile.ir.operations import like
+from nmcompile.spare_memory import empty, empty_like
 from nmcompile.weight_cache import are_weights_at_rest
 
 Ints = Sequence[int]

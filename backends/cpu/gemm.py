@@ -16,6 +16,7 @@ from nmcompile.backends.cpu import contraction
 from nmcompile.backends.cpu.contraction import Contraction, Pair, Window
 from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.backends.cpu.prune import word_of
+from nmcompile.ir.operations import apply_mask
 from nmcompile.native import isa_and_threads, kernels
 from nmcompile.pruning.pattern import NMPattern
 
@@ -125,6 +126,11 @@ def sparse_pruned_update(
     dy, x, dw = geometry.images(grad_output), geometry.images(input), geometry.kernels(grad_weight)
     rule = operator, pattern.n_keep, pattern.block, word_of(operator, key)
     return kernels.gemm_pruned(*contraction.update(dy, x, dw, geometry.window, 1), *rule, *isa_and_threads())
+
+
+def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the masked weight, which the dense kernels read."""
+    return weight if mask is None else apply_mask(weight, mask)
 
 
 def _samples_of_block(grad_output: Tensor, axis: str, block: int, geometry: Geometry) -> int:

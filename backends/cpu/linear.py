@@ -8,21 +8,21 @@ from torch import Tensor
 
 from nmcompile.backends.cpu.gemm import (
     Geometry,
+    masked,
     sparse_backward,
     sparse_forward,
     sparse_pruned_update,
     sparse_update,
 )
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
-from nmcompile.backends.cpu.masked import masked
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.prune import prune_natively, runs_natively
-from nmcompile.backends.cpu.spare_memory import empty
 from nmcompile.backends.reference import linear
 from nmcompile.custom_op import custom_op
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.choice_slot import keep
 from nmcompile.pruning.pattern import NMPattern
+from nmcompile.spare_memory import empty
 from nmcompile.weight_cache import are_weights_at_rest
 
 GEOMETRY = Geometry()

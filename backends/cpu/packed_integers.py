@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.cpu.masked import masked
+from nmcompile.backends.cpu.gemm import masked
 from nmcompile.ir.operations import to_grid
 from nmcompile.native import isa_and_threads, kernels
 from nmcompile.quantization import Grid, integers

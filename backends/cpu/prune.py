@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import kernel_support, takes
-from nmcompile.backends.cpu.spare_memory import empty_like
 from nmcompile.custom_op import custom_op
 from nmcompile.errors import OperandError
 from nmcompile.ir.grouping import grouped
@@ -20,6 +19,7 @@ from nmcompile.native import isa_and_threads, kernels, lend
 from nmcompile.pruning.operator import check
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.references import OPERATORS
+from nmcompile.spare_memory import empty_like
 
 PRUNE_MASK = "nmcompile::cpu_prune_mask"
 WORD = 2**64 - 1  # a key as an unsigned number

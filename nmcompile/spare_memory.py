@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from nmcompile.backends.cpu.kernels import takes
-from nmcompile.native import kernels
+from nmcompile.native import MISSING, kernels
 
 LARGE = 1 << 22  # bytes; the C library returns larger blocks to the system, or takes long to find one
 
@@ -18,7 +17,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def empty(x: Tensor, shape: Tensor) -> Tensor:
     """Return a tensor with dtype and device of `x`, sizes and strides of `shape`, in spare memory if it is large."""
-    if isinstance(x, FakeTensor) or not takes(x) or shape.numel() * x.itemsize < LARGE:
+    if MISSING or not x.is_cpu or isinstance(x, FakeTensor) or shape.numel() * x.itemsize < LARGE:
         return torch.empty_strided(shape.shape, shape.stride(), dtype=x.dtype, device=x.device)
     memory = kernels.memory(shape.numel() * x.itemsize)
     return x.new_empty(0).set_(memory.untyped_storage(), 0, shape.shape, shape.stride())

@@ -10,7 +10,7 @@ import torch
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward
 from nmcompile.backends.cpu.prune import cpu_prune
-from nmcompile.backends.cpu.spare_memory import LARGE, empty_like
+from nmcompile.spare_memory import LARGE, empty_like
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
@@ -20,7 +20,7 @@ BOUNDED = """
 import mmap
 from pathlib import Path
 import torch
-from nmcompile.backends.cpu.spare_memory import LARGE, empty_like
+from nmcompile.spare_memory import LARGE, empty_like
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
