@@ -27,9 +27,8 @@ from timing import in_turns, processor
 from torch import Tensor
 from torch.nn import functional as F
 
-from nmcompile.backends.cpu.gemm import Geometry, sparse_backward, sparse_forward, sparse_update
+from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.cpu.masked import masked
 from nmcompile.backends.cpu.packed_weights import Packs
 from nmcompile.pruning import OPERATORS, NMPattern, transposable_mask
 
