@@ -18,6 +18,7 @@ from tabulate import tabulate
 from timing import gpu_setting, on_gpu
 from torch import Tensor
 
+from nmcompile.backends.cusparselt.both_directions import compress_both
 from nmcompile.backends.cusparselt.compress import compress
 from nmcompile.backends.cusparselt.library import CUSPARSELT
 from nmcompile.backends.cusparselt.operand import Operand, compressed
@@ -83,11 +84,16 @@ def weight_calls(w: Tensor) -> Calls:
     if CUSPARSELT.support().ok:
         rows, columns = w.shape
 
-        def both() -> None:
-            compressed(CUSPARSELT, Operand(w, 1, mask), rows, columns)
-            compressed(CUSPARSELT, Operand(w, 0, mask), columns, rows)
+        forward, backward = Operand(w, 1, mask), Operand(w, 0, mask)
 
-        calls["masked and packed for cuSPARSELt, both directions"] = both
+        def one_by_one() -> None:
+            compressed(CUSPARSELT, forward, rows, columns)
+            compressed(CUSPARSELT, backward, columns, rows)
+
+        calls["masked and packed for cuSPARSELt, both directions, one by one"] = one_by_one
+        calls["masked and packed for cuSPARSELt, both directions"] = lambda: compress_both(
+            CUSPARSELT, forward, (rows, columns), (columns, rows)
+        )
     return calls
 
 

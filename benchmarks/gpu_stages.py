@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 PARALLEL = ("-n", "8") if find_spec("xdist") else ()
 BITS = "bfloat16 or tiles or lines or images"  # names of tests
 SAMPLES = "MVUE 2:4, along samples, channels last"
+BOTH = "masked and packed for cuSPARSELt, both directions"
 GRAPHED = "milliseconds", "training, graphed"
 
 Find = Callable[[Any], float]
@@ -73,6 +74,7 @@ STAGES = (
         Expected("the same by the old kernel, in copies", copies("images", f"{SAMPLES}, by number"), low=9.0),
         Expected("1:2 of a gradient, in copies", copies("gradient", "MVUE 1:2, dense"), high=1.4),
         Expected("2:4 of a gradient, packed, in copies", copies("gradient", "MVUE 2:4, packed"), high=1.7),
+        Expected("a weight in both directions, in copies", copies("weight", BOTH), high=1.6),
     ),
     benchmark(
         "depth",

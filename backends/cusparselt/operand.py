@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from nmcompile.backends.cusparselt.compress import compress
 from nmcompile.backends.cusparselt.layout import Layout, find_layout
 from nmcompile.backends.cusparselt.library import Library
+from nmcompile.backends.triton.layout import PackedForm
 from nmcompile.backends.triton.operators import triton_prune
 from nmcompile.backends.triton.support import KEEP, runs_on, triton_support
 from nmcompile.pruning.pattern import NMPattern
@@ -78,6 +79,12 @@ def compressed(library: Library, operand: Operand, rows: int, depth: int) -> Ten
     return _write(operand, rows, depth, layout)
 
 
+def packed_form(library: Library, rows: int, depth: int, like: Tensor) -> PackedForm | None:
+    """Return memory for a compressed matrix of the dtype and the device of `like`; None without a known layout."""
+    layout = checked_layout(library, rows, depth, like.dtype, like.device)
+    return None if layout is None else _empty(layout, rows, depth, like)
+
+
 @lru_cache(SIZES)
 def checked_layout(library: Library, rows: int, depth: int, dtype: torch.dtype, device: torch.device) -> Layout | None:
     """Return the layout of compressed matrices of that size; None if our kernel writes other bytes than the library."""
@@ -97,14 +104,18 @@ def _write(operand: Operand, rows: int, depth: int, layout: Layout) -> Tensor:
     from nmcompile.backends.triton.kernels.lines import pack_lines
 
     matrix, dim, mask = operand.matrix.detach(), operand.dim, operand.mask
-    out = torch.empty(layout.size, dtype=torch.uint8, device=matrix.device)
-    if layout.filler is not None:
-        out[layout.start :].fill_(layout.filler)
+    out = _empty(layout, rows, depth, matrix)
     if matrix.stride(0) == 1 and operand.operator == KEEP:  # neighbours in memory are read together
         matrix, dim, mask = matrix.t(), 1 - dim, None if mask is None else mask.t()
-    values = out[: layout.start].view(matrix.dtype).view(rows, depth // 2)
-    pack_lines(matrix, operand.operator, dim, operand.key, values, out, layout.places, mask, operand.sums)
-    return out
+    pack_lines(matrix, operand.operator, dim, operand.key, *out, mask, operand.sums)
+    return out.positions
+
+
+def _empty(layout: Layout, rows: int, depth: int, like: Tensor) -> PackedForm:
+    out = torch.empty(layout.size, dtype=torch.uint8, device=like.device)
+    if layout.filler is not None:
+        out[layout.start :].fill_(layout.filler)
+    return PackedForm(out[: layout.start].view(like.dtype).view(rows, depth // 2), out, layout.places)
 
 
 def _sum_alone(operand: Operand) -> None:

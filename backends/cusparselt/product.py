@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nmcompile.backends.cusparselt.algorithms import best_algorithm
+from nmcompile.backends.cusparselt.both_directions import both_directions
 from nmcompile.backends.cusparselt.cost import predicted_speedup
 from nmcompile.backends.cusparselt.kept_weights import is_kept, kept_for
 from nmcompile.backends.cusparselt.library import Library
@@ -91,13 +92,12 @@ class Product:
 
     def _compressed(self, sizes: Sizes) -> Tensor:
         operand, size = self.sparse, (sizes.rows, sizes.depth)
-
-        def compress() -> Tensor:
-            return compressed(self.library, operand, *size)
-
         if self.weight is None:
-            return compress()
-        return kept_for(self.library).compressed(self.weight, operand.mask, size, compress)
+            return both_directions(self.library).for_backward(operand, size)
+        if not is_kept(self.weight, operand.mask):
+            return both_directions(self.library).for_forward(operand, size)
+        kept = kept_for(self.library)
+        return kept.compressed(self.weight, operand.mask, size, lambda: compressed(self.library, operand, *size))
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:

@@ -47,6 +47,20 @@ class Places(NamedTuple):
     partner: int
 
 
+class PackedForm(NamedTuple):
+    """Memory for a packed matrix.
+
+    Args:
+        values: contiguous `(lines, length / 2)`.
+        positions: uint8, the memory that the places point into.
+        places: where the positions of each block lie.
+    """
+
+    values: Tensor
+    positions: Tensor
+    places: Places
+
+
 def block_layout(x: Tensor, out: Tensor, dim: int, block: int) -> BlockLayout:
     """Lay out the blocks along `dim` (non-negative) of `x` and `out`, of any strides and at least one element."""
     length, partial = x.shape[dim], x.shape[dim] % block != 0

@@ -129,6 +129,18 @@ def packing(x: Tensor, operator: str, sums: Tensor | None) -> Code:
     return compiled(lambda: pack_lines(x, operator, 0, torch.tensor(1), *out, sums=sums))
 
 
+def packing_both(w: Tensor) -> Code:
+    from nmcompile.backends.triton.kernels.both_directions import pack_both
+    from nmcompile.backends.triton.layout import PackedForm, Places
+
+    def form(lines: int, length: int) -> PackedForm:
+        places = Places(torch.zeros(lines, dtype=torch.int32), torch.zeros(length // 4, dtype=torch.int32), 8)
+        return PackedForm(w.new_empty(lines, length // 2), w.new_empty(w.nbytes, dtype=torch.uint8), places)
+
+    mask, forms = torch.zeros(w.shape, dtype=torch.bool), (form(*w.shape), form(*w.shape[::-1]))
+    return compiled(lambda: pack_both(w, mask, *forms))
+
+
 def image(samples: int, channels: int, side: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.zeros(samples, side, side, channels, dtype=dtype).movedim(-1, 1)
 
@@ -150,6 +162,7 @@ CASES: dict[str, Callable[[], Code]] = {
     "channels": lambda: pruning(image(8, 64, 16), "greedy", 4, 8, 1),
     "channels, a partial block": lambda: pruning(image(8, 60, 16), "greedy", 4, 8, 1),
     "pairs of a matrix": lambda: pruning(MATRIX, "mvue", 1, 2, 0),
+    "packed in both directions": lambda: packing_both(MATRIX),
     "packed": lambda: packing(MATRIX, "mvue", None),
     "packed and summed": lambda: packing(MATRIX, "mvue", empty_sums(MATRIX)),
 }

@@ -59,6 +59,7 @@ def width(code: str) -> int:
         ("pairs of a matrix", 16, 60),
         ("packed", 8, 150),
         ("packed and summed", 8, 165),
+        ("packed in both directions", 16, 60),
     ],
 )
 def test_a_block_takes_few_instructions(case: str, blocks: int, limit: int, codes: Any) -> None:

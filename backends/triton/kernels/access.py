@@ -1,4 +1,4 @@
-"""Loads and stores of blocks: of element i of all of them, side by side, or of a tile of whole blocks."""
+"""Loads and stores of blocks, as element i of all of them, side by side, or as tiles of whole blocks."""
 
 import triton
 import triton.language as tl
@@ -63,3 +63,34 @@ def tile_mask(left, PARTIAL: tl.constexpr, M: tl.constexpr):
     """Return a mask that is equal for all elements of a whole block, which then is one memory access."""
     left = tl.expand_dims(left, -1)
     return tl.arange(0, M) < left if PARTIAL else left > 0
+
+
+@triton.jit
+def load_tiles(
+    x,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    WIDE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Load the 16 elements of R x C tiles, `(R * C,)` each; zeros outside the matrix."""
+    column = span(first_column, 4 * C, WIDE)
+    elements = ()
+    for i in tl.static_range(4):
+        row = first_row + i + 4 * span(0, R, WIDE)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        line = tl.load(x + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0)
+        elements = elements + split_blocks(tl.reshape(line, (R * C, 4)), 4)
+    return elements
+
+
+@triton.jit
+def span(first, LENGTH: tl.constexpr, WIDE: tl.constexpr):
+    """Return LENGTH consecutive indices, int64 if WIDE."""
+    index = first + tl.arange(0, LENGTH)
+    return index.to(tl.int64) if WIDE else index

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmcompile.backends.triton.kernels.access import span
 from nmcompile.backends.triton.kernels.kept_launches import launch
 from nmcompile.backends.triton.kernels.launch import DRAWS, OPTIONS, TYPES, key_on, needs_int64, words
 from nmcompile.backends.triton.kernels.operators import prune, prune_and_pack
@@ -353,10 +354,3 @@ def halves_of_lines(codes, PARTNER: tl.constexpr):
     pairs = tl.permute(tl.reshape(codes, (L // PARTNER // 2, 2, PARTNER, B)), (0, 2, 3, 1))
     low, high = tl.split(pairs)
     return tl.reshape(low, (L // 2, B)), tl.reshape(high, (L // 2, B))
-
-
-@triton.jit
-def span(first, LENGTH: tl.constexpr, WIDE: tl.constexpr):
-    """Return LENGTH consecutive indices, int64 if WIDE."""
-    index = first + tl.arange(0, LENGTH)
-    return index.to(tl.int64) if WIDE else index

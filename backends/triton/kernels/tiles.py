@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmcompile.backends.triton.kernels.access import load_tiles, span
 from nmcompile.backends.triton.kernels.kept_launches import launch
 from nmcompile.backends.triton.kernels.launch import OPTIONS, TYPES, needs_int64, words
-from nmcompile.backends.triton.kernels.lines import span
-from nmcompile.backends.triton.kernels.storage import join_blocks, split_blocks
+from nmcompile.backends.triton.kernels.storage import join_blocks
 from nmcompile.backends.triton.kernels.tile_patterns import best_pattern, tile_magnitudes
 
 REGION = (8, 16)  # tiles per program: down and across
@@ -70,13 +70,7 @@ def prune_tiles_kernel(
     across = tl.cdiv(columns, 4 * C)
     first_row = tl.program_id(0) // across * (4 * R)
     first_column = tl.program_id(0) % across * (4 * C)
-    column = span(first_column, 4 * C, WIDE)
-    bits = ()
-    for i in tl.static_range(4):
-        row = first_row + i + 4 * span(0, R, WIDE)
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-        line = tl.load(w + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0)
-        bits = bits + split_blocks(tl.reshape(line, (R * C, 4)), 4)
+    bits = load_tiles(w, first_row, first_column, rows, columns, row_stride, column_stride, WIDE, R, C)
     kept = kept_elements(tile_magnitudes(bits, DTYPE))
     if mask is not None:
         store_rows(mask, kept, first_row, first_column, rows, columns, WIDE, R, C)
