@@ -39,8 +39,8 @@ class BothDirections:
     """The sizes that backward GEMMs asked for in the last step, and the forms that wait for those of this one.
 
     Both are found by the mask, which the two GEMMs of a layer share. A form is taken at most once, and only for the
-    weight that the forward GEMM read, if neither was written since. Between the two GEMMs, a write that autograd does not
-    count is not seen here either.
+    weight that the forward GEMM read, if neither was written since. A write between the two GEMMs that autograd does
+    not count is not seen here either.
     """
 
     def __init__(self, library: Library) -> None:

@@ -76,7 +76,8 @@ def make_bases(seed: int, layer: str, rank: int, device: torch.device) -> bool:
     return True
 
 
-torch.compiler.assume_constant_result(make_bases)  # Dynamo calls it, and traces nothing.
+# Dynamo calls it, and traces nothing. `torch.compiler.assume_constant_result` sets this mark too, but imports Dynamo.
+make_bases._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
