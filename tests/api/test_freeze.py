@@ -89,6 +89,7 @@ def test_a_model_is_frozen_in_what_wraps_it(wrapper: str, compared: list[Tensor]
     model = WRAPPERS[wrapper](compiled())
     run(model)
     nmcompile.freeze(model)
+    run(model)  # torch.compile finds by the guards of the graph before that it needs another one
     compared.clear()
     run(model)
     assert not compared
