@@ -88,10 +88,8 @@ def _pruned(three: ThreeGraphs, gemm: NodeMeta, setting: Setting) -> Iterator[Pr
             is_fused = gemm.fused is not None and gemm.fused.row == row
             pruning = (meta for meta in three.metas(gemm.phase) if meta.row == row)
             has_kernel = is_fused or any(meta.backend != REFERENCE for meta in pruning)
-            elements, is_cached = (
-                _elements(three.layer, row, setting),
-                row.operand == "weight" and not setting.is_trained,
-            )
+            elements = _elements(three.layer, row, setting)
+            is_cached = row.operand == "weight" and not setting.is_trained
             yield Pruned(row.operand, elements, f"{row.operator} {row.pattern}", has_kernel, is_fused, is_cached)
 
 
