@@ -44,7 +44,7 @@ def graphs_of(model: nn.Module, x: Tensor) -> Graphs:
         partition_fn=min_cut_rematerialization_partition,
         keep_inference_input_mutations=True,
     )
-    torch.compile(model, backend=keep, fullgraph=True)(x).sum().backward()
+    torch.compile(model, backend=keep, fullgraph=True, dynamic=False)(x).sum().backward()
     return graphs
 
 

@@ -138,7 +138,8 @@ class BlockOperator:
         """
         if self.needs_key:
             raise ConfigError(f"operator {self.name!r} keeps other elements at each draw and has no mask; use 'greedy'")
-        return self.find(x.detach(), self._fit(pattern), check(x, dim))
+        fitting, axis = self._fit(pattern), check(x, dim)
+        return self.find(x.detach(), fitting, axis)
 
     def find(self, x: Tensor, pattern: NMPattern, dim: int) -> Tensor:
         """Return the mask of operands that were checked."""

@@ -77,7 +77,7 @@ def make_bases(seed: int, layer: str, rank: int, device: torch.device) -> bool:
 
 
 # Dynamo calls it, and traces nothing. `torch.compiler.assume_constant_result` sets this mark too, but imports Dynamo.
-make_bases._dynamo_marked_constant = True  # type: ignore[attr-defined]
+setattr(make_bases, "_dynamo_marked_constant", True)  # noqa: B010 - functions declare no attributes
 
 
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
