@@ -19,6 +19,8 @@ from nmcompile.quantization import Grid, integers
 from nmcompile.spare_memory import empty_like
 from nmcompile.weight_cache import FROZEN, WeightCache, content_at_rest, is_cacheable
 
+FEW = 512  # elements, for which the call of a kernel takes longer than the branches
+
 _masked: WeightCache[Tensor] = WeightCache()
 
 
@@ -30,7 +32,7 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     if torch.compiler.is_dynamo_compiling():
         # In a graph the number would be a tensor of the CPU, and CUDA graphs leave out a graph that has one.
         return torch.where(mask, x, x.new_zeros(()))
-    if not is_cacheable(x, mask) or content_at_rest() != FROZEN:
+    if content_at_rest() != FROZEN or not is_cacheable(x, mask):
         return _where(mask, x)
     return _masked.get(x, (mask,), (), lambda: _where(mask, x))
 
@@ -41,7 +43,7 @@ def _where(mask: Tensor, x: Tensor) -> Tensor:
     On a CPU that branches at each element, which takes up to sixty times as long as a copy: a processor cannot predict
     a mask. The native kernel takes the bits of each element, or none.
     """
-    result = empty_like(x) if _takes_bits(mask, x) else None
+    result = empty_like(x) if x.numel() >= FEW and _takes_bits(mask, x) else None
     if result is None or not x.stride() == mask.stride() == result.stride():
         return torch.where(mask, x, 0.0)
     sizes = x.numel(), x.itemsize

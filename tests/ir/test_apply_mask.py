@@ -36,7 +36,7 @@ def test_it_is_the_weight_where_the_mask_holds_else_zero(dtype: torch.dtype, lay
 
 @torch.no_grad()
 def test_the_weight_of_a_frozen_model_is_masked_once() -> None:
-    weight, mask = torch.randn(8, 8), torch.rand(8, 8) > 0.5
+    weight, mask = torch.randn(32, 32), torch.rand(32, 32) > 0.5
     with weights_at_rest():
         assert apply_mask(weight, mask) is apply_mask(weight, mask)
 
@@ -48,7 +48,7 @@ def test_a_large_weight_is_masked_by_several_threads() -> None:
 
 
 def test_gradients_pass_where_the_mask_holds() -> None:
-    weight, mask = torch.randn(8, 8, requires_grad=True), torch.rand(8, 8) > 0.5
+    weight, mask = torch.randn(32, 32, requires_grad=True), torch.rand(32, 32) > 0.5
     apply_mask(weight, mask).sum().backward()
     assert weight.grad is not None and weight.grad.equal(mask.float())
 
@@ -56,7 +56,7 @@ def test_gradients_pass_where_the_mask_holds() -> None:
 @torch.no_grad()
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_the_native_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, mask = torch.randn(8, 8), torch.rand(8, 8) > 0.5
+    weight, mask = torch.randn(32, 32), torch.rand(32, 32) > 0.5
     expected = torch.where(mask, weight, 0.0)
     monkeypatch.setattr(torch, "where", lambda *_: pytest.fail("torch.where ran"))
     assert apply_mask(weight, mask).equal(expected)
@@ -66,10 +66,10 @@ def test_the_native_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("x", "mask"),
     [
-        (torch.randn(8, 8), torch.rand(1, 8) > 0.5),
-        (torch.randn(8, 1).expand(8, 8), torch.rand(8, 8) > 0.5),
-        (torch.arange(64).view(8, 8), torch.rand(8, 8) > 0.5),
-        (torch.randn(8, 8, dtype=torch.complex64).conj().imag, torch.rand(8, 8) > 0.5),
+        (torch.randn(32, 32), torch.rand(1, 32) > 0.5),
+        (torch.randn(32, 1).expand(32, 32), torch.rand(32, 32) > 0.5),
+        (torch.arange(1024).view(32, 32), torch.rand(32, 32) > 0.5),
+        (torch.randn(32, 32, dtype=torch.complex64).conj().imag, torch.rand(32, 32) > 0.5),
     ],
     ids=["broadcast mask", "expanded", "integers", "negated"],
 )
