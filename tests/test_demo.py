@@ -201,3 +201,11 @@ def test_a_slow_down_says_where_the_time_goes() -> None:
 def test_a_speed_up_has_nothing_to_explain() -> None:
     times = {"dense": 10e-3, "rewritten": 12e-3, "masked": 9e-3, "sparse": 8e-3, "pays": 8e-3}
     assert len(described(times, SHARES, 8).splitlines()) == 2
+
+
+@pytest.mark.parametrize("rewritten", [40e-3, 146e-3])
+def test_disturbed_steps_are_not_divided(rewritten: float) -> None:
+    times = {"dense": 53e-3, "rewritten": rewritten, "masked": 31e-3, "sparse": 57e-3, "pays": 70e-3}
+    assert described(times, SHARES, 8).splitlines()[2:] == [
+        "where the 4.0 ms more go is not known: other programs disturbed the steps"
+    ]

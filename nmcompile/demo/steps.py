@@ -63,6 +63,8 @@ def described(times: Mapping[str, float], shares: Mapping[str, float], layers: i
         f"of the {more:.1f} ms more, {host:.1f} ms are Python around {layers} layers ({host / layers:.2f} each),\n"
         f"{masks:.1f} ms masks and {gradients:.1f} ms pruned gradients, both with the change of their GEMMs"
     )
+    if not 0 <= host <= ms["dense"]:  # rewriting alone makes no step faster, nor twice as slow
+        parts = f"where the {more:.1f} ms more go is not known: other programs disturbed the steps"
     return (
         f"a step with a batch of {BATCH}: {shown} (pruned only where that pays):\n"
         f"{gains} times as fast as dense, with that share of the MACs pruned; layers this small gain little"
