@@ -1,4 +1,4 @@
-"""What a measurement of training has to know of its gradients: that they are finite, and how many are zero."""
+"""Checks of gradients after a timed training step: whether they are finite, and how many are zero."""
 
 from collections.abc import Callable, Mapping
 

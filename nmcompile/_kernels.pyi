@@ -70,7 +70,7 @@ def gemm(
 ) -> bool:
     """Write a contraction of tensors of one type, float32 or bfloat16, into `output`.
 
-    Return False, with anything written, if `sparse` is not 2:4 or one of the operands is not finite.
+    Return False, and leave `output` undefined, if `sparse` is not 2:4 or one of the operands is not finite.
     """
 
 def gemm_pruned(
@@ -95,7 +95,7 @@ def gemm_pruned(
 ) -> bool:
     """Write a contraction as `gemm` does, pruning `sparse` along its depth while packing it, its rows side by side.
 
-    Return False, with anything written, if one of the operands is not finite.
+    Return False, and leave `output` undefined, if one of the operands is not finite.
     """
 
 class PackedSparse:
@@ -126,7 +126,7 @@ def gemm_packed(
 ) -> bool:
     """Write a contraction of float32 or bfloat16 tensors of one type, one of which is packed, into `output`.
 
-    Return False, with anything written, if `dense` is not finite.
+    Return False, and leave `output` undefined, if `dense` is not finite.
     """
 
 class PackedIntegers:

@@ -10,7 +10,7 @@ LARGE = 1 << 22  # bytes; the C library returns larger blocks to the system, or 
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like(x, requires_grad=False)`, in spare memory if it is large."""
+    """Return `torch.empty_like(x, requires_grad=False)`, in spare memory if it is large."""
     is_large = x.numel() * x.itemsize >= LARGE
     return empty(x, torch.empty_like(x, device="meta")) if is_large else torch.empty_like(x, requires_grad=False)
 

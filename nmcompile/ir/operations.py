@@ -52,7 +52,8 @@ def _where(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _takes_bits(mask: Tensor, x: Tensor) -> bool:
-    if MISSING or is_seen((mask, x)) or not (x.is_cpu and mask.is_cpu) or x.is_neg():
+    """Return whether the native kernel takes both, and nothing has to see the operator."""
+    if MISSING or is_seen((mask, x)) or not (x.is_cpu and mask.is_cpu) or x.is_neg() or mask.dtype != torch.bool:
         return False
     return x.dtype.is_floating_point and x.itemsize > 1 and x.layout == torch.strided and x.shape == mask.shape
 
