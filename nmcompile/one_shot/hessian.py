@@ -1,0 +1,70 @@
+"""The Hessian of a layer's output error: the second moments of its inputs.
+
+The error that a change D of a weight matrix makes over all tokens is ||X Dᵀ||² = tr(D XᵀX Dᵀ), so the sum of x xᵀ over
+the rows x of the input is all that the methods need to know of the data.
+"""
+
+import torch
+from torch import Tensor
+
+from nmcompile.ir.layers import Layer
+from nmcompile.one_shot.matrices import columns_of, input_slabs
+
+DAMPING = 0.01  # of the mean diagonal, as published (Frantar and Alistarh 2023)
+STRIPES = 4  # of the columns: the lower triangle of a symmetric matrix is mostly left out
+
+
+class Hessian:
+    """The mean of x xᵀ over the rows x that a layer multiplies, `(groups, columns, columns)`, summed batch by batch.
+
+    Sums are in float32, or in float64 from a first float64 input on.
+    """
+
+    def __init__(self, layer: Layer, device: torch.device | str) -> None:
+        self.layer = layer
+        self.tokens = 0
+        width = columns_of(layer)
+        self._upper = torch.zeros(layer.groups, width, width, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Add an input of the layer."""
+        dtype = torch.promote_types(x.dtype, self._upper.dtype)
+        self._upper = self._upper.to(dtype)
+        for rows in input_slabs(self.layer, x.detach()):
+            self._add_rows(rows.to(self._upper))
+            self.tokens += rows.shape[1]
+
+    def _add_rows(self, rows: Tensor) -> None:
+        stripe = -(-rows.shape[2] // STRIPES)
+        for start in range(0, rows.shape[2], stripe):
+            these = rows[:, :, start : start + stripe]
+            self._upper[:, start : start + stripe, start:].baddbmm_(these.mT, rows[:, :, start:])
+
+    @property
+    def is_finite(self) -> bool:
+        """Return whether no input held a NaN or an infinity, and no sum overflowed."""
+        return bool(torch.isfinite(self._upper).all())
+
+    def mean(self) -> Tensor:
+        """Return the mean of x xᵀ, `(groups, columns, columns)`."""
+        return (self._upper.triu() + self._upper.triu(1).mT) / self.tokens
+
+    @property
+    def used(self) -> Tensor:
+        """Return which columns ever had an input other than zero, bool `(groups, columns)`."""
+        return self._upper.diagonal(dim1=1, dim2=2) > 0
+
+    def damped(self) -> Tensor:
+        """Return the mean with 1 % of its mean diagonal added to the diagonal; unused columns have the diagonal 1."""
+        mean = self.mean()
+        diagonal = mean.diagonal(dim1=1, dim2=2)
+        diagonal += DAMPING * diagonal.mean(1, keepdim=True)
+        diagonal.masked_fill_(~self.used, 1.0)
+        return mean
+
+    def inverse_factor(self) -> Tensor:
+        """Return the upper U of H⁻¹ = UᵀU of the damped Hessian, float64 `(groups, columns, columns)`."""
+        lower = torch.linalg.cholesky(self.damped().double())
+        upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        return upper
