@@ -25,6 +25,7 @@ PLACEMENTS = ("operand", "activation")
 OUTPUTS = ("float", "int8")
 GRANULARITIES = ("tensor", "channel")
 WHERE = ("all", "pays", "likely")
+MASKS = ("magnitude", "wanda", "sparsegpt", "admm")
 
 
 class Phase(enum.Enum):
@@ -94,6 +95,12 @@ class CompileConfig:
             `sparse_state_dict`. `"likely"` decides by cost models alone, from the sizes that `args` give the layers: it
             reads no clock and runs nothing, so all ranks, and all machines with that type of device, decide the same,
             whatever their threads. Layers whose sizes or kernels no model knows stay pruned.
+        masks: how the masks of weights are found. `"magnitude"` keeps the largest weights, and follows training. The
+            others are for trained models, and read the `calibration` data of `compile`. `"wanda"` (Sun et al. 2023)
+            keeps the largest products of weights and input norms. `"sparsegpt"` (Frantar & Alistarh 2023) and `"admm"`
+            (Boža 2024) keep the outputs of each layer as close as they can, and change the kept weights too. These
+            masks stand until they are found again: neither `refresh` nor a write to the weights changes them.
+        refit: solve for the kept weights, by least squares of each layer's outputs over the calibration data.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
@@ -105,14 +112,22 @@ class CompileConfig:
     placement: str = "operand"
     outputs: str = "float"
     where: str = "all"
+    masks: str = "magnitude"
+    refit: bool = False
 
     def __post_init__(self) -> None:
         self._check_numbers()
         choices = {"ends": ENDS, "clip": CLIPS, "granularity": GRANULARITIES, "placement": PLACEMENTS}
-        choices |= {"outputs": OUTPUTS, "where": WHERE}
+        choices |= {"outputs": OUTPUTS, "where": WHERE, "masks": MASKS}
         for name, known in choices.items():
             check_choice(name, getattr(self, name), known)
+        check_kind("refit", self.refit, bool, "True or False")
         self._check_layers()
+
+    @property
+    def reads_data(self) -> bool:
+        """Return whether masks or kept weights are found from calibration data."""
+        return self.masks != "magnitude" or self.refit
 
     def _check_numbers(self) -> None:
         steps, factor = "a number of optimizer steps >= 1, or None to freeze", "SR-STE's λ, a finite number >= 0"

@@ -6,23 +6,20 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from nmcompile.checks import check_compiled
-from nmcompile.config import Phase
 from nmcompile.errors import CalibrationError
-from nmcompile.ir import operations as ops
-from nmcompile.ir.node_meta import row_of
 from nmcompile.quantization import Histogram
-from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
-from nmcompile.three_gemm.observer import Observer, Results, Values, observing
+from nmcompile.three_gemm.observer import observing
 from nmcompile.three_gemm.record import record_of
 from nmcompile.three_gemm.run_model import evaluating, run_batch, shown
 from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.three_gemm.unquantized import Unquantized
 
 PERCENTILE = 99.99
 FACTORS = (1.0, 0.9, 1.1, 0.8, 1.2, 0.7, 0.6, 0.5)  # the first of equally good ones wins, as if no output is a float
@@ -98,7 +95,7 @@ def _observe(
     """Return histograms of all inputs, and some batches with their unquantized outputs."""
     observed: dict[int, Histogram] = defaultdict(Histogram)
     examples: list[tuple[object, list[Tensor]]] = []
-    with observing(triples_of(compiled), lambda triple: _Unquantized(triple, observed)):
+    with observing(triples_of(compiled), lambda triple: _Recording(triple, observed)):
         bar = tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None)
         for number, batch in enumerate(bar):
             outputs = _floats(run_batch(compiled, batch, f"calibration batch {number}"))
@@ -141,44 +138,15 @@ def _floats(output: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-class _Unquantized(Observer):
-    """An observer that runs a layer and its norm with unquantized activations, and adds these to histograms."""
+class _Recording(Unquantized):
+    """An observer that adds the activations which grids would quantize to histograms."""
 
     def __init__(self, triple: GemmTriple, observed: dict[int, Histogram]) -> None:
         super().__init__(triple)
-        self.steps = {step.row.operand: step for step in triple.steps.activations}
         self.observed = observed
 
-    def run(self, phase: Phase, values: Values) -> Results:
-        return self.triple.run_graph(phase, values, _UnquantizedNodes(self, phase).run)
-
-    def run_norm(self, norm: AbsorbedNorm, input: Tensor) -> Tensor:
-        output, step = norm.run_absorbed(input, is_rounded=False), self.triple.steps.output
-        if step is not None:
-            self.show(step, output)
-        return output
-
     def show(self, step: ActivationStep, x: Tensor) -> None:
-        """Add to a histogram the values that the grid of a step would quantize."""
         self.observed[id(step)].observe(x)
-
-
-class _UnquantizedNodes(fx.Interpreter):
-    """An interpreter that passes on the operands of quantizing nodes unchanged."""
-
-    def __init__(self, observer: _Unquantized, phase: Phase) -> None:
-        super().__init__(observer.triple.graphs[phase])
-        self.observer = observer
-
-    def run_node(self, n: fx.Node) -> object:
-        if n.target is ops.to_accumulator:
-            return self.env[n.all_input_nodes[0]]
-        row = row_of(n)
-        if row is None or not row.is_quantized or row.operand not in self.observer.steps:
-            return super().run_node(n)
-        x = self.env[n.all_input_nodes[0]]
-        self.observer.show(self.observer.steps[row.operand], x)
-        return x
 
 
 def _clip(step: ActivationStep, histogram: Histogram) -> float:

@@ -1,28 +1,33 @@
 """`compile`: read on from here to follow a model on its way to three GEMMs a layer."""
 
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from nmcompile.api.calibrate import calibrate_reached, check_data
+from nmcompile.api.first_rank import of_first_rank
 from nmcompile.api.measure_phases import find_dense_phases
 from nmcompile.api.pipeline import bind_layers, install_layers, plan_and_lower
 from nmcompile.api.predict_phases import find_unlikely_phases, tell_if_slower
 from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
+from nmcompile.api.solve_layers import solve_layers
+from nmcompile.api.solved_parts import put_weights, settle
 from nmcompile.api.whole_step import leave_slower_dense
 from nmcompile.arguments import Args, Kwargs
-from nmcompile.checks import check_call, check_callable, check_kind, check_number
-from nmcompile.config import CompileConfig
+from nmcompile.checks import check_call, check_callable, check_kind, check_number, check_path
+from nmcompile.config import CompileConfig, Phase
 from nmcompile.errors import ConfigError
 from nmcompile.ir.protocols import Backend
 from nmcompile.three_gemm.copy_model import share_copy
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.record import record_of
+from nmcompile.three_gemm.record import Compilation, record_of
 
 
 def compile(
@@ -36,6 +41,7 @@ def compile(
     calibration: Iterable[object] | None = None,
     validation: Callable[[nn.Module], float] | None = None,
     max_drop: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Rewrite every conv and linear node of a model into its three GEMMs, pruned according to the paper's Table 1.
@@ -62,29 +68,40 @@ def compile(
         backend: `"auto"` (the backends that run here, by the device of the parameters), `"cpu"`, `"triton"`,
             `"cusparselt"`, `"reference"`, or a `Backend`; the reference backend runs the nodes that it does not take.
         calibration: batches for the clips of quantized inputs (see `calibrate`); without them, a clip that an earlier
-            compilation found for the same grid is kept.
+            compilation found for the same grid is kept. `CompileConfig.masks` and `refit` read them too; masks that an
+            earlier compilation found from data are kept without them. Kept weights that these methods change are new
+            parameters of the result: optimizers for it are made after this call.
         validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers
             that hurt most are left dense until it does not fall further. Each layer costs one validation.
-        inplace: edit the given module tree; always so after FSDP2's `fully_shard`, whose modules cannot be copied.
+        checkpoint: a folder for masks that are found from data. Each is saved there when it is found, and a call with
+            the same model, data and config goes on where an interrupted one has stopped.
+        inplace: edit the given module tree, and write changed weights into its parameters; always so after FSDP2's
+            `fully_shard`, whose modules cannot be copied.
 
     Returns:
         A module of the model's class.
 
     Raises:
         ConfigError: an unknown mode, pattern, layer name or backend; `args` that are not a tuple; `validation` without
-            `max_drop` or the reverse; `where="pays"` or `"likely"` without `args`.
+            `max_drop` or the reverse; `where="pays"` or `"likely"` without `args`; masks from data without
+            `calibration`; a `checkpoint` of another model, data or config.
         CaptureError: nothing to compile, or the model refuses `args`.
         PreconditionError: a layer named in `config` cannot be pruned as asked.
         BackendUnavailable: the backend asked for cannot run here.
-        CalibrationError: calibration data that no clip can be found from.
+        CalibrationError: calibration data that no mask or clip can be found from.
     """
     check_call(args, kwargs)
     _check_control(validation, max_drop)
     if calibration is not None:
         check_data(calibration)
     check_kind("inplace", inplace, bool, "True or False")
+    folder = None if checkpoint is None else _folder(checkpoint)
     request = request_of(model, mode, args, kwargs, config, backend)
+    _check_data_is_given(request, calibration)
     # Each step tries the request out on a copy, so a failure leaves the model as it is.
+    if calibration is not None and request.config.reads_data:
+        calibration = list(calibration)
+        request = find_masks(request, calibration, folder)
     if calibration is not None:
         request = find_clips(request, calibration)
     if validation is not None and max_drop is not None:
@@ -105,11 +122,40 @@ def _check_control(validation: object, max_drop: object) -> None:
         check_number("max_drop", max_drop, Real, 0, math.inf, "how much the score may fall, a number >= 0")
 
 
+def _folder(checkpoint: str | os.PathLike[str]) -> Path:
+    folder = check_path("checkpoint", checkpoint)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"checkpoint: {folder} cannot be made a folder ({error.strerror})") from error
+    return folder
+
+
+def _check_data_is_given(request: Request, calibration: Iterable[object] | None) -> None:
+    """Raise if masks are to be found from data, and there are neither data nor masks found before."""
+    carried = any(mask.found is not None for mask in request.earlier.masks.values())
+    if request.config.reads_data and calibration is None and not carried:
+        asked = "refit=True" if request.config.masks == "magnitude" else f"masks={request.config.masks!r}"
+        raise ConfigError(f"CompileConfig({asked}) needs data; pass calibration=, an iterable of batches")
+
+
 def find_clips(request: Request, data: Iterable[object]) -> Request:
     """Calibrate a trial and keep its clips; layers that the data does not reach stay dense."""
     trial = rewrite(request)
     unreached = calibrate_reached(trial, data)
     return request.after(trial, unreached)
+
+
+def find_masks(request: Request, batches: Sequence[object], checkpoint: Path | None) -> Request:
+    """Find masks, and new values of kept weights, from data; layers that the data does not reach stay dense."""
+    trial = rewrite(request)
+    with torch.inference_mode(False):  # new weights are ordinary tensors
+        solved = of_first_rank(lambda: solve_layers(trial, batches, request.config, checkpoint))
+    settle(trial, solved)
+    reached = {part.weight for part in solved}
+    masked = (triple for triple in triples_of(trial) if triple.mask is not None)
+    unreached = [triple.layer.name for triple in masked if triple.site.weight not in reached]
+    return replace(request.after(trial, unreached), solved=solved)
 
 
 def control_accuracy(request: Request, validation: Callable[[nn.Module], float], max_drop: float) -> Request:
@@ -140,6 +186,13 @@ def rewrite(request: Request, inplace: bool = False) -> nn.Module:
     """Plan and lower the graphs, then change a module tree: a copy, or the model itself. Errors precede the change."""
     done = plan_and_lower(request)
     target = request.model if inplace else share_copy(request.plain)
+    put_weights(target, request.solved, _masked(done), inplace)
     triples = bind_layers(target, done, torch.initial_seed(), request.earlier)
     install_layers(target, done, triples)
     return target
+
+
+def _masked(done: Compilation) -> set[str]:
+    """Return the full names of the weights that the plan masks."""
+    masked = {plan.layer.name for plan in done.program.plan if plan.find(Phase.FORWARD, "weight")}
+    return {site.weight for site in done.program.captured.sites if site.layer.name in masked}

@@ -22,7 +22,11 @@ def inspect(compiled: nn.Module) -> Report:
     root, record = record_of(compiled)
     observed = {
         triple.layer.name: Observation(
-            triple.called, triple.positions, triple.graphs.kernels(), triple.graphs.choices()
+            triple.called,
+            triple.positions,
+            triple.graphs.kernels(),
+            triple.graphs.choices(),
+            None if triple.mask is None else triple.mask.found,
         )
         for triple in triples_of(root)
     }

@@ -1,14 +1,15 @@
 """One request to `compile` or `analyze`, checked, with the model captured."""
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from nmcompile.api.choose_backends import choose_backends
 from nmcompile.api.decompile import decompile, is_compiled
+from nmcompile.api.solved_parts import Part, Solved
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture import capture_model
 from nmcompile.checks import described
@@ -37,6 +38,7 @@ class Request:
         earlier: masks and clips of an earlier compilation or of a trial.
         reverted: the decision of accuracy control; None if it was not asked for.
         dense_phases: the phases in which pruning does not pay; None if no trial was timed.
+        solved: masks and new values of weights, found from calibration data.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Request:
     earlier: Earlier
     reverted: Reverted | None = None
     dense_phases: DensePhases | None = None
+    solved: Mapping[Part, Solved] = field(default_factory=dict)
 
     def without(self, layers: Iterable[str]) -> "Request":
         """Return this request with more layers left dense."""

@@ -8,6 +8,7 @@ from torch import fx
 
 from nmcompile.config import Phase
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.found_mask import FoundMask
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.node_meta import Refusal
 from nmcompile.ir.plan import READ, LayerPlan, Operand
@@ -20,12 +21,13 @@ OPERANDS: dict[Operand, str] = {"weight": "W", "input": "X", "output": "Y", "gra
 
 @dataclass(frozen=True)
 class Observation:
-    """Observations of one layer in a run: whether it was called, its output positions, its backends and kernels."""
+    """Observations of one layer: whether it was called, its output positions, its kernels, the origin of its mask."""
 
     called: bool
     positions: int | None
     kernels: Mapping[Phase, str] = field(default_factory=dict)
     choices: Mapping[Phase, Choice] = field(default_factory=dict)
+    found: FoundMask | None = None
 
 
 class PrintableGraphs:
@@ -46,7 +48,8 @@ class LayerReport:
     """Report of one layer.
 
     `macs` is for one of its three GEMMs (all take the same), None if no shape is known. `refusals` are the backends
-    that were asked before the one which took a node, with their reasons.
+    that were asked before the one which took a node, with their reasons. `found` is the origin of a mask that was found
+    from calibration data, None for others.
     """
 
     plan: LayerPlan
@@ -56,6 +59,7 @@ class LayerReport:
     kernels: Mapping[Phase, str]
     choices: Mapping[Phase, Choice]
     refusals: Mapping[Phase, tuple[Refusal, ...]]
+    found: FoundMask | None
 
     @property
     def layer(self) -> Layer:
@@ -92,7 +96,8 @@ class LayerReport:
             # The reason why a layer is pruned against the default rules holds whether or not it ran.
             return "; ".join((self.status, *(row.reason for row in self.plan.rows if row.is_sparse and row.reason)))
         absorbed = (f"absorbs {self.plan.norm!r} in eval()",) if self.plan.norm else ()
-        return "; ".join((*self.reasons, *absorbed))
+        found = () if self.found is None else (str(self.found),)
+        return "; ".join((*found, *self.reasons, *absorbed))
 
     def operands(self, phase: Phase) -> str:
         """Say in short what is pruned and quantized in a phase: `"W 2:4 greedy, X u4 mse"`, or `"dense"`."""
@@ -122,4 +127,6 @@ def layer_report(program: Program, plan: LayerPlan, seen: Observation, unseen: s
     example = program.captured.facts[plan.layer.name].positions
     positions = seen.positions if example is None else example
     kernels = seen.kernels or graphs.kernels()
-    return LayerReport(plan, PrintableGraphs(graphs), status, positions, kernels, seen.choices, graphs.refusals())
+    return LayerReport(
+        plan, PrintableGraphs(graphs), status, positions, kernels, seen.choices, graphs.refusals(), seen.found
+    )

@@ -4,6 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nmcompile.ir.found_mask import FoundMask
 from nmcompile.weight_cache import Content
 
 
@@ -12,6 +13,7 @@ class MaskSource(Protocol):
 
     tensor: Tensor
     steps: int
+    found: FoundMask | None
 
     @property
     def is_stale(self) -> bool:

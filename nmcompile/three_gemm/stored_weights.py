@@ -88,7 +88,13 @@ class Place:
 
     def look(self, model: nn.Module) -> Tensor:
         """Return the present slice of the model's parameter."""
-        return model.get_parameter(self.parameter).as_strided(self.size, self.stride, self.offset)
+        parameter = model.get_parameter(self.parameter)
+        return self.within(parameter, parameter)
+
+    def within(self, parameter: Tensor, copied: Tensor) -> Tensor:
+        """Return the slice of a copy of the parameter: of the same shape and strides, in memory of its own."""
+        offset = self.offset - int(parameter.storage_offset()) + int(copied.storage_offset())
+        return copied.as_strided(self.size, self.stride, offset)
 
 
 def find_place(model: nn.Module, site: Site, weight: Tensor) -> Place | None:

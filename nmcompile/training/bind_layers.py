@@ -111,7 +111,7 @@ class TripleFactory:
         earlier = self.earlier.masks.get(site.weight)
         if earlier is not None and not earlier.is_stale and _meets(earlier.tensor, mask):
             mask.tensor.copy_(earlier.tensor)
-            mask.steps = earlier.steps
+            mask.steps, mask.found = earlier.steps, earlier.found
             mask.clock.is_stale, mask.clock.content = False, earlier.clock.content
         return mask
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.fingerprint import fingerprint
+from nmcompile.ir.found_mask import FoundMask
 from nmcompile.ir.layers import Layer
 from nmcompile.layer_config import TRANSPOSABLE
 from nmcompile.printable import printable
@@ -72,6 +73,7 @@ class WeightMask:
         self.counted = StepCount()
         self.notes = 0  # of optimizer steps, including those that turn out to have been skipped
         self.backwards = 0
+        self.found: FoundMask | None = None
         self.is_decayed = False  # by SR-STE, for the step that is being made
         self.is_resumed = False  # with weights that sparse training may have made, and without its state
         # The full size, also if the weight is a shard; else with the weight's strides.
@@ -92,6 +94,9 @@ class WeightMask:
 
         A weight other than the registered one gets a mask of its own, which is not cached.
         """
+        if self.found is not None:
+            self._fit(weight)
+            return self.tensor
         if torch.compiler.is_compiling():
             return self._in_graph(weight, when_compared(weight, content, is_trained))
         if type(weight) is not nn.Parameter:
@@ -162,6 +167,8 @@ class WeightMask:
 
     def preview(self, weight: Tensor) -> Tensor:
         """Compute the mask that `current` would return, and leave the state as it is."""
+        if self.found is not None:
+            return self.tensor.to(weight.device)
         content = fingerprint(weight)
         if self.clock.is_stale or self._is_another(weight, content) or self.clock.is_written(self.weight(), content):
             return self._own_mask(weight)
@@ -207,6 +214,12 @@ class WeightMask:
             stacklevel=3,
         )
 
+    def stand(self, mask: Tensor, found: FoundMask) -> None:
+        """Take a mask that was found from calibration data; it stands from now on."""
+        self.tensor.copy_(mask)
+        self.found = found
+        self.accept_content()
+
     def mark_stale(self) -> None:
         """Make the next forward rebuild the mask from the weight as it is then."""
         self.clock.is_stale = True
@@ -232,7 +245,7 @@ class WeightMask:
     @property
     def is_stale(self) -> bool:
         """Return whether the next `current` rebuilds the mask."""
-        return self.clock.is_stale
+        return self.found is None and self.clock.is_stale
 
     @property
     def is_followed(self) -> bool:

@@ -1,0 +1,147 @@
+"""Weights and masks found from calibration data, in memory and, if asked, in a folder from which a run goes on."""
+
+import hashlib
+import io
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nmcompile.errors import ConfigError, FileError
+from nmcompile.files.write_atomically import write_atomically
+from nmcompile.fingerprint import fingerprint
+from nmcompile.ir.found_mask import FoundMask
+from nmcompile.three_gemm.stored_weights import Place
+from nmcompile.training.find_masks import masks_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """A weight, or those of its rows that one call reads: attention projects queries, keys and values by themselves.
+
+    Args:
+        weight: the full name of the weight.
+        row: the first of the rows.
+    """
+
+    weight: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solved part of a weight.
+
+    Args:
+        mask: bool, of the part's shape.
+        weight: its new values, zero off the mask; None if the method keeps the values.
+        place: the elements of a parameter that the part is; None if it is computed from parameters.
+        method: the method that found it.
+        error: the relative error left in the layer's outputs.
+    """
+
+    mask: Tensor
+    weight: Tensor | None
+    place: Place | None
+    method: str
+    error: float
+
+
+class SolvedParts:
+    """The parts that are solved so far.
+
+    Args:
+        folder: where each part is saved once it is solved; those of an interrupted run are read from there. None keeps
+            them in memory only.
+        run: text that identifies the model, the data and the method, see `identify_run`.
+
+    Raises:
+        ConfigError: the folder holds parts of another run.
+        FileError: a file in the folder is damaged.
+    """
+
+    def __init__(self, folder: Path | None = None, run: str = "") -> None:
+        self.folder = folder
+        self.run = run
+        self.parts: dict[Part, Solved] = {} if folder is None else dict(_read_parts(folder, run))
+
+    def add(self, part: Part, solved: Solved) -> None:
+        """Keep a solved part."""
+        self.parts[part] = solved
+        if self.folder is not None:
+            saved = io.BytesIO()
+            torch.save(asdict(solved) | {"part": (part.weight, part.row), "run": self.run}, saved)
+            name = hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+            write_atomically(self.folder / f"{name}.pt", saved.getvalue())
+
+
+def identify_run(model: nn.Module, rules: Iterable[object], batches: Iterable[object]) -> str:
+    """Return text that differs if the weights, the rules (method, patterns) or the batches of two runs differ."""
+    tensors = (*model.state_dict(keep_vars=True).values(), *pytree.tree_leaves(list(batches)))
+    content = [fingerprint(x) if isinstance(x, Tensor) else repr(x) for x in tensors]
+    return hashlib.sha256(repr((list(map(str, rules)), content)).encode()).hexdigest()
+
+
+def _read_parts(folder: Path, run: str) -> Iterator[tuple[Part, Solved]]:
+    for path in sorted(folder.glob("*.pt")):
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            part, made_by = Part(*saved.pop("part")), saved.pop("run")
+            place = saved.pop("place")
+            solved = Solved(**saved, place=place and Place(**place))
+        except (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
+            raise FileError(f"{path}: not a whole file of masks ({type(error).__name__}); delete it") from error
+        if made_by != run:
+            raise ConfigError(
+                f"checkpoint: {folder} holds masks for another model, other calibration data or another config; give "
+                "a folder of its own"
+            )
+        yield part, solved
+
+
+def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
+    """Make the masks of a trial stand as they were found; its weights are not changed."""
+    masks = masks_of(trial)
+    for name in dict.fromkeys(part.weight for part in parts):
+        found = {part: solved for part, solved in parts.items() if part.weight == name}
+        tensor = masks[name].tensor.clone()
+        for part, solved in found.items():
+            tensor[part.row : part.row + solved.mask.shape[0]].copy_(solved.mask)
+        error = max(solved.error for solved in found.values())
+        masks[name].stand(tensor, FoundMask(next(iter(found.values())).method, error))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def put_weights(model: nn.Module, parts: Mapping[Part, Solved], masked: Collection[str], inplace: bool) -> None:
+    """Write the new values of masked weights into their parameters, or replace these parameters.
+
+    Args:
+        model: receives the weights.
+        parts: with the new values.
+        masked: the full names of the weights that have a mask; others stay as they are.
+        inplace: write into the present parameters; else the model gets new ones, and those that other models share with
+            it keep their values.
+    """
+    targets: dict[str, Tensor] = {}
+    for part, solved in parts.items():
+        if part.weight in masked and solved.place is not None and solved.weight is not None:
+            parameter = model.get_parameter(solved.place.parameter)
+            target = targets.setdefault(solved.place.parameter, parameter if inplace else parameter.detach().clone())
+            solved.place.within(parameter, target).copy_(solved.weight)
+    for name, target in targets.items():
+        if not inplace:
+            _replace(model, model.get_parameter(name), target)
+
+
+def _replace(model: nn.Module, old: nn.Parameter, values: Tensor) -> None:
+    """Replace a parameter wherever the model holds it."""
+    new = nn.Parameter(values, old.requires_grad)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is old:
+                module._parameters[name] = new

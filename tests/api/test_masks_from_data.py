@@ -1,0 +1,397 @@
+"""Masks from calibration data: each layer is solved from the inputs that the pruned model gives it."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import nmcompile
+from nmcompile import CompileConfig, NMPattern
+from nmcompile.api import solve_layers
+from nmcompile.errors import CalibrationError, ConfigError, FileError
+from nmcompile.ir.layers import LinearLayer
+from nmcompile.one_shot.hessian import Hessian
+from nmcompile.one_shot.solve import solve
+from nmcompile.training.find_masks import masks_of
+
+METHODS = ("wanda", "sparsegpt", "admm")
+MODES = {"weights": False, "t-weights": True}
+
+
+def config(method: str, **options: object) -> CompileConfig:
+    return replace(CompileConfig(masks=method, ends="sparse"), **options)  # type: ignore[arg-type]
+
+
+def mlp(width: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 8))
+
+
+def batches(width: int = 16, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(width, width, generator=generator)
+    return [torch.randn(20, width, generator=generator) @ mixing for _ in range(count)]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def distance(one: nn.Module, other: nn.Module) -> float:
+    x = batches()[0]
+    return float((one(x) - other(x)).norm())
+
+
+def is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@torch.no_grad()
+def solve_in_a_row(model: nn.Sequential, data: Iterable[Tensor], method: str, is_transposable: bool) -> nn.Sequential:
+    """Prune the layers of a sequence one after another; a plain loop, without any of the machinery of compile."""
+    model, streams = copy.deepcopy(model), list(data)
+    for module in model:
+        if isinstance(module, nn.Linear):
+            layer = LinearLayer("layer", tuple(module.weight.shape), True)
+            hessian = Hessian(layer, torch.device("cpu"))
+            for x in streams:
+                hessian.add(x)
+            module.weight.copy_(
+                solve(method, layer, module.weight, hessian, NMPattern.parse("2:4"), is_transposable).weight
+            )
+        streams = [module(x) for x in streams]
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_layer_sees_the_pruned_models_inputs(method: str, mode: str) -> None:
+    expected = solve_in_a_row(mlp(), batches(), method, MODES[mode])
+    compiled = nmcompile.compile(mlp(), mode, calibration=batches(), config=config(method))
+    assert is_same(nmcompile.finalize(compiled).state_dict(), expected.state_dict())
+    x = batches()[0]
+    torch.testing.assert_close(compiled(x), expected(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_source_keeps_its_weights(method: str) -> None:
+    model = mlp()
+    before = state(model)
+    compiled = nmcompile.compile(model, "weights", calibration=batches(), config=config(method))
+    assert is_same(before, model.state_dict())
+    is_shared = compiled[0].weight is model[0].weight
+    assert is_shared == (method == "wanda")  # which changes no weight
+    assert compiled[0].bias is model[0].bias
+
+
+def test_inplace_writes_into_the_parameters() -> None:
+    model = mlp()
+    weight = model[2].weight
+    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    assert nmcompile.compile(model, "weights", calibration=batches(), config=config("sparsegpt"), inplace=True) is model
+    assert model[2].weight is weight
+    assert is_same(model.state_dict(), expected.state_dict())
+
+
+def test_batches_may_come_from_a_generator() -> None:
+    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    compiled = nmcompile.compile(mlp(), "weights", calibration=iter(batches()), config=config("sparsegpt"))
+    assert is_same(compiled.state_dict(), expected.state_dict())
+
+
+def test_refit_lowers_the_error_that_is_reported() -> None:
+    def error(**options: object) -> float:
+        model = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("wanda", **options))
+        found = masks_of(model)["0.weight"].found
+        assert found is not None
+        return found.error
+
+    assert error(refit=True) < error()
+
+
+def test_magnitude_masks_can_be_refitted() -> None:
+    plain = nmcompile.compile(mlp(), "weights", config=config("magnitude"))
+    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("magnitude", refit=True))
+    assert distance(compiled, mlp()) < distance(plain, mlp())
+    first = "0.weight"
+    assert torch.equal(masks_of(compiled)[first].tensor, masks_of(plain)[first].tensor)
+
+
+class Experts(nn.Module):
+    """A model in which each sample takes its own way; no sample takes the last expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.experts[int(x.sum() > 0)]
+        y: Tensor = self.head(expert(x))
+        return y
+
+
+def test_batches_may_take_different_ways() -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    data = [x.abs() if number % 2 else -x.abs() for number, x in enumerate(batches(count=6))]
+    compiled = nmcompile.compile(model, "weights", calibration=data, config=config("sparsegpt"))
+    for x in data:
+        compiled(x)
+    report = nmcompile.inspect(compiled)
+    assert {layer.name: layer.status for layer in report.layers} == {
+        "experts.0": "sparse",
+        "experts.1": "sparse",
+        "experts.2": "dense",
+        "head": "sparse",
+    }
+    assert torch.equal(compiled.experts[2].weight, model.experts[2].weight)  # type: ignore[union-attr]
+    own = solve_in_a_row(nn.Sequential(model.experts[0]), data[::2], "sparsegpt", False)
+    assert torch.equal(nmcompile.finalize(compiled).experts[0].weight, own[0].weight)  # type: ignore[union-attr]
+
+
+class Recurrent(nn.Module):
+    """A model that calls one layer three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.inner(x))
+        return x
+
+
+def test_a_layer_called_again_is_solved_from_all_its_inputs() -> None:
+    torch.manual_seed(0)
+    model = Recurrent()
+    compiled = nmcompile.compile(model, "weights", calibration=batches(), config=config("sparsegpt"))
+    layer = LinearLayer("inner", (16, 16), True)
+    hessian = Hessian(layer, torch.device("cpu"))
+    with torch.no_grad():
+        for x in batches():
+            for _ in range(3):
+                hessian.add(x)
+                x = torch.tanh(model.inner(x))
+    expected = solve("sparsegpt", layer, model.inner.weight, hessian, NMPattern.parse("2:4"), False)
+    assert torch.equal(compiled.inner.weight, expected.weight)  # type: ignore[union-attr]
+
+
+def test_packed_projections_are_solved_by_their_rows() -> None:
+    """Queries, keys and values of cross-attention see other inputs."""
+
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.attention(x, x.flip(-1), x.sin())[0]
+            return y
+
+    torch.manual_seed(0)
+    model, data = Cross(), [x.reshape(4, 5, 16) for x in batches()]
+    compiled = nmcompile.compile(model, "weights", calibration=data, config=config("sparsegpt"))
+    packed = nmcompile.finalize(compiled).attention.in_proj_weight  # type: ignore[union-attr]
+    for part, see in enumerate((lambda x: x, lambda x: x.flip(-1), torch.sin)):
+        rows = nn.Sequential(nn.Linear(16, 16, bias=False))
+        rows[0].weight = nn.Parameter(model.attention.in_proj_weight[16 * part : 16 * part + 16].detach())
+        expected = solve_in_a_row(rows, [see(x) for x in data], "sparsegpt", False)
+        # Attention puts tokens in another order, in which the sums round otherwise.
+        torch.testing.assert_close(packed[16 * part : 16 * part + 16], expected[0].weight)
+    assert nmcompile.verify(compiled).ok
+
+
+class Functional(nn.Module):
+    """A model with a functional linear, a weight stored (in, out), and a slice of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+        self.transposed = nn.Parameter(torch.randn(16, 16) / 4)
+        self.bias = nn.Parameter(torch.randn(16))
+        self.both = nn.Parameter(torch.randn(32, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.bias, F.linear(x, self.weight).tanh(), self.transposed).tanh()
+        return F.linear(x, self.both[:16]) + F.linear(x, self.both[16:]).tanh()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_functional_layers_and_slices(mode: str) -> None:
+    torch.manual_seed(0)
+    model = Functional()
+    magnitude = nmcompile.compile(model, mode, config=config("magnitude"))
+    compiled = nmcompile.compile(model, mode, calibration=batches(), config=config("sparsegpt"))
+    methods = {name: mask.found.method for name, mask in masks_of(compiled).items() if mask.found}
+    assert set(methods.values()) == {"sparsegpt"}
+    assert methods.keys() == masks_of(compiled).keys()
+    assert nmcompile.verify(compiled).ok
+    assert distance(compiled, model) < distance(magnitude, model)
+    x = batches()[0]
+    torch.testing.assert_close(nmcompile.finalize(compiled)(x), compiled(x))
+
+
+def test_a_computed_weight_gets_only_a_mask() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 8))
+    compiled = nmcompile.compile(model, "weights", calibration=batches(), config=config("sparsegpt"))
+    methods = {name: mask.found.method for name, mask in masks_of(compiled).items() if mask.found}
+    assert methods == {"0.weight": "wanda", "1.weight": "sparsegpt"}
+
+
+def test_masks_stand_through_training() -> None:
+    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt", refresh=1))
+    masks = {name: mask.tensor.clone() for name, mask in masks_of(compiled).items()}
+    optimizer = torch.optim.SGD(compiled.parameters(), 0.5)
+    for x in batches():
+        compiled(x).square().mean().backward()
+        optimizer.step()
+    compiled.load_state_dict(mlp().state_dict())
+    with torch.no_grad():
+        compiled[0].weight.data.neg_()
+    compiled(batches()[0])
+    assert is_same(masks, {name: mask.tensor for name, mask in masks_of(compiled).items()})
+
+
+def test_masks_survive_another_compilation_and_a_copy() -> None:
+    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    again = nmcompile.compile(copy.deepcopy(compiled), "weights", config=config("sparsegpt"))
+    for name, mask in masks_of(again).items():
+        assert torch.equal(mask.tensor, masks_of(compiled)[name].tensor)
+        assert mask.found == masks_of(compiled)[name].found
+
+
+def test_a_layer_that_validation_reverts_has_its_own_weight_again() -> None:
+    model, x = mlp(), batches()[0]
+
+    @torch.no_grad()
+    def validation(candidate: nn.Module) -> float:
+        return -float((candidate[0](x) - model[0](x)).norm())  # type: ignore[operator, index]
+
+    compiled = nmcompile.compile(
+        model, "weights", calibration=batches(), config=config("sparsegpt"), validation=validation, max_drop=0.0
+    )
+    compiled(x)
+    assert [layer.name for layer in nmcompile.inspect(compiled).layers if layer.status == "sparse"] == ["2", "4"]
+    assert torch.equal(compiled[0].weight, model[0].weight)  # type: ignore[index]
+    assert not torch.equal(compiled[2].weight, model[2].weight)  # type: ignore[index]
+
+
+def test_a_pruned_input_is_what_the_hessian_sees() -> None:
+    """4:8 activations are pruned before the GEMM, so a column that is never kept costs nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    compiled = nmcompile.compile(
+        model, "inference", args=(batches()[0],), calibration=batches(), config=config("sparsegpt")
+    )
+    x = batches()[0]
+    magnitude = nmcompile.compile(model, "inference", args=(x,), calibration=batches(), config=config("magnitude"))
+    assert distance(compiled, model) < distance(magnitude, model)
+
+
+def test_the_report_names_method_and_error() -> None:
+    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    compiled(batches()[0])
+    report = nmcompile.inspect(compiled)
+    found = masks_of(compiled)["2.weight"].found
+    assert found is not None
+    assert report.layer("2").found == found
+    assert f"mask by sparsegpt, output error {found.error:.2%}" in str(report)
+    assert f'"error": {found.error}' in report.to_json()
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    solved: list[str] = []
+
+    def counting(method: str, layer: LinearLayer, *rest: object) -> object:
+        solved.append(layer.name)
+        if len(solved) == 3:
+            raise Interrupt
+        return solve(method, layer, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(solve_layers, "solve", counting)
+    arguments = {"calibration": batches(), "config": config("sparsegpt"), "checkpoint": tmp_path / "masks"}
+    model = mlp()
+    with pytest.raises(Interrupt):
+        nmcompile.compile(model, "weights", **arguments)  # type: ignore[arg-type]
+    assert is_same(model.state_dict(), mlp().state_dict())
+    compiled = nmcompile.compile(model, "weights", **arguments)  # type: ignore[arg-type]
+    assert solved == ["0", "2", "4", "4"]
+    assert is_same(compiled.state_dict(), expected.state_dict())
+    assert is_same(nmcompile.sparse_state_dict(compiled), nmcompile.sparse_state_dict(expected))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calibration": batches(count=2)},
+        {"config": config("admm")},
+        {"config": config("sparsegpt", refit=True)},
+        {"mode": "t-weights"},
+    ],
+    ids=["data", "method", "refit", "mode"],
+)
+def test_a_checkpoint_of_another_run_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    arguments = {"mode": "weights", "calibration": batches(), "config": config("sparsegpt"), "checkpoint": tmp_path}
+    nmcompile.compile(mlp(), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="another model, other calibration data or another config"):
+        nmcompile.compile(mlp(), **arguments | change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="another model"):
+        nmcompile.compile(nn.Sequential(*mlp()[:3]), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0.pt").write_bytes(b"damaged")
+    with pytest.raises(FileError, match=r"0\.pt: not a whole file of masks"):
+        nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("wanda"), checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "empty"),
+        ([*batches(), torch.full((4, 16), torch.nan)], "layer '0': calibration batch 3 gives NaN or infinity"),
+        ([*batches(), torch.zeros(4, 15)], r"calibration batch 3 is float32\[4, 15\]"),
+        (batches()[0], "give an iterable of batches"),
+    ],
+    ids=["empty", "nan", "shape", "tensor"],
+)
+def test_bad_data_is_an_error_and_leaves_the_model(data: Iterable[object], message: str) -> None:
+    model = mlp()
+    with pytest.raises(CalibrationError, match=message):
+        nmcompile.compile(model, "weights", calibration=data, config=config("sparsegpt"), inplace=True)
+    assert is_same(model.state_dict(), mlp().state_dict())
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"masks": "sparsegpt"}, "masks='sparsegpt'"), ({"refit": True}, "refit=True")],
+    ids=["masks", "refit"],
+)
+def test_data_is_needed(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"{message}.*needs data; pass calibration="):
+        nmcompile.compile(mlp(), "weights", config=replace(CompileConfig(), **options))  # type: ignore[arg-type]
+
+
+def test_results_do_not_depend_on_the_callers_settings() -> None:
+    """Threads of their own run the batches, whatever the thread of the caller has set."""
+    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    data = batches()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        compiled = nmcompile.compile(mlp(), "weights", calibration=data, config=config("sparsegpt"))
+    assert is_same(compiled.state_dict(), expected.state_dict())
+    assert not compiled[0].weight.is_inference()
