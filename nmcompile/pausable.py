@@ -5,7 +5,7 @@ A generator can stop only in its own frame. A model stops here inside a layer, d
 
 import threading
 from collections.abc import Callable, Generator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Stop = TypeVar("Stop")
 
@@ -45,7 +45,7 @@ class _Call(Generic[Stop]):
 
 
 class _Here(threading.local):
-    call: "_Call[object] | None" = None
+    call: "_Call[Any] | None" = None
 
 
 _here = _Here()

@@ -1,9 +1,9 @@
 """Masks from calibration data: each layer is solved from the inputs that the pruned model gives it."""
 
 import copy
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +23,14 @@ METHODS = ("wanda", "sparsegpt", "admm")
 MODES = {"weights": False, "t-weights": True}
 
 
-def config(method: str, **options: object) -> CompileConfig:
-    return replace(CompileConfig(masks=method, ends="sparse"), **options)  # type: ignore[arg-type]
+def config(method: str, **options: Any) -> CompileConfig:
+    return CompileConfig(masks=method, ends="sparse", **options)
+
+
+def compiled_by(method: str, model: nn.Module | None = None, mode: str = "weights", **options: Any) -> Any:
+    """Compile a model, by default the network of these tests, with masks from the data of these tests."""
+    given: dict[str, Any] = {"calibration": batches(), "config": config(method)} | options
+    return nmcompile.compile(mlp() if model is None else model, mode, **given)
 
 
 def mlp(width: int = 16) -> nn.Sequential:
@@ -73,7 +79,7 @@ def solve_in_a_row(model: nn.Sequential, data: Iterable[Tensor], method: str, is
 @pytest.mark.parametrize("method", METHODS)
 def test_each_layer_sees_the_pruned_models_inputs(method: str, mode: str) -> None:
     expected = solve_in_a_row(mlp(), batches(), method, MODES[mode])
-    compiled = nmcompile.compile(mlp(), mode, calibration=batches(), config=config(method))
+    compiled = compiled_by(method, mode=mode)
     assert is_same(nmcompile.finalize(compiled).state_dict(), expected.state_dict())
     x = batches()[0]
     torch.testing.assert_close(compiled(x), expected(x))
@@ -83,7 +89,7 @@ def test_each_layer_sees_the_pruned_models_inputs(method: str, mode: str) -> Non
 def test_the_source_keeps_its_weights(method: str) -> None:
     model = mlp()
     before = state(model)
-    compiled = nmcompile.compile(model, "weights", calibration=batches(), config=config(method))
+    compiled = compiled_by(method, model)
     assert is_same(before, model.state_dict())
     is_shared = compiled[0].weight is model[0].weight
     assert is_shared == (method == "wanda")  # which changes no weight
@@ -93,21 +99,21 @@ def test_the_source_keeps_its_weights(method: str) -> None:
 def test_inplace_writes_into_the_parameters() -> None:
     model = mlp()
     weight = model[2].weight
-    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
-    assert nmcompile.compile(model, "weights", calibration=batches(), config=config("sparsegpt"), inplace=True) is model
+    expected = compiled_by("sparsegpt")
+    assert compiled_by("sparsegpt", model, inplace=True) is model
     assert model[2].weight is weight
     assert is_same(model.state_dict(), expected.state_dict())
 
 
 def test_batches_may_come_from_a_generator() -> None:
-    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
-    compiled = nmcompile.compile(mlp(), "weights", calibration=iter(batches()), config=config("sparsegpt"))
+    expected = compiled_by("sparsegpt")
+    compiled = compiled_by("sparsegpt", calibration=iter(batches()))
     assert is_same(compiled.state_dict(), expected.state_dict())
 
 
 def test_refit_lowers_the_error_that_is_reported() -> None:
-    def error(**options: object) -> float:
-        model = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("wanda", **options))
+    def error(**options: Any) -> float:
+        model = compiled_by("wanda", config=config("wanda", **options))
         found = masks_of(model)["0.weight"].found
         assert found is not None
         return found.error
@@ -117,7 +123,7 @@ def test_refit_lowers_the_error_that_is_reported() -> None:
 
 def test_magnitude_masks_can_be_refitted() -> None:
     plain = nmcompile.compile(mlp(), "weights", config=config("magnitude"))
-    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("magnitude", refit=True))
+    compiled = compiled_by("magnitude", config=config("magnitude", refit=True))
     assert distance(compiled, mlp()) < distance(plain, mlp())
     first = "0.weight"
     assert torch.equal(masks_of(compiled)[first].tensor, masks_of(plain)[first].tensor)
@@ -141,7 +147,7 @@ def test_batches_may_take_different_ways() -> None:
     torch.manual_seed(0)
     model = Experts()
     data = [x.abs() if number % 2 else -x.abs() for number, x in enumerate(batches(count=6))]
-    compiled = nmcompile.compile(model, "weights", calibration=data, config=config("sparsegpt"))
+    compiled = compiled_by("sparsegpt", model, calibration=data)
     for x in data:
         compiled(x)
     report = nmcompile.inspect(compiled)
@@ -151,9 +157,9 @@ def test_batches_may_take_different_ways() -> None:
         "experts.2": "dense",
         "head": "sparse",
     }
-    assert torch.equal(compiled.experts[2].weight, model.experts[2].weight)  # type: ignore[union-attr]
+    assert torch.equal(compiled.experts[2].weight, model.get_parameter("experts.2.weight"))
     own = solve_in_a_row(nn.Sequential(model.experts[0]), data[::2], "sparsegpt", False)
-    assert torch.equal(nmcompile.finalize(compiled).experts[0].weight, own[0].weight)  # type: ignore[union-attr]
+    assert torch.equal(nmcompile.finalize(compiled).get_parameter("experts.0.weight"), own.get_parameter("0.weight"))
 
 
 class Recurrent(nn.Module):
@@ -172,7 +178,7 @@ class Recurrent(nn.Module):
 def test_a_layer_called_again_is_solved_from_all_its_inputs() -> None:
     torch.manual_seed(0)
     model = Recurrent()
-    compiled = nmcompile.compile(model, "weights", calibration=batches(), config=config("sparsegpt"))
+    compiled = compiled_by("sparsegpt", model)
     layer = LinearLayer("inner", (16, 16), True)
     hessian = Hessian(layer, torch.device("cpu"))
     with torch.no_grad():
@@ -181,7 +187,7 @@ def test_a_layer_called_again_is_solved_from_all_its_inputs() -> None:
                 hessian.add(x)
                 x = torch.tanh(model.inner(x))
     expected = solve("sparsegpt", layer, model.inner.weight, hessian, NMPattern.parse("2:4"), False)
-    assert torch.equal(compiled.inner.weight, expected.weight)  # type: ignore[union-attr]
+    assert torch.equal(compiled.inner.weight, expected.weight)
 
 
 def test_packed_projections_are_solved_by_their_rows() -> None:
@@ -198,9 +204,10 @@ def test_packed_projections_are_solved_by_their_rows() -> None:
 
     torch.manual_seed(0)
     model, data = Cross(), [x.reshape(4, 5, 16) for x in batches()]
-    compiled = nmcompile.compile(model, "weights", calibration=data, config=config("sparsegpt"))
-    packed = nmcompile.finalize(compiled).attention.in_proj_weight  # type: ignore[union-attr]
-    for part, see in enumerate((lambda x: x, lambda x: x.flip(-1), torch.sin)):
+    compiled = compiled_by("sparsegpt", model, calibration=data)
+    packed = nmcompile.finalize(compiled).get_parameter("attention.in_proj_weight")
+    changes: list[Callable[[Tensor], Tensor]] = [lambda x: x, lambda x: x.flip(-1), torch.sin]
+    for part, see in enumerate(changes):
         rows = nn.Sequential(nn.Linear(16, 16, bias=False))
         rows[0].weight = nn.Parameter(model.attention.in_proj_weight[16 * part : 16 * part + 16].detach())
         expected = solve_in_a_row(rows, [see(x) for x in data], "sparsegpt", False)
@@ -229,7 +236,7 @@ def test_functional_layers_and_slices(mode: str) -> None:
     torch.manual_seed(0)
     model = Functional()
     magnitude = nmcompile.compile(model, mode, config=config("magnitude"))
-    compiled = nmcompile.compile(model, mode, calibration=batches(), config=config("sparsegpt"))
+    compiled = compiled_by("sparsegpt", model, mode)
     methods = {name: mask.found.method for name, mask in masks_of(compiled).items() if mask.found}
     assert set(methods.values()) == {"sparsegpt"}
     assert methods.keys() == masks_of(compiled).keys()
@@ -242,13 +249,13 @@ def test_functional_layers_and_slices(mode: str) -> None:
 def test_a_computed_weight_gets_only_a_mask() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 8))
-    compiled = nmcompile.compile(model, "weights", calibration=batches(), config=config("sparsegpt"))
+    compiled = compiled_by("sparsegpt", model)
     methods = {name: mask.found.method for name, mask in masks_of(compiled).items() if mask.found}
     assert methods == {"0.weight": "wanda", "1.weight": "sparsegpt"}
 
 
 def test_masks_stand_through_training() -> None:
-    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt", refresh=1))
+    compiled = compiled_by("sparsegpt", config=config("sparsegpt", refresh=1))
     masks = {name: mask.tensor.clone() for name, mask in masks_of(compiled).items()}
     optimizer = torch.optim.SGD(compiled.parameters(), 0.5)
     for x in batches():
@@ -262,7 +269,7 @@ def test_masks_stand_through_training() -> None:
 
 
 def test_masks_survive_another_compilation_and_a_copy() -> None:
-    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    compiled = compiled_by("sparsegpt")
     again = nmcompile.compile(copy.deepcopy(compiled), "weights", config=config("sparsegpt"))
     for name, mask in masks_of(again).items():
         assert torch.equal(mask.tensor, masks_of(compiled)[name].tensor)
@@ -274,31 +281,27 @@ def test_a_layer_that_validation_reverts_has_its_own_weight_again() -> None:
 
     @torch.no_grad()
     def validation(candidate: nn.Module) -> float:
-        return -float((candidate[0](x) - model[0](x)).norm())  # type: ignore[operator, index]
+        return -float((candidate.get_submodule("0")(x) - model[0](x)).norm())
 
-    compiled = nmcompile.compile(
-        model, "weights", calibration=batches(), config=config("sparsegpt"), validation=validation, max_drop=0.0
-    )
+    compiled = compiled_by("sparsegpt", model, validation=validation, max_drop=0.0)
     compiled(x)
     assert [layer.name for layer in nmcompile.inspect(compiled).layers if layer.status == "sparse"] == ["2", "4"]
-    assert torch.equal(compiled[0].weight, model[0].weight)  # type: ignore[index]
-    assert not torch.equal(compiled[2].weight, model[2].weight)  # type: ignore[index]
+    assert torch.equal(compiled[0].weight, model.get_parameter("0.weight"))
+    assert not torch.equal(compiled[2].weight, model.get_parameter("2.weight"))
 
 
 def test_a_pruned_input_is_what_the_hessian_sees() -> None:
     """4:8 activations are pruned before the GEMM, so a column that is never kept costs nothing."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
-    compiled = nmcompile.compile(
-        model, "inference", args=(batches()[0],), calibration=batches(), config=config("sparsegpt")
-    )
+    compiled = compiled_by("sparsegpt", model, "inference", args=(batches()[0],))
     x = batches()[0]
     magnitude = nmcompile.compile(model, "inference", args=(x,), calibration=batches(), config=config("magnitude"))
     assert distance(compiled, model) < distance(magnitude, model)
 
 
 def test_the_report_names_method_and_error() -> None:
-    compiled = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    compiled = compiled_by("sparsegpt")
     compiled(batches()[0])
     report = nmcompile.inspect(compiled)
     found = masks_of(compiled)["2.weight"].found
@@ -313,22 +316,22 @@ class Interrupt(BaseException):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    expected = compiled_by("sparsegpt")
     solved: list[str] = []
 
-    def counting(method: str, layer: LinearLayer, *rest: object) -> object:
+    def counting(method: str, layer: LinearLayer, *rest: Any) -> object:
         solved.append(layer.name)
         if len(solved) == 3:
             raise Interrupt
-        return solve(method, layer, *rest)  # type: ignore[arg-type]
+        return solve(method, layer, *rest)
 
     monkeypatch.setattr(solve_layers, "solve", counting)
-    arguments = {"calibration": batches(), "config": config("sparsegpt"), "checkpoint": tmp_path / "masks"}
+    folder = tmp_path / "masks"
     model = mlp()
     with pytest.raises(Interrupt):
-        nmcompile.compile(model, "weights", **arguments)  # type: ignore[arg-type]
+        compiled_by("sparsegpt", model, checkpoint=folder)
     assert is_same(model.state_dict(), mlp().state_dict())
-    compiled = nmcompile.compile(model, "weights", **arguments)  # type: ignore[arg-type]
+    compiled = compiled_by("sparsegpt", model, checkpoint=folder)
     assert solved == ["0", "2", "4", "4"]
     assert is_same(compiled.state_dict(), expected.state_dict())
     assert is_same(nmcompile.sparse_state_dict(compiled), nmcompile.sparse_state_dict(expected))
@@ -344,19 +347,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     ],
     ids=["data", "method", "refit", "mode"],
 )
-def test_a_checkpoint_of_another_run_is_refused(change: dict[str, object], tmp_path: Path) -> None:
-    arguments = {"mode": "weights", "calibration": batches(), "config": config("sparsegpt"), "checkpoint": tmp_path}
-    nmcompile.compile(mlp(), **arguments)  # type: ignore[arg-type]
+def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    compiled_by("sparsegpt", checkpoint=tmp_path)
     with pytest.raises(ConfigError, match="another model, other calibration data or another config"):
-        nmcompile.compile(mlp(), **arguments | change)  # type: ignore[arg-type]
+        compiled_by("sparsegpt", checkpoint=tmp_path, **change)
     with pytest.raises(ConfigError, match="another model"):
-        nmcompile.compile(nn.Sequential(*mlp()[:3]), **arguments)  # type: ignore[arg-type]
+        compiled_by("sparsegpt", mlp()[:3], checkpoint=tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "0.pt").write_bytes(b"damaged")
     with pytest.raises(FileError, match=r"0\.pt: not a whole file of masks"):
-        nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("wanda"), checkpoint=tmp_path)
+        compiled_by("wanda", checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 def test_bad_data_is_an_error_and_leaves_the_model(data: Iterable[object], message: str) -> None:
     model = mlp()
     with pytest.raises(CalibrationError, match=message):
-        nmcompile.compile(model, "weights", calibration=data, config=config("sparsegpt"), inplace=True)
+        compiled_by("sparsegpt", model, calibration=data, inplace=True)
     assert is_same(model.state_dict(), mlp().state_dict())
     assert type(model[0]) is nn.Linear
 
@@ -382,16 +384,16 @@ def test_bad_data_is_an_error_and_leaves_the_model(data: Iterable[object], messa
     [({"masks": "sparsegpt"}, "masks='sparsegpt'"), ({"refit": True}, "refit=True")],
     ids=["masks", "refit"],
 )
-def test_data_is_needed(options: dict[str, object], message: str) -> None:
+def test_data_is_needed(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"{message}.*needs data; pass calibration="):
-        nmcompile.compile(mlp(), "weights", config=replace(CompileConfig(), **options))  # type: ignore[arg-type]
+        nmcompile.compile(mlp(), "weights", config=CompileConfig(**options))
 
 
 def test_results_do_not_depend_on_the_callers_settings() -> None:
     """Threads of their own run the batches, whatever the thread of the caller has set."""
-    expected = nmcompile.compile(mlp(), "weights", calibration=batches(), config=config("sparsegpt"))
+    expected = compiled_by("sparsegpt")
     data = batches()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
-        compiled = nmcompile.compile(mlp(), "weights", calibration=data, config=config("sparsegpt"))
+        compiled = compiled_by("sparsegpt", calibration=data)
     assert is_same(compiled.state_dict(), expected.state_dict())
     assert not compiled[0].weight.is_inference()
