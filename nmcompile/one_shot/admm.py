@@ -27,7 +27,8 @@ def admm(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, T
     dense = weights * hessian.used.unsqueeze(1)
     matrix = hessian.damped().to(weights.dtype)
     scale = matrix.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
-    mask = _find_support(dense * scale, matrix / scale / scale.mT, choose)
+    groups = zip((dense * scale).split(1), (matrix / scale / scale.mT).split(1), strict=True)
+    mask = torch.cat([_find_support(*group, choose) for group in groups])
     return refit(dense, mask, matrix, dense), mask
 
 

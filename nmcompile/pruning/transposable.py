@@ -16,7 +16,7 @@ from nmcompile.pruning.tile_enumeration import ENUMERABLE, select_by_enumeration
 from nmcompile.pruning.tile_flow import select_by_flow
 from nmcompile.pruning.tiles import join_tiles, split_tiles, tile_magnitudes
 
-CHUNK = 1 << 16  # tiles at a time; 2:4 needs about 1 kB per tile
+CHUNK = 1 << 20  # elements at a time; 2:4 needs about 64 bytes for each
 
 Method = Callable[[Tensor, NMPattern], Tensor]
 """(magnitudes of tiles `(M * M, tiles)`, pattern) -> mask of the same shape."""
@@ -33,10 +33,10 @@ def transposable_mask(
         dims: the two dims that tiles cover; all others are batch. A partial tile counts as padded with zeros and so
             keeps at most N.
         method: `"exact"`, the optimum of all masks with N in every row and column: by enumeration for M <= 4 (90
-            patterns for 2:4; ties go to the first, see `tile_enumeration`), else by min-cost flow, which takes
-            milliseconds per tile; or `"greedy"`, which keeps at least half the optimum: elements in descending order
-            are taken while row and column have less than N, ties to the lowest index. Greedy may leave rows and
-            columns short of N.
+            patterns for 2:4; ties go to the first, see `tile_enumeration`), else by min-cost flow (to 2⁻⁴⁰ of the
+            tile's largest element); or `"greedy"`, which keeps at least half the optimum: elements in descending
+            order are taken while row and column have less than N, ties to the lowest index. Greedy may leave rows
+            and columns short of N.
 
     Returns:
         bool of the shape of `w`, with the strides of `torch.empty_like(w)`. Non-finite elements rank first.
@@ -84,5 +84,5 @@ METHODS: dict[str, Method] = {"exact": select_exactly, "greedy": select_greedily
 
 
 def _select(tiles: Tensor, pattern: NMPattern, method: Method) -> Tensor:
-    chunks = torch.split(tiles, CHUNK, dim=1)
+    chunks = torch.split(tiles, max(1, CHUNK // pattern.block**2), dim=1)
     return torch.cat([method(tile_magnitudes(chunk, pattern.block).contiguous(), pattern) for chunk in chunks], dim=1)
