@@ -98,7 +98,7 @@ def _observe(
     with observing(triples_of(compiled), lambda triple: _Recording(triple, observed)):
         bar = tqdm(data, desc="calibrating", unit="batch", leave=False, disable=None)
         for number, batch in enumerate(bar):
-            outputs = _floats(run_batch(compiled, batch, f"calibration batch {number}"))
+            outputs = floats_of(run_batch(compiled, batch, f"calibration batch {number}"))
             _check_finite(observed, steps, f"calibration batch {number}, {shown(batch)},")
             if len(examples) < EXAMPLES:
                 examples.append((batch, outputs))
@@ -119,21 +119,21 @@ def _scale_clips(compiled: nn.Module, steps: list[ActivationStep], examples: lis
     def error(factor: float) -> float:
         for step, clip in zip(steps, local, strict=True):
             step.calibrate(factor * clip)
-        pairs = (zip(_floats(run_batch(compiled, batch)), outputs, strict=True) for batch, outputs in examples)
-        return sum(_squared_error(ours, exact) for pair in pairs for ours, exact in pair)
+        pairs = (zip(floats_of(run_batch(compiled, batch)), outputs, strict=True) for batch, outputs in examples)
+        return sum(squared_error(ours, exact) for pair in pairs for ours, exact in pair)
 
     best = min(FACTORS, key=error) if steps else 1.0
     for step, clip in zip(steps, local, strict=True):
         step.calibrate(best * clip)
 
 
-def _squared_error(ours: Tensor, exact: Tensor) -> float:
+def squared_error(ours: Tensor, exact: Tensor) -> float:
     """Return the squared error of the finite outputs: outputs may be masked with an infinity."""
     error = float((ours - exact)[exact.isfinite()].double().square().sum())
     return math.inf if math.isnan(error) else error
 
 
-def _floats(output: object) -> list[Tensor]:
+def floats_of(output: object) -> list[Tensor]:
     """Return the floating-point tensors that a model returns, in any structure."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

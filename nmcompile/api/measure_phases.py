@@ -42,33 +42,42 @@ def find_dense_phases(trial: nn.Module, args: Args | None, kwargs: Kwargs | None
     """
     if args is None and kwargs is None:
         raise ConfigError("where='pays' times the layers with the inputs that an example brings them; pass args=")
+    times, captured = layer_times(trial, args, kwargs), record_of(trial)[1].program.captured
+    dense: dict[str, Mapping[Phase, str]] = {}
+    for triple in triples_of(trial):
+        name, plan = triple.layer.name, triple.graphs.plan
+        if plan.parts():
+            reasons = decide(times[name], MARGIN, VERDICT) if name in times else dict.fromkeys(Phase, NOT_REACHED)
+            optional = optional_phases(plan, captured)
+            dense[name] = {phase: reason for phase, reason in reasons.items() if phase in optional}
+    return dense
+
+
+def layer_times(trial: nn.Module, args: Args | None, kwargs: Kwargs | None) -> dict[str, Times]:
+    """Return the times of each layer that an example reaches, by the parts that it prunes; see `find_dense_phases`."""
     return of_first_rank(lambda: _measured(trial, args or (), kwargs or {}))
 
 
-def _measured(trial: nn.Module, args: Args, kwargs: Kwargs) -> DensePhases:
+def _measured(trial: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, Times]:
     devices = {parameter.device for parameter in trial.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(list(devices)):
         return _measure_layers(trial, inputs_of(trial, args, kwargs))
 
 
-def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> DensePhases:
+def _measure_layers(trial: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Times]:
     _, record = record_of(trial)
     measured: dict[Hashable, Times] = {}
-    dense: dict[str, Mapping[Phase, str]] = {}
+    times: dict[str, Times] = {}
     for triple in triples_of(trial):
-        name, optional = triple.layer.name, optional_phases(triple.graphs.plan, record.program.captured)
-        if not triple.graphs.plan.parts():
-            continue
-        if name not in inputs:
-            dense[name] = dict.fromkeys(optional, NOT_REACHED)
+        name = triple.layer.name
+        if not triple.graphs.plan.parts() or name not in inputs:
             continue
         problem = _problem(trial, triple, inputs[name])
         if problem not in measured:
             clock = partial(seconds, device=device_of(trial, triple), head_start=HEAD_START)
             measured[problem] = medians_in_turns(steps_of(trial, record, triple, inputs[name]), clock, TURNS)
-        reasons = decide(measured[problem], MARGIN, VERDICT)
-        dense[name] = {phase: reason for phase, reason in reasons.items() if phase in optional}
-    return dense
+        times[name] = measured[problem]
+    return times
 
 
 def _problem(trial: nn.Module, triple: GemmTriple, input: Tensor) -> Hashable:

@@ -1,0 +1,99 @@
+"""Layers that run with solved weights, and stop where theirs is not solved yet."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nmcompile.api.solved_parts import Part, Solved
+from nmcompile.config import Phase
+from nmcompile.ir import operations as ops
+from nmcompile.ir.layers import Layer, LinearLayer
+from nmcompile.ir.plan import PlanRow
+from nmcompile.pausable import pause
+from nmcompile.pruning.pattern import NMPattern
+from nmcompile.three_gemm.observer import Results, Values
+from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.three_gemm.unquantized import Unquantized
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A call of a layer that waits until its weight is solved."""
+
+    part: Part
+    triple: GemmTriple
+    weight: Tensor
+    dense_input: Tensor
+
+    @property
+    def layer(self) -> Layer:
+        """Return the layer, with the rows of the weight that this call reads."""
+        return replace(self.triple.layer, weight_shape=tuple(self.weight.shape))
+
+    @property
+    def row(self) -> PlanRow:
+        """Return the row of the plan that prunes the weight."""
+        row = self.triple.graphs.plan.find(Phase.FORWARD, "weight")
+        assert row is not None
+        return row
+
+    def fits(self, pattern: NMPattern) -> bool:
+        """Return whether blocks of a pattern divide the channels along which the mask is N:M."""
+        return self.layer.fits_forward(pattern) and (not self.row.is_transposable or self.layer.fits_backward(pattern))
+
+    def input(self) -> Tensor:
+        """Return the input as the GEMM reads it: pruned if the plan prunes it."""
+        row, x = self._pruning(), self.dense_input
+        if row is None or row.pattern is None or row.operator is None:
+            return x
+        mask = ops.prune_mask(x, row.operator, row.pattern.n_keep, row.pattern.block, self.triple.layer.channel_dim)
+        return ops.apply_mask(x, mask)
+
+    def reads_same(self, other: "Stop") -> bool:
+        """Return whether two linear layers read one tensor, as the projections to queries, keys and values do."""
+        are_alike = all(isinstance(stop.triple.layer, LinearLayer) and not stop._pruning() for stop in (self, other))
+        return are_alike and self.dense_input is other.dense_input
+
+    def _pruning(self) -> PlanRow | None:
+        return self.triple.graphs.plan.find(Phase.FORWARD, "input")
+
+
+class Replacing(Unquantized):
+    """An observer that runs a layer with its solved weight and mask, or dense if its weight is not solved."""
+
+    def __init__(self, triple: GemmTriple, solved: Mapping[Part, Solved]) -> None:
+        super().__init__(triple)
+        self.solved = solved
+
+    def run(self, phase: Phase, values: Values) -> Results:
+        weight, mask = values["weight"], values.get("weight_mask")
+        if mask is None or weight is None:
+            return super().run(phase, values)
+        found = self.solved.get(self.part_of(mask))
+        if found is None:
+            return super().run(phase, {**values, "weight_mask": torch.ones_like(mask)})
+        new = weight if found.weight is None else found.weight.to(weight.dtype)
+        return super().run(phase, {**values, "weight": new, "weight_mask": found.mask})
+
+    def part_of(self, mask: Tensor) -> Part:
+        """Return the part of the weight that a call reads; the mask is a tensor of its own, or some rows of one."""
+        return Part(self.triple.site.weight, int(mask.storage_offset()) // int(mask.stride(0)))
+
+
+class Waiting(Replacing):
+    """An observer that stops at a layer until its weight is solved; a weight that stays unsolved runs dense."""
+
+    def run(self, phase: Phase, values: Values) -> Results:
+        weight, mask, input = values["weight"], values.get("weight_mask"), values.get("input")
+        if mask is not None and weight is not None and input is not None and self._fits(input):
+            part = self.part_of(mask)
+            if part not in self.solved:
+                pause(Stop(part, self.triple, weight, input))
+        return super().run(phase, values)
+
+    def _fits(self, input: Tensor) -> bool:
+        """Return whether the GEMM takes this input; if it does not, its own error is to be raised."""
+        layer = self.triple.layer
+        return input.shape[layer.channel_dim] == layer.in_features * layer.groups

@@ -1,0 +1,154 @@
+"""The engine that finds masks from data: it visits the layers of a model, with the inputs of all batches at each.
+
+All batches run together, each on a thread of its own, up to the next layer that is not solved. When all wait there, the
+layer is solved from their inputs, and they go on with its new weight. So each layer sees the inputs that the pruned
+model gives it, after one forward pass, whatever code the model is made of.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from nmcompile.api.solved_parts import Part, Solved, SolvedParts
+from nmcompile.api.stops import Stop, Waiting
+from nmcompile.errors import CalibrationError
+from nmcompile.one_shot.hessian import Hessian
+from nmcompile.pausable import pausing
+from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.observer import observing
+from nmcompile.three_gemm.run_model import evaluating, run_batch
+
+Run = Generator[Stop, None, None]
+Solver = Callable[[Stop, Hessian], Solved]
+"""(a call, Hessian of the inputs of all calls that read the same weight) -> what the weight becomes."""
+
+
+@torch.no_grad()
+def visit_layers(trial: nn.Module, batches: Sequence[object], solved: SolvedParts, solve: Solver, title: str) -> None:
+    """Solve the weight of each masked layer, in call order and in eval mode, and let the batches go on with it.
+
+    A weight that a batch reads several times (a tied one, or one of a recurrent layer) is solved first, from the inputs
+    of all its calls in the dense model.
+
+    Args:
+        trial: a compiled model; neither its weights nor its masks are changed.
+        batches: as `calibrate` takes them. All are in memory at a time, each with the activations that are alive where
+            it waits.
+        solved: takes the results; the parts that it holds already are not solved again.
+        solve: solves one part of a weight.
+        title: of the progress bar.
+
+    Raises:
+        CalibrationError: a batch that forward does not run on, or that gives NaN or infinity.
+    """
+    weights = {triple.site.weight for triple in triples_of(trial) if triple.mask is not None}
+    with tqdm(total=len(weights), desc=title, unit="weight", leave=False, disable=None) as bar:
+
+        def settle(stop: Stop, hessian: Hessian) -> None:
+            solved.add(stop.part, solve(stop, hessian))
+            bar.update()
+
+        with evaluating(trial), _without_autocast(trial):
+            visit = _Visit(trial, batches, solved)
+            for stop, hessian in visit.repeated():
+                settle(stop, hessian)
+            visit.others(settle)
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Compute in the dtypes of the operands inside this context."""
+    with ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in model.parameters()}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+class _Visit:
+    """One pass of all batches through a model."""
+
+    def __init__(self, trial: nn.Module, batches: Sequence[object], solved: SolvedParts) -> None:
+        self.trial = trial
+        self.batches = batches
+        self.solved = solved
+        self.order = {triple: number for number, triple in enumerate(triples_of(trial))}
+        self.last: tuple[Mapping[int, Stop], Hessian] | None = None
+
+    def repeated(self) -> Iterator[tuple[Stop, Hessian]]:
+        """Yield the weights that a batch reads more than once, after a pass of its own if there are any."""
+        counts = Counter(stop.part for stop in self._dense_stops(0))
+        repeated = {part for part, count in counts.items() if count > 1 and part not in self.solved.parts}
+        found: dict[Part, tuple[Stop, Hessian]] = {}
+        for number in range(len(self.batches) if repeated else 0):
+            for stop in self._dense_stops(number):
+                if stop.part in repeated:
+                    _, hessian = found.setdefault(stop.part, (stop, _hessian_for(stop)))
+                    _add(hessian, stop, number)
+        yield from found.values()
+
+    def _dense_stops(self, number: int) -> Iterator[Stop]:
+        """Yield every call of a layer with a mask while one batch runs through the dense model."""
+        unsolved = SolvedParts()
+        with observing(self.order, lambda triple: Waiting(triple, unsolved.parts)), self._run(number) as run:
+            yield from run
+
+    def others(self, settle: Callable[[Stop, Hessian], None]) -> None:
+        """Settle the other weights in the order in which they are called."""
+        with observing(self.order, lambda triple: Waiting(triple, self.solved.parts)), ExitStack() as stack:
+            runs = [stack.enter_context(self._run(number)) for number in range(len(self.batches))]
+            waiting = _advance(runs, range(len(runs)))
+            while waiting:
+                # Where batches took different ways, the first of the modules is solved first.
+                part = min(waiting.values(), key=lambda stop: (self.order[stop.triple], stop.part.row)).part
+                here = {number: stop for number, stop in sorted(waiting.items()) if stop.part == part}
+                settle(next(iter(here.values())), self._hessian(here))
+                waiting = {n: stop for n, stop in waiting.items() if n not in here} | _advance(runs, here)
+
+    def _run(self, number: int) -> AbstractContextManager[Run]:
+        device = torch.get_default_device()
+
+        def run() -> None:
+            with torch.no_grad(), device:
+                run_batch(self.trial, self.batches[number], f"calibration batch {number}")
+
+        return closing(pausing(run, Stop))
+
+    def _hessian(self, stops: Mapping[int, Stop]) -> Hessian:
+        """Return the Hessian of the inputs at these stops, by the number of their batch."""
+        if self.last is not None and _read_same(stops, self.last[0]):
+            return self.last[1]
+        self.last = None  # frees its memory before the next one is made
+        hessian = _hessian_for(next(iter(stops.values())))
+        for number, stop in stops.items():
+            _add(hessian, stop, number)
+        self.last = stops, hessian
+        return hessian
+
+
+def _advance(runs: Sequence[Run], numbers: Iterable[int]) -> dict[int, Stop]:
+    """Let batches run on, one after another, and return where they wait now, except those that have ended."""
+    stops = {number: next(runs[number], None) for number in numbers}
+    return {number: stop for number, stop in stops.items() if stop is not None}
+
+
+def _read_same(stops: Mapping[int, Stop], others: Mapping[int, Stop]) -> bool:
+    return stops.keys() == others.keys() and all(stop.reads_same(others[number]) for number, stop in stops.items())
+
+
+def _hessian_for(stop: Stop) -> Hessian:
+    return Hessian(stop.layer, stop.weight.device)
+
+
+def _add(hessian: Hessian, stop: Stop, number: int) -> None:
+    """Add the inputs of one call to a Hessian."""
+    input = stop.input()
+    if not bool(input.isfinite().all()):
+        raise CalibrationError(
+            f"layer {stop.triple.layer.name!r}: calibration batch {number} gives NaN or infinity here; remove such "
+            "samples"
+        )
+    hessian.add(input)
