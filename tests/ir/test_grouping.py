@@ -76,7 +76,12 @@ CASES: list[tuple[Index, str, int, Line]] = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "axis", "channel_dim", "line"), CASES, ids=str)
+def name(value: object) -> str:
+    """Return a name that is the same in every process."""
+    return str(getattr(value, "__name__", value))
+
+
+@pytest.mark.parametrize(("shape", "axis", "channel_dim", "line"), CASES, ids=name)
 def test_blocks_hold_consecutive_elements_of_the_contraction(
     shape: Index, axis: str, channel_dim: int, line: Line
 ) -> None:
@@ -84,7 +89,7 @@ def test_blocks_hold_consecutive_elements_of_the_contraction(
     assert blocks_of(x, axis, channel_dim) == expected_blocks(shape, line)
 
 
-@pytest.mark.parametrize(("shape", "axis", "channel_dim", "line"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "axis", "channel_dim", "line"), CASES, ids=name)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_way_back(shape: Index, axis: str, channel_dim: int, line: Line, transposed: bool) -> None:
     x = torch.arange(prod(shape)).view(shape)

@@ -57,7 +57,7 @@ def test_a_record_is_not_changed_in_place() -> None:
         update_meta(gemm, backennd="another")
 
 
-@pytest.mark.parametrize("operator", WEIGHT_OPERATORS)
+@pytest.mark.parametrize("operator", sorted(WEIGHT_OPERATORS))
 def test_the_plan_the_config_and_the_mask_agree_on_what_is_transposable(operator: str) -> None:
     pruning = Pruning(operator, NMPattern(2, 4))
     row = PlanRow("a", Phase.FORWARD, "weight", operator, pruning.pattern, "in")
