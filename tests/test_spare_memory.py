@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from nmcompile.backends.cpu.conv import conv_weight_gradient
+from nmcompile.backends.cpu.gemm_call import GemmCall
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.cpu.linear import linear_forward
+from nmcompile.backends.cpu.linear import linear_forward, linear_weight_gradient
 from nmcompile.backends.cpu.prune import cpu_prune
+from nmcompile.ir.choice import Choice
 from nmcompile.spare_memory import LARGE, empty_like
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
 STATM = Path("/proc/self/statm")
 ELEMENTS = LARGE // torch.float32.itemsize
-BOUNDED = """
+RESIDENT = """
 import mmap
 from pathlib import Path
 import torch
@@ -25,10 +28,31 @@ from nmcompile.spare_memory import LARGE, empty_like
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
+"""
+BOUNDED = """
 empty_like(torch.empty(4 * LARGE)).fill_(1)
 before = resident()
 larger = empty_like(torch.empty(5 * LARGE)).fill_(1)  # does not fit what the first has left
 assert resident() - before < 8 * LARGE and larger.nbytes == 20 * LARGE
+"""
+SHRUNK = """
+first, other = (empty_like(torch.empty(size)).fill_(1) for size in (4 * LARGE, LARGE))
+before = resident()
+del first, other
+middle = empty_like(torch.empty(2 * LARGE)).fill_(2)
+assert resident() - before < LARGE
+again = empty_like(torch.empty(4 * LARGE))
+assert again[0] == 1 and again[-1] == 0  # its last pages made room for the one in the middle
+again.fill_(3)
+assert resident() - before < 5 * LARGE and middle.eq(2).all()
+"""
+BORROWED = """
+from nmcompile.backends.cpu.gemm import Geometry, sparse_update
+dy, x, dw = torch.zeros(4096, 1024), torch.ones(4096, 64), torch.ones(1024, 64)
+empty_like(torch.empty(3 * LARGE)).fill_(1)
+before = resident()
+assert sparse_update(dy, x, dw, Geometry(), "auto", 4) and not dw.any()
+assert resident() - before < LARGE  # the packed gradient takes 10 MB
 """
 
 
@@ -47,8 +71,22 @@ def test_memory_goes_on_when_nobody_holds_it() -> None:
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="only Linux tells how much memory is resident")
-def test_a_process_keeps_no_more_than_it_used_at_once() -> None:
-    subprocess.run([sys.executable, "-c", BOUNDED], check=True)
+@pytest.mark.parametrize("script", [BOUNDED, SHRUNK, BORROWED], ids=["bounded", "shrunk", "borrowed"])
+def test_a_process_keeps_no_more_than_it_used_at_once(script: str) -> None:
+    subprocess.run([sys.executable, "-c", RESIDENT + script], check=True)
+
+
+@pytest.mark.parametrize("is_linear", [True, False], ids=["linear", "conv"])
+def test_spare_memory_is_not_held_for_weight_gradients(is_linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GemmCall, "run", lambda self, empty, fill, dense: (empty(), Choice("sparse", "wanted here")))
+    weight = torch.empty(LARGE // 4, 4) if is_linear else torch.empty(LARGE // 4, 4, 1, 1)
+    dy, x = (torch.empty(4, channels, *(1, 1)[: weight.dim() - 2]) for channels in weight.shape[:2])
+    if is_linear:
+        gradient = linear_weight_gradient(dy, x, False, "auto", 4, "slot")
+    else:
+        gradient = conv_weight_gradient(dy, x, weight, [1, 1], [0, 0], [1, 1], 1, "auto", 4, "slot")
+    assert gradient.shape == weight.shape
+    assert gradient.untyped_storage().resizable() and not empty_like(gradient).untyped_storage().resizable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

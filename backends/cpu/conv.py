@@ -108,7 +108,7 @@ def conv_weight_gradient(
     rows, lanes = _matrix(weight, groups)
     positions = grad_output.shape[0] * grad_output.shape[2:].numel()
     outcome = GemmCall("update", geometry, (grad_output, input, weight), rows, positions, lanes).run(
-        lambda: empty_like(weight),
+        lambda: torch.empty_like(weight),
         lambda gradient: sparse_update(grad_output, input, gradient, geometry, axis, block),
         lambda: like(conv.conv_weight_gradient(grad_output, input, weight, *_lists(geometry)), weight),
     )

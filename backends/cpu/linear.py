@@ -38,7 +38,7 @@ def _empty_input_gradient(grad_output: Tensor, weight: Tensor, transposed: bool)
 
 def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool) -> Tensor:
     sizes = grad_output.shape[-1], input.shape[-1]
-    return empty(input, torch.empty(sizes[::-1] if transposed else sizes, device="meta"))
+    return input.new_empty(sizes[::-1] if transposed else sizes)
 
 
 @custom_op("nmcompile::cpu_linear_forward", fake=empty_output)

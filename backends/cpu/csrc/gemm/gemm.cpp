@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "gemm/gemm_packing.h"
+#include "machine/spare_memory.h"
 
 namespace nmcompile {
 namespace {
@@ -35,10 +36,19 @@ private:
     AlignedMemory<float> memory_{0};
 };
 
-// Memory that a call packs into; its tasks have their own.
-float* packing_memory(std::int64_t floats) {
+constexpr std::size_t kLargePacking = std::size_t{1} << 22;  // bytes
+
+// Calls a function with memory to pack into; tasks have their own. Much memory is borrowed for the call only: a thread
+// would keep what the largest of all gradients takes, while the activations take the most.
+template <class Use>
+bool with_packing_memory(std::int64_t floats, const Use& use) {
+    const std::size_t bytes = floats * sizeof(float);
+    if (bytes >= kLargePacking) {
+        const Memory borrowed(bytes, Excess::any);
+        return use(static_cast<float*>(borrowed.data()));
+    }
     static thread_local Scratch scratch;
-    return scratch.floats(floats);
+    return use(scratch.floats(floats));
 }
 
 float* task_memory(std::int64_t floats) {
@@ -66,8 +76,10 @@ template <class T, class Pack>
 bool pack_and_multiply(const GemmJob<T>& job, InstructionSet isa, unsigned threads, const Pack& pack) {
     const GemmKernel kernel = kernel_of<T>(isa);
     const std::int64_t depth = job.sparse_depth.size, values = kernel.values_of_block;
-    const KeptValues kept = kept_in(packing_memory(packed_floats(job.rows, depth, values)), job.rows, depth, values);
-    return pack(kernel, kept) && multiply_all(job, kernel, kept, threads);
+    return with_packing_memory(packed_floats(job.rows, depth, values), [&](float* memory) {
+        const KeptValues kept = kept_in(memory, job.rows, depth, values);
+        return pack(kernel, kept) && multiply_all(job, kernel, kept, threads);
+    });
 }
 
 }  // namespace

@@ -43,9 +43,15 @@ void release(void* data, std::size_t bytes) {
     if (bytes < kLarge) return ::operator delete(data, kLine);
     munmap(data, whole_pages(bytes));
 }
+
+std::size_t shrink(void* data, std::size_t bytes, std::size_t excess) {
+    const std::size_t left = bytes > excess ? (bytes - excess) / kLargePage * kLargePage : 0;
+    return madvise(static_cast<std::uint8_t*>(data) + left, bytes - left, MADV_DONTNEED) == 0 ? left : 0;
+}
 #else
 void* allocate(std::size_t bytes) { return ::operator new(bytes, kLine); }
 void release(void* data, std::size_t) { ::operator delete(data, kLine); }
+std::size_t shrink(void*, std::size_t, std::size_t) { return 0; }
 #endif
 
 }  // namespace nmcompile

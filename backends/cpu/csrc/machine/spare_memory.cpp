@@ -1,6 +1,7 @@
 #include "machine/spare_memory.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <list>
 #include <mutex>
 
@@ -12,51 +13,58 @@ namespace {
 struct Block {
     void* data;
     std::size_t bytes;
+    std::size_t resident;  // bytes, from its start
 };
 
 class Spare {
    public:
-    // Takes the smallest idle block that is large enough and not much larger, of several the last used; else a new one.
-    Block take(std::size_t bytes) {
+    // Takes the smallest idle block that is large enough and not too large, of several the last used; else a new one.
+    Block take(std::size_t bytes, Excess excess) {
         const std::lock_guard lock(mutex_);
+        const std::size_t largest = excess == Excess::any ? SIZE_MAX : bytes + bytes / 8;
         auto best = idle_blocks_.end();
         for (auto block = idle_blocks_.begin(); block != idle_blocks_.end(); ++block) {
-            const bool fits = block->bytes >= bytes && block->bytes - bytes <= bytes / 8;
+            const bool fits = block->bytes >= bytes && block->bytes <= largest;
             if (fits && (best == idle_blocks_.end() || block->bytes <= best->bytes)) best = block;
         }
-        if (best == idle_blocks_.end()) return fresh(bytes);
-        const Block taken = *best;
+        if (best == idle_blocks_.end()) {
+            make_room(bytes);
+            return {allocate(bytes), bytes, bytes};
+        }
+        Block taken = *best;
         idle_blocks_.erase(best);
-        idle_ -= taken.bytes;
-        used_ += taken.bytes;
+        idle_ -= taken.resident;
+        taken.resident = std::max(taken.resident, bytes);
+        make_room(taken.resident);
         return taken;
     }
 
     void put(const Block& block) {
         const std::lock_guard lock(mutex_);
         idle_blocks_.push_back(block);
-        used_ -= block.bytes;
-        idle_ += block.bytes;
+        used_ -= block.resident;
+        idle_ += block.resident;
     }
 
    private:
-    // Frees the block that has waited longest first, so the process never has more memory than it once used.
-    Block fresh(std::size_t bytes) {
-        most_ = std::max(most_, used_ + bytes);
-        while (used_ + bytes + idle_ > most_) {
-            const Block& oldest = idle_blocks_.front();
+    // Takes pages from the block that has waited longest first, so the process never has more memory than it once used.
+    void make_room(std::size_t bytes) {
+        used_ += bytes;
+        most_ = std::max(most_, used_);
+        while (used_ + idle_ > most_) {
+            Block& oldest = idle_blocks_.front();
+            const std::size_t left = shrink(oldest.data, oldest.resident, used_ + idle_ - most_);
+            idle_ -= oldest.resident - left;
+            oldest.resident = left;
+            if (left > 0) continue;
             release(oldest.data, oldest.bytes);
-            idle_ -= oldest.bytes;
             idle_blocks_.pop_front();
         }
-        const Block block{allocate(bytes), bytes};
-        used_ += bytes;
-        return block;
     }
 
     std::mutex mutex_;
     std::list<Block> idle_blocks_;
-    std::size_t idle_ = 0, used_ = 0, most_ = 0;
+    std::size_t idle_ = 0, used_ = 0, most_ = 0;  // idle: resident bytes
 };
 
 // Never destroyed: a tensor may outlive all other static objects.
@@ -67,12 +75,13 @@ Spare& spare() {
 
 }  // namespace
 
-Memory::Memory(std::size_t bytes) {
-    const Block block = spare().take(bytes);
+Memory::Memory(std::size_t bytes, Excess excess) {
+    const Block block = spare().take(bytes, excess);
     data_ = block.data;
     bytes_ = block.bytes;
+    resident_ = block.resident;
 }
 
-Memory::~Memory() { spare().put({data_, bytes_}); }
+Memory::~Memory() { spare().put({data_, bytes_, resident_}); }
 
 }  // namespace nmcompile

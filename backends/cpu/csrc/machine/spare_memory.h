@@ -6,11 +6,14 @@
 
 namespace nmcompile {
 
-// Some memory, aligned to cache lines. When it is destroyed it is saved for others of about its size, as long as the
-// total is at most what was in use at one time.
+// How much larger than asked for a reused block may be: a result holds it for long, a call only until it returns.
+enum class Excess { little, any };
+
+// Some memory, aligned to cache lines. When it is destroyed it is saved for others, as long as the total is at most what
+// was in use at one time.
 class Memory {
    public:
-    explicit Memory(std::size_t bytes);
+    explicit Memory(std::size_t bytes, Excess excess = Excess::little);
     ~Memory();
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
@@ -19,7 +22,7 @@ class Memory {
 
    private:
     void* data_;
-    std::size_t bytes_;
+    std::size_t bytes_, resident_;
 };
 
 }  // namespace nmcompile
