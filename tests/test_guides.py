@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-GUIDES = [*sorted(DOCS.glob("writing_*.md")), DOCS / "adapters.md", DOCS / "inference.md", DOCS / "trainers.md"]
+OTHERS = "adapters", "inference", "pruning_without_retraining", "trainers"
+GUIDES = [*sorted(DOCS.glob("writing_*.md")), *(DOCS / f"{name}.md" for name in OTHERS)]
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)

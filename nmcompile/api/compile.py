@@ -142,6 +142,8 @@ def _check_data_is_given(request: Request, calibration: Iterable[object] | None)
 def find_clips(request: Request, data: Iterable[object]) -> Request:
     """Calibrate a trial and keep its clips; layers that the data does not reach stay dense."""
     trial = rewrite(request)
+    if request.solved and not any(triple.steps.activations for triple in triples_of(trial)):
+        return request  # the search for masks has read and checked the data
     unreached = calibrate_reached(trial, data)
     return request.after(trial, unreached)
 

@@ -1,0 +1,38 @@
+"""A chart of the benchmark of masks: a panel for each model, a line for each method, a mark for each pattern."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MARKS = "os^D"
+
+
+def draw_scores(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the chart of results to `path`; do nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    models = list(dict.fromkeys(result["model"] for result in results))
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    figure = Figure(figsize=(4 * len(models), 1.2 + 0.3 * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
+        _draw_model(panel, [result for result in results if result["model"] == model], methods)
+        panel.set_title(model)
+    panels[0].invert_yaxis()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw_model(panel: Any, results: Sequence[dict[str, Any]], methods: Sequence[str]) -> None:
+    patterns = list(dict.fromkeys(result["pattern"] for result in results))
+    for pattern, mark in zip(patterns, MARKS, strict=False):
+        chosen = [result for result in results if result["pattern"] == pattern]
+        scores = [result["score"] for result in chosen]
+        panel.plot(scores, [methods.index(result["method"]) for result in chosen], mark, label=pattern)
+    panel.set_yticks(range(len(methods)), methods)
+    panel.set_xlabel(results[0]["metric"])
+    if "perplexity" in results[0]["metric"]:
+        panel.set_xscale("log")
+    panel.grid(axis="y", linewidth=0.5)
+    panel.legend(fontsize="small")
