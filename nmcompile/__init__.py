@@ -9,6 +9,7 @@ from nmcompile.api.decompile import decompile as decompile
 from nmcompile.api.decompile import is_compiled as is_compiled
 from nmcompile.api.export import ExportReport as ExportReport
 from nmcompile.api.export import export as export
+from nmcompile.api.fatrelu import fatrelu as fatrelu
 from nmcompile.api.finalize import finalize as finalize
 from nmcompile.api.freeze import freeze as freeze
 from nmcompile.api.inspect import inspect as inspect

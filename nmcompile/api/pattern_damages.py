@@ -67,14 +67,18 @@ class _Probe:
     def measured(self, weight: str, change: float) -> Measured:
         """Return the measurements of a weight, with the change of the outputs that its worst pattern makes."""
         parts = [solved for part, solved in self.worst.items() if part.weight == weight]
-        damages: dict[Pattern, float] = {None: 0.0, **_scaled(self.errors[weight], change)}
-        return Measured(damages, self.macs[weight], sum(one.mask.numel() for one in parts), self.bits[weight])
+        return Measured(
+            _damages(self.errors[weight], change),
+            self.macs[weight],
+            sum(one.mask.numel() for one in parts),
+            self.bits[weight],
+        )
 
 
-def _scaled(errors: Mapping[NMPattern, float], change: float) -> dict[NMPattern, float]:
-    """Return the damage of each pattern, which grows with the square of the error that it leaves."""
-    most = max(errors.values())
-    return {pattern: change * (error / most) ** 2 if most else 0.0 for pattern, error in errors.items()}
+def _damages(errors: Mapping[NMPattern, float], change: float) -> dict[Pattern, float]:
+    """Return the damage of each pattern, which grows with the square of the error that it leaves; dense does none."""
+    most = max(errors.values()) or 1.0
+    return {None: 0.0} | {pattern: change * (error / most) ** 2 for pattern, error in errors.items()}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import nn
 from nmcompile.api.calibrate import check_data
 from nmcompile.api.compile import compile as compile_model
 from nmcompile.api.decompile import decompile, is_compiled
+from nmcompile.api.distill import distill as distill
 from nmcompile.checks import check_kind
 from nmcompile.config import CompileConfig, given_config
 

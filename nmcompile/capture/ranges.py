@@ -132,6 +132,11 @@ def _scaled(bounds: _Bounds, proven: set[fx.Node]) -> bool:
     return bounds.keeps(proven) and is_nonnegative(bounds.number("other", 1), proven)
 
 
+def _thresholded(bounds: _Bounds, proven: set[fx.Node]) -> bool:
+    low, value = bounds.number("threshold", 1), bounds.number("value", 2)
+    return is_nonnegative(value, proven) and (bounds.keeps(proven) or is_nonnegative(low, proven))
+
+
 RULES: dict[str, Callable[[_Bounds, set[fx.Node]], bool]] = {
     "clamp": _at_least("min", 1),
     "clip": _at_least("min", 1),
@@ -142,6 +147,7 @@ RULES: dict[str, Callable[[_Bounds, set[fx.Node]], bool]] = {
     "constantpad1d": _padded,
     "constantpad2d": _padded,
     "constantpad3d": _padded,
+    "threshold": _thresholded,
     "pow": _powered,
     "ipow": _powered,
     "div": _scaled,
