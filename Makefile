@@ -11,8 +11,9 @@ help:  ## show this list
 demo: $(VENV)/.demo  ## install, then train a small ResNet dense and sparse and compare
 	$(BIN)/nmcompile demo
 
+# One process a core, of one thread each. A file stays with one process, so its fixtures are made once.
 test: $(VENV)/.test  ## install, then run the tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 slow: $(VENV)/.test  ## the sweeps that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow
