@@ -31,6 +31,8 @@ MASKS = ("magnitude", "wanda", "sparsegpt", "admm")
 class Phase(enum.Enum):
     """The three GEMMs of a training step."""
 
+    __hash__ = object.__hash__  # that of Enum is a Python function, and each layer looks up its phases in each call
+
     FORWARD = "forward"
     BACKWARD = "backward"
     UPDATE = "update"

@@ -32,7 +32,10 @@ R = TypeVar("R")
 
 
 def custom_op(
-    name: str, fake: Callable[..., object] | None = None, mutates_args: Iterable[str] = ()
+    name: str,
+    fake: Callable[..., object] | None = None,
+    mutates_args: Iterable[str] = (),
+    settled: Callable[..., object] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function an operator that `torch.compile` calls as it is; the operator is `torch.ops.namespace.name`.
 
@@ -41,6 +44,7 @@ def custom_op(
         fake: returns empty tensors like those that the function returns. It takes the function's parameters that it
             names, and no others. None for a function that returns nothing.
         mutates_args: the parameters that the function writes.
+        settled: for a function that chooses a kernel, one that always runs the dense kernel.
     """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
@@ -56,6 +60,7 @@ def custom_op(
             return run(*args, **kwargs)
 
         setattr(call, "operator", operator)  # noqa: B010 - functions declare no attributes
+        setattr(call, "direct", settled or function)  # noqa: B010
         return call
 
     return register
@@ -67,6 +72,12 @@ def operator_of(call: Callable[..., object]) -> OpOverload:
     return operator
 
 
+def direct(target: Callable[..., object]) -> Callable[..., object]:
+    """Return the function to call where nothing sees the operator of `target` and no kernel has to be chosen."""
+    found: Callable[..., object] = getattr(target, "direct", target)
+    return found
+
+
 def shown_name(target: object) -> str:
     """Return the name of a function for people: that of its operator, which names the backend, if it has one."""
     operator = getattr(target, "operator", None)
@@ -75,7 +86,8 @@ def shown_name(target: object) -> str:
 
 def is_seen(args: Iterable[object]) -> bool:
     """Return whether something has to see the operator that is called with these arguments."""
-    if torch.compiler.is_compiling() or is_grad_enabled():
+    # Outside of Dynamo, a compiler shows by its modes.
+    if torch.compiler.is_dynamo_compiling() or is_grad_enabled():
         return True
     if dispatch_modes() or function_modes() or are_transforms_active() or tracing_state() or is_profiling():
         return True

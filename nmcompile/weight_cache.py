@@ -39,9 +39,8 @@ class weights_at_rest:
         _content.reset(self.token)
 
 
-def content_at_rest() -> Content | None:
-    """Return the content of the running layer's weight; None if the weight may change."""
-    return _content.get()
+content_at_rest: Callable[[], Content | None] = _content.get
+"""Return the content of the running layer's weight; None if the weight may change."""
 
 
 def are_weights_at_rest() -> bool:

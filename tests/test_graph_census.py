@@ -59,9 +59,9 @@ def test_memory_that_stays_is_made_while_a_step_is_compiled() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model = nmcompile.compile(net, "training", config=CompileConfig(ends="sparse"))
     output = torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(8, 8))
-    made = draw_stream._on_device.cache_info().misses
+    made = draw_stream._bases_of_rank.cache_info().misses
     output.sum().backward()
-    assert draw_stream._on_device.cache_info().misses == made
+    assert draw_stream._bases_of_rank.cache_info().misses == made
 
 
 def test_every_input_but_the_batch_stays_where_it_is() -> None:

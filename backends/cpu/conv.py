@@ -11,11 +11,10 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, sparse_forward, sparse_update
-from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
+from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall, keep
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.reference import conv
 from nmcompile.custom_op import custom_op
-from nmcompile.ir.choice_slot import keep
 from nmcompile.ir.operations import like
 from nmcompile.spare_memory import empty, empty_like
 from nmcompile.weight_cache import are_weights_at_rest
@@ -26,8 +25,59 @@ Layout = tuple[torch.Size, tuple[int, ...]]
 SHAPES = 1024  # results whose sizes and strides are cached
 
 
+def _dense_forward(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    slot: str,
+) -> Tensor:
+    output = conv.conv_forward(input, masked(weight, mask), bias, list(stride), list(padding), list(dilation), groups)
+    shape = _known_shape(
+        _layout(input), _layout(weight), Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    )
+    as_expected = output.stride() == shape.stride() or not output.numel()
+    return output if as_expected else empty(input, shape).copy_(output)
+
+
+def _dense_input_gradient(
+    grad_output: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    input: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    slot: str,
+) -> Tensor:
+    lists = list(stride), list(padding), list(dilation)
+    return like(conv.conv_input_gradient(grad_output, masked(weight, mask), input, *lists, groups), input)
+
+
+def _dense_weight_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    axis: str,
+    block: int,
+    slot: str,
+) -> Tensor:
+    lists = list(stride), list(padding), list(dilation)
+    return like(conv.conv_weight_gradient(grad_output, input, weight, *lists, groups), weight)
+
+
 @custom_op(
     "nmcompile::cpu_conv_forward",
+    settled=_dense_forward,
     fake=lambda input, weight, stride, padding, dilation, groups: empty(
         input, _output_shape(input, weight, Geometry(stride, padding, dilation, groups))
     ),
@@ -47,23 +97,21 @@ def conv_forward(
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     shape = _known_shape(_layout(input), _layout(weight), geometry)
     lanes = shape.numel() // max(1, shape.shape[1])
-
-    def dense() -> Tensor:
-        output = conv.conv_forward(input, masked(weight, mask), bias, *_lists(geometry))
-        as_expected = output.stride() == shape.stride() or not output.numel()
-        return output if as_expected else empty(input, shape).copy_(output)
-
     phase = AT_REST if are_weights_at_rest() else "forward"
     gemm = GemmCall(phase, geometry, (input, weight, mask, bias), *_matrix(weight, groups), lanes)
     outcome = gemm.run(
         lambda: empty(input, shape),
         lambda output: sparse_forward(input, weight, mask, bias, output, geometry, kept_packs(weight, mask, groups)),
-        dense,
+        lambda: _dense_forward(input, weight, mask, bias, stride, padding, dilation, groups, slot),
     )
     return keep(slot, outcome)
 
 
-@custom_op("nmcompile::cpu_conv_input_gradient", fake=lambda input: torch.empty_like(input))
+@custom_op(
+    "nmcompile::cpu_conv_input_gradient",
+    settled=_dense_input_gradient,
+    fake=lambda input: torch.empty_like(input),
+)
 def conv_input_gradient(
     grad_output: Tensor,
     weight: Tensor,
@@ -85,12 +133,16 @@ def conv_input_gradient(
     outcome = gemm.run(
         lambda: empty_like(input),
         lambda gradient: sparse_backward(grad_output, weight, mask, gradient, geometry),
-        lambda: like(conv.conv_input_gradient(grad_output, masked(weight, mask), input, *_lists(geometry)), input),
+        lambda: _dense_input_gradient(grad_output, weight, mask, input, stride, padding, dilation, groups, slot),
     )
     return keep(slot, outcome)
 
 
-@custom_op("nmcompile::cpu_conv_weight_gradient", fake=lambda weight: torch.empty_like(weight))
+@custom_op(
+    "nmcompile::cpu_conv_weight_gradient",
+    settled=_dense_weight_gradient,
+    fake=lambda weight: torch.empty_like(weight),
+)
 def conv_weight_gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -110,7 +162,9 @@ def conv_weight_gradient(
     outcome = GemmCall("update", geometry, (grad_output, input, weight), rows, positions, lanes).run(
         lambda: torch.empty_like(weight),
         lambda gradient: sparse_update(grad_output, input, gradient, geometry, axis, block),
-        lambda: like(conv.conv_weight_gradient(grad_output, input, weight, *_lists(geometry)), weight),
+        lambda: _dense_weight_gradient(
+            grad_output, input, weight, stride, padding, dilation, groups, axis, block, slot
+        ),
     )
     return keep(slot, outcome)
 
@@ -155,7 +209,3 @@ def _is_channels_last(x: Tensor) -> bool:
     if x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         return False  # the usual case, without arithmetic on strides
     return suggest_memory_format(x) == torch.channels_last
-
-
-def _lists(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
-    return list(geometry.stride), list(geometry.padding), list(geometry.dilation), geometry.groups

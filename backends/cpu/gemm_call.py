@@ -10,13 +10,22 @@ from nmcompile.backends.cpu.cost import predicted_speedup
 from nmcompile.backends.cpu.gemm import Geometry
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.packed_weights import forget_packs
-from nmcompile.backends.shared.choose_kernel import run_best
+from nmcompile.backends.shared.choose_kernel import UNFIT, run_best
+from nmcompile.backends.shared.known_choices import is_doubted
+from nmcompile.ir import choice_slot
 from nmcompile.ir.choice import Choice
 
 AT_REST = "forward at rest"
 ON_GRID = "forward at rest on a grid"
 DTYPES = torch.float32, torch.bfloat16
 READING = 16  # multiplications that take as long as reading a weight from memory
+
+
+def keep(slot: str, outcome: tuple[Tensor, Choice]) -> Tensor:
+    """Keep a choice in the slot of that name, settled if it is dense and nothing can change it; return the result."""
+    choice = outcome[1]
+    is_settled = choice.kernel == "dense" and choice is not UNFIT and not is_doubted(choice)
+    return choice_slot.keep(slot, outcome, is_settled)
 
 
 class GemmCall(NamedTuple):

@@ -14,13 +14,12 @@ from nmcompile.backends.cpu.gemm import (
     sparse_pruned_update,
     sparse_update,
 )
-from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall
+from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall, keep
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.reference import linear
 from nmcompile.custom_op import custom_op
 from nmcompile.ir.choice import Choice
-from nmcompile.ir.choice_slot import keep
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.spare_memory import empty
 from nmcompile.weight_cache import are_weights_at_rest
@@ -41,7 +40,40 @@ def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool)
     return input.new_empty(sizes[::-1] if transposed else sizes)
 
 
-@custom_op("nmcompile::cpu_linear_forward", fake=empty_output)
+def _dense_forward(
+    input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str = ""
+) -> Tensor:
+    return linear.linear_forward(input, masked(weight, mask), bias, transposed).contiguous()
+
+
+def _dense_input_gradient(
+    grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
+) -> Tensor:
+    return linear.linear_input_gradient(grad_output, masked(weight, mask), transposed)
+
+
+def _dense_weight_gradient(
+    grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, slot: str
+) -> Tensor:
+    return linear.linear_weight_gradient(grad_output, input, transposed)
+
+
+def _dense_pruned_weight_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    operator: str,
+    n_keep: int,
+    block: int,
+    axis: str,
+    key: Tensor | None,
+    transposed: bool,
+    slot: str,
+) -> Tensor:
+    pruned = prune_natively(grad_output, operator, n_keep, block, axis, -1, key)
+    return linear.linear_weight_gradient(pruned, input, transposed)
+
+
+@custom_op("nmcompile::cpu_linear_forward", fake=empty_output, settled=_dense_forward)
 def linear_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
@@ -59,11 +91,11 @@ def choose_forward(
     return gemm.run(
         lambda: empty_output(input, weight, transposed),
         lambda output: sparse_forward(input, matrix, kept, bias, output, GEOMETRY, kept_packs(weight, mask)),
-        lambda: linear.linear_forward(input, masked(weight, mask), bias, transposed).contiguous(),
+        lambda: _dense_forward(input, weight, mask, bias, transposed),
     )
 
 
-@custom_op("nmcompile::cpu_linear_input_gradient", fake=_empty_input_gradient)
+@custom_op("nmcompile::cpu_linear_input_gradient", fake=_empty_input_gradient, settled=_dense_input_gradient)
 def linear_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
@@ -73,12 +105,12 @@ def linear_input_gradient(
     outcome = gemm.run(
         lambda: _empty_input_gradient(grad_output, weight, transposed),
         lambda gradient: sparse_backward(grad_output, matrix, kept, gradient, GEOMETRY),
-        lambda: linear.linear_input_gradient(grad_output, masked(weight, mask), transposed),
+        lambda: _dense_input_gradient(grad_output, weight, mask, transposed, slot),
     )
     return keep(slot, outcome)
 
 
-@custom_op("nmcompile::cpu_linear_weight_gradient", fake=_empty_weight_gradient)
+@custom_op("nmcompile::cpu_linear_weight_gradient", fake=_empty_weight_gradient, settled=_dense_weight_gradient)
 def linear_weight_gradient(
     grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, slot: str
 ) -> Tensor:
@@ -92,12 +124,16 @@ def linear_weight_gradient(
     outcome = GemmCall("update", GEOMETRY, (grad_output, input), *size).run(
         lambda: _empty_weight_gradient(grad_output, input, transposed),
         fill,
-        lambda: linear.linear_weight_gradient(grad_output, input, transposed),
+        lambda: _dense_weight_gradient(grad_output, input, transposed, axis, block, slot),
     )
     return keep(slot, outcome)
 
 
-@custom_op("nmcompile::cpu_linear_pruned_weight_gradient", fake=_empty_weight_gradient)
+@custom_op(
+    "nmcompile::cpu_linear_pruned_weight_gradient",
+    fake=_empty_weight_gradient,
+    settled=_dense_pruned_weight_gradient,
+)
 def linear_pruned_weight_gradient(
     grad_output: Tensor,
     input: Tensor,
@@ -127,7 +163,7 @@ def linear_pruned_weight_gradient(
     outcome = GemmCall(f"update, {operator} {pattern}", GEOMETRY, (grad_output, input), *size).run(
         lambda: _empty_weight_gradient(grad_output, input, transposed),
         fill,
-        lambda: linear.linear_weight_gradient(pruned(), input, transposed),
+        lambda: _dense_pruned_weight_gradient(grad_output, input, operator, n_keep, block, axis, key, transposed, slot),
     )
     return keep(slot, outcome)
 

@@ -4,7 +4,7 @@ Results equal those of `nmcompile.pruning.OPERATORS[operator].prune(x, pattern, 
 draw, whatever the number of threads; with `relu`, those for `torch.relu(x)`.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from nmcompile.ir.grouping import grouped
 from nmcompile.ir.operations import like
 from nmcompile.ir.protocols import Support
 from nmcompile.native import isa_and_threads, kernels, lend
-from nmcompile.pruning.operator import check
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.references import OPERATORS
 from nmcompile.spare_memory import empty_like
@@ -25,6 +24,9 @@ PRUNE_MASK = "nmcompile::cpu_prune_mask"
 WORD = 2**64 - 1  # a key as an unsigned number
 RANKING = frozenset({"greedy", "greedy_by_value"})
 NATIVE = RANKING | {"mvue", "mvue_approx"}
+
+pattern_of = lru_cache(NMPattern)
+"""Return the pattern N:M; checking the numbers takes as long as pruning a small tensor."""
 
 
 @cache
@@ -62,7 +64,7 @@ def cpu_prune(
         ConfigError: the pattern does not fit the operator.
     """
     result = empty_like(x)
-    _write(x, operator, NMPattern(n_keep, block), dim, key, relu, result)
+    _write(x, operator, pattern_of(n_keep, block), dim, key, relu, result)
     return result
 
 
@@ -139,9 +141,9 @@ def call_kernel(
     out: Tensor,
     indices: Tensor | None = None,
 ) -> None:
-    """Run the kernel on operands that it takes; a bool `out` gets the mask of the kept elements."""
+    """Run the kernel on operands for which `runs_natively` holds; a bool `out` gets the mask of the kept elements."""
     tensors = lend(x.detach().resolve_neg()), lend(out), None if indices is None else lend(indices)
-    pruning = check(x, dim), pattern.n_keep, pattern.block
+    pruning = dim % x.dim(), pattern.n_keep, pattern.block
     kernels.prune(operator, *tensors, *pruning, relu, word_of(operator, key), *isa_and_threads())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping
 
 from nmcompile.backends.shared.recent import Recent
 from nmcompile.ir.choice import Choice
+from nmcompile.ir.choice_slot import unsettle
 
 PROBLEMS = 4096  # cached measurements, about a kilobyte each
 DOUBTED_CALLS = 50  # by a doubted choice, until it is measured again: ten calls, so they add little
@@ -26,10 +27,14 @@ class _Doubt:
         self.measurements = 0
         self.calls = 0
 
+    def is_open(self) -> bool:
+        """Return whether the problem may be measured again."""
+        return self.measurements < MEASUREMENTS
+
     def is_due(self) -> bool:
         """Count a call, and return whether the problem is to be measured again."""
         self.calls += 1
-        return self.calls > DOUBTED_CALLS and self.measurements < MEASUREMENTS
+        return self.calls > DOUBTED_CALLS and self.is_open()
 
 
 def known_choice(problem: Hashable) -> Choice | None:
@@ -44,6 +49,12 @@ def is_due(problem: Hashable) -> bool:
     """Count a call by a known choice, and return whether its problem is to be measured again."""
     doubt = _doubts.get(problem) if len(_doubts) else None
     return doubt is not None and doubt.is_due()
+
+
+def is_doubted(choice: Choice) -> bool:
+    """Return whether a measured choice may still change."""
+    open_problems = [problem for problem, doubt in _doubts.items() if doubt.is_open()]
+    return any(_measured.get(problem) is choice for problem in open_problems)
 
 
 def remember(problem: Hashable, choice: Choice, is_sure: bool) -> None:
@@ -64,11 +75,13 @@ def known_choices() -> dict[str, Choice]:
 
 def take_over(choices: Mapping[str, Choice]) -> None:
     """Add choices by the `repr` of their problems."""
+    unsettle()
     _loaded.update(choices)
 
 
 def forget() -> None:
     """Forget all choices, so problems are measured again: after the machine or its load has changed."""
+    unsettle()
     _measured.clear()
     _doubts.clear()
     _loaded.clear()

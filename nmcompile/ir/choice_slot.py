@@ -23,18 +23,34 @@ class ChoiceSlot:
     Args:
         label: the readable part of the slot's name, such as the layer and its phase.
         latest: the choice to start with.
+
+    `is_settled` says that an equal call would run the dense kernel again, whatever the values of its operands.
     """
 
     def __init__(self, label: str, latest: Choice | None = None) -> None:
         self.label = label
         self.latest = latest
+        self.is_settled = False
         self.name = f"{label} {next(_numbers)}"
         _slots[self.name] = self
 
 
-def keep(name: str, outcome: tuple[Result, Choice]) -> Result:
+def keep(name: str, outcome: tuple[Result, Choice], is_settled: bool = False) -> Result:
     """Keep a choice in the slot of that name, if its graph is still alive, and return the result."""
     result, choice = outcome
     if (slot := _slots.get(name)) is not None:
-        slot.latest = choice
+        slot.latest, slot.is_settled = choice, is_settled
     return result
+
+
+_settlements = [0]
+
+
+def settlement() -> int:
+    """Return a number that changes whenever settled choices have to be made again."""
+    return _settlements[0]
+
+
+def unsettle() -> None:
+    """Have every settled choice made again."""
+    _settlements[0] += 1

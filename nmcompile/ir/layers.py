@@ -116,8 +116,9 @@ class ConvLayer(Layer):
         return len(self.weight_shape) - 2
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
-        unbatched = x.dim() == self.spatial_dims + 1
-        if not unbatched and x.dim() != self.spatial_dims + 2:
+        batched_dim = len(self.weight_shape)
+        unbatched = x.dim() == batched_dim - 1
+        if not unbatched and x.dim() != batched_dim:
             size = ("length", "height, width", "depth, height, width")[self.spatial_dims - 1]
             raise OperandError(
                 f"layer {self.name!r}: its input has shape {tuple(x.shape)}, but a {self.kind} takes (batch, channels, "

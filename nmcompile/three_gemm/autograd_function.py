@@ -1,10 +1,11 @@
 """The autograd function of a layer: the values that its forward graph saves, and the gradients of the other two."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from nmcompile.autograd_context import AutogradContext
 from nmcompile.config import Phase
@@ -24,7 +25,7 @@ class LayerContext(AutogradContext, Protocol):
     names: tuple[str, ...]
 
 
-class ThreeGemmFunction(torch.autograd.Function):
+class ThreeGemmFunction(Function):
     """Y = X Wᵀ by the forward graph; dX and (dW, db) by the backward and the update graph."""
 
     @staticmethod
@@ -41,6 +42,10 @@ class ThreeGemmFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not triple.is_dense and not torch.compiler.is_compiling():
             raise no_second_derivative(triple)
         return None, *gradients(triple, ctx.names, ctx.needs_input_grad, grad_output, *ctx.saved_tensors)
+
+
+apply_directly: Callable[..., Tensor] = super(Function, ThreeGemmFunction).apply
+"""`ThreeGemmFunction.apply` for eager calls outside of transforms, without the Python that torch puts around it."""
 
 
 def named(operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:

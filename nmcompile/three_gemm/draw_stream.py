@@ -18,7 +18,7 @@ from torch import Tensor
 from nmcompile.custom_op import custom_op
 
 LAYERS = 4096  # layers whose first keys are cached
-
+IS_DISTRIBUTED = dist.is_available()
 
 OWN_RANK = -1
 
@@ -83,18 +83,16 @@ setattr(make_bases, "_dynamo_marked_constant", True)  # noqa: B010 - functions d
 def _bases(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
     """Return the keys of draw 0: they stay on a GPU, as a copy from the CPU would wait for it."""
     if rank == OWN_RANK:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    bases = tuple(_base(seed, layer, rank, phase) for phase in ("backward", "update"))
-    return _on_device(bases, device)
+        rank = dist.get_rank() if IS_DISTRIBUTED and dist.is_initialized() else 0
+    return _bases_of_rank(seed, layer, rank, device)
 
 
 @lru_cache(LAYERS)
-def _on_device(bases: tuple[int, int], device: torch.device) -> Tensor:
+def _bases_of_rank(seed: int, layer: str, rank: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(bases, device=device)
+        return torch.tensor([_base(seed, layer, rank, phase) for phase in ("backward", "update")], device=device)
 
 
-@lru_cache(2 * LAYERS)
 def _base(seed: int, layer: str, rank: int, phase: str) -> int:
     digest = hashlib.sha256(f"{seed}/{layer}/{rank}/{phase}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

@@ -1,6 +1,6 @@
 """The steps of a layer's grids: SAWB's of the weight, and calibrated or learned ones of the input and the output."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +65,24 @@ class GridSteps:
         weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
         input: step of the input.
         output: step of the output, after its ReLU if that grid is unsigned.
+
+    `activations` are the existing steps of the input and of the output.
     """
 
     weight_grid: Grid | None = None
     weight_dim: int | None = None
     input: ActivationStep | None = None
     output: ActivationStep | None = None
+    activations: tuple[ActivationStep, ...] = field(init=False)
 
-    @property
-    def activations(self) -> tuple[ActivationStep, ...]:
-        """Return the existing steps of the input and of the output."""
-        return tuple([step for step in (self.input, self.output) if step is not None])
+    def __post_init__(self) -> None:
+        self.activations = tuple([step for step in (self.input, self.output) if step is not None])
+
+    def current(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the steps of the weight, of the input and of the output."""
+        if self.weight_grid is None and not self.activations:
+            return None, None, None
+        return self.of_weight(weight), self.of_input(), self.of_output()
 
     def of_weight(self, weight: Tensor) -> Tensor | None:
         """Return SAWB's step of the dense weight. It is not state, so eval() is constant as long as the weight is."""
@@ -96,10 +103,8 @@ class GridSteps:
 
     def check(self) -> None:
         """Raise CalibrationError if an activation has no clip yet."""
-        if self.input is not None:
-            self.input.check()
-        if self.output is not None:
-            self.output.check()
+        for step in self.activations:
+            step.check()
 
     def of_input(self) -> Tensor | None:
         return None if self.input is None else self.input.current()

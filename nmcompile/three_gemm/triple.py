@@ -1,9 +1,8 @@
 """One conv or linear call that runs on three graphs."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from itertools import product
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -14,12 +13,13 @@ from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.captured import Site
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.sharded import PLAIN, is_sharded
-from nmcompile.three_gemm.autograd_function import OPERANDS, ThreeGemmFunction, named, own
+from nmcompile.three_gemm.autograd_function import OPERANDS, ThreeGemmFunction, apply_directly, named, own
 from nmcompile.three_gemm.draw_stream import DrawStream
 from nmcompile.three_gemm.frozen import Frozen
 from nmcompile.three_gemm.grid_steps import GridSteps
 from nmcompile.three_gemm.mask_source import MaskSource
 from nmcompile.three_gemm.observer import Observer, Results, Values
+from nmcompile.three_gemm.prepared import Prepared, look_of
 from nmcompile.three_gemm.shards import Shards
 from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, run_layer
 from nmcompile.weight_cache import FROZEN, Content, forget, weights_at_rest
@@ -54,6 +54,8 @@ class GemmTriple:
         self.steps = steps
         self.frozen: Frozen | None = None
         self.observer: Observer | None = None
+        self.prepared: dict[Phase, Prepared] = {}
+        self.choosing = frozenset(phase for phase, _ in graphs if any(meta.choice for meta in graphs.metas(phase)))
         self.called = False
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
@@ -81,35 +83,54 @@ class GemmTriple:
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values separately).
         """
         is_trained = torch.is_grad_enabled() and weight.requires_grad
-        is_transformed = not torch.compiler.is_compiling() and are_transforms_active()
-        content = None if is_transformed else self._look(weight, is_trained)
+        is_compiling = torch.compiler.is_compiling()
+        is_transformed = not is_compiling and are_transforms_active()
+        content = None if is_transformed else self._look(weight, is_trained, is_compiling)
         mask = None if self.mask is None else self._mask(self.mask, weight, content, is_trained, is_transformed)
         shards = None
         if type(weight) not in PLAIN and is_sharded(weight):
             shards = self._shards(input, weight, rows)
             input, weight, bias, mask = shards.take(input, weight, bias, mask)
         self._move(input.device)
-        with self._at_rest(content, weight, is_trained):
-            weight_step = self.steps.of_weight(weight)
-            if rows is not None:
-                weight = weight[rows]
-                mask, bias, weight_step = (_rows(t, rows) for t in (mask, bias, weight_step))
-            if torch._C._is_any_autocast_enabled():
-                input, weight, bias = _autocast(input, weight, bias)
-            input, unbatched = self.layer.prepare(input)
-            operands = input, weight, bias, mask, weight_step, self.steps.of_input(), self.steps.of_output()
-            output = self._apply(is_transformed, operands)
-        self._observe(output)
+        run = self._runner(is_compiling, is_transformed)
+        if content is None or not _is_at_rest(content, weight, is_trained, is_compiling):
+            output, unbatched = self._output(run, input, weight, bias, mask, rows)
+        else:
+            with weights_at_rest(content):
+                output, unbatched = self._output(run, input, weight, bias, mask, rows)
+        self.called = True
+        if not is_compiling:
+            self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
         output = own(output, output.shape[1:]) if unbatched else output
         return output if shards is None else shards.give(output)
 
-    def _apply(self, is_transformed: bool, operands: tuple[Tensor | None, ...]) -> Tensor:
+    def _output(
+        self,
+        run: Callable[..., Tensor],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        rows: slice | None,
+    ) -> tuple[Tensor, bool]:
+        """Return the output, and whether it has a batch dim that the input had not."""
+        weight_step, *steps = self.steps.current(weight)
+        if rows is not None:
+            weight = weight[rows]
+            mask, bias, weight_step = (_rows(t, rows) for t in (mask, bias, weight_step))
+        if torch._C._is_any_autocast_enabled():
+            input, weight, bias = _autocast(input, weight, bias)
+        input, unbatched = self.layer.prepare(input)
+        return run(self, input, weight, bias, mask, weight_step, *steps), unbatched
+
+    @staticmethod
+    def _runner(is_compiling: bool, is_transformed: bool) -> Callable[..., Tensor]:
+        """Return the function that runs a layer on its operands."""
+        if is_compiling:
+            return ThreeGemmFunction.apply
         if is_transformed:
-            return run_layer(self, *operands)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            run: Callable[..., Tensor] = ThreeGemmFunction.apply
-            return run(self, *operands)
-        return self.forward_of(named(operands))[0]
+            return run_layer
+        return apply_directly if torch.is_grad_enabled() else _run_forward
 
     @staticmethod
     def _mask(
@@ -122,14 +143,14 @@ class GemmTriple:
         if self.frozen is not None:
             self.frozen.end()
 
-    def _look(self, weight: Tensor, is_trained: bool) -> Content | None:
+    def _look(self, weight: Tensor, is_trained: bool, is_compiling: bool) -> Content | None:
         """Return the fingerprint of the weight, if something may depend on it and the call can afford to look."""
         if self.frozen is not None and self.frozen.holds:
             if is_trained:
                 self.frozen.end()
             elif self.frozen.covers(weight):
                 return FROZEN
-        if torch.compiler.is_compiling():
+        if is_compiling:
             return None
         if is_trained:
             forget([weight])
@@ -139,14 +160,6 @@ class GemmTriple:
         # Waiting for a GPU costs too much in each training step of a model with untrained weights.
         is_asked = weight.device.type == "cpu" or not torch.is_grad_enabled()
         return fingerprint(weight) if is_asked else None
-
-    @staticmethod
-    def _at_rest(content: Content | None, weight: Tensor, is_trained: bool) -> AbstractContextManager[None]:
-        """Return a context in which values of the weight may be cached: on a GPU only if they are never compared."""
-        is_compiling = torch.compiler.is_compiling()
-        if content is None or is_trained or is_compiling or (content != FROZEN and weight.device.type != "cpu"):
-            return nullcontext()
-        return weights_at_rest(content)
 
     def _move(self, device: torch.device) -> None:
         """Move the random stream and the clips to where the layer runs."""
@@ -170,34 +183,61 @@ class GemmTriple:
         """Run one graph, or its observer, on values by name."""
         if self.observer is not None:
             return self.observer.run_eagerly(phase, values)
-        self.steps.check()
+        if self.steps.activations:
+            self.steps.check()
+        if phase in self.choosing:
+            return self._run_prepared(phase, values)
         # Nobody hooks a graph, so its forward is called, not the module.
-        return self.run_graph(phase, values, self.graphs[phase].forward)
+        return self.run_graph(phase, values, self.graphs.graphs[phase].forward)
+
+    def _run_prepared(self, phase: Phase, values: Values) -> Results:
+        """Run a graph that chooses a kernel, or its direct code if equal operands have settled the choice."""
+        arguments = [values[name] for name in self.placeholders[phase]]
+        look = look_of(arguments)
+        if look is None:
+            return self.run_graph(phase, values, self.graphs.graphs[phase].forward)
+        prepared = self._prepared(phase)
+        if prepared.knows(look):
+            return prepared.run(look, arguments)
+        results = self.run_graph(phase, values, self.graphs.graphs[phase].forward)
+        prepared.learn(look)
+        return results
+
+    def _prepared(self, phase: Phase) -> Prepared:
+        """Return the prepared graph of a phase, made anew if the graph was changed."""
+        graph, prepared = self.graphs.graphs[phase], self.prepared.get(phase)
+        if prepared is None or prepared.code is not type(graph).forward:
+            prepared = self.prepared[phase] = Prepared(graph)
+        return prepared
 
     def run_graph(self, phase: Phase, values: Values, graph: Callable[..., Results]) -> Results:
         """Run the graph of a phase, or its replacement, outside autocast: the operands have their dtypes."""
         arguments = [values[name] for name in self.placeholders[phase]]
         # Dynamo takes autocast for off after such a block; operands that are cast already do not need it.
-        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+        if not torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
             return graph(*arguments)
         device = next(v for v in values.values() if v is not None).device.type
         with torch.autocast(device, enabled=False):
             return graph(*arguments)
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy is not observed.
-        return self.__dict__ | {"observer": None}
+        # A copy is not observed, and has graphs of its own.
+        return self.__dict__ | {"observer": None, "prepared": {}}
 
     def forward_of(self, values: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         """Return the output, which is never a view, and the forward values that the other two graphs read."""
-        output, *saved = cast(tuple[Tensor, ...], self.run(Phase.FORWARD, values))
+        output, *saved = self.run(Phase.FORWARD, values)
         return output if torch.compiler.is_compiling() or not output._is_view() else own(output, output.shape), *saved
 
-    def _observe(self, output: Tensor) -> None:
-        self.called = True
-        if torch.compiler.is_compiling():
-            return
-        self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
+
+def _run_forward(triple: GemmTriple, *operands: Tensor | None) -> Tensor:
+    """Return the output of a layer when nothing will ask for gradients."""
+    return triple.forward_of(named(operands))[0]
+
+
+def _is_at_rest(content: Content, weight: Tensor, is_trained: bool, is_compiling: bool) -> bool:
+    """Return whether values of the weight may be cached: on a GPU only if they are never compared."""
+    return not (is_trained or is_compiling) and (content == FROZEN or weight.device.type == "cpu")
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -99,6 +99,8 @@ class WeightMask:
             return self.tensor
         if torch.compiler.is_compiling():
             return self._in_graph(weight, when_compared(weight, content, is_trained))
+        if self.clock.still_holds(weight, content) and self.tensor.device == weight.device:
+            return self.tensor
         if type(weight) is not nn.Parameter:
             refuse_flat(self.name, weight)
         if weight.is_meta or self._is_another(weight, content):

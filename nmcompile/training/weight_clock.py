@@ -98,6 +98,13 @@ class WeightClock:
         # `weight.data = ...` changes the address but not the version.
         return (weight._version, weight.data_ptr()) != (self._values[VERSION], self._values[ADDRESS])
 
+    def still_holds(self, weight: Tensor, content: Content | None) -> bool:
+        """Return whether this is the accepted parameter, as it was, and its mask is not stale: the usual case."""
+        stale, version, address, known, _ = self._values
+        if stale or id(weight) != self.accepted or content not in (None, known):
+            return False
+        return (version, address) == (weight._version, weight.data_ptr())
+
     def is_of(self, weight: Tensor) -> bool:
         """Return whether this is the accepted parameter, or a view such as `weight.detach()`; true if none is."""
         return self.accepted is None or id(weight) == self.accepted or weight.data_ptr() == self._values[ADDRESS]

@@ -11,7 +11,7 @@ from torch import nn
 import nmcompile
 from nmcompile import CompileConfig
 
-BUDGET = {"dense": 125, "t-weights": 210, "training": 285}
+BUDGET = {"dense": 75, "t-weights": 115, "training": 155}
 """Calls of a training step of one linear layer, eager PyTorch's 15 included."""
 
 
@@ -50,4 +50,5 @@ def test_a_call_without_gradients_stays_within_its_budget() -> None:
     model = nmcompile.compile(nn.Sequential(nn.Linear(16, 16)), "weights", config=CompileConfig(ends="sparse"))
     with torch.no_grad():
         model(x)
-        assert python_calls(lambda: model(x)) <= 120
+        model(x)
+        assert python_calls(lambda: model(x)) <= 65
