@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, fx
@@ -93,7 +93,7 @@ class GemmTriple:
             input, weight, bias, mask = shards.take(input, weight, bias, mask)
         self._move(input.device)
         run = self._runner(is_compiling, is_transformed)
-        if content is None or not _is_at_rest(content, weight, is_trained, is_compiling):
+        if content is None or not is_at_rest(content, weight, is_trained, is_compiling):
             output, unbatched = self._output(run, input, weight, bias, mask, rows)
         else:
             with weights_at_rest(content):
@@ -226,7 +226,7 @@ class GemmTriple:
 
     def forward_of(self, values: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         """Return the output, which is never a view, and the forward values that the other two graphs read."""
-        output, *saved = self.run(Phase.FORWARD, values)
+        output, *saved = cast(tuple[Tensor, ...], self.run(Phase.FORWARD, values))
         return output if torch.compiler.is_compiling() or not output._is_view() else own(output, output.shape), *saved
 
 
@@ -235,7 +235,7 @@ def _run_forward(triple: GemmTriple, *operands: Tensor | None) -> Tensor:
     return triple.forward_of(named(operands))[0]
 
 
-def _is_at_rest(content: Content, weight: Tensor, is_trained: bool, is_compiling: bool) -> bool:
+def is_at_rest(content: Content, weight: Tensor, is_trained: bool, is_compiling: bool) -> bool:
     """Return whether values of the weight may be cached: on a GPU only if they are never compared."""
     return not (is_trained or is_compiling) and (content == FROZEN or weight.device.type == "cpu")
 

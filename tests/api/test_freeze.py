@@ -14,9 +14,9 @@ from nmcompile import CompileConfig
 from nmcompile.errors import StateError
 from nmcompile.ir import operations
 from nmcompile.three_gemm import triple as three_gemm
-from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.three_gemm.triple import is_at_rest
 from nmcompile.training import masks
-from nmcompile.weight_cache import FROZEN, are_weights_at_rest
+from nmcompile.weight_cache import FROZEN
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 
@@ -171,11 +171,9 @@ def test_other_weights_in_the_place_of_frozen_ones_are_compared() -> None:
 
 def test_elsewhere_than_on_the_cpu_only_frozen_weights_are_cached() -> None:
     """Off the CPU a comparison would wait for the device."""
-    weight, seen = torch.empty(4, 4, device="meta"), []
-    for content in (1, FROZEN, None):
-        with GemmTriple._at_rest(content, weight, False):
-            seen.append(are_weights_at_rest())
-    assert seen == [False, True, False]
+    weight = torch.empty(4, 4, device="meta")
+    found = [is_at_rest(content, weight, is_trained=False, is_compiling=False) for content in (1, FROZEN)]
+    assert found == [False, True]
 
 
 def test_a_model_that_is_not_compiled_is_refused() -> None:
