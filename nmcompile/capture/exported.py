@@ -137,8 +137,8 @@ class _Reader:
         signature = program.graph_signature
         names = signature.inputs_to_parameters
         self.parameters = {node: name.removeprefix(PREFIX) for node, name in names.items()}
-        held = signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants
-        self.constants = frozenset(self.parameters).union(*held)
+        held = signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
+        self.constants = {node: name.removeprefix(PREFIX) for node, name in (names | held).items()}
         self.norms = norm_names(model)
         self.originals = {node.name: node for node in program.graph.nodes}
 
@@ -159,7 +159,8 @@ class _Reader:
             if is_norm and (module := _innermost(original)) in self.norms:
                 norms[node] = module
         products = frozenset(one.node for one in refused)
-        whole = WholeGraph(graph, layers, "export", self.constants, norms, products)
+        shapes = {node: _shapes(self.originals[node.name]) for node in graph.nodes}
+        whole = WholeGraph(graph, layers, "export", self.constants, norms, products, shapes)
         return Exported(whole, positions, called=self._called(), reads=dict(self._reads()))
 
     def _called(self) -> frozenset[str]:
@@ -221,6 +222,12 @@ class _Reader:
         sizes = [int(size) for size in value.shape if isinstance(size, int)]
         total = torch.Size(sizes).numel()
         return total // layer.out_features if layer.out_features else None
+
+
+def _shapes(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a node's tensors; a size that depends on data is -1."""
+    sizes = (tensor.shape for tensor in _tensors_in(node.meta.get("val")))
+    return tuple(tuple(size if isinstance(size, int) else -1 for size in shape) for shape in sizes)
 
 
 def _innermost(node: fx.Node) -> str:

@@ -63,17 +63,19 @@ class WholeGraph:
         graph: the fx graph.
         layers: each node that is (or holds) layers, with their names.
         source: `"fx"` or `"export"`.
-        constants: the placeholders of parameters and buffers, by name.
+        constants: the full name of each placeholder's parameter or buffer, by the placeholder's name.
         norms: the nodes that are a batch norm, with the module's name.
         products: the nodes that multiply by a parameter and are not a layer.
+        shapes: the shape of each node's tensor in the example; one for each tensor of a tuple.
     """
 
     graph: fx.Graph
     layers: Mapping[fx.Node, tuple[str, ...]]
     source: str
-    constants: frozenset[str] = frozenset()
+    constants: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[fx.Node, str] = field(default_factory=dict)
     products: frozenset[fx.Node] = frozenset()
+    shapes: Mapping[fx.Node, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "WholeGraph":
         # Read-only, and its keys are nodes: copies of a model share it.
