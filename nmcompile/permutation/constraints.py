@@ -4,6 +4,7 @@ An atom is one channel of one tensor. Atoms that must move together form a class
 cell. Every permutation within the cells leaves the model's outputs as they are.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,7 +52,7 @@ class Constraints:
             self.seen[id(label)] = label  # which also keeps the id from being used again
             self.separate(label, (), "")
 
-    def separate(self, label: Label, dims: tuple[int, ...] | frozenset[int], reason: str) -> None:
+    def separate(self, label: Label, dims: Collection[int], reason: str) -> None:
         """Let no atoms change places that differ in their index along these dims."""
         ids, places = label.numpy().ravel(), index_along(label, sorted(dims)).numpy().ravel()
         self.apart.append(Apart(ids, places, reason))
@@ -74,7 +75,7 @@ def find_classes(constraints: Constraints) -> Ids:
             root = root[root]
 
 
-def find_cells(classes: Ids, apart: list[Apart]) -> list[Ids]:
+def find_cells(classes: Ids, apart: Sequence[Apart]) -> list[Ids]:
     """Return the cells of more than one class, each the ascending classes in it.
 
     The key of a class is a sum of random 64-bit numbers, one for each place in which it stands.
@@ -84,7 +85,8 @@ def find_cells(classes: Ids, apart: list[Apart]) -> list[Ids]:
         np.add.at(keys, classes[one.ids], _mixed(_mixed(np.full(1, number + 1)) + one.places.astype(np.uint64)))
     roots = np.unique(classes)
     order = np.argsort(keys[roots], kind="stable")
-    starts = np.flatnonzero(np.diff(keys[roots][order], prepend=keys[roots][order][:1])) if len(roots) else []
+    in_order = keys[roots[order]]
+    starts = np.flatnonzero(in_order[1:] != in_order[:-1]) + 1
     return [np.sort(cell) for cell in np.split(roots[order], starts) if len(cell) > 1]
 
 

@@ -51,7 +51,8 @@ class Channels:
 
     def classes_of(self, label: Label) -> Ids:
         """Return the class of each element of a label."""
-        return self.classes[label.numpy()]
+        found: Ids = self.classes[label.numpy()]
+        return found
 
     def reason(self, label: Label) -> str:
         """Return why the channels of a label keep their places; "" if some may move."""
@@ -85,7 +86,8 @@ def find_families(captured: Captured, tensors: Mapping[str, Tensor]) -> Channels
 def _unreached(whole: WholeGraph, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """Yield the tensors of which the graph knows nothing: code that it does not show may read them."""
     nodes = [node for node in whole.graph.nodes if node.op == "placeholder" and node.users]
-    used = {id(tensors[name]) for node in nodes if (name := whole.constants.get(node.name)) in tensors}
+    names = (whole.constants.get(node.name, "") for node in nodes)
+    used = {id(tensors[name]) for name in names if name in tensors}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel() > 1 and id(tensor) not in used:
             yield name

@@ -53,7 +53,8 @@ class Pruned:
             return np.full(size, -1)
         if ids.size == ids.shape[dim]:  # one label for all groups, or rows one group after the other
             return ids.ravel()[group * size :][:size] if dim == self.layer.out_dim else ids.ravel()
-        return np.moveaxis(ids, dim, -1).reshape(-1, size)[group * (ids.shape[0] // self.layer.groups)]
+        rows: Ids = np.moveaxis(ids, dim, -1).reshape(-1, size)
+        return rows[group * (ids.shape[0] // self.layer.groups) :][:1].ravel()
 
     def kept(self, moves: Moves) -> float:
         """Return the sum of the scores that the pattern keeps; tiles that cannot be enumerated count by their rows."""

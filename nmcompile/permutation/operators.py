@@ -6,6 +6,7 @@ An operator that only moves elements is run on the labels themselves. PyTorch ta
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -148,15 +149,15 @@ def _move(call: Call) -> Result:
     for label in value.labels:
         call.rules.constraints.use(label)
 
-    def move(label: Label) -> Tensor | Sequence[Tensor]:
-        return cast(Tensor | Sequence[Tensor], cast(Callable[..., object], target)(**{name: label}, **rest))
+    function = cast(Callable[..., Tensor | Sequence[Tensor]], target)
+
+    def move(label: Label, index: int | None = None) -> Tensor:
+        moved = function(**{name: label}, **rest)
+        return cast(Tensor, moved if index is None else moved[index])
 
     if len(call.shapes) == 1 and not call.name.startswith(("split", "chunk", "unbind", "tensor_split")):
-        return value.moved(cast(Callable[[Tensor], Tensor], move), call.shape)
-    return [
-        value.moved(lambda label, index=index: move(label)[index], shape)  # type: ignore[misc]
-        for index, shape in enumerate(call.shapes)
-    ]
+        return value.moved(move, call.shape)
+    return [value.moved(partial(move, index=index), shape) for index, shape in enumerate(call.shapes)]
 
 
 def _linear(call: Call) -> Value:
@@ -296,7 +297,7 @@ def _stack(call: Call) -> Value:
     return call.rules.joined([_viewed(*one) for one in zip(call.values, sizes, strict=True)], dim, call.shape)
 
 
-def _pad(call: Call) -> Value:
+def _pad(call: Call) -> Result:
     if call.arguments.get("mode", "constant") == "constant":
         return call.rules.padded(call.value("self"), cast(Sequence[int], call.arguments["pad"]), call.shape)
     return _pool(call)
@@ -330,8 +331,12 @@ def _getitem(call: Call) -> Value:
 def _glu(call: Call) -> Value:
     x = call.value("self")
     dim = cast(int, call.arguments.get("dim", -1))
-    halves = [x.moved(lambda label, part=part: label.chunk(2, dim)[part], call.shape) for part in (0, 1)]  # type: ignore[misc]
+    halves = [x.moved(partial(_half, dim=dim, part=part), call.shape) for part in (0, 1)]
     return call.rules.elementwise(halves, call.shape)
+
+
+def _half(label: Label, dim: int, part: int) -> Tensor:
+    return label.chunk(2, dim)[part]
 
 
 def _prelu(call: Call) -> Value:

@@ -112,7 +112,7 @@ def plan_permutations(
     if isinstance(channels, str):
         return Permutations({name: LayerChange(reason=channels) for name in patterns})
     layers = list(pruned_layers(captured, channels, tensors, patterns, scores or {}))
-    moves = np.arange(len(channels.classes))
+    moves: Moves = np.arange(len(channels.classes))
     before = {one.layer.name: one.kept(moves) for one in layers}
     for family in channels.families:
         moves = _improved(family, [one for one in layers if _lies_on(one, family)], moves, budget)

@@ -60,7 +60,8 @@ class Scores:
 
     def _tiles(self, x: Tensor) -> Tensor:
         """Return columns with their rows in groups of M, `(..., tiles, M)`."""
-        return F.pad(x, [0, -x.shape[-1] % self.pattern.block]).unflatten(-1, (-1, self.pattern.block))
+        tiles: Tensor = F.pad(x, [0, -x.shape[-1] % self.pattern.block]).unflatten(-1, (-1, self.pattern.block))
+        return tiles
 
     def _masks(self, known: int) -> Tensor:
         """Return the masks of a tile without its first `known` columns."""

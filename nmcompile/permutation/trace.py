@@ -95,7 +95,10 @@ def _groups_of(node: fx.Node) -> int:
 
 
 def _resolved(argument: object, results: Mapping[fx.Node, Result]) -> object:
-    return fx.node.map_arg(argument, lambda node: results[node])  # type: ignore[arg-type]
+    """Return an argument with values in place of nodes."""
+    if isinstance(argument, fx.Node):
+        return results[argument]
+    return [_resolved(one, results) for one in argument] if isinstance(argument, tuple | list) else argument
 
 
 def _values(node: fx.Node, results: Mapping[fx.Node, Result]) -> list[Value]:
