@@ -1,12 +1,14 @@
-"""Masks by ADMM (Boža 2024, arXiv 2401.02938; ALPS, Meng et al. 2024, arXiv 2406.07831).
+"""ADMM (Boža 2024, arXiv 2401.02938; ALPS, Meng et al. 2024, arXiv 2406.07831): the mask and the weights together.
 
-Minimise ½ tr((W - W⁰) H (W - W⁰)ᵀ) over the weights Z of the pattern, where the dual V enforces W = Z. With ρ the
-penalty, ALPS's Equation (4) reads
+Minimise tr((W - W⁰) H (W - W⁰)ᵀ) / 2 subject to W = Z, where Z has the pattern. With the dual V and the penalty ρ:
 
-    W = (W⁰ H - V + ρ Z) (H + ρ I)⁻¹        Z = the pattern's projection of W + V / ρ        V += ρ (W - Z)
+    W = (W⁰ H - V + ρ Z) (H + ρ I)⁻¹    (1)
+    Z = the pattern's projection of W + V / ρ, its largest squares    (2)
+    V = V + ρ (W - Z)    (3)
 
-Columns are scaled first so that H has the diagonal 1: the projection, the largest squares, then selects by Wanda's
-score. One eigendecomposition of H serves every ρ. ρ grows until the support stands; the weights on it are refitted.
+Columns are scaled first so that the diagonal of H is 1; the projection then selects by Wanda's score, as in Boža. One
+eigendecomposition H = Q Λ Qᵀ serves every ρ. As in ALPS, ρ grows until the support stands, and the weights on the
+support are then set to their least-squares values.
 """
 
 import torch
@@ -16,10 +18,10 @@ from nmcompile.one_shot.hessian import Hessian
 from nmcompile.one_shot.refit import refit
 from nmcompile.one_shot.select import Selector
 
-FIRST = 0.1  # ρ, with H of diagonal 1
-EVERY = 3  # iterations between two values of ρ
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of ρ, by the share of the support that changed, as published
-LONGEST = 300  # iterations
+FIRST = 0.1  # ρ
+EVERY = 3  # iterations with one ρ
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of ρ, where more than this share of the support has changed
+LONGEST = 300  # iterations; about 45 are usual
 
 
 def admm(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
@@ -28,26 +30,26 @@ def admm(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, T
     matrix = hessian.damped().to(weights.dtype)
     scale = matrix.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)
     groups = zip((dense * scale).split(1), (matrix / scale / scale.mT).split(1), strict=True)
-    mask = torch.cat([_find_support(*group, choose) for group in groups])
-    return refit(dense, mask, matrix, dense), mask
+    pruned, mask = map(torch.cat, zip(*(_iterate(*group, choose) for group in groups), strict=True))
+    return refit(dense, mask, matrix, pruned / scale), mask
 
 
-def _find_support(dense: Tensor, hessian: Tensor, choose: Selector) -> Tensor:
+def _iterate(dense: Tensor, hessian: Tensor, choose: Selector) -> tuple[Tensor, Tensor]:
+    """Return Z of one group and its mask, when that has not changed for `EVERY` iterations."""
     values, vectors = torch.linalg.eigh(hessian)
-    values = values.unsqueeze(1)
     pull = dense @ hessian
-    mask = checked = choose(dense.square())
+    mask = before = choose(dense.square())
     pruned, dual, penalty = dense * mask, torch.zeros_like(dense), FIRST
     for iteration in range(1, LONGEST + 1):
-        solution = ((pull - dual + penalty * pruned) @ vectors / (values + penalty)) @ vectors.mT
+        solution = (pull - dual + penalty * pruned) @ (vectors / (values.unsqueeze(1) + penalty)) @ vectors.mT  # (1)
         shifted = solution + dual / penalty
         mask = choose(shifted.square())
-        pruned = shifted * mask
-        dual += penalty * (solution - pruned)
+        pruned = shifted * mask  # (2)
+        dual += penalty * (solution - pruned)  # (3)
         if iteration % EVERY == 0:
-            changed = float((mask & ~checked).sum() / mask.sum())
-            if changed == 0:
+            changed = (mask & ~before).sum() / mask.sum()
+            if not changed:
                 break
-            checked = mask
-            penalty *= next(growth for share, growth in GROWTH if changed >= share)
-    return mask
+            penalty *= next(growth for share, growth in GROWTH if changed > share)
+            before = mask
+    return pruned, mask

@@ -15,11 +15,13 @@ from nmcompile.one_shot.matrices import as_matrices, from_matrices
 from nmcompile.one_shot.refit import refit as refit_weights
 from nmcompile.one_shot.select import Selector
 from nmcompile.one_shot.sparsegpt import sparsegpt
-from nmcompile.one_shot.wanda import wanda
+from nmcompile.one_shot.wanda import magnitude, wanda
 from nmcompile.pruning.pattern import NMPattern
 
 Method = Callable[[Tensor, Hessian, Selector], tuple[Tensor, Tensor]]
 """(weights `(groups, rows, columns)`, Hessian, selector) -> pruned weights and mask."""
+
+METHODS: dict[str, Method] = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,6 @@ def solve(
     left = as_matrices(layer, result.to(dense.dtype))
     kept = torch.empty_like(weight, dtype=torch.bool).copy_(from_matrices(layer, mask))
     return Solution(result, kept, _relative_error(dense, left, hessian.mean().to(dense.dtype)))
-
-
-def _magnitude(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
-    return weights, choose(weights.abs())
-
-
-def _wanda(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
-    return weights, wanda(weights, hessian, choose)
-
-
-METHODS: dict[str, Method] = {"magnitude": _magnitude, "wanda": _wanda, "sparsegpt": sparsegpt, "admm": admm}
 
 
 def _relative_error(dense: Tensor, pruned: Tensor, mean: Tensor) -> float:

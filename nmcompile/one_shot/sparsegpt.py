@@ -1,12 +1,15 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): columns in order, later ones make up for pruned weights.
+"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): later columns make up for the weights that are pruned.
 
-Pruning weight j of a row w makes the least error if the columns after j move by the optimal brain surgeon's step,
-Equation (3) of the paper. With H⁻¹ = UᵀU, U upper triangular, row j of U holds all that column j needs, Equations (4)
-and (5):
+Columns are pruned in order. Pruning w_j of a row makes the least error if the columns after j take the optimal brain
+surgeon's step, which needs the inverse Hessian of the columns from j on. With H⁻¹ = UᵀU and U upper triangular, row j
+of U holds it (Algorithm 1 of the paper):
 
-    score = w_j² / U_jj²        error e_j = w_j / U_jj if j is pruned, else 0        w_k -= e_j U_jk for k > j
+    score_j = w_j² / U_jj²    (1)
+    e_j = w_j / U_jj if j is pruned, else 0    (2)
+    w_k = w_k - e_j U_jk for k >= j    (3)
 
-Errors reach the columns after a panel in one GEMM. Weights are stored by columns, so that a column is contiguous.
+The mask of a run of M columns is chosen when the first of them is reached. Errors reach the columns after a panel in
+one GEMM. Matrices are turned here, so that a column of the weight is contiguous.
 """
 
 import torch
@@ -19,30 +22,31 @@ PANEL = 128  # columns, as published
 
 
 def sparsegpt(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
-    """Return the pruned weights and their mask; a run of M columns is chosen when the first of them is reached."""
+    """Return the pruned weights and their mask."""
     factor = hessian.inverse_factor().to(weights.dtype)
     columns = (weights * hessian.used.unsqueeze(1)).mT.contiguous()
     mask = torch.empty_like(columns, dtype=torch.bool)
-    block = choose.pattern.block
-    panel = max(PANEL // block, 1) * block
+    panel = max(PANEL // choose.pattern.block, 1) * choose.pattern.block
     for start in range(0, columns.shape[1], panel):
-        end = min(start + panel, columns.shape[1])
-        here, later = slice(start, end), slice(end, None)
+        here, later = slice(start, start + panel), slice(start + panel, None)
         errors = _prune_panel(columns[:, here], mask[:, here], factor[:, here, here], choose)
         columns[:, later].baddbmm_(factor[:, here, later].mT, errors, alpha=-1)
     return (columns * mask).mT, mask.mT
 
 
 def _prune_panel(columns: Tensor, mask: Tensor, factor: Tensor, choose: Selector) -> Tensor:
-    """Choose and update the columns of a panel run by run, in place; return the errors."""
-    errors = torch.zeros_like(columns)
-    diagonal = factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    block = choose.pattern.block
-    for start in range(0, columns.shape[1], block):
-        run, later = slice(start, start + block), slice(start + block, None)
-        mask[:, run] = choose((columns[:, run] / diagonal[:, run]).square().mT).mT
-        for j in range(start, min(start + block, columns.shape[1])):
-            errors[:, j] = (columns[:, j] / diagonal[:, j]).masked_fill(mask[:, j], 0.0)
-            columns[:, j : start + block] -= factor[:, j, j : start + block].unsqueeze(2) * errors[:, j].unsqueeze(1)
+    """Prune the columns of a panel run by run, in place, and fill in the mask; return the errors."""
+    errors = torch.empty_like(columns)
+    for start in range(0, columns.shape[1], choose.pattern.block):
+        run, later = slice(start, start + choose.pattern.block), slice(start + choose.pattern.block, None)
+        _prune_run(columns[:, run], mask[:, run], factor[:, run, run], errors[:, run], choose)
         columns[:, later].baddbmm_(factor[:, run, later].mT, errors[:, run], alpha=-1)
     return errors
+
+
+def _prune_run(columns: Tensor, mask: Tensor, factor: Tensor, errors: Tensor, choose: Selector) -> None:
+    pivots = factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    mask.copy_(choose((columns / pivots).square().mT).mT)  # (1)
+    for j in range(columns.shape[1]):
+        errors[:, j] = (columns[:, j] / pivots[:, j]).masked_fill_(mask[:, j], 0.0)  # (2)
+        columns[:, j:] -= factor[:, j, j:].unsqueeze(2) * errors[:, j].unsqueeze(1)  # (3)

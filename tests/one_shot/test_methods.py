@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nmcompile.one_shot.refit import refit
 from nmcompile.one_shot.select import Selector
-from nmcompile.one_shot.solve import solve
+from nmcompile.one_shot.solve import METHODS, solve
 from nmcompile.pruning.pattern import NMPattern
 from tests.one_shot import oracles
 from tests.one_shot.correlated import correlated, hessian_of, linear
@@ -153,3 +153,15 @@ def test_methods_leave_less_error_in_this_order(shape: tuple[int, int], is_trans
         assert (solution.weight[~solution.mask] == 0).all()
         expected = (x @ (weight - solution.weight).T).norm() / (x @ weight.T).norm()
         assert solution.error == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("is_transposable", [False, True])
+@pytest.mark.parametrize("text", ["4:8", "1:8", "8:16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_any_size(method: str, text: str, is_transposable: bool) -> None:
+    pattern = NMPattern.parse(text)
+    weight, x = torch.randn(32, 48), correlated(256, 48, torch.float32)
+    solution = solve(method, linear(32, 48), weight, hessian_of(x), pattern, is_transposable)
+    assert is_pattern(solution.mask, pattern, is_transposable)
+    assert (solution.weight[~solution.mask] == 0).all()
+    assert 0 < solution.error < 1

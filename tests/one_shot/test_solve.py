@@ -128,6 +128,7 @@ def test_inputs_that_are_always_zero(method: str, is_transposable: bool) -> None
     x[:, [0, 1, 2, 9]] = 0
     solution = solved(method, weight, x, is_transposable, refit=True)
     assert torch.isfinite(solution.weight).all() and 0 < solution.error < 1
+    assert (solution.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
     assert solved(method, weight, torch.zeros(3, 16), is_transposable).error == 0
 
 
