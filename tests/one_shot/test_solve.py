@@ -44,16 +44,16 @@ def test_the_scale_of_inputs_and_weights_changes_no_mask(method: str, is_transpo
 
 
 def test_uncorrelated_inputs_give_masks_by_magnitude(method: str, is_transposable: bool) -> None:
-    weight, x = torch.randn(8, 16), torch.eye(16)
+    weight, x = torch.randn(64, 64), torch.eye(64)
     solution = solved(method, weight, x, is_transposable, refit=True)
     # These two minimise squares, which differs where a tile trades elements.
     scores = weight.square() if method in ("sparsegpt", "admm") else weight.abs()
     best = Selector(PATTERN, is_transposable)(scores[None])[0]
     if method == "admm":  # a heuristic: it may miss the optimum, but not by much
-        assert solution.error < 1.05 * float((weight * ~best).norm() / weight.norm())
+        assert solution.error < 1.02 * float((weight * ~best).norm() / weight.norm())
     else:
         assert torch.equal(solution.mask, best)
-    torch.testing.assert_close(solution.weight, weight * solution.mask)
+    torch.testing.assert_close(solution.weight, weight * solution.mask, rtol=1e-3, atol=1e-3)
 
 
 def test_groups_are_independent(method: str, is_transposable: bool) -> None:
