@@ -20,16 +20,18 @@ constexpr MultiplyAdd kAddPairs{2, 0x52};    // vdpbf16ps
 
 class Avx512Encoder {
 public:
-    static constexpr int kMultiplyAddBytes = 7, kAccessBytes = 10, kShiftBytes = 7, kBlendBytes = 6, kAddBytes = 3;
+    static constexpr int kMultiplyAddBytes = 8, kAccessBytes = 10, kShiftBytes = 7, kBlendBytes = 6, kAddBytes = 3;
 
     explicit Avx512Encoder(std::uint8_t* to) : at_(to) {}
     std::uint8_t* at() const { return at_; }
 
-    // `value` is an offset of -128 to 127 values from the address.
+    // `value` is an offset of -128 to 127 values from the address. The address takes one byte more than it needs: so
+    // instructions have eight bytes, and one vector operation changes several.
     void multiply_add(const MultiplyAdd& kind, int sum, int vector, Address address, int value) {
         start({.map = 2, .prefix = kind.prefix, .shared = 1}, sum, vector, static_cast<int>(address));
         byte(kind.opcode);
-        byte(0x40 | (sum & 7) << 3 | static_cast<int>(address));
+        byte(0x44 | (sum & 7) << 3);
+        byte(0x20 | static_cast<int>(address));
         byte(value);
     }
     // The byte of the instruction that names the vector. For vectors from 16 on it is the only byte that depends on the

@@ -36,6 +36,7 @@ private:
     AlignedMemory<float> memory_{0};
 };
 
+constexpr std::int64_t kLargeFloats = 1 << 20;  // for which there are large pages: small ones miss caches more often
 constexpr std::size_t kLargePacking = std::size_t{1} << 22;  // bytes
 
 // Calls a function with memory to pack into; tasks have their own. Much memory is borrowed for the call only: a thread
@@ -53,7 +54,7 @@ bool with_packing_memory(std::int64_t floats, const Use& use) {
 
 float* task_memory(std::int64_t floats) {
     static thread_local Scratch scratch;
-    return scratch.floats(floats);
+    return scratch.floats(std::max(floats, kLargeFloats));
 }
 
 template <class T>
@@ -66,7 +67,9 @@ bool multiply_all(GemmJob<T> job, const GemmKernel<T>& kernel, const KeptValues&
             const std::int64_t row = i % tasks.along * tasks.rows, lane = i / tasks.along * tasks.lanes;
             const GemmTile tile{row, std::min(job.rows, row + tasks.rows), lane,
                                 std::min(job.dense_lanes.size, lane + tasks.lanes)};
-            kernel.multiply(job, kept, tile, task_memory(kernel.scratch_floats(tasks.rows, tasks.lanes)));
+            const std::int64_t rows = tile.last_row - row, lanes = tile.last_lane - lane;
+            const std::int64_t floats = kernel.scratch_floats(rows, lanes, job.dense_depth.size);
+            kernel.multiply(job, kept, tile, task_memory(floats));
         }
     });
     return is_finite;

@@ -4,147 +4,69 @@
 
 #include <vector>
 
-#include "gemm/row_code.h"
+#include "gemm/coded_tile.h"
+#include "gemm/columns.h"
 #include "gemm/row_sums.h"
 #include "gemm/tile_output.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
 namespace {
 
-// The lanes of a tile that share a panel, and their sums.
-struct Column {
-    PanelLanes from, to;
-    float *panel, *sums;
-};
+constexpr Index kPanelFloats = kDepthBlock * kMostLanes + kFloats;
 
-// The values that a tile's rows keep of some depth.
-struct Kept {
-    KeptValues values;
-    Index rows, fours;
-    bool is_first;
-};
+#if defined(__AVX512F__)
+template <class Form>
+RowCode<Form>& code_of_thread() {
+    static thread_local RowCode<Form> code;
+    return code;
+}
 
-template <class Form, class T>
-Kept kept_by(const GemmJob<T>& job, const KeptValues& all, const GemmTile& tile, Index block, Index blocks) {
-    const Index at = (block * job.rows + tile.first_row) * Form::kValues;
-    const Index depth = smaller(blocks * kDepthBlock, job.dense_depth.size - block * kDepthBlock);
-    return {{all.values + at, all.places + at}, tile.last_row - tile.first_row, pieces(depth, 4), block == 0};
+// Returns whether a tile of so many lanes runs written code: it takes more than one column to repay the writing.
+template <class Form>
+bool is_coded(Index lanes) {
+    return lanes > Form::kLanes && code_of_thread<Form>().is_ready();
+}
+#endif
+
+template <class Form>
+ColumnRoom room_of(Index rows, [[maybe_unused]] Index lanes, [[maybe_unused]] Index depth) {
+#if defined(__AVX512F__)
+    if (is_coded<Form>(lanes)) return coded_room<Form>(rows, depth, pieces(lanes, Form::kLanes));
+#endif
+    return {Form::kPanelRows, rows};
+}
+
+// A panel of floats comes first.
+template <class Form>
+Index scratch_floats(Index rows, Index lanes, Index depth) {
+    return kPanelFloats + pieces(lanes, Form::kLanes) * room_of<Form>(rows, lanes, depth).all();
 }
 
 template <class Four, class T>
-void add_block(const GemmJob<T>& job, const Kept& kept, Index block, const std::vector<Column>& columns, float* floats) {
-    for (const Column& column : columns) {
-        Four::make_panel(job, column.from, block, column.panel, floats);
-        add_rows<Four>(kept.values, kept.rows, kept.fours, column.from.width, column.panel, column.sums, kept.is_first);
-    }
-}
-
-#if defined(__AVX512F__)
-template <class Form, class T>
-void make_panels(const GemmJob<T>& job, Index block, Index blocks, const std::vector<Column>& columns, float* floats) {
-    for (const Column& column : columns) {
-        for (Index i = 0; i < blocks; ++i) {
-            float* const panel = column.panel + i * kFours * PanelCode<Form>::kPanelRows * column.from.width;
-            PanelCode<Form>::make_panel(job, column.from, block + i, panel, floats);
-        }
-    }
-}
-
-// Prefetches the values of the next rows, which the processor cannot predict before these rows begin.
-template <class Form>
-void fetch_rows(const Kept& kept, Index row, Index stride) {
-    constexpr Index kOfLine = 64 / sizeof(float), kKept = kCodeRows * Form::kValues;
-    for (Index block = 0; block < pieces(kept.fours, kFours); ++block) {
-        const Index at = row * Form::kValues + block * stride;
-        for (Index i = 0; i < kKept; i += kOfLine) __builtin_prefetch(kept.values.values + at + i);
-        for (Index i = 0; i < kKept; i += 64) __builtin_prefetch(kept.values.places + at + i);
-    }
-}
-
-// Code that is written for some rows runs through all columns.
-template <class Form>
-void add_rows(RowCode<Form>& code, const Kept& kept, Index stride, const std::vector<Column>& columns) {
-    const Index width = columns[0].from.width;
-    const auto written = [&](Index row) {
-        const Index rows = smaller(kCodeRows, kept.rows - row);
-        return code.write(rows, kept.fours, width, kept.values.places + row * Form::kValues, stride);
-    };
-    auto next = written(0);
-    for (Index row = 0; row < kept.rows; row += kCodeRows) {
-        const auto these = next;
-        if (row + kCodeRows < kept.rows) next = written(row + kCodeRows);
-        fetch_rows<Form>(kept, row + kCodeRows, stride);
-        for (const Column& column : columns) {
-            float* const sums = column.sums + row * width;
-            for (Index lane = 0; lane < column.from.count; lane += kFloats) {
-                these.run(column.panel + lane, kept.values.values + row * Form::kValues, sums + lane, kept.is_first);
-            }
-        }
-    }
-}
-#endif
-
-// Room for a panel of floats, then for a panel and sums of each column; each is followed by room for one more vector.
-constexpr Index kPanelFloats = kDepthBlock * kMostLanes + kFloats;
-#if defined(__AVX512F__)
-template <class Form>
-constexpr Index kPanelRows = greater(Form::kPanelRows, RowCode<Form>::kPanelRows);
-#else
-template <class Form>
-constexpr Index kPanelRows = Form::kPanelRows;
-#endif
-template <class Form>
-constexpr Index kColumnFloats = kPanelRows<Form> * kMostLanes + kFloats;
-Index sum_floats(Index rows) { return rows * kMostLanes + kFloats; }
-
-template <class Form>
-Index scratch_floats(Index rows, Index lanes) {
-    return kPanelFloats + pieces(lanes, Form::kLanes) * (kColumnFloats<Form> + sum_floats(rows));
-}
-
-// Columns all have the same width, except the last.
-template <class Form, class T>
-std::vector<Column> columns_of(const GemmJob<T>& job, const GemmTile& tile, float* scratch) {
-    const Index lanes = tile.last_lane - tile.first_lane;
-    const Index width = pieces(pieces(lanes, pieces(lanes, Form::kLanes)), kFloats) * kFloats;
-    std::vector<Column> columns;
-    columns.reserve(pieces(lanes, width));
-    for (Index lane = tile.first_lane; lane < tile.last_lane; lane += width) {
-        const Index last = smaller(lane + width, tile.last_lane);
-        float* const sums = scratch + kColumnFloats<Form>;
-        const bool is_checked = tile.first_row == 0;  // other tiles of these lanes read the same
-        const PanelLanes from(job.dense_lanes, lane, last, width, is_checked);
-        columns.push_back({from, {job.output_lanes, lane, last, width, false}, scratch, sums});
-        scratch = sums + sum_floats(tile.last_row - tile.first_row);
-    }
-    return columns;
-}
-
-template <class T, class Four>
-void add_all(const GemmJob<T>& job, const KeptValues& all, const GemmTile& tile, const std::vector<Column>& columns,
-             float* floats) {
+void multiply_by_loops(const GemmJob<T>& job, const KeptValues& all, const GemmTile& tile, const Column& column,
+                       float* floats) {
     using Form = typename Four::Form;
-    const Index blocks = pieces(job.dense_depth.size, kDepthBlock);
-#if defined(__AVX512F__)
-    static thread_local RowCode<Form> code;
-    if (columns.size() > 1 && code.is_ready()) {
-        for (Index block = 0; block < blocks; block += kCodeBlocks) {
-            make_panels<Form>(job, block, smaller(kCodeBlocks, blocks - block), columns, floats);
-            add_rows(code, kept_by<Form>(job, all, tile, block, kCodeBlocks), job.rows * Form::kValues, columns);
-        }
-        return;
+    const Index rows = tile.last_row - tile.first_row, width = column.from.width;
+    for (Index block = 0; block < pieces(job.dense_depth.size, kDepthBlock); ++block) {
+        const Kept kept = kept_by<Form>(job, all, tile.first_row, block, 1);
+        Four::make_panel(job, column.from, block, column.panel, floats);
+        add_rows<Four>(kept.values, rows, pieces(kept.depth, 4), width, column.panel, column.sums, kept.is_first);
     }
-#endif
-    for (Index block = 0; block < blocks; ++block) {
-        add_block<Four>(job, kept_by<Form>(job, all, tile, block, 1), block, columns, floats);
-    }
+    write_output(job, column.to, tile.first_row, tile.last_row, column.sums, Strides::side_by_side(width));
 }
 
 template <class T, class Four>
 void multiply(const GemmJob<T>& job, const KeptValues& kept, const GemmTile& tile, float* scratch) {
-    const std::vector<Column> columns = columns_of<typename Four::Form>(job, tile, scratch + kPanelFloats);
-    add_all<T, Four>(job, kept, tile, columns, scratch);
-    for (const Column& column : columns) write_output(job, column.to, tile.first_row, tile.last_row, column.sums);
+    using Form = typename Four::Form;
+    const Index rows = tile.last_row - tile.first_row, lanes = tile.last_lane - tile.first_lane;
+    const ColumnRoom room = room_of<Form>(rows, lanes, job.dense_depth.size);
+    const std::vector<Column> columns = columns_of<Form>(job, tile, room, scratch + kPanelFloats);
+#if defined(__AVX512F__)
+    if (is_coded<Form>(lanes)) {
+        return CodedTile<Form, T>(job, kept, tile, columns, code_of_thread<Form>()).multiply(scratch);
+    }
+#endif
+    for (const Column& column : columns) multiply_by_loops<Four>(job, kept, tile, column, scratch);
 }
 
 template <class T, class Four>

@@ -20,9 +20,9 @@ struct GemmKernel {
     std::int64_t values_of_block;            // values that a row keeps of a block of depth
     // Packs one block of depth of the rows from `row` on; returns false if some four keep more than two or are not finite.
     bool (*pack)(const GemmJob<T>& job, const KeptValues& kept, std::int64_t block, std::int64_t row);
-    // Computes C for a tile. `scratch` holds `scratch_floats` for its rows and lanes, aligned to 64 bytes.
+    // Computes C for a tile. `scratch` holds `scratch_floats` for its rows, lanes and depth, aligned to 64 bytes.
     void (*multiply)(const GemmJob<T>& job, const KeptValues& kept, const GemmTile& tile, float* scratch);
-    std::int64_t (*scratch_floats)(std::int64_t rows, std::int64_t lanes);
+    std::int64_t (*scratch_floats)(std::int64_t rows, std::int64_t lanes, std::int64_t depth);
 };
 
 namespace baseline {

@@ -15,11 +15,12 @@ struct Tasks {
     std::int64_t count() const { return across * along; }
 };
 
-// Cost of a task besides its products, in units of lanes times rows: to fill panels, per lane; to write code, per row.
-// And the factor by which products without code are slower. Measured on Zen 4, and on Sapphire Rapids: waiting.
-constexpr double kFilling = 32, kWriting = 24, kWithoutCode = 1.2;
+// Cost of a task besides its products, in units of lanes times rows: to fill panels, per lane; to change from code to
+// code, per row. And the factor by which products without code are slower. Measured on Emerald Rapids, the factor on
+// Zen 4 and waiting on Sapphire Rapids.
+constexpr double kFilling = 64, kWriting = 16, kWithoutCode = 1.2;
 constexpr double kWaiting = 0.1;  // of a task: wait for the last of the threads when all have equal work
-constexpr std::int64_t kMostRows = 1024;  // rows whose sums stay in a last-level cache
+constexpr std::int64_t kMostRows = 2048;  // rows whose sums stay in a last-level cache
 constexpr std::int64_t kFewestRows = 32;
 
 inline double duration(const Tasks& tasks, std::int64_t panel_lanes, std::int64_t threads) {

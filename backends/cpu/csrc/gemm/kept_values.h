@@ -118,7 +118,7 @@ struct SingleValues {
     }
     template <class T>
     static void make_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, float* panel, float*) {
-        fill_panel(job, lanes, block, panel);
+        fill_panel(job, lanes, block, Strides::side_by_side(lanes.width), panel);
     }
 };
 

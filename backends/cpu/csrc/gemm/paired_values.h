@@ -28,7 +28,7 @@ struct PairedValues {
     // `floats` is room for the panel of single values.
     template <class T>
     static void make_panel(const GemmJob<T>& job, const PanelLanes& lanes, Index block, float* panel, float* floats) {
-        const Index count = fill_panel(job, lanes, block, floats);
+        const Index count = fill_panel(job, lanes, block, Strides::side_by_side(lanes.width), floats);
         for (Index k = 0; k < count; k += 4, floats += 4 * lanes.width, panel += kPairs * lanes.width) {
             for (Index lane = 0; lane < lanes.width; lane += kFloats) pair_rows(floats + lane, lanes.width, panel + lane);
         }
