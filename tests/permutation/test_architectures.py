@@ -89,6 +89,6 @@ def test_compile_keeps_what_permutations_found() -> None:
 
 
 def test_bert() -> None:
-    # It returns its hidden states. What moves is inside of the branches, and the pooler's output, which is not returned.
+    # It returns its hidden states; the insides of branches move, and the pooler's output, which is not returned.
     found = check(bert(), torch.randint(50, (1, 6)))
     assert sizes(found) == [8] * 16 + [32, 48, 48]
