@@ -103,6 +103,10 @@ class CompileConfig:
             (Boža 2024) keep the outputs of each layer as close as they can, and change the kept weights too. These
             masks stand until they are found again: neither `refresh` nor a write to the weights changes them.
         refit: solve for the kept weights, by least squares of each layer's outputs over the calibration data.
+        permute: before masks are found, put channels in an order in which the patterns keep more magnitude (Pool & Yu
+            2021). The order is folded into the parameters and buffers of all layers that it concerns, so the model
+            computes the same, and nothing is permuted at run time. Needs the whole graph; layers whose channels cannot
+            move keep their order, and the report says why.
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
@@ -116,6 +120,7 @@ class CompileConfig:
     where: str = "all"
     masks: str = "magnitude"
     refit: bool = False
+    permute: bool = False
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -123,7 +128,8 @@ class CompileConfig:
         choices |= {"outputs": OUTPUTS, "where": WHERE, "masks": MASKS}
         for name, known in choices.items():
             check_choice(name, getattr(self, name), known)
-        check_kind("refit", self.refit, bool, "True or False")
+        for name in ("refit", "permute"):
+            check_kind(name, getattr(self, name), bool, "True or False")
         self._check_layers()
 
     @property

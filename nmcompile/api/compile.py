@@ -13,6 +13,7 @@ from torch import nn
 from nmcompile.api.calibrate import calibrate_reached, check_data
 from nmcompile.api.first_rank import of_first_rank
 from nmcompile.api.measure_phases import find_dense_phases
+from nmcompile.api.permute_channels import permute_channels, put_tensors
 from nmcompile.api.pipeline import bind_layers, install_layers, plan_and_lower
 from nmcompile.api.predict_phases import find_unlikely_phases, tell_if_slower
 from nmcompile.api.request import Model, Request, request_of
@@ -99,6 +100,8 @@ def compile(
     request = request_of(model, mode, args, kwargs, config, backend)
     _check_data_is_given(request, calibration)
     # Each step tries the request out on a copy, so a failure leaves the model as it is.
+    if request.config.permute:
+        request = permute_channels(request)
     if calibration is not None and request.config.reads_data:
         calibration = list(calibration)
         request = find_masks(request, calibration, folder)
@@ -188,6 +191,7 @@ def rewrite(request: Request, inplace: bool = False) -> nn.Module:
     """Plan and lower the graphs, then change a module tree: a copy, or the model itself. Errors precede the change."""
     done = plan_and_lower(request)
     target = request.model if inplace else share_copy(request.plain)
+    put_tensors(target, request.permuted, inplace)
     put_weights(target, request.solved, _masked(done), inplace)
     triples = bind_layers(target, done, torch.initial_seed(), request.earlier)
     install_layers(target, done, triples)

@@ -27,6 +27,7 @@ def inspect(compiled: nn.Module) -> Report:
             triple.graphs.kernels(),
             triple.graphs.choices(),
             None if triple.mask is None else triple.mask.found,
+            record.permutations.get(triple.layer.name, ""),
         )
         for triple in triples_of(root)
     }

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from nmcompile.api.choose_backends import choose_backends
@@ -39,6 +39,8 @@ class Request:
         reverted: the decision of accuracy control; None if it was not asked for.
         dense_phases: the phases in which pruning does not pay; None if no trial was timed.
         solved: masks and new values of weights, found from calibration data.
+        permuted: parameters and buffers in their new order of channels, by name.
+        permutations: by layer name, what the new order wins, or why there is none.
     """
 
     model: nn.Module
@@ -53,6 +55,8 @@ class Request:
     reverted: Reverted | None = None
     dense_phases: DensePhases | None = None
     solved: Mapping[Part, Solved] = field(default_factory=dict)
+    permuted: Mapping[str, Tensor] = field(default_factory=dict)
+    permutations: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, layers: Iterable[str]) -> "Request":
         """Return this request with more layers left dense."""

@@ -21,13 +21,17 @@ OPERANDS: dict[Operand, str] = {"weight": "W", "input": "X", "output": "Y", "gra
 
 @dataclass(frozen=True)
 class Observation:
-    """Observations of one layer: whether it was called, its output positions, its kernels, the origin of its mask."""
+    """Observations of one layer: whether it was called, its output positions, its kernels, the origin of its mask.
+
+    `permutation` says what another order of its channels won, or why they keep theirs.
+    """
 
     called: bool
     positions: int | None
     kernels: Mapping[Phase, str] = field(default_factory=dict)
     choices: Mapping[Phase, Choice] = field(default_factory=dict)
     found: FoundMask | None = None
+    permutation: str = ""
 
 
 class PrintableGraphs:
@@ -49,7 +53,7 @@ class LayerReport:
 
     `macs` is for one of its three GEMMs (all take the same), None if no shape is known. `refusals` are the backends
     that were asked before the one which took a node, with their reasons. `found` is the origin of a mask that was found
-    from calibration data, None for others.
+    from calibration data, None for others. `permutation` says what another order of its channels won.
     """
 
     plan: LayerPlan
@@ -60,6 +64,7 @@ class LayerReport:
     choices: Mapping[Phase, Choice]
     refusals: Mapping[Phase, tuple[Refusal, ...]]
     found: FoundMask | None
+    permutation: str
 
     @property
     def layer(self) -> Layer:
@@ -97,7 +102,8 @@ class LayerReport:
             return "; ".join((self.status, *(row.reason for row in self.plan.rows if row.is_sparse and row.reason)))
         absorbed = (f"absorbs {self.plan.norm!r} in eval()",) if self.plan.norm else ()
         found = () if self.found is None else (str(self.found),)
-        return "; ".join((*found, *self.reasons, *absorbed))
+        permuted = (self.permutation,) if self.permutation else ()
+        return "; ".join((*found, *permuted, *self.reasons, *absorbed))
 
     def operands(self, phase: Phase) -> str:
         """Say in short what is pruned and quantized in a phase: `"W 2:4 greedy, X u4 mse"`, or `"dense"`."""
@@ -126,7 +132,6 @@ def layer_report(program: Program, plan: LayerPlan, seen: Observation, unseen: s
     # The example's positions are known for all layers alike; those of a run only for layers that were rewritten.
     example = program.captured.facts[plan.layer.name].positions
     positions = seen.positions if example is None else example
-    kernels = seen.kernels or graphs.kernels()
-    return LayerReport(
-        plan, PrintableGraphs(graphs), status, positions, kernels, seen.choices, graphs.refusals(), seen.found
-    )
+    kernels, printed, refusals = seen.kernels or graphs.kernels(), PrintableGraphs(graphs), graphs.refusals()
+    found, permutation = seen.found, seen.permutation
+    return LayerReport(plan, printed, status, positions, kernels, seen.choices, refusals, found, permutation)

@@ -45,6 +45,7 @@ def _layer(layer: LayerReport) -> dict[str, object]:
         "macs": layer.macs,
         "rows": [_row(row) | {"kernels": layer.kernels.get(row.phase, "")} for row in layer.plan.rows],
         "mask": None if layer.found is None else asdict(layer.found),
+        "permutation": layer.permutation,
         "norm": layer.plan.norm,
         "choices": {phase.value: asdict(choice) for phase, choice in layer.choices.items()},
         "refusals": {phase.value: [asdict(one) for one in found] for phase, found in layer.refusals.items()},

@@ -1,7 +1,7 @@
 """The record of a compilation, stored on the root of a compiled model."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -29,6 +29,7 @@ class Compilation:
         mode, config, backends: as requested.
         reverted: the decision of accuracy control, if it was requested.
         dense_phases: the phases found not to pay; None if that was not requested.
+        permutations: by layer name, what an order of its channels won, or why there is none; empty if not requested.
     """
 
     program: Program
@@ -37,6 +38,7 @@ class Compilation:
     backends: tuple[Backend, ...]
     reverted: Reverted | None = None
     dense_phases: DensePhases | None = None
+    permutations: Mapping[str, str] = field(default_factory=dict)
 
 
 def restore_all(model: nn.Module) -> None:
