@@ -48,11 +48,11 @@ assert resident() - before < 5 * LARGE and middle.eq(2).all()
 """
 BORROWED = """
 from nmcompile.backends.cpu.gemm import Geometry, sparse_update
-dy, x, dw = torch.zeros(4096, 1024), torch.ones(4096, 64), torch.ones(1024, 64)
+dy, x, dw = torch.zeros(8192, 2048), torch.ones(8192, 64), torch.ones(2048, 64)
 empty_like(torch.empty(3 * LARGE)).fill_(1)
 before = resident()
 assert sparse_update(dy, x, dw, Geometry(), "auto", 4) and not dw.any()
-assert resident() - before < LARGE  # the packed gradient takes 10 MB
+assert resident() - before < 4 * LARGE  # the packed gradient takes 40 MB; each thread keeps some of its own
 """
 
 

@@ -51,10 +51,10 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], inplace: bool) 
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        held = module._parameters if attribute in module._parameters else module._buffers
-        old = held[attribute]
-        if inplace and old is not None:
+        if inplace:
             with torch.no_grad():
-                old.copy_(tensor)
+                getattr(module, attribute).copy_(tensor)
+        elif isinstance(tensor, nn.Parameter):
+            module._parameters[attribute] = tensor
         else:
-            held[attribute] = tensor  # type: ignore[assignment]
+            module._buffers[attribute] = tensor

@@ -12,6 +12,7 @@ import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.api.distill import distill
 from nmcompile.errors import CalibrationError, ConfigError, StateError
+from nmcompile.training import recipes
 from nmcompile.training.find_masks import masks_of
 
 SPARSE = CompileConfig(ends="sparse", masks="wanda")
@@ -61,7 +62,7 @@ def test_the_pruned_model_comes_closer_and_stays_sparse() -> None:
 
 
 def test_it_is_a_recipe() -> None:
-    assert nmcompile.training.recipes.distill is distill
+    assert recipes.distill is distill
 
 
 def test_modes_and_statistics_are_as_before() -> None:
@@ -69,7 +70,7 @@ def test_modes_and_statistics_are_as_before() -> None:
     model = pruned(dense).train()
     statistics = model[1].running_mean.clone()
     distill(model, dense, batches(), steps=3)
-    assert model.training and model[3].training
+    assert model.training and model.get_submodule("3").training
     assert torch.equal(model[1].running_mean, statistics)
 
 
