@@ -4,21 +4,17 @@ An operator that only moves elements is run on the labels themselves. PyTorch ta
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import Target
+from torch import Tensor
 
-from nmcompile.permutation.contract import contract
-from nmcompile.permutation.labels import Label, Shape, Value
-from nmcompile.permutation.rules import Rules
+from nmcompile.permutation.call import Call, Result, as_channels, viewed
+from nmcompile.permutation.labels import Label, Value
+from nmcompile.permutation.products import addmm, attention, convolution, einsum, linear, matmul
 
-Result = Value | Sequence[Value]
-SIGNATURES = {"linear": "input weight bias", "linear_in_out": "input weight", "addmm": "self mat1 mat2"}
 MOVES = {
     "alias", "chunk", "expand", "expand_as", "flatten", "flip", "movedim", "narrow", "numpy_T", "permute",
     "pixel_shuffle", "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "roll", "select", "slice", "split",
@@ -44,59 +40,6 @@ REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm",
 SHAPES = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
           "new_empty", "new_full", "sym_size", "_assert_tensor_metadata"}  # fmt: skip
 """Operators that read no element."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A node's operator, its arguments by name with values in place of nodes, and the shapes of its results."""
-
-    name: str
-    target: Target
-    arguments: Mapping[str, object]
-    shapes: tuple[Shape, ...]
-    rules: Rules
-
-    @property
-    def shape(self) -> Shape:
-        return self.shapes[0]
-
-    @property
-    def values(self) -> list[Value]:
-        """Return every value among the arguments."""
-        found: list[Value] = []
-        for one in self.arguments.values():
-            found += [v for v in (one if isinstance(one, tuple | list) else [one]) if isinstance(v, Value)]
-        return found
-
-    def value(self, *names: str) -> Value:
-        """Return the value under the first of these names that is an argument."""
-        return cast(Value, next(self.arguments[name] for name in names if name in self.arguments))
-
-    def optional(self, *names: str) -> list[Value]:
-        """Return the values under these names, without those that are None."""
-        return [one for one in map(self.arguments.get, names) if isinstance(one, Value)]
-
-    def dims(self, name: str, of: Value) -> list[int]:
-        """Return an argument that is a dim or several, or every dim if it is None."""
-        given = self.arguments.get(name)
-        if given is None or given == []:
-            return list(range(len(of.shape)))
-        return [dim % len(of.shape) for dim in (given if isinstance(given, list | tuple) else [cast(int, given)])]
-
-
-def call_of(node: fx.Node, shapes: tuple[Shape, ...], rules: Rules, resolve: Callable[[object], object]) -> Call:
-    """Return a node's call, with its arguments under the names of the operator's schema."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        schema = target._schema
-        names = [one.name for one in schema.arguments]
-        name = schema.name.split("::")[-1]
-    else:
-        name = str(getattr(target, "__name__", target))
-        names = SIGNATURES.get(name, "").split() or [str(number) for number in range(len(node.args))]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    arguments = {key: resolve(value) for key, value in given.items()}
-    return Call(name.rstrip("_") if name.strip("_") else name, target, arguments, shapes, rules)
 
 
 def apply(call: Call) -> Result:
@@ -160,105 +103,17 @@ def _move(call: Call) -> Result:
     return [value.moved(partial(move, index=index), shape) for index, shape in enumerate(call.shapes)]
 
 
-def _linear(call: Call) -> Value:
-    x, weight = call.value("input", "mat1", "self"), call.value("weight", "mat2")
-    is_in_out = call.name != "linear"
-    lead = _letters(len(x.shape) - 1)
-    equation = (lead + "i", "io" if is_in_out else "oi", lead + "o")
-    result = contract(call.rules.constraints, call.rules.name, x, weight, equation, call.shape)
-    return call.rules.elementwise([result, *call.optional("bias")], call.shape)
-
-
-def _addmm(call: Call) -> Value:
-    product = _product(call, call.value("mat1", "batch1"), call.value("mat2", "batch2"), call.shape)
-    return call.rules.elementwise([product, *call.optional("self")], call.shape)
-
-
-def _matmul(call: Call) -> Value:
-    return _product(call, call.value("self", "input"), call.value("other", "mat2", "tensor2"), call.shape)
-
-
-def _product(call: Call, left: Value, right: Value, shape: Shape) -> Value:
-    """Contract the last dim of the left operand with the second-last dim of the right one, as matmul does."""
-    batch = _letters(max(len(left.shape), len(right.shape)) - 2)
-    lead = "" if len(left.shape) == 1 else batch[len(batch) - (len(left.shape) - 2) :] + "x"
-    tail = "" if len(right.shape) == 1 else "z"
-    second = "y" if not tail else batch[len(batch) - (len(right.shape) - 2) :] + "yz"
-    result = batch * (len(shape) > 2 or len(batch) == 0) + ("x" if lead else "") + tail
-    return contract(call.rules.constraints, call.rules.name, left, right, (lead + "y", second, result), shape)
-
-
-def _einsum(call: Call) -> Value:
-    text, operands = str(call.arguments["equation"]).replace(" ", ""), call.values
-    inputs, _, result = text.partition("->")
-    if len(operands) != 2 or "." in text or not result:
-        call.rules.fix(operands, f"{call.rules.name} is an einsum that is not analyzed")
-        return Value(call.shape)
-    left, right = inputs.split(",")
-    return contract(
-        call.rules.constraints, call.rules.name, operands[0], operands[1], (left, right, result), call.shape
-    )
-
-
-def _attention(call: Call) -> Value:
-    """Contract queries with keys, and weights with values; heads stay apart."""
-    query, key, value = call.value("query"), call.value("key"), call.value("value")
-    call.rules.fix(call.optional("attn_mask"), f"{call.rules.name} adds them to scores")
-    if call.arguments.get("enable_gqa"):
-        key, value = (_repeated(one, query.shape[-3] // one.shape[-3]) for one in (key, value))
-    lead = _letters(len(query.shape) - 2)
-    scores = Value((*query.shape[:-1], key.shape[-2]))
-    rules = call.rules
-    found = contract(rules.constraints, rules.name, query, key, (lead + "xy", lead + "zy", lead + "xz"), scores.shape)
-    rules.fix([found], f"{rules.name} takes a softmax over them")
-    return contract(rules.constraints, rules.name, scores, value, (lead + "xz", lead + "zv", lead + "xv"), call.shape)
-
-
-def _repeated(value: Value, count: int) -> Value:
-    shape = (*value.shape[:-3], value.shape[-3] * count, *value.shape[-2:])
-    return value.moved(lambda label: label.repeat_interleave(count, -3), shape)
-
-
-def _convolution(call: Call) -> Value:
-    """Contract channels within groups; positions mix."""
-    x, weight = call.value("input"), call.value("weight")
-    is_transposed = bool(call.arguments.get("transposed")) or "transpose" in call.name
-    groups = cast(int, call.arguments.get("groups", 1))
-    dims = len(weight.shape) - 2
-    batch = "n" * (len(x.shape) - dims - 1)
-    x = call.rules.pooled(x, x.shape[: len(batch) + 1] + (1,) * dims, range(len(batch) + 1, len(x.shape)))
-    weight = call.rules.pooled(weight, weight.shape[:2] + (1,) * dims, range(2, dims + 2))
-    left = _viewed(x, (*x.shape[: len(batch)], groups, -1))
-    right = _viewed(weight, (groups, -1, weight.shape[1]))
-    shape = (*x.shape[: len(batch)], groups, call.shape[len(batch)] // groups)
-    equation = (batch + "gi", "gio" if is_transposed else "goi", batch + "go")
-    product = contract(call.rules.constraints, call.rules.name, left, right, equation, shape)
-    flat = _viewed(product, (*shape[: len(batch)], -1, *(1,) * dims))
-    result = Value(call.shape, flat.labels)
-    return call.rules.elementwise([result, *_as_channels(call, dims, "bias")], call.shape)
-
-
-def _viewed(value: Value, shape: Shape) -> Value:
-    sizes = tuple(torch.empty(value.shape, device="meta").view(shape).shape)
-    return value.moved(lambda label: label.reshape(sizes), sizes)
-
-
-def _as_channels(call: Call, trailing: int, *names: str) -> list[Value]:
-    """Return vectors of one value a channel, with dims of size 1 behind."""
-    return [_viewed(one, (-1, *(1,) * trailing)) for one in call.optional(*names)]
-
-
 def _batch_norm(call: Call) -> Value:
     x = call.value("input")
-    held = _as_channels(call, len(x.shape) - 2, "weight", "bias", "running_mean", "running_var")
+    held = as_channels(call, len(x.shape) - 2, "weight", "bias", "running_mean", "running_var")
     return call.rules.elementwise([x, *held], call.shape)
 
 
 def _group_norm(call: Call) -> Value:
     x, groups = call.value("input"), cast(int, call.arguments["num_groups"])
-    grouped = _viewed(x, (x.shape[0], groups, -1, *x.shape[2:]))
+    grouped = viewed(x, (x.shape[0], groups, -1, *x.shape[2:]))
     call.rules.reduced(grouped, range(2, len(grouped.shape)))
-    return call.rules.elementwise([x, *_as_channels(call, len(x.shape) - 2, "weight", "bias")], call.shape)
+    return call.rules.elementwise([x, *as_channels(call, len(x.shape) - 2, "weight", "bias")], call.shape)
 
 
 def _layer_norm(call: Call) -> Value:
@@ -294,7 +149,7 @@ def _cat(call: Call) -> Value:
 def _stack(call: Call) -> Value:
     dim = cast(int, call.arguments.get("dim", 0)) % len(call.shape)
     sizes = [(*value.shape[:dim], 1, *value.shape[dim:]) for value in call.values]
-    return call.rules.joined([_viewed(*one) for one in zip(call.values, sizes, strict=True)], dim, call.shape)
+    return call.rules.joined([viewed(*one) for one in zip(call.values, sizes, strict=True)], dim, call.shape)
 
 
 def _pad(call: Call) -> Result:
@@ -341,20 +196,16 @@ def _half(label: Label, dim: int, part: int) -> Tensor:
 
 def _prelu(call: Call) -> Value:
     x = call.value("self")
-    return call.rules.elementwise([x, *_as_channels(call, max(0, len(x.shape) - 2), "weight")], call.shape)
-
-
-def _letters(count: int) -> str:
-    return "abcdefgh"[:count]
+    return call.rules.elementwise([x, *as_channels(call, max(0, len(x.shape) - 2), "weight")], call.shape)
 
 
 Rule = Callable[[Call], Result]
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("linear", "linear_in_out"), _linear),
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _matmul),
-    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
-    **dict.fromkeys((f"conv_transpose{dims}d" for dims in (1, 2, 3)), _convolution),
+    **dict.fromkeys(("linear", "linear_in_out"), linear),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), matmul),
+    **dict.fromkeys(("addmm", "baddbmm"), addmm),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
+    **dict.fromkeys((f"conv_transpose{dims}d" for dims in (1, 2, 3)), convolution),
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _softmax),
@@ -362,8 +213,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("index", "index_select"), _index),
     **dict.fromkeys(POOLS, _pool),
     **dict.fromkeys(REDUCTIONS, _reduction),
-    "einsum": _einsum,
-    "scaled_dot_product_attention": _attention,
+    "einsum": einsum,
+    "scaled_dot_product_attention": attention,
     "group_norm": _group_norm,
     "stack": _stack,
     "pad": _pad,

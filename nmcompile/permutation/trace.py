@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from nmcompile.ir.captured import WholeGraph
+from nmcompile.permutation.call import Result, call_of
 from nmcompile.permutation.constraints import Constraints
 from nmcompile.permutation.labels import Label, Shape, Value, along
-from nmcompile.permutation.operators import Result, apply, call_of
+from nmcompile.permutation.operators import apply
 from nmcompile.permutation.rules import Rules
 
 
