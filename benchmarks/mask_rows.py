@@ -1,4 +1,4 @@
-"""The rows of the benchmark of masks: every method with every pattern on every model."""
+"""The rows of the benchmark of masks: every method with every pattern on every model, in two orders of channels."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -31,18 +31,19 @@ class Row:
     Args:
         model: by name.
         pattern: one of the model's `PATTERNS`.
-        masks, refit: as `CompileConfig` takes them.
+        masks, refit, permute: as `CompileConfig` takes them.
     """
 
     model: str
     pattern: str
     masks: str
     refit: bool
+    permute: bool
 
     @property
     def method(self) -> str:
         """Return the method in words."""
-        return self.masks + " + refit" * self.refit
+        return "permuted, " * self.permute + self.masks + " + refit" * self.refit
 
     @property
     def name(self) -> str:
@@ -55,11 +56,11 @@ class Row:
     @property
     def config(self) -> CompileConfig:
         layers = FOUR_OF_EIGHT if self.pattern == "4:8" else {}
-        return CompileConfig(layers=layers, masks=self.masks, refit=self.refit)
+        return CompileConfig(layers=layers, masks=self.masks, refit=self.refit, permute=self.permute)
 
 
 ROWS = [
-    Row(model, pattern, masks, refit)
-    for (masks, refit), model in product(METHODS, PATTERNS)
+    Row(model, pattern, masks, refit, permute)
+    for permute, (masks, refit), model in product((False, True), METHODS, PATTERNS)
     for pattern in PATTERNS[model]
 ]
