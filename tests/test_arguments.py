@@ -17,6 +17,7 @@ import nmcompile
 from nmcompile import NMPattern, Phase, pruning, quantization, training
 from nmcompile.api import recipes
 from nmcompile.api.callbacks import lightning_callback, trainer_callback
+from nmcompile.api.distill import output_error
 from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.backends.shared.saved_choices import load_choices, save_choices
 from nmcompile.backends.tensorrt import load_engine
@@ -95,12 +96,32 @@ EXPORT: dict[str, Any] = {
     "dynamic_batch": False,
     "verify": False,
 }
+DISTILL: dict[str, Any] = {"steps": 1, "optimizer": None, "loss": output_error}
 RECIPE: dict[str, Any] = {"config": None, "inplace": False}
 
 Good = Callable[[], dict[str, Any]]
 SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "compile": (nmcompile.compile, lambda: {"model": net(), **COMPILE, **CONTROL}),
     "analyze": (nmcompile.analyze, lambda: {"model": net(), **COMPILE}),
+    "choose_patterns": (
+        nmcompile.choose_patterns,
+        lambda: {"model": net(), **COMPILE, "patterns": ["2:4"], "budget": 0.9, "of": "macs", "calibration": [X]},
+    ),
+    "fatrelu": (
+        nmcompile.fatrelu,
+        lambda: {"model": net(), "calibration": [X], "max_change": 0.1, "inplace": False},
+    ),
+    "distill": (
+        recipes.distill,
+        lambda: {
+            "compiled": compiled(),
+            "dense": net(),
+            "data": [X],
+            "steps": 1,
+            "optimizer": None,
+            "loss": output_error,
+        },
+    ),
     "inspect": (nmcompile.inspect, lambda: {"compiled": compiled()}),
     "decompile": (nmcompile.decompile, lambda: {"compiled": compiled()}),
     "is_compiled": (nmcompile.is_compiled, lambda: {"model": compiled()}),
@@ -177,7 +198,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
 }
 CASES = [(name, argument) for name, (_, good) in SURFACE.items() for argument in good()]
 OPTIONAL = {("compile", "args"), ("compile", "calibration"), ("analyze", "args"), ("scheme_a", "calibration")}
-OPTIONAL |= {("scheme_b", "calibration"), ("CompileConfig", "refresh")}
+OPTIONAL |= {("scheme_b", "calibration"), ("CompileConfig", "refresh"), ("choose_patterns", "args")}
 """Where None is taken, though it is not what the working call gives."""
 ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("compile", "kwargs"): {"dict"},
@@ -199,6 +220,12 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("CompileConfig", "layers"): {"dict"},
     ("CompileConfig", "refresh"): {"5"},
     ("CompileConfig", "sr_ste"): {"5", "2.5"},
+    ("CompileConfig", "refit"): {"True"},
+    ("CompileConfig", "permute"): {"True"},
+    ("choose_patterns", "kwargs"): {"dict"},
+    ("fatrelu", "inplace"): {"True"},
+    ("distill", "dense"): {"module"},
+    ("distill", "steps"): {"5"},
     ("greedy", "x"): {"tensor"},
     ("greedy", "pattern"): {"pattern"},
     ("mvue", "x"): {"tensor"},
@@ -235,6 +262,7 @@ NAMES = {
     "n_keep": "pattern",
     "block": "pattern",
     "text": "pattern|the config",
+    "patterns": "pattern",
     "x": "the tensor to prune|takes a dense|a tensor of shape",
     "w": "the tensor to prune|takes a dense|a tensor of shape",
     "data": "calibration batch",
@@ -247,6 +275,7 @@ NAMES = {
 RUN = {
     ("compile", "validation"): {"class", "module"},
     ("verify", "step"): {"class", "module"},
+    ("distill", "loss"): {"class", "module"},
     ("graphed_step", "loss"): {"class", "module", "function"},
 }
 """Functions that are run, and whose own errors come through; without a GPU a loss is not run."""

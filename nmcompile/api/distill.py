@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from nmcompile.api.calibrate import check_data, floats_of
 from nmcompile.checks import check_callable, check_compiled, check_kind, check_number
-from nmcompile.errors import CalibrationError, StateError
+from nmcompile.errors import CalibrationError, ConfigError, StateError
 from nmcompile.three_gemm.record import record_of
-from nmcompile.three_gemm.run_model import evaluating, run_batch
+from nmcompile.three_gemm.run_model import evaluating, run_batch, shown
 
 LEARNING_RATE = 1e-4
 MOST_STEPS = 2**53
@@ -57,8 +57,7 @@ def distill(
         StateError: the models share a parameter that is trained.
         CalibrationError: no data; a batch that a model does not run on; a loss that is not finite, by its step.
     """
-    record_of(compiled)
-    _check(compiled, dense, data, steps, loss)
+    _check(compiled, dense, data, steps, optimizer, loss)
     trained = [parameter for parameter in compiled.parameters() if parameter.requires_grad]
     stepper = AdamW(trained, LEARNING_RATE, weight_decay=0.0) if optimizer is None else optimizer
     falling = LinearLR(stepper, 1.0, 0.0, steps) if optimizer is None else None
@@ -73,11 +72,13 @@ def distill(
     return losses
 
 
-def _check(compiled: nn.Module, dense: nn.Module, data: object, steps: object, loss: object) -> None:
+def _check(compiled: nn.Module, dense: nn.Module, data: object, steps: object, optimizer: object, loss: object) -> None:
     check_compiled("compiled", compiled)
+    record_of(compiled)
     check_kind("dense", dense, nn.Module, "the model before pruning")
     check_data(data)
     check_number("steps", steps, Integral, 1, MOST_STEPS, "a number of optimizer steps >= 1")
+    check_kind("optimizer", optimizer, Optimizer | None, "a torch.optim.Optimizer of the pruned model's parameters")
     check_callable("loss", loss, "a function of both outputs that returns a scalar tensor")
     taught = {id(parameter) for parameter in dense.parameters()}
     shared = (n for n, parameter in compiled.named_parameters() if parameter.requires_grad and id(parameter) in taught)
@@ -105,9 +106,11 @@ def _endless(data: Iterable[object], steps: int) -> Iterator[object]:
 
 def _step(compiled: nn.Module, dense: nn.Module, batch: object, optimizer: Optimizer, loss: Loss, number: int) -> float:
     with torch.no_grad():
-        target = run_batch(dense, batch, f"batch {number}")
+        target = run_batch(dense, batch, f"data batch {number}")
     optimizer.zero_grad()
-    value = loss(run_batch(compiled, batch, f"batch {number}"), target)
+    value = loss(run_batch(compiled, batch, f"data batch {number}"), target)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ConfigError(f"the loss that loss returns is {shown(value)}; let it return a tensor of one number")
     if not bool(value.isfinite()):
         raise CalibrationError(
             f"the loss of step {number} is {float(value.detach())}; give a lower learning rate, or other data"
