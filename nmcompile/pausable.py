@@ -3,6 +3,7 @@
 A generator can stop only in its own frame. A model stops here inside a layer, deep in code that knows nothing of it.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
@@ -55,11 +56,12 @@ def pausing(function: Callable[[], object], kind: type[Stop]) -> Generator[Stop,
     """Run a function up to each `pause`, and yield the object, of this kind, that was handed to it.
 
     The function runs only while the generator is advanced. Its errors are raised there. Closing the generator ends the
-    function at the `pause` where it stands. Thread-local settings of torch (autocast, gradients) are not those of the
-    caller.
+    function at the `pause` where it stands. Context variables are the caller's. Thread-local settings of torch
+    (autocast, gradients) are not.
     """
     call: _Call[Stop] = _Call()
-    thread = threading.Thread(target=call.run, args=(function,), name="nmcompile-paused", daemon=True)
+    run = contextvars.copy_context().run
+    thread = threading.Thread(target=run, args=(call.run, function), name="nmcompile-paused", daemon=True)
     thread.start()
     try:
         while True:

@@ -20,6 +20,7 @@ from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
 from nmcompile.api.solve_layers import solve_layers
 from nmcompile.api.solved_parts import put_weights, settle
+from nmcompile.api.stops import mask_name
 from nmcompile.api.whole_step import leave_slower_dense
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call, check_callable, check_kind, check_number, check_path
@@ -29,6 +30,7 @@ from nmcompile.ir.protocols import Backend
 from nmcompile.three_gemm.copy_model import share_copy
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.record import Compilation, record_of
+from nmcompile.training.find_masks import masks_of
 
 
 def compile(
@@ -95,18 +97,20 @@ def compile(
     _check_control(validation, max_drop)
     if calibration is not None:
         check_data(calibration)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
     check_kind("inplace", inplace, bool, "True or False")
-    folder = None if checkpoint is None else _folder(checkpoint)
     request = request_of(model, mode, args, kwargs, config, backend)
-    _check_data_is_given(request, calibration)
     # Each step tries the request out on a copy, so a failure leaves the model as it is.
     if request.config.permute:
         request = permute_channels(request)
     if calibration is not None and request.config.reads_data:
         calibration = list(calibration)
-        request = find_masks(request, calibration, folder)
+        request = find_masks(request, calibration, None if checkpoint is None else _folder(checkpoint))
     if calibration is not None:
         request = find_clips(request, calibration)
+    elif request.config.reads_data:
+        _check_found(request.config, rewrite(request))
     if validation is not None and max_drop is not None:
         request = control_accuracy(request, validation, max_drop)
     request = leave_dense(request)
@@ -134,12 +138,14 @@ def _folder(checkpoint: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _check_data_is_given(request: Request, calibration: Iterable[object] | None) -> None:
-    """Raise if masks are to be found from data, and there are neither data nor masks found before."""
-    carried = any(mask.found is not None for mask in request.earlier.masks.values())
-    if request.config.reads_data and calibration is None and not carried:
-        asked = "refit=True" if request.config.masks == "magnitude" else f"masks={request.config.masks!r}"
-        raise ConfigError(f"CompileConfig({asked}) needs data; pass calibration=, an iterable of batches")
+def _check_found(config: CompileConfig, trial: nn.Module) -> None:
+    """Raise if a layer would get a mask of magnitudes, as there are no data and it has no mask found from data."""
+    magnitudes = [name for name, mask in masks_of(trial).items() if mask.found is None]
+    if magnitudes:
+        asked = "refit=True" if config.masks == "magnitude" else f"masks={config.masks!r}"
+        raise ConfigError(
+            f"CompileConfig({asked}) needs data for {magnitudes[0]!r}; pass calibration=, an iterable of batches"
+        )
 
 
 def find_clips(request: Request, data: Iterable[object]) -> Request:
@@ -159,7 +165,7 @@ def find_masks(request: Request, batches: Sequence[object], checkpoint: Path | N
     settle(trial, solved)
     reached = {part.weight for part in solved}
     masked = (triple for triple in triples_of(trial) if triple.mask is not None)
-    unreached = [triple.layer.name for triple in masked if triple.site.weight not in reached]
+    unreached = [triple.layer.name for triple in masked if mask_name(triple) not in reached]
     return replace(request.after(trial, unreached), solved=solved)
 
 

@@ -4,12 +4,13 @@ import hashlib
 import io
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from nmcompile.errors import ConfigError, FileError
 from nmcompile.files.write_atomically import write_atomically
@@ -80,10 +81,31 @@ class SolvedParts:
 
 
 def identify_run(model: nn.Module, rules: Iterable[object], batches: Iterable[object]) -> str:
-    """Return text that differs if the weights, the rules (method, patterns) or the batches of two runs differ."""
-    tensors = (*model.state_dict(keep_vars=True).values(), *pytree.tree_leaves(list(batches)))
-    content = [fingerprint(x) if isinstance(x, Tensor) else repr(x) for x in tensors]
-    return hashlib.sha256(repr((list(map(str, rules)), content)).encode()).hexdigest()
+    """Return text that differs if the model, its tensors, the rules (method, patterns) or the batches of runs differ.
+
+    Raises:
+        ConfigError: a batch holds an object whose content cannot be compared.
+    """
+    content = repr(model), _content(model.state_dict(keep_vars=True)), list(map(str, rules)), _content(list(batches))
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def _content(x: object) -> object:
+    """Return a short representation of everything that a batch holds."""
+    if isinstance(x, Tensor):
+        return str(x.dtype), tuple(x.shape), fingerprint(x)
+    if isinstance(x, np.ndarray) and not x.dtype.hasobject:
+        return str(x.dtype), x.shape, hashlib.sha256(x.tobytes()).hexdigest()
+    if isinstance(x, Mapping):
+        return [(repr(key), _content(value)) for key, value in x.items()]
+    if isinstance(x, list | tuple):
+        return [type(x).__name__, *map(_content, x)]
+    if x is None or isinstance(x, Real | str | bytes):
+        return repr(x)
+    raise ConfigError(
+        f"checkpoint: the batches hold an object of type {type(x).__name__}, which cannot be compared with that of an "
+        "interrupted run; give tensors, arrays, numbers and text, in lists and mappings"
+    )
 
 
 def _read_parts(folder: Path, run: str) -> Iterator[tuple[Part, Solved]]:

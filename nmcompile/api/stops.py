@@ -16,16 +16,21 @@ from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.observer import Results, Values
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.three_gemm.unquantized import Unquantized
+from nmcompile.training.masks import WeightMask
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A call of a layer that waits until its weight is solved."""
+    """A call of a layer that waits until its weight is solved.
+
+    `version` is that of the input when the call came: code between two layers may write into it.
+    """
 
     part: Part
     triple: GemmTriple
     weight: Tensor
     dense_input: Tensor
+    version: int
 
     @property
     def layer(self) -> Layer:
@@ -54,10 +59,16 @@ class Stop:
     def reads_same(self, other: "Stop") -> bool:
         """Return whether two linear layers read one tensor, as the projections to queries, keys and values do."""
         are_alike = all(isinstance(stop.triple.layer, LinearLayer) and not stop._pruning() for stop in (self, other))
-        return are_alike and self.dense_input is other.dense_input
+        return are_alike and self.dense_input is other.dense_input and self.version == other.version
 
     def _pruning(self) -> PlanRow | None:
         return self.triple.graphs.plan.find(Phase.FORWARD, "input")
+
+
+def mask_name(triple: GemmTriple) -> str:
+    """Return the name of the weight that a layer's mask belongs to: one name for all layers that share a weight."""
+    assert isinstance(triple.mask, WeightMask)
+    return triple.mask.name
 
 
 class Replacing(Unquantized):
@@ -74,12 +85,12 @@ class Replacing(Unquantized):
         found = self.solved.get(self.part_of(mask))
         if found is None:
             return super().run(phase, {**values, "weight_mask": torch.ones_like(mask)})
-        new = weight if found.weight is None else found.weight.to(weight.dtype)
-        return super().run(phase, {**values, "weight": new, "weight_mask": found.mask})
+        new = weight if found.weight is None else found.weight.to(weight)
+        return super().run(phase, {**values, "weight": new, "weight_mask": found.mask.to(weight.device)})
 
     def part_of(self, mask: Tensor) -> Part:
         """Return the part of the weight that a call reads; the mask is a tensor of its own, or some rows of one."""
-        return Part(self.triple.site.weight, int(mask.storage_offset()) // int(mask.stride(0)))
+        return Part(mask_name(self.triple), int(mask.storage_offset()) // int(mask.stride(0)))
 
 
 class Waiting(Replacing):
@@ -90,10 +101,10 @@ class Waiting(Replacing):
         if mask is not None and weight is not None and input is not None and self._fits(input):
             part = self.part_of(mask)
             if part not in self.solved:
-                pause(Stop(part, self.triple, weight, input))
+                pause(Stop(part, self.triple, weight, input, input._version))
         return super().run(phase, values)
 
     def _fits(self, input: Tensor) -> bool:
-        """Return whether the GEMM takes this input; if it does not, its own error is to be raised."""
+        """Return whether the input tells something about the weight: another layer's error is its own to raise."""
         layer = self.triple.layer
-        return input.shape[layer.channel_dim] == layer.in_features * layer.groups
+        return bool(input.numel()) and input.shape[layer.channel_dim] == layer.in_features * layer.groups

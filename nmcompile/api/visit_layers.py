@@ -7,7 +7,7 @@ model gives it, after one forward pass, whatever code the model is made of.
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -37,7 +37,8 @@ def visit_layers(trial: nn.Module, batches: Sequence[object], solved: SolvedPart
     Args:
         trial: a compiled model; neither its weights nor its masks are changed.
         batches: as `calibrate` takes them. All are in memory at a time, each with the activations that are alive where
-            it waits.
+            it waits, and with a thread of its own. Forwards must not keep tensors on modules for later: another batch
+            would read them.
         solved: takes the results; the parts that it holds already are not solved again.
         solve: solves one part of a weight.
         title: of the progress bar.
@@ -45,18 +46,18 @@ def visit_layers(trial: nn.Module, batches: Sequence[object], solved: SolvedPart
     Raises:
         CalibrationError: a batch that forward does not run on, or that gives NaN or infinity.
     """
-    weights = {triple.site.weight for triple in triples_of(trial) if triple.mask is not None}
-    with tqdm(total=len(weights), desc=title, unit="weight", leave=False, disable=None) as bar:
+    masks = {triple.mask for triple in triples_of(trial) if triple.mask is not None}
+    with tqdm(total=len(masks), desc=title, unit="weight", leave=False, disable=None) as bar:
 
-        def settle(stop: Stop, hessian: Hessian) -> None:
+        def add(stop: Stop, hessian: Hessian) -> None:
             solved.add(stop.part, solve(stop, hessian))
             bar.update()
 
-        with evaluating(trial), _without_autocast(trial):
+        with evaluating(trial), _without_autocast(trial), _told_of_threads(len(batches)):
             visit = _Visit(trial, batches, solved)
             for stop, hessian in visit.repeated():
-                settle(stop, hessian)
-            visit.others(settle)
+                add(stop, hessian)
+            visit.others(add)
 
 
 @contextmanager
@@ -66,6 +67,20 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
         for kind in {parameter.device.type for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def _told_of_threads(count: int) -> Iterator[None]:
+    """Say what to do if the system makes no more threads."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        raise CalibrationError(
+            f"the calibration data are {count} batches, each of which waits on a thread of its own, and the system "
+            "makes no more threads; give fewer and larger batches"
+        ) from error
 
 
 class _Visit:
@@ -96,8 +111,8 @@ class _Visit:
         with observing(self.order, lambda triple: Waiting(triple, unsolved.parts)), self._run(number) as run:
             yield from run
 
-    def others(self, settle: Callable[[Stop, Hessian], None]) -> None:
-        """Settle the other weights in the order in which they are called."""
+    def others(self, visited: Callable[[Stop, Hessian], None]) -> None:
+        """Hand on the other weights in the order in which they are called."""
         with observing(self.order, lambda triple: Waiting(triple, self.solved.parts)), ExitStack() as stack:
             runs = [stack.enter_context(self._run(number)) for number in range(len(self.batches))]
             waiting = _advance(runs, range(len(runs)))
@@ -105,14 +120,14 @@ class _Visit:
                 # Where batches took different ways, the first of the modules is solved first.
                 part = min(waiting.values(), key=lambda stop: (self.order[stop.triple], stop.part.row)).part
                 here = {number: stop for number, stop in sorted(waiting.items()) if stop.part == part}
-                settle(next(iter(here.values())), self._hessian(here))
+                visited(next(iter(here.values())), self._hessian(here))
                 waiting = {n: stop for n, stop in waiting.items() if n not in here} | _advance(runs, here)
 
     def _run(self, number: int) -> AbstractContextManager[Run]:
-        device = torch.get_default_device()
+        device, stream = torch.get_default_device(), _current_stream(self.trial)
 
         def run() -> None:
-            with torch.no_grad(), device:
+            with torch.no_grad(), device, stream:
                 run_batch(self.trial, self.batches[number], f"calibration batch {number}")
 
         return closing(pausing(run, Stop))
@@ -127,6 +142,12 @@ class _Visit:
             _add(hessian, stop, number)
         self.last = stops, hessian
         return hessian
+
+
+def _current_stream(model: nn.Module) -> AbstractContextManager[object]:
+    """Return a context that makes the caller's CUDA stream, and its device, those of another thread."""
+    is_on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    return torch.cuda.stream(torch.cuda.current_stream()) if is_on_gpu else nullcontext()
 
 
 def _advance(runs: Sequence[Run], numbers: Iterable[int]) -> dict[int, Stop]:

@@ -95,6 +95,8 @@ class WeightMask:
         A weight other than the registered one gets a mask of its own, which is not cached.
         """
         if self.found is not None:
+            if weight.is_meta and not self.tensor.is_meta:
+                return self._own_mask(weight)
             self._fit(weight)
             return self.tensor
         if torch.compiler.is_compiling():
@@ -185,7 +187,7 @@ class WeightMask:
 
     def _notice(self, weight: nn.Parameter | None, content: int | None) -> None:
         if self.clock.notice(weight, content):
-            if self.backwards:
+            if self.backwards and self.found is None:
                 self._warn("its weight changed after backward")
             self.clock.is_stale = True
 

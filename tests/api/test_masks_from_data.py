@@ -1,10 +1,15 @@
 """Masks from calibration data: each layer is solved from the inputs that the pruned model gives it."""
 
 import copy
+import threading
+import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +18,7 @@ from torch.nn import functional as F
 import nmcompile
 from nmcompile import CompileConfig, NMPattern
 from nmcompile.api import solve_layers
+from nmcompile.api.solved_parts import identify_run
 from nmcompile.errors import CalibrationError, ConfigError, FileError
 from nmcompile.ir.layers import LinearLayer
 from nmcompile.one_shot.hessian import Hessian
@@ -20,6 +26,7 @@ from nmcompile.one_shot.solve import solve
 from nmcompile.training.find_masks import masks_of
 
 METHODS = ("wanda", "sparsegpt", "admm")
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
 MODES = {"weights": False, "t-weights": True}
 
 
@@ -385,7 +392,7 @@ def test_bad_data_is_an_error_and_leaves_the_model(data: Iterable[object], messa
     ids=["masks", "refit"],
 )
 def test_data_is_needed(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"{message}.*needs data; pass calibration="):
+    with pytest.raises(ConfigError, match=f"{message}.*needs data for .*; pass calibration="):
         nmcompile.compile(mlp(), "weights", config=CompileConfig(**options))
 
 
@@ -397,3 +404,126 @@ def test_results_do_not_depend_on_the_callers_settings() -> None:
         compiled = compiled_by("sparsegpt", calibration=data)
     assert is_same(compiled.state_dict(), expected.state_dict())
     assert not compiled[0].weight.is_inference()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tied_weights_are_solved_together(method: str) -> None:
+    model = mlp()
+    model[4] = nn.Linear(32, 32)
+    model[4].weight = model[2].weight
+    compiled = compiled_by(method, model)
+    assert compiled[4].weight is compiled[2].weight
+    assert nmcompile.verify(compiled).ok
+    assert {mask.found is not None for mask in masks_of(compiled).values()} == {True}
+
+
+def test_a_write_between_two_layers_is_seen() -> None:
+    class Writing(nn.Module):
+        def __init__(self, is_copied: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.is_copied = is_copied
+            self.first, self.left, self.right = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            left = self.left(h)
+            h = h.clone() if self.is_copied else h
+            h[:, ::2] = 0
+            y: Tensor = left + self.right(h)
+            return y
+
+    written, copied = (compiled_by("sparsegpt", Writing(is_copied)) for is_copied in (False, True))
+    assert is_same(written.state_dict(), copied.state_dict())
+
+
+def test_context_variables_are_the_callers() -> None:
+    scale: ContextVar[float] = ContextVar("scale")
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * scale.get())
+
+    token = scale.set(0.5)
+    torch.manual_seed(0)
+    compiled = compiled_by("wanda", nn.Sequential(nn.Linear(16, 16), Scaled(16, 16)))
+    scale.reset(token)
+    assert len(masks_of(compiled)) == 2
+
+
+def test_a_layer_that_only_sees_empty_inputs_stays_dense() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.used(x) + self.unused(x[x[:, 0] > 1e9]).sum()
+            return y
+
+    torch.manual_seed(0)
+    compiled = compiled_by("sparsegpt", Gated())
+    compiled(batches()[0])
+    report = nmcompile.inspect(compiled)
+    assert [report.layer(name).status for name in ("used", "unused")] == ["sparse", "dense"]
+
+
+class Encoding(UserDict[str, Any]):
+    """A mapping that pytree does not know, as Hugging Face's `BatchEncoding`."""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([np.arange(2000.0)], [np.where(np.arange(2000) == 1000, 0, np.arange(2000.0))]),
+        ([Encoding(x=torch.arange(2000))], [Encoding(x=torch.arange(2000).flip(0))]),
+        ([{"x": X, "y": -X}], [{"y": X, "x": -X}]),
+        ([X], [X.view(4, 2, 16)]),
+        ([X], [X.double()]),
+        ([(X, 1)], [(X, 2)]),
+    ],
+    ids=["array", "mapping", "keys", "shape", "dtype", "number"],
+)
+def test_runs_with_other_batches_differ(one: list[object], other: list[object]) -> None:
+    assert identify_run(mlp(), (), one) == identify_run(mlp(), (), copy.deepcopy(one))
+    assert identify_run(mlp(), (), one) != identify_run(mlp(), (), other)
+
+
+def test_runs_of_other_models_differ() -> None:
+    other = mlp()
+    other[1] = nn.Tanh()
+    assert identify_run(mlp(), (), [X]) != identify_run(other, (), [X])
+
+
+def test_batches_that_cannot_be_compared_make_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="an object of type object, which cannot be compared"):
+        compiled_by("wanda", calibration=[(x, object()) for x in batches()], checkpoint=tmp_path)
+
+
+def test_a_new_pattern_needs_data_again() -> None:
+    found = compiled_by("wanda")
+    other = CompileConfig(
+        masks="wanda", layers={"_default": nmcompile.LayerConfig(weight=nmcompile.Pruning("greedy", NMPattern(1, 4)))}
+    )
+    with pytest.raises(ConfigError, match=r"needs data for '0\.weight'"):
+        nmcompile.compile(found, "weights", config=other)
+
+
+def test_a_hand_written_update_does_not_warn() -> None:
+    compiled = compiled_by("wanda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in batches():
+            compiled(x).square().mean().backward()
+            with torch.no_grad():
+                for parameter in compiled.parameters():
+                    parameter -= 0.01 * parameter.grad
+
+
+def test_no_thread_to_wait_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(CalibrationError, match="give fewer and larger batches"):
+        compiled_by("wanda")
