@@ -50,7 +50,9 @@ def compile(
     """Rewrite every conv and linear node of a model into its three GEMMs, pruned according to the paper's Table 1.
 
     The result has the same parameters, buffers and `state_dict()` keys: an optimizer made before still trains it. Its
-    modules are copies of the model's that share every tensor, or with `inplace` the model's own.
+    modules are copies of the model's that share every tensor, or with `inplace` the model's own. Masks that change
+    weights (`masks="sparsegpt"` or `"admm"`, `refit`) and `permute` put new parameters in the place of those that they
+    change, with the same attributes and hooks, unless `inplace` is given: make optimizers after this call.
 
     A module whose own forward calls `F.linear` or a convolution gets a forward generated from its traced graph. Python
     values that it reads (numbers, flags, globals) are frozen at compile time, tensors and buffers are not. Code that a
@@ -72,8 +74,7 @@ def compile(
             `"cusparselt"`, `"reference"`, or a `Backend`; the reference backend runs the nodes that it does not take.
         calibration: batches for the clips of quantized inputs (see `calibrate`); without them, a clip that an earlier
             compilation found for the same grid is kept. `CompileConfig.masks` and `refit` read them too; masks that an
-            earlier compilation found from data are kept without them. Kept weights that these methods change are new
-            parameters of the result: optimizers for it are made after this call.
+            earlier compilation found from data are kept without them.
         validation, max_drop: a score, higher is better, and how far it may fall below the plain model's: the layers
             that hurt most are left dense until it does not fall further. Each layer costs one validation.
         checkpoint: a folder for masks that are found from data. Each is saved there when it is found, and a call with

@@ -11,6 +11,7 @@ from nmcompile.api.request import Request
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.permutation.plan import LayerChange, persistent_tensors, plan_permutations
+from nmcompile.three_gemm.like import like
 
 
 @torch.inference_mode(False)
@@ -34,7 +35,8 @@ def permute_channels(request: Request) -> Request:
     new: dict[int, Tensor] = {}
     for name, tensor in found.tensors(request.plain).items():
         old = held[name]  # tied names hold one tensor, and will again
-        new.setdefault(id(old), nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+        if id(old) not in new:
+            new[id(old)] = like(old, tensor)
     permuted = {name: new[id(old)] for name, old in held.items() if id(old) in new}
     notes = {name: _note(change) for name, change in found.report.items()}
     return replace(request, permuted=permuted, permutations=notes)

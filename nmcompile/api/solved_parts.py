@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from nmcompile.errors import ConfigError, FileError
 from nmcompile.files.write_atomically import write_atomically
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.found_mask import FoundMask
+from nmcompile.three_gemm.like import like
 from nmcompile.three_gemm.stored_weights import Place
 from nmcompile.training.find_masks import masks_of
 
@@ -162,7 +164,7 @@ def put_weights(model: nn.Module, parts: Mapping[Part, Solved], masked: Collecti
 
 def _replace(model: nn.Module, old: nn.Parameter, values: Tensor) -> None:
     """Replace a parameter wherever the model holds it."""
-    new = nn.Parameter(values, old.requires_grad)
+    new = cast(nn.Parameter, like(old, values))
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is old:

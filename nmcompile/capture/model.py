@@ -15,9 +15,9 @@ from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers,
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
 from nmcompile.capture.weight_reads import WeightReads, find_weight_reads
-from nmcompile.capture.writes import storage_key
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import Captured, WholeGraph
+from nmcompile.ir.storage_key import storage_key
 from nmcompile.sharded import FSDP1, is_flat, is_sharded
 
 

@@ -18,7 +18,8 @@ from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture.frames import is_aside, is_model_code
 from nmcompile.capture.unseen import unseen_tests
 from nmcompile.capture.watched_proxy import CarefulTracer
-from nmcompile.capture.writes import storage_key, written_arguments
+from nmcompile.capture.writes import written_arguments
+from nmcompile.ir.storage_key import storage_key
 
 CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 READS = {

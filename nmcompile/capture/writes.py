@@ -5,7 +5,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.node import Argument
 
@@ -56,14 +56,6 @@ def written_arguments(function: OpOverload, args: Sequence[T], kwargs: Mapping[s
     arguments = function._schema.arguments
     given = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
     return [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Return a key that identifies a tensor's storage; views of one tensor have the same key."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError, ValueError):
-        return id(tensor)
 
 
 def _only_reads(module: nn.Module) -> bool:

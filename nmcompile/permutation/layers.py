@@ -77,20 +77,15 @@ def _kept(scores: Scores) -> float:
 
 
 def pruned_layers(
-    captured: Captured,
-    channels: Channels,
-    tensors: Mapping[str, Tensor],
-    patterns: Patterns,
-    scores: Mapping[str, Tensor],
+    captured: Captured, channels: Channels, tensors: Mapping[str, Tensor], patterns: Patterns
 ) -> Iterator[Pruned]:
-    """Yield the layers of `patterns` whose weight is one of `tensors`; scores default to magnitudes."""
+    """Yield the layers of `patterns` whose weight is one of `tensors` and has labels; scores are magnitudes."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     for site in captured.sites:
         name = site.layer.name
-        if name not in patterns or site.is_expression or site.weight not in tensors:
+        weight = names.get(site.weight, "")
+        if name not in patterns or site.is_expression or not channels.axes.of(weight):
             continue
-        values = scores[name].detach() if name in scores else tensors[site.weight].detach().abs()
-        weight = names[site.weight]
         axes = {dim: channels.classes_of(label) for dim, label in channels.axes.of(weight).items()}
-        yield Pruned(site.layer, weight, values.float(), axes, *patterns[name])
+        yield Pruned(site.layer, weight, tensors[site.weight].detach().abs().float(), axes, *patterns[name])

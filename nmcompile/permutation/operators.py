@@ -27,7 +27,7 @@ COPIES = {
 }  # fmt: skip
 """Elementwise operators of one tensor that PyTorch does not tag."""
 POOLS = {
-    f"{kind}{dims}d{suffix}"
+    f"{kind}{dims}d{suffix}": dims
     for kind in (
         "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "upsample_bilinear",
         "upsample_bicubic", "upsample_linear", "upsample_trilinear", "_upsample_nearest_exact", "reflection_pad",
@@ -36,6 +36,7 @@ POOLS = {
     for dims in (1, 2, 3)
     for suffix in ("", "_with_indices")
 }  # fmt: skip
+"""By name, the number of last dims that an operator mixes: inputs come with a batch and without."""
 REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod"}
 SHAPES = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
           "new_empty", "new_full", "sym_size", "_assert_tensor_metadata"}  # fmt: skip
@@ -155,12 +156,17 @@ def _stack(call: Call) -> Value:
 def _pad(call: Call) -> Result:
     if call.arguments.get("mode", "constant") == "constant":
         return call.rules.padded(call.value("self"), cast(Sequence[int], call.arguments["pad"]), call.shape)
-    return _pool(call)
+    return _mix_last(call, len(cast(Sequence[int], call.arguments["pad"])) // 2)
 
 
 def _pool(call: Call) -> Result:
+    return _mix_last(call, POOLS[call.name])
+
+
+def _mix_last(call: Call, count: int) -> Result:
+    """Mix the last dims; those before them are channels, or batch and channels."""
     x = call.value("self", "input")
-    found = [call.rules.pooled(x, shape, range(2, len(x.shape))) for shape in call.shapes]
+    found = [call.rules.pooled(x, shape, range(len(x.shape) - count, len(x.shape))) for shape in call.shapes]
     return found if len(found) > 1 else found[0]
 
 

@@ -13,7 +13,7 @@ from nmcompile.permutation.families import Channels, Family, find_families
 from nmcompile.permutation.fold import Moves, fold
 from nmcompile.permutation.layers import Patterns, Pruned, pruned_layers
 from nmcompile.permutation.scores import Scores
-from nmcompile.permutation.search import BUDGET, find_order
+from nmcompile.permutation.search import find_order
 
 COMPUTED = "its weight is computed, or is not a parameter of its own"
 
@@ -92,30 +92,22 @@ def _saved(module: nn.Module) -> list[str]:
     return [*module._parameters, *buffers]
 
 
-def plan_permutations(
-    captured: Captured,
-    tensors: Mapping[str, Tensor],
-    patterns: Patterns,
-    scores: Mapping[str, Tensor] | None = None,
-    budget: int = BUDGET,
-) -> Permutations:
+def plan_permutations(captured: Captured, tensors: Mapping[str, Tensor], patterns: Patterns) -> Permutations:
     """Find the permutations of channels of which the patterns keep most.
 
     Args:
         captured: the model, captured with example inputs.
         tensors: its parameters and saved buffers by name (see `persistent_tensors`).
         patterns: by layer name, the pattern, and whether the mask is transposable.
-        scores: by layer name, what counts in place of magnitudes, in the weight's shape.
-        budget: the number of scores that the search looks at for each cell of channels.
     """
     channels = find_families(captured, tensors)
     if isinstance(channels, str):
         return Permutations({name: LayerChange(reason=channels) for name in patterns})
-    layers = list(pruned_layers(captured, channels, tensors, patterns, scores or {}))
+    layers = list(pruned_layers(captured, channels, tensors, patterns))
     moves: Moves = np.arange(len(channels.classes))
     before = {one.layer.name: one.kept(moves) for one in layers}
     for family in channels.families:
-        moves = _improved(family, [one for one in layers if _lies_on(one, family)], moves, budget)
+        moves = _improved(family, [one for one in layers if _lies_on(one, family)], moves)
     report = {name: LayerChange(reason=COMPUTED) for name in patterns}
     for one in layers:
         name, label = one.layer.name, channels.axes.labels.get((one.weight, one.layer.in_dim))
@@ -124,22 +116,13 @@ def plan_permutations(
     return Permutations(report, channels.families, channels, moves)
 
 
-def permute(model: nn.Module, captured: Captured, patterns: Patterns) -> Permutations:
-    """Permute the channels of a model in place so that the patterns keep more, and return what was done."""
-    found = plan_permutations(captured, persistent_tensors(model), patterns)
-    held = persistent_tensors(model)
-    for name, tensor in found.tensors(model).items():
-        held[name].data.copy_(tensor)
-    return found
-
-
 def _lies_on(layer: Pruned, family: Family) -> bool:
     """Return whether a family's order changes what a layer keeps."""
     dims = {layer.layer.in_dim, layer.layer.out_dim} if layer.is_transposable else {layer.layer.in_dim}
     return any((layer.weight, dim) in family.axes for dim in dims)
 
 
-def _improved(family: Family, layers: Sequence[Pruned], moves: Moves, budget: int) -> Moves:
+def _improved(family: Family, layers: Sequence[Pruned], moves: Moves) -> Moves:
     """Return the moves with better orders of a family's cells; the old ones if all layers together keep no more."""
     if not layers:
         return moves
@@ -148,7 +131,7 @@ def _improved(family: Family, layers: Sequence[Pruned], moves: Moves, budget: in
     for cell in family.cells:
         places, parts = _columns_of(cell, views)
         if parts:
-            order = find_order(parts, budget).numpy()
+            order = find_order(parts).numpy()
             better[places] = moves[places[order]]
     gains = [layer.kept(better) - layer.kept(moves) for layer in layers]
     return better if sum(gains) > 0 else moves

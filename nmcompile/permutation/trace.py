@@ -1,11 +1,13 @@
 """The walk through the whole graph that labels every value."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
 from nmcompile.ir.captured import WholeGraph
+from nmcompile.ir.storage_key import storage_key
 from nmcompile.permutation.call import Result, call_of
 from nmcompile.permutation.constraints import Constraints
 from nmcompile.permutation.labels import Label, Shape, Value, along
@@ -57,14 +59,23 @@ def _held(
         return Value(shape, (), "an input of the model")
     name = names.get(whole.constants[node.name], "")
     if not name:
-        return Value(shape, (), f"{whole.constants[node.name]}, which state_dict does not hold as floats")
+        held = "which state_dict does not hold as floats in memory of its own"
+        return Value(shape, (), f"{whole.constants[node.name]}, {held}")
     return Value(shape, _labels_of(node, name, tensors[name], constraints, axes))
 
 
 def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return for each name of a floating-point tensor the first name of the same tensor."""
+    """Return for each name of a tensor that may change the first name of the same tensor.
+
+    It is of floating point, and no other tensor shares its memory: a write to one would change both.
+    """
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(one), name) for name, one in tensors.items() if one.is_floating_point()}
+    holders = Counter(map(storage_key, {id(one): one for one in tensors.values()}.values()))
+    return {
+        name: first.setdefault(id(one), name)
+        for name, one in tensors.items()
+        if one.is_floating_point() and holders[storage_key(one)] == 1
+    }
 
 
 def _labels_of(node: fx.Node, name: str, tensor: Tensor, constraints: Constraints, axes: Axes) -> tuple[Label, ...]:

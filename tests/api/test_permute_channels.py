@@ -132,3 +132,62 @@ def test_an_exported_model_permutes_nothing_at_run_time(tmp_path: Path) -> None:
 
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert not operators & {"Gather", "GatherElements", "ScatterND"}
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)
+    ).eval()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_weights_that_share_memory_stay_right(inplace: bool) -> None:
+    x, model = torch.randn(8, 16), network()
+    model[4].weight = nn.Parameter(model.get_parameter("2.weight").data)
+    expected = model(x)
+    layers = dict.fromkeys(("2", "4"))  # the others move, so that a wrong order would show
+    config = CompileConfig(permute=True, ends="sparse", layers=layers)
+    dense = nmcompile.decompile(nmcompile.compile(model, "weights", args=(x,), config=config, inplace=inplace))
+    torch.testing.assert_close(dense(x), expected)
+
+
+@pytest.mark.parametrize("options", [{"permute": True}, {"masks": "sparsegpt"}, {"masks": "admm", "permute": True}])
+def test_new_parameters_keep_attributes_and_hooks(options: dict[str, Any]) -> None:
+    x, model = torch.randn(8, 16), network()
+    weight = model[2].weight
+    weight.lr_scale = 0.1
+    calls = list[str]()
+    weight.register_hook(lambda gradient: gradient * 0)
+    weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
+    model[4].weight.requires_grad_(False)
+    pruned = nmcompile.compile(model, "weights", args=(x,), config=CompileConfig(**options), calibration=[x])
+    new: Any = pruned.get_parameter("2.weight")
+    assert new is not weight
+    assert new.lr_scale == 0.1
+    assert not pruned.get_parameter("4.weight").requires_grad
+    pruned(x).sum().backward()
+    assert calls == ["accumulated"]
+    assert new.grad is not None and not new.grad.any()
+    new.register_hook(lambda gradient: gradient + 1)
+    model(x).sum().backward()
+    assert weight.grad is not None and not weight.grad.any()  # the source has none of the result's later hooks
+
+
+@pytest.mark.parametrize("options", [{"permute": True}, {"masks": "sparsegpt"}])
+def test_new_parameters_keep_their_strides(options: dict[str, Any]) -> None:
+    model: Any = Residual()
+    model.to(memory_format=torch.channels_last)
+    model.head[0].weight = nn.Parameter(model.head[0].weight.detach().T.contiguous().T)
+    pruned = compiled(model, **options)
+    for name, old in model.named_parameters():
+        assert pruned.get_parameter(name).stride() == old.stride(), name
+    assert pruned.get_parameter("block.3.weight") is not model.block[3].weight
+
+
+def test_buffers_keep_their_attributes() -> None:
+    model: Any = Residual()
+    model.stem[1].running_mean.source = "data"
+    new = compiled(model, permute=True).get_buffer("stem.1.running_mean")
+    assert new is not model.stem[1].running_mean
+    assert new.source == "data"

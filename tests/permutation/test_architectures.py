@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile.capture import capture_model
-from nmcompile.permutation.plan import permute
 from nmcompile.pruning.pattern import NMPattern
-from tests.permutation.test_permutations import CONV_NETS, IMAGE, check, patterns_of, randomize, sizes
+from tests.permutation.test_permutations import CONV_NETS, IMAGE, check, patterns_of, permute, randomize, sizes
 
 
 def vision(name: str, **options: object) -> Callable[[], nn.Module]:

@@ -13,7 +13,8 @@ from nmcompile.capture import capture_model
 from nmcompile.ir.captured import Captured
 from nmcompile.permutation.families import Channels, find_families
 from nmcompile.permutation.fold import Moves
-from nmcompile.permutation.plan import Permutations, permute, persistent_tensors, plan_permutations
+from nmcompile.permutation.layers import Patterns
+from nmcompile.permutation.plan import Permutations, persistent_tensors, plan_permutations
 from nmcompile.pruning.pattern import NMPattern
 from tests.permutation.nets import Attention, Concatenated, Gated, Language, Residual, Shuffled, SqueezeExcite
 
@@ -55,6 +56,15 @@ def check(model: nn.Module, *args: Tensor, tolerance: float = 1e-12) -> Channels
     return channels
 
 
+def permute(model: nn.Module, captured: Captured, patterns: Patterns) -> Permutations:
+    """Permute the channels of a model in place so that the patterns keep more, and return what was done."""
+    held = persistent_tensors(model)
+    found = plan_permutations(captured, held, patterns)
+    for name, tensor in found.tensors(model).items():
+        held[name].data.copy_(tensor)
+    return found
+
+
 def sizes(channels: Channels) -> list[int]:
     """Return the sizes of all cells, in ascending order."""
     return sorted(len(cell) for family in channels.families for cell in family.cells)
@@ -89,6 +99,67 @@ CONV_NETS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
 def test_convolutional_nets(name: str) -> None:
     make, expected = CONV_NETS[name]
     assert sizes(check(make(), IMAGE)) == expected
+
+
+POOLS: dict[str, Callable[[int], nn.Module]] = {
+    "max": lambda dims: (nn.MaxPool1d, nn.MaxPool2d)[dims - 1](3, 1, 1),
+    "max with indices": lambda dims: FirstOf((nn.MaxPool1d, nn.MaxPool2d)[dims - 1](3, 1, 1, return_indices=True)),
+    "average": lambda dims: (nn.AvgPool1d, nn.AvgPool2d)[dims - 1](3, 1, 1),
+    "power": lambda dims: (nn.LPPool1d, nn.LPPool2d)[dims - 1](2, 1, 1),
+    "adaptive average": lambda dims: (nn.AdaptiveAvgPool1d(16), nn.AdaptiveAvgPool2d((6, 16)))[dims - 1],
+    "adaptive max": lambda dims: (nn.AdaptiveMaxPool1d(16), nn.AdaptiveMaxPool2d((6, 16)))[dims - 1],
+    "reflection": lambda dims: (nn.ReflectionPad1d, nn.ReflectionPad2d)[dims - 1](1),
+    "replication": lambda dims: (nn.ReplicationPad1d, nn.ReplicationPad2d)[dims - 1](1),
+    "circular": lambda dims: (nn.CircularPad1d, nn.CircularPad2d)[dims - 1](1),
+}
+
+
+class FirstOf(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = self.body(x)[0]
+        return first
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("name", POOLS)
+def test_an_unbatched_pool_mixes_its_last_dims(name: str, dims: int) -> None:
+    x = torch.randn((3, 6, 12)[-dims - 1 :], dtype=torch.float64)
+    pool = POOLS[name](dims)
+    width = pool(torch.randn((3, 6, 16)[-dims - 1 :])).shape[-1]
+    assert sizes(check(nn.Sequential(nn.Linear(12, 16), pool, nn.Linear(width, 4)), x)) == []
+    # Channels ahead of the pooled dims still move, with a batch and without.
+    convolution = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    net = nn.Sequential(convolution(3, 8, 1), POOLS[name](dims), convolution(8, 4, 1))
+    for batch in ((), (2,)):
+        assert sizes(check(net, torch.randn((*batch, 3, 6, 12)[: len(batch) + 1 + dims], dtype=torch.float64))) == [8]
+
+
+def test_a_pool_of_two_dims_mixes_tokens_beside_positions() -> None:
+    net = nn.Sequential(
+        nn.Linear(12, 16), Transposed(), nn.AvgPool2d((3, 1), 1, (1, 0)), Transposed(), nn.Linear(16, 4)
+    )
+    assert sizes(check(net, torch.randn(2, 6, 12, dtype=torch.float64))) == []
+
+
+def test_tensors_that_share_memory_keep_their_order() -> None:
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(3, 8, dtype=torch.float64)
+    model[4].weight = nn.Parameter(model.get_parameter("2.weight").data)
+    channels = check(model, x)
+    assert not channels.families
+    patterns = dict.fromkeys(("2", "4", "5"), (TWO_FOUR, False))
+    found = plan_permutations(capture_model(model, (x,)), persistent_tensors(model), patterns)
+    assert all("not a parameter of its own" in found.report[name].reason for name in ("2", "4"))
+    assert "2.weight, which state_dict does not hold as floats in memory of its own" in found.report["5"].reason
 
 
 @pytest.mark.parametrize("packed", [False, True])
