@@ -105,7 +105,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "analyze": (nmcompile.analyze, lambda: {"model": net(), **COMPILE}),
     "choose_patterns": (
         nmcompile.choose_patterns,
-        lambda: {"model": net(), **COMPILE, "patterns": ["2:4"], "budget": 0.9, "of": "macs", "calibration": [X]},
+        lambda: {"model": net(), **COMPILE, "patterns": ["2:4"], "budget": 0.9, "cost": "macs", "calibration": [X]},
     ),
     "fatrelu": (
         nmcompile.fatrelu,

@@ -133,6 +133,11 @@ def squared_error(ours: Tensor, exact: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+def squared_norm(exact: Tensor) -> float:
+    """Return the squared norm of the finite outputs, which `squared_error` is compared with."""
+    return float(exact[exact.isfinite()].double().square().sum())
+
+
 def floats_of(output: object) -> list[Tensor]:
     """Return the floating-point tensors that a model returns, in any structure."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

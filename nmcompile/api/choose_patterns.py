@@ -22,7 +22,7 @@ def choose_patterns(
     *,
     patterns: Sequence[NMPattern | str],
     budget: float,
-    of: str = "macs",
+    cost: str = "macs",
     calibration: Iterable[object],
     args: Args | None = None,
     kwargs: Kwargs | None = None,
@@ -41,8 +41,9 @@ def choose_patterns(
         model, mode, args, kwargs, config, backend: as `compile` takes them; `args` tell the sizes that costs depend on.
         patterns: the candidates, `("2:4", "4:8", "1:4")`; dense is always one more.
         budget: the share of the dense cost of these layers that may remain, in (0, 1].
-        of: the cost. `"macs"` counts the multiplications of the forward GEMMs. `"bits"` counts the storage of kept
-            values and their positions. `"time"` times each layer on this machine, as `where="pays"` does.
+        cost: of a layer. `"macs"` counts the multiplications of the forward GEMMs. `"bits"` counts the storage of kept
+            values and their positions. `"time"` times each layer on this machine, as `where="pays"` does; layers that
+            `args` do not reach keep the pattern of `config`.
         calibration: batches, as `compile` takes them.
 
     Returns:
@@ -53,16 +54,18 @@ def choose_patterns(
         CalibrationError: as `compile` raises it.
     """
     check_call(args, kwargs)
-    check_choice("of", of, COSTS)
+    check_choice("cost", cost, COSTS)
     check_number("budget", budget, Real, 1e-9, 1, "the share of the dense cost that may remain, above 0 and at most 1")
     check_data(calibration)
     given = _parsed(patterns)
     request = request_of(model, mode, args, kwargs, config, backend)
-    if of == "time" and args is None and kwargs is None:
-        raise ConfigError("of='time' times the layers with the inputs that an example brings them; pass args=")
-    measured = measure_patterns(rewrite(request), list(calibration), request.config, given)
+    if cost == "time" and args is None and kwargs is None:
+        raise ConfigError("cost='time' times the layers with the inputs that an example brings them; pass args=")
+    trial, batches = rewrite(request), list(calibration)
+    measured = measure_patterns(trial, batches, request.config, given)
     damages = {name: one.damages for name, one in measured.items()}
-    return with_patterns(request, spend(damages, COSTS[of](request, measured), budget))
+    prices = COSTS[cost](request, batches, measured)
+    return with_patterns(request, trial, spend(damages, prices, budget))
 
 
 def _parsed(patterns: Sequence[NMPattern | str]) -> tuple[NMPattern, ...]:
@@ -82,7 +85,7 @@ def spend(damages: Prices, prices: Prices, share: float) -> dict[str, Pattern]:
 
     Args:
         damages: by layer and pattern.
-        prices: by layer and pattern; None is dense.
+        prices: by layer and pattern; None is dense. Nothing is chosen for layers without prices.
         share: the share of the dense price of all layers that may be spent.
 
     Raises:

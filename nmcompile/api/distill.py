@@ -23,10 +23,19 @@ Loss = Callable[[object, object], Tensor]
 
 
 def output_error(pruned: object, dense: object) -> Tensor:
-    """Return the squared relative error of all floating-point outputs: Σ‖y - ŷ‖² / Σ‖y‖²."""
-    pairs = list(zip(floats_of(pruned), floats_of(dense), strict=True))
+    """Return the squared relative error of all floating-point outputs: Σ‖y - ŷ‖² / Σ‖y‖².
+
+    Outputs that the dense model masks with an infinity do not count.
+    """
+    pairs = [_unmasked(y, target) for y, target in zip(floats_of(pruned), floats_of(dense), strict=True)]
     error = torch.stack([(y - target).float().square().sum() for y, target in pairs]).sum()
     return error / torch.stack([target.float().square().sum() for _, target in pairs]).sum().clamp_min(1e-30)
+
+
+def _unmasked(y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with zeros where the target is infinite; NaN stays, and makes the loss NaN."""
+    masked = target.isinf()
+    return y.masked_fill(masked, 0.0), target.masked_fill(masked, 0.0)
 
 
 def distill(

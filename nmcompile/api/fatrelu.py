@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from nmcompile.api.calibrate import EXAMPLES, check_data, floats_of, squared_error
+from nmcompile.api.calibrate import EXAMPLES, check_data, floats_of, squared_error, squared_norm
 from nmcompile.api.decompile import is_compiled
 from nmcompile.checks import check_kind, check_number
 from nmcompile.errors import CalibrationError, ConfigError
@@ -49,16 +49,17 @@ def fatrelu(
     if is_compiled(model):
         raise ConfigError("fatrelu takes a plain model; call it before compile")
     batches = list(calibration)
-    changed = share_copy(model)
-    relus = {name: module for name, module in changed.named_modules() if name and type(module) is nn.ReLU}
+    trial = share_copy(model)
+    relus = {name: module for name, module in trial.named_modules() if name and type(module) is nn.ReLU}
     if not relus:
         raise ConfigError(f"{type(model).__name__} has no nn.ReLU module, and functional ReLUs cannot be replaced")
     if not batches:
         raise CalibrationError("the calibration data is empty; give at least one batch")
-    with evaluating(model), evaluating(changed):
-        thresholds = _search(model, changed, relus, batches, max_change)
-    _replace(model if inplace else changed, thresholds)
-    return model if inplace else changed
+    with evaluating(model), evaluating(trial):
+        thresholds = _search(model, trial, relus, batches, max_change)
+    changed = model if inplace else share_copy(model)
+    _replace(changed, thresholds)
+    return changed
 
 
 def _search(
@@ -68,14 +69,12 @@ def _search(
     observed = _observe(trial, relus, batches)
     examples = batches[:EXAMPLES]
     dense = _outputs(model, examples)
-    whole = sum(float(y.double().square().sum()) for y in dense)
+    whole = sum(map(squared_norm, dense))
     for share in SHARES:
         thresholds = {name: _threshold(histogram, share) for name, histogram in observed.items()}
         _replace(trial, thresholds)
         if sum(map(squared_error, _outputs(trial, examples), dense)) <= most**2 * whole:
             return thresholds
-    for name, relu in relus.items():
-        trial.set_submodule(name, relu)
     return {}
 
 
@@ -90,10 +89,19 @@ def _observe(trial: nn.Module, relus: Mapping[str, nn.ReLU], batches: Sequence[o
     try:
         for number, batch in enumerate(batches):
             run_batch(trial, batch, f"calibration batch {number}")
+            _check_finite(observed, number)
     finally:
         for hook in hooks:
             hook.remove()
     return {name: histogram for name, histogram in observed.items() if histogram.largest > 0}
+
+
+def _check_finite(observed: Mapping[str, Histogram], number: int) -> None:
+    broken = next((name for name, histogram in observed.items() if not histogram.is_finite), None)
+    if broken is not None:
+        raise CalibrationError(
+            f"module {broken!r}: calibration batch {number} gives NaN or infinity here; remove such samples"
+        )
 
 
 def _threshold(histogram: Histogram, share: float) -> float:
@@ -103,9 +111,15 @@ def _threshold(histogram: Histogram, share: float) -> float:
 
 
 def _replace(model: nn.Module, thresholds: Mapping[str, float]) -> None:
+    """Replace each of these ReLUs, or thresholds of an earlier trial, wherever the model holds it."""
+    new: dict[nn.Module, nn.Module] = {}
     for name, threshold in thresholds.items():
-        is_inplace = bool(getattr(model.get_submodule(name), "inplace", False))
-        model.set_submodule(name, nn.Threshold(threshold, 0.0, is_inplace))
+        old = model.get_submodule(name)
+        new[old] = nn.Threshold(threshold, 0.0, bool(getattr(old, "inplace", False))).train(old.training)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
 
 
 def _outputs(model: nn.Module, batches: Sequence[object]) -> list[Tensor]:

@@ -1,21 +1,23 @@
 """The price of each weight with each pattern: multiplications, stored bits, or measured time."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from nmcompile.api.compile import rewrite
+from torch import nn
+
+from nmcompile.api.compile import find_clips, rewrite
 from nmcompile.api.measure_phases import layer_times
 from nmcompile.api.request import Request
 from nmcompile.config import CompileConfig, preset
-from nmcompile.layer_config import Pruning
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.find_triples import triples_of
 
 Pattern = NMPattern | None
 """The pattern of a weight; None leaves it dense."""
 Prices = Mapping[str, Mapping[Pattern, float]]
-"""By the full name of a weight, and by pattern."""
+"""By the name of a mask, which is the full name of its weight, and by pattern."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +37,30 @@ class Measured:
     bits: int
 
 
-def with_patterns(request: Request, chosen: Mapping[str, Pattern]) -> CompileConfig:
-    """Return the config of a request that gives each of these weights its pattern."""
+def with_patterns(request: Request, trial: nn.Module, chosen: Mapping[str, Pattern]) -> CompileConfig:
+    """Return the config of a request that gives each of these weights its pattern, in every layer that shares it.
+
+    Args:
+        request: whose config is changed.
+        trial: what the request is rewritten to.
+        chosen: by the name of the mask.
+    """
     layers = dict(request.config.layers)
-    for site in request.captured.sites:
-        if site.weight in chosen:
-            _, asked = request.config.lookup(site.layer.name, site.weight) or (None, preset(request.mode))
-            assert asked is not None and asked.weight is not None
-            pattern = chosen[site.weight]
-            pruning = None if pattern is None else Pruning(asked.weight.operator, pattern)
+    for triple in triples_of(trial):
+        site, mask = triple.site, triple.mask
+        _, asked = request.config.lookup(site.layer.name, site.weight) or (None, preset(request.mode))
+        if mask is not None and mask.name in chosen and asked is not None and asked.weight is not None:
+            pattern = chosen[mask.name]
+            pruning = None if pattern is None else replace(asked.weight, pattern=pattern)
             layers[site.weight] = replace(asked, weight=pruning)
     return replace(request.config, layers=layers)
 
 
-def _macs(request: Request, weights: Mapping[str, Measured]) -> Prices:
+def _macs(request: Request, batches: Sequence[object], weights: Mapping[str, Measured]) -> Prices:
     return _priced(weights, lambda one, pattern: one.macs * (pattern.density if pattern else 1.0))
 
 
-def _bits(request: Request, weights: Mapping[str, Measured]) -> Prices:
+def _bits(request: Request, batches: Sequence[object], weights: Mapping[str, Measured]) -> Prices:
     def price(one: Measured, pattern: Pattern) -> float:
         if pattern is None:
             return one.elements * one.bits
@@ -66,25 +74,41 @@ def _priced(weights: Mapping[str, Measured], price: Callable[[Measured, Pattern]
     return {name: {pattern: price(one, pattern) for pattern in one.damages} for name, one in weights.items()}
 
 
-def _time(request: Request, weights: Mapping[str, Measured]) -> Prices:
-    """Time each layer with each pattern, in the model's mode, `train()` or `eval()`."""
-    prices: dict[str, dict[Pattern, float]] = {name: {} for name in weights}
+def _time(request: Request, batches: Sequence[object], weights: Mapping[str, Measured]) -> Prices:
+    """Time each layer with each pattern, in the model's mode, `train()` or `eval()`.
+
+    Weights that no layer reads in a call with the request's `args` get no prices.
+    """
+    calibrated = find_clips(request, batches)
+    trial = rewrite(calibrated)
+    prices: dict[str, dict[Pattern, float]] = {}
     for pattern in dict.fromkeys(pattern for one in weights.values() for pattern in one.damages if pattern):
         fitting = [name for name, one in weights.items() if pattern in one.damages]
-        config = with_patterns(request, dict.fromkeys(fitting, pattern))
-        trial = rewrite(replace(request, config=config))
-        times = layer_times(trial, request.args, request.kwargs)
-        for triple in triples_of(trial):
-            name, found = triple.site.weight, times.get(triple.layer.name)
-            if name in fitting and found is not None:
-                prices[name].setdefault(None, found[()])
-                prices[name][pattern] = found[max(found, key=len)]
+        config = with_patterns(calibrated, trial, dict.fromkeys(fitting, pattern))
+        dense, pruned = _times(replace(calibrated, config=config))
+        for name in fitting:
+            if name in pruned:
+                prices.setdefault(name, {None: dense[name]})[pattern] = pruned[name]
     return prices
 
 
-COSTS: Mapping[str, Callable[[Request, Mapping[str, Measured]], Prices]] = {
+def _times(request: Request) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """Return the time of all layers that read a weight, dense and pruned, by the name of its mask."""
+    trial = rewrite(request)
+    times = layer_times(trial, request.args, request.kwargs)
+    dense: dict[str, float] = defaultdict(float)
+    pruned: dict[str, float] = defaultdict(float)
+    for triple in triples_of(trial):
+        if triple.mask is not None and triple.layer.name in times:
+            found = times[triple.layer.name]
+            dense[triple.mask.name] += found[()]
+            pruned[triple.mask.name] += found[max(found, key=len)]
+    return dense, pruned
+
+
+COSTS: Mapping[str, Callable[[Request, Sequence[object], Mapping[str, Measured]], Prices]] = {
     "macs": _macs,
     "bits": _bits,
     "time": _time,
 }
-"""The costs that a budget can be of."""
+"""The costs that a budget can be of: (request, calibration batches, measurements by mask) -> prices."""

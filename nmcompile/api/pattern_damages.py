@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nmcompile.api.calibrate import EXAMPLES, floats_of, squared_error
+from nmcompile.api.calibrate import EXAMPLES, floats_of, squared_error, squared_norm
 from nmcompile.api.pattern_costs import Measured, Pattern
 from nmcompile.api.solve_layers import check_whole, solve_part
 from nmcompile.api.solved_parts import Part, Solved, SolvedParts
@@ -87,7 +87,7 @@ def _changes(trial: nn.Module, batches: Sequence[object], parts: Mapping[Part, S
     weights = list(dict.fromkeys(part.weight for part in parts))
     with evaluating(trial):
         dense = _outputs(trial, batches, {})
-        whole = sum(float(one.double().square().sum()) for one in dense) or 1.0
+        whole = sum(map(squared_norm, dense)) or 1.0
         changes = {}
         for weight in tqdm(weights, desc="measuring layers", unit="weight", leave=False, disable=None):
             alone = _outputs(trial, batches, {part: one for part, one in parts.items() if part.weight == weight})

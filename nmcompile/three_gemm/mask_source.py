@@ -11,6 +11,7 @@ from nmcompile.weight_cache import Content
 class MaskSource(Protocol):
     """Source of the current mask of a weight."""
 
+    name: str
     tensor: Tensor
     steps: int
     found: FoundMask | None

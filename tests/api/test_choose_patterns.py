@@ -10,7 +10,10 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, NMPattern
 from nmcompile.api.choose_patterns import spend
+from nmcompile.api.compile import rewrite
 from nmcompile.api.pattern_costs import Pattern
+from nmcompile.api.pattern_damages import measure_patterns
+from nmcompile.api.request import request_of
 from nmcompile.errors import CalibrationError, ConfigError
 
 ENDS = CompileConfig(ends="sparse", masks="sparsegpt")
@@ -67,10 +70,10 @@ def test_the_config_can_be_compiled_and_beats_one_pattern() -> None:
 
 def test_bits_count_values_and_positions() -> None:
     """A 1:4 block of floats takes 32 + 2 bits of 128, a 2:4 block 64 + 3."""
-    config = choose((32 + 2) / 128, of="bits", patterns=("1:4",))
+    config = choose((32 + 2) / 128, cost="bits", patterns=("1:4",))
     assert set(patterns_of(config).values()) == {"1:4"}
     with pytest.raises(ConfigError, match=r"less than the cheapest patterns cost, 0\.266 of dense"):
-        choose(0.26, of="bits", patterns=("1:4",))
+        choose(0.26, cost="bits", patterns=("1:4",))
 
 
 def test_time_is_that_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +83,92 @@ def test_time_is_that_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: {(): 1.0, ("pruned",): 0.5 if name == "2" else 2.0} for name in ("0", "2", "4")}
 
     monkeypatch.setattr("nmcompile.api.pattern_costs.layer_times", times)
-    config = choose(0.9, of="time", patterns=("2:4",), args=(batches()[0],))
+    config = choose(0.9, cost="time", patterns=("2:4",), args=(batches()[0],))
     assert patterns_of(config) == {"0.weight": "dense", "2.weight": "2:4", "4.weight": "dense"}
 
 
 def test_time_is_measured_on_the_machine() -> None:
-    config = choose(1.0, of="time", patterns=("2:4",), args=(batches()[0],))
+    config = choose(1.0, cost="time", patterns=("2:4",), args=(batches()[0],))
     assert set(patterns_of(config).values()) <= {"dense", "2:4"}
+
+
+class Uncalled(nn.Module):
+    """Its last layer runs on large batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+        self.extra = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.network(x)
+        return self.extra(y) if len(x) > 4 else y
+
+
+def test_layers_without_a_time_keep_their_pattern() -> None:
+    given: dict[str, Any] = {"patterns": ("1:4",), "budget": 1.0, "calibration": batches(), "config": ENDS}
+    config = nmcompile.choose_patterns(Uncalled(), cost="time", args=(batches()[0][:4],), **given)
+    assert set(config.layers) == {"network.0.weight", "network.2.weight", "network.4.weight"}
+
+
+def test_time_of_quantized_layers() -> None:
+    given: dict[str, Any] = {"patterns": ("2:4",), "budget": 1.0, "calibration": batches(), "config": ENDS}
+    config = nmcompile.choose_patterns(network(), "inference", cost="time", args=(batches()[0],), **given)
+    assert set(patterns_of(config).values()) <= {"dense", "2:4"}
+
+
+def tied() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU()]
+    model = nn.Sequential(*layers, nn.Linear(32, 8))
+    model[4].weight = model[2].weight
+    return model
+
+
+@pytest.mark.parametrize("cost", ["macs", "bits", "time"])
+@pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
+def test_layers_that_share_a_weight_get_one_pattern(cost: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(trial: nn.Module, args: object, kwargs: object) -> dict[str, dict[object, float]]:
+        return {name: {(): 1.0, ("pruned",): 0.3} for name in ("0", "2", "4", "6")}
+
+    monkeypatch.setattr("nmcompile.api.pattern_costs.layer_times", times)
+    given: dict[str, Any] = {"patterns": ("1:4", "2:4", "3:4"), "budget": budget, "config": ENDS}
+    config = nmcompile.choose_patterns(tied(), calibration=batches(), cost=cost, args=(batches()[0],), **given)
+    found = patterns_of(config)
+    assert found["2.weight"] == found["4.weight"]
+    assert nmcompile.verify(nmcompile.compile(tied(), "weights", calibration=batches(), config=config)).ok
+
+
+def test_a_shared_weight_is_priced_once() -> None:
+    """It is stored once, and both calls count their multiplications and their time."""
+    request = request_of(tied(), "weights", (batches()[0],), None, ENDS, "auto")
+    given = NMPattern.parse("2:4")
+    measured = measure_patterns(rewrite(request), batches(), ENDS, [given])
+    assert set(measured) == {"0.weight", "2.weight", "6.weight"}
+    assert measured["2.weight"].elements == 32 * 32
+    assert measured["2.weight"].macs == 2 * 32 * 32 * sum(map(len, batches()))
+
+
+def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.network(x)
+            return y.masked_fill(torch.arange(8) == 0, -torch.inf)
+
+    request = request_of(Masked(), "weights", None, None, ENDS, "auto")
+    measured = measure_patterns(rewrite(request), batches(), ENDS, [NMPattern.parse("2:4")])
+    assert all(0 < max(one.damages.values()) < 1 for one in measured.values())
+
+
+def test_an_earlier_mask_in_a_layer_left_dense_stays_out() -> None:
+    carried = nmcompile.compile(network(), "weights", config=CompileConfig(ends="sparse"))
+    left = CompileConfig(ends="sparse", layers={"2": None})
+    config = nmcompile.choose_patterns(carried, patterns=("1:4",), budget=0.5, calibration=batches(), config=left)
+    assert patterns_of(config) == {"2": "dense", "0.weight": "1:4", "4.weight": "1:4"}
 
 
 def test_transposable_modes_keep_their_operator() -> None:
@@ -115,13 +197,13 @@ def test_layers_that_a_pattern_does_not_divide_keep_the_others() -> None:
         ({"patterns": ()}, ConfigError, "patterns is empty"),
         ({"patterns": "2:4"}, ConfigError, "give a list of patterns"),
         ({"patterns": ("2-4",)}, ConfigError, "not of the form 'N:M'"),
-        ({"of": "flops"}, ConfigError, "of 'flops' is unknown"),
+        ({"cost": "flops"}, ConfigError, "cost 'flops' is unknown"),
         ({"budget": 0}, ConfigError, "budget is 0"),
         ({"budget": 0.1}, ConfigError, "less than the cheapest patterns cost, 0.250 of dense"),
-        ({"of": "time"}, ConfigError, "pass args="),
+        ({"cost": "time"}, ConfigError, "pass args="),
         ({"calibration": []}, CalibrationError, "empty"),
     ],
-    ids=["none", "text", "form", "of", "zero", "little", "args", "data"],
+    ids=["none", "text", "form", "cost", "zero", "little", "args", "data"],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

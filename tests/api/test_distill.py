@@ -74,6 +74,21 @@ def test_modes_and_statistics_are_as_before() -> None:
     assert torch.equal(model[1].running_mean, statistics)
 
 
+def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.network(x)
+            return y.masked_fill(torch.arange(8) == 0, -torch.inf)
+
+    dense = Masked()
+    losses = distill(pruned(dense), dense, batches(), steps=40)
+    assert losses[-1] < losses[0]
+
+
 def test_optimizer_and_loss_are_the_callers() -> None:
     dense = network()
     model = pruned(dense)

@@ -89,6 +89,44 @@ def test_inplace_edits_the_model_and_keeps_the_flag() -> None:
     assert [module.inplace for module in model.modules() if isinstance(module, nn.Threshold)] == [False, True]
 
 
+def test_a_relu_that_is_used_twice_becomes_one_threshold() -> None:
+    torch.manual_seed(0)
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(16, 32), act, nn.Linear(32, 32), act, nn.Linear(32, 8))
+    data = [torch.randn(8, 16) for _ in range(3)]
+    for inplace in (False, True):
+        changed = nmcompile.fatrelu(model, data, max_change=0.3, inplace=inplace)
+        assert isinstance(changed[1], nn.Threshold) and changed[3] is changed[1]
+        assert (model[1] is act) is not inplace
+        with torch.no_grad():
+            assert (changed(data[0]) - nn.Sequential(model[0], act, model[2], act, model[4])(data[0])).norm() > 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_thresholds_have_the_mode_of_their_relus(training: bool) -> None:
+    changed = nmcompile.fatrelu(network().train(training), batches(), max_change=0.2)
+    assert thresholds(changed) and all(module.training is training for module in changed.modules())
+
+
+def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.network(x)
+            return y.masked_fill(torch.arange(8) == 0, -torch.inf)
+
+    model = Masked()
+    changed = nmcompile.fatrelu(model, batches(), max_change=0.05)
+    assert thresholds(changed)
+    with torch.no_grad():
+        pairs = [(model(x)[:, 1:], changed(x)[:, 1:]) for x in batches()]
+    lost = sum(float((a - b).square().sum()) for a, b in pairs)
+    assert lost <= 0.05**2 * sum(float(a.square().sum()) for a, _ in pairs)
+
+
 def test_nothing_changes_if_nothing_may() -> None:
     changed = nmcompile.fatrelu(network(), batches(), max_change=0.0)
     assert [type(one) for one in changed.children()] == [type(one) for one in network()]
@@ -102,9 +140,10 @@ def test_nothing_changes_if_nothing_may() -> None:
         ((network(), []), CalibrationError, "empty"),
         ((network(), torch.zeros(1, 3, 8, 8)), CalibrationError, "give an iterable of batches"),
         ((network(), [torch.zeros(1, 2, 8, 8)]), CalibrationError, "calibration batch 0 is"),
+        ((network(), [torch.full((1, 3, 8, 8), torch.nan)]), CalibrationError, "module '1': calibration batch 0 gives"),
         ((nmcompile.compile(network(), "weights"), batches()), ConfigError, "before compile"),
     ],
-    ids=["relu", "empty", "tensor", "shape", "compiled"],
+    ids=["relu", "empty", "tensor", "shape", "nan", "compiled"],
 )
 def test_bad_arguments(arguments: tuple[Any, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
