@@ -50,7 +50,8 @@ def choose_patterns(
         `config` with an entry in `layers` for each layer that was chosen for.
 
     Raises:
-        ConfigError: no pattern, a budget that no choice meets, or an unknown cost.
+        ConfigError: no pattern, a budget that no choice meets, an unknown cost, or a weight that `config` prunes in
+            some of its calls only.
         CalibrationError: as `compile` raises it.
     """
     check_call(args, kwargs)

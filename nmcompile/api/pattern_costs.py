@@ -10,7 +10,11 @@ from torch import nn
 from nmcompile.api.compile import find_clips, rewrite
 from nmcompile.api.measure_phases import layer_times
 from nmcompile.api.request import Request
+from nmcompile.api.stops import mask_name
 from nmcompile.config import CompileConfig, preset
+from nmcompile.errors import ConfigError
+from nmcompile.ir.captured import Site
+from nmcompile.layer_config import LayerConfig
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.find_triples import triples_of
 
@@ -44,16 +48,27 @@ def with_patterns(request: Request, trial: nn.Module, chosen: Mapping[str, Patte
         request: whose config is changed.
         trial: what the request is rewritten to.
         chosen: by the name of the mask.
+
+    Raises:
+        ConfigError: the config leaves a call of such a weight dense, but not all of them.
     """
     layers = dict(request.config.layers)
-    for triple in triples_of(trial):
-        site, mask = triple.site, triple.mask
-        _, asked = request.config.lookup(site.layer.name, site.weight) or (None, preset(request.mode))
-        if mask is not None and mask.name in chosen and asked is not None and asked.weight is not None:
-            pattern = chosen[mask.name]
-            pruning = None if pattern is None else replace(asked.weight, pattern=pattern)
-            layers[site.weight] = replace(asked, weight=pruning)
+    masks = {triple.site.weight: mask_name(triple) for triple in triples_of(trial) if triple.mask is not None}
+    for site in request.captured.sites:
+        if masks.get(site.weight) in chosen:
+            layers[site.weight] = _with_pattern(request, site, chosen[masks[site.weight]])
     return replace(request.config, layers=layers)
+
+
+def _with_pattern(request: Request, site: Site, pattern: Pattern) -> LayerConfig:
+    """Return what the config asks of a layer, with another pattern for its weight."""
+    _, asked = request.config.lookup(site.layer.name, site.weight) or (None, preset(request.mode))
+    if asked is None or asked.weight is None:
+        raise ConfigError(
+            f"CompileConfig.layers leaves layer {site.layer.name!r} dense, but another call of {site.weight!r} is "
+            "pruned, and patterns are chosen for whole weights; leave all calls of this weight dense, or none"
+        )
+    return replace(asked, weight=None if pattern is None else replace(asked.weight, pattern=pattern))
 
 
 def _macs(request: Request, batches: Sequence[object], weights: Mapping[str, Measured]) -> Prices:
@@ -101,8 +116,8 @@ def _times(request: Request) -> tuple[Mapping[str, float], Mapping[str, float]]:
     for triple in triples_of(trial):
         if triple.mask is not None and triple.layer.name in times:
             found = times[triple.layer.name]
-            dense[triple.mask.name] += found[()]
-            pruned[triple.mask.name] += found[max(found, key=len)]
+            dense[mask_name(triple)] += found[()]
+            pruned[mask_name(triple)] += found[max(found, key=len)]
     return dense, pruned
 
 

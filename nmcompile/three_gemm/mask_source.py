@@ -11,7 +11,6 @@ from nmcompile.weight_cache import Content
 class MaskSource(Protocol):
     """Source of the current mask of a weight."""
 
-    name: str
     tensor: Tensor
     steps: int
     found: FoundMask | None

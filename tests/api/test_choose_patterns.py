@@ -11,7 +11,7 @@ import nmcompile
 from nmcompile import CompileConfig, NMPattern
 from nmcompile.api.choose_patterns import spend
 from nmcompile.api.compile import rewrite
-from nmcompile.api.pattern_costs import Pattern
+from nmcompile.api.pattern_costs import COSTS, Pattern
 from nmcompile.api.pattern_damages import measure_patterns
 from nmcompile.api.request import request_of
 from nmcompile.errors import CalibrationError, ConfigError
@@ -125,12 +125,13 @@ def tied() -> nn.Sequential:
     return model
 
 
+def times(trial: nn.Module, args: object, kwargs: object) -> dict[str, dict[object, float]]:
+    return {name: {(): 1.0, ("pruned",): 0.3} for name in ("0", "2", "4", "6")}
+
+
 @pytest.mark.parametrize("cost", ["macs", "bits", "time"])
 @pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
 def test_layers_that_share_a_weight_get_one_pattern(cost: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def times(trial: nn.Module, args: object, kwargs: object) -> dict[str, dict[object, float]]:
-        return {name: {(): 1.0, ("pruned",): 0.3} for name in ("0", "2", "4", "6")}
-
     monkeypatch.setattr("nmcompile.api.pattern_costs.layer_times", times)
     given: dict[str, Any] = {"patterns": ("1:4", "2:4", "3:4"), "budget": budget, "config": ENDS}
     config = nmcompile.choose_patterns(tied(), calibration=batches(), cost=cost, args=(batches()[0],), **given)
@@ -139,7 +140,7 @@ def test_layers_that_share_a_weight_get_one_pattern(cost: str, budget: float, mo
     assert nmcompile.verify(nmcompile.compile(tied(), "weights", calibration=batches(), config=config)).ok
 
 
-def test_a_shared_weight_is_priced_once() -> None:
+def test_a_shared_weight_is_priced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is stored once, and both calls count their multiplications and their time."""
     request = request_of(tied(), "weights", (batches()[0],), None, ENDS, "auto")
     given = NMPattern.parse("2:4")
@@ -147,6 +148,8 @@ def test_a_shared_weight_is_priced_once() -> None:
     assert set(measured) == {"0.weight", "2.weight", "6.weight"}
     assert measured["2.weight"].elements == 32 * 32
     assert measured["2.weight"].macs == 2 * 32 * 32 * sum(map(len, batches()))
+    monkeypatch.setattr("nmcompile.api.pattern_costs.layer_times", times)
+    assert COSTS["time"](request, batches(), measured)["2.weight"] == {None: 2.0, given: 0.6}
 
 
 def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
@@ -164,11 +167,20 @@ def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
     assert all(0 < max(one.damages.values()) < 1 for one in measured.values())
 
 
-def test_an_earlier_mask_in_a_layer_left_dense_stays_out() -> None:
-    carried = nmcompile.compile(network(), "weights", config=CompileConfig(ends="sparse"))
-    left = CompileConfig(ends="sparse", layers={"2": None})
-    config = nmcompile.choose_patterns(carried, patterns=("1:4",), budget=0.5, calibration=batches(), config=left)
-    assert patterns_of(config) == {"2": "dense", "0.weight": "1:4", "4.weight": "1:4"}
+def test_a_weight_that_is_pruned_in_some_calls_only_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.eye(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(nn.functional.linear(x, self.w).relu(), self.w)
+
+    config = CompileConfig(ends="sparse", layers={"w.1": None})
+    with pytest.raises(ConfigError, match=r"leaves layer 'w\.1' dense, but another call of 'w' is pruned"):
+        nmcompile.choose_patterns(
+            Twice(), "weights", patterns=["2:4"], budget=0.5, calibration=batches(), config=config
+        )
 
 
 def test_transposable_modes_keep_their_operator() -> None:

@@ -95,7 +95,7 @@ def test_a_relu_that_is_used_twice_becomes_one_threshold() -> None:
     model = nn.Sequential(nn.Linear(16, 32), act, nn.Linear(32, 32), act, nn.Linear(32, 8))
     data = [torch.randn(8, 16) for _ in range(3)]
     for inplace in (False, True):
-        changed = nmcompile.fatrelu(model, data, max_change=0.3, inplace=inplace)
+        changed: Any = nmcompile.fatrelu(model, data, max_change=0.3, inplace=inplace)
         assert isinstance(changed[1], nn.Threshold) and changed[3] is changed[1]
         assert (model[1] is act) is not inplace
         with torch.no_grad():
