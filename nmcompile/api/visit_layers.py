@@ -100,9 +100,10 @@ class _Visit:
         found: dict[Part, tuple[Stop, Hessian]] = {}
         for number in range(len(self.batches) if repeated else 0):
             for stop in self._dense_stops(number):
+                if stop.part in repeated and stop.part not in found:
+                    found[stop.part] = stop, _hessian_for(stop)
                 if stop.part in repeated:
-                    _, hessian = found.setdefault(stop.part, (stop, _hessian_for(stop)))
-                    _add(hessian, stop, number)
+                    _add(found[stop.part][1], stop, number)
         yield from found.values()
 
     def _dense_stops(self, number: int) -> Iterator[Stop]:
