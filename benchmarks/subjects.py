@@ -1,4 +1,4 @@
-"""What the benchmark of masks asks of a model: calibration data, and a score beside the dense model."""
+"""Subjects of the benchmark of masks: a model, its calibration data, and a score beside the dense model."""
 
 import importlib.util
 from collections.abc import Callable, Sequence

@@ -21,7 +21,7 @@ from nmcompile.three_gemm.find_triples import triples_of
 Pattern = NMPattern | None
 """The pattern of a weight; None leaves it dense."""
 Prices = Mapping[str, Mapping[Pattern, float]]
-"""By the name of a mask, which is the full name of its weight, and by pattern."""
+"""Prices by pattern for each mask, under the full name of its weight."""
 
 
 @dataclass(frozen=True)

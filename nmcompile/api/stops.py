@@ -9,7 +9,7 @@ from torch import Tensor
 from nmcompile.api.solved_parts import Part, Solved
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import Layer, LinearLayer
+from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.plan import PlanRow
 from nmcompile.pausable import pause
 from nmcompile.pruning.pattern import NMPattern
@@ -34,8 +34,9 @@ class Stop:
 
     @property
     def layer(self) -> Layer:
-        """Return the layer, with the rows of the weight that this call reads."""
-        return replace(self.triple.layer, weight_shape=tuple(self.weight.shape))
+        """Return the layer, with the rows of the weight that this call reads; the input is padded already."""
+        layer = replace(self.triple.layer, weight_shape=tuple(self.weight.shape))
+        return replace(layer, pad_before=()) if isinstance(layer, ConvLayer) else layer
 
     @property
     def row(self) -> PlanRow:

@@ -1,4 +1,4 @@
-"""What a model asks of its channels: which move together, and which cannot change places.
+"""Constraints of a model on its channels: which move together, and which cannot change places.
 
 An atom is one channel of one tensor. Atoms that must move together form a class; classes that may change places form a
 cell. Every permutation within the cells leaves the model's outputs as they are.

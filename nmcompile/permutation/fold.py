@@ -9,7 +9,7 @@ from torch import Tensor
 from nmcompile.permutation.constraints import Ids
 
 Moves = Ids
-"""By class, the class that comes to its places."""
+"""An order of channels: for each class, the class that comes to its places."""
 
 
 def fold(tensor: Tensor, axes: Mapping[int, Ids], moves: Moves) -> Tensor:

@@ -16,7 +16,7 @@ from nmcompile.permutation.scores import Scores
 from nmcompile.pruning.pattern import NMPattern
 
 Patterns = Mapping[str, tuple[NMPattern, bool]]
-"""By layer name, its pattern, and whether its mask is transposable."""
+"""Pattern of each layer, and whether its mask is transposable, by layer name."""
 AT_ONCE = 64  # blocks of columns that are summed at once
 
 

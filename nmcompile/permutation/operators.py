@@ -36,7 +36,7 @@ POOLS = {
     for dims in (1, 2, 3)
     for suffix in ("", "_with_indices")
 }  # fmt: skip
-"""By name, the number of last dims that an operator mixes: inputs come with a batch and without."""
+"""Number of last dims that an operator mixes, by name: inputs come with a batch and without."""
 REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp", "prod"}
 SHAPES = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
           "new_empty", "new_full", "sym_size", "_assert_tensor_metadata"}  # fmt: skip

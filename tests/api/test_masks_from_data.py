@@ -20,7 +20,7 @@ from nmcompile import CompileConfig, NMPattern
 from nmcompile.api import solve_layers
 from nmcompile.api.solved_parts import identify_run
 from nmcompile.errors import CalibrationError, ConfigError, FileError
-from nmcompile.ir.layers import LinearLayer
+from nmcompile.ir.layers import LinearLayer, conv_layer
 from nmcompile.one_shot.hessian import Hessian
 from nmcompile.one_shot.solve import solve
 from nmcompile.training.find_masks import masks_of
@@ -527,3 +527,17 @@ def test_no_thread_to_wait_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(CalibrationError, match="give fewer and larger batches"):
         compiled_by("wanda")
+
+
+def test_padding_is_not_added_twice() -> None:
+    """A convolution pads circularly before its GEMM, so the GEMM's input is padded when the layer waits."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+    data = [torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    compiled = compiled_by("sparsegpt", nn.Sequential(conv), calibration=data)
+    layer = conv_layer("conv", conv.weight.shape, True, padding=1, padding_mode="circular")
+    hessian = Hessian(layer, torch.device("cpu"))
+    for x in data:
+        hessian.add(x)
+    expected = solve("sparsegpt", layer, conv.weight, hessian, NMPattern.parse("2:4"), False)
+    torch.testing.assert_close(compiled[0].weight.detach(), expected.weight)
