@@ -1,6 +1,7 @@
 """The command line. Imports are lazy to keep `--help` quick."""
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from nmcompile.errors import ConfigError, NMCompileError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from nmcompile.paper.experiment import Scale
 
 DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32"}
 
@@ -112,6 +115,47 @@ def verify(path: Path, pattern: str | None) -> None:
     click.echo(report)
     if not report.ok:
         sys.exit(1)
+
+
+@cli.group()
+def paper() -> None:
+    """Reproduce the tables and figures of the paper. Never downloads."""
+
+
+@paper.command("list")
+def list_experiments() -> None:
+    """List the experiments."""
+    from nmcompile.paper.experiments import EXPERIMENTS
+    from nmcompile.printable import table
+
+    rows = [[experiment.name, experiment.title] for experiment in EXPERIMENTS.values()]
+    click.echo(table(rows, ["name", "experiment"]))
+
+
+@paper.command("run")
+@click.argument("name")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of images, or a text file.")
+@click.option("--model", help="Another network than the experiment's.")
+@click.option("--scale", default="quick", show_default=True, type=click.Choice(["quick", "full"]))
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--out", default="paper", show_default=True, type=click.Path(path_type=Path), help="For results.")
+def run_experiment(name: str, data: Path | None, model: str | None, scale: "Scale", seeds: int, out: Path) -> None:
+    """Run the experiment NAME: train what the folder of results lacks, and show a table beside the paper's figures.
+
+    A run that is stopped continues with the same command; it repeats at most an epoch. Start it by torchrun to train
+    in several processes.
+    """
+    from nmcompile.paper.experiment import Options
+    from nmcompile.paper.experiments import find_experiment
+    from nmcompile.paper.processes import is_first, process_group
+    from nmcompile.paper.report import report_findings
+
+    experiment = find_experiment(name)
+    logging.getLogger("nmcompile").setLevel(logging.ERROR)  # experiments are about accuracy, not about slow layers
+    with process_group():
+        findings = experiment.run(Options(out, data, model, scale, seeds))
+        if is_first():
+            report_findings(experiment, findings, out)
 
 
 @cli.command()
