@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,8 +20,21 @@ STAGES = "dense", "rewritten", "masked", "sparse"
 """Models of which each does more than the one before."""
 
 
+class Steps(NamedTuple):
+    """Seconds of a training step of each model, pruned shares of the MACs, and the number of rewritten layers."""
+
+    times: Mapping[str, float]
+    shares: Mapping[str, float]
+    layers: int
+
+
 def step_times(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
     """Time a training step of each model in turns, and return the medians as text; the models' state stays as it is."""
+    return described(*measured(dense, sparse, images, TURNS))
+
+
+def measured(dense: nn.Module, sparse: nn.Module, images: Images, turns: Turns) -> Steps:
+    """Time a training step of each model in turns; `sparse` has run before, so its layers are known."""
     x, y = images.train_images[:BATCH], images.train_labels[:BATCH]
     layers = nmcompile.inspect(sparse).layers
     rest = {layer.name: None for layer in layers if layer.status != "sparse"}
@@ -36,9 +50,9 @@ def step_times(dense: nn.Module, sparse: nn.Module, images: Images) -> str:
         "pays": compiled("training", CompileConfig(where="pays")),
     }
     steps = {name: partial(_step, model, x, y) for name, model in models.items()}
-    times = medians_in_turns(steps, seconds, TURNS)
+    times = medians_in_turns(steps, seconds, turns)
     shares = {name: nmcompile.inspect(models[name]).pruned_share or 0.0 for name in ("sparse", "pays")}
-    return described(times, shares, len(layers) - len(rest))
+    return Steps(times, shares, len(layers) - len(rest))
 
 
 def _step(model: nn.Module, x: Tensor, y: Tensor) -> None:

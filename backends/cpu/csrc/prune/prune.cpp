@@ -15,7 +15,10 @@
 namespace nmcompile {
 namespace {
 
-constexpr std::int64_t kElementsPerThread = 1 << 17;  // their pruning takes longer than the start of a thread
+// Elements whose pruning takes longer than the start of a thread; drawing takes several times as long as ranking.
+constexpr std::int64_t elements_per_thread(Operator op) {
+    return op == Operator::mvue || op == Operator::mvue_approx ? 1 << 15 : 1 << 17;
+}
 constexpr std::int64_t kStreamedBytes = 1 << 23;      // would not stay in a cache anyway
 
 // Makes streamed stores visible to other threads in order.
@@ -41,11 +44,12 @@ bool prune(const PruneJob& job) {
     pointers.in = job.in;
     pointers.out = job.out;
     pointers.indices = job.indices;
-    const std::int64_t useful = std::max<std::int64_t>(elements / kElementsPerThread, 1);
+    const std::int64_t share = elements_per_thread(job.op);
+    const std::int64_t useful = std::max<std::int64_t>(elements / share, 1);
     const auto threads = std::min<std::int64_t>(useful, job.threads);
     const int unit = job.form == Form::packed ? kPackedUnit : rule.block;
     for (const BlockGrid& grid : block_grids(job.axes, job.dim, unit, rule.block, job.form, pointers, sizeof(T))) {
-        const std::int64_t piece = std::max<std::int64_t>(1, kElementsPerThread / 4 / grid.elements_per_run());
+        const std::int64_t piece = std::max<std::int64_t>(1, share / 4 / grid.elements_per_run());
         in_parallel(grid.runs(), piece, threads, [&](std::int64_t first, std::int64_t last) {
             for (std::int64_t i = first; i < last; ++i) kernel(grid.run(i), rule);
             finish_streaming();
