@@ -5,7 +5,7 @@ where something has to see the operator: a compiler, a tracer, a mode, a profile
 Any other call runs the function.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from inspect import Signature, signature
 from typing import ParamSpec, TypeVar
@@ -18,6 +18,13 @@ from nmcompile.sharded import PLAIN
 
 UNSEEN = frozenset({*PLAIN, type(None), bool, int, float, str, tuple, list})
 """Types of arguments that hide no subclass of Tensor."""
+
+ANY_STRIDES = (torch.Tag.flexible_layout,)
+"""Tags of an operator that takes operands of any strides, as they are.
+
+For any other operator inductor copies operands to the strides that they have in eager mode: images, as it computes
+convolutions in channels last, and gradients of attention, once for each operator that reads them.
+"""
 
 # Looked up once: each operator of each small layer asks all of them.
 is_grad_enabled = torch.is_grad_enabled
@@ -36,6 +43,7 @@ def custom_op(
     fake: Callable[..., object] | None = None,
     mutates_args: Iterable[str] = (),
     settled: Callable[..., object] | None = None,
+    tags: Sequence[torch.Tag] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function an operator that `torch.compile` calls as it is; the operator is `torch.ops.namespace.name`.
 
@@ -45,10 +53,11 @@ def custom_op(
             names, and no others. None for a function that returns nothing.
         mutates_args: the parameters that the function writes.
         settled: for a function that chooses a kernel, one that always runs the dense kernel.
+        tags: what compilers may assume of the operator.
     """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
-        definition = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        definition = torch.library.custom_op(name, function, mutates_args=mutates_args, tags=tags)
         if fake is not None:
             definition.register_fake(_taking_all(signature(function), fake))
         namespace, _, base = name.partition("::")

@@ -14,7 +14,7 @@ from nmcompile.backends.cpu.gemm import Geometry, masked, sparse_backward, spars
 from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall, keep
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.reference import conv
-from nmcompile.custom_op import custom_op
+from nmcompile.custom_op import ANY_STRIDES, custom_op
 from nmcompile.ir.operations import like
 from nmcompile.spare_memory import empty, empty_like
 from nmcompile.weight_cache import are_weights_at_rest
@@ -77,6 +77,7 @@ def _dense_weight_gradient(
 
 @custom_op(
     "nmcompile::cpu_conv_forward",
+    tags=ANY_STRIDES,
     settled=_dense_forward,
     fake=lambda input, weight, stride, padding, dilation, groups: empty(
         input, _output_shape(input, weight, Geometry(stride, padding, dilation, groups))
@@ -109,6 +110,7 @@ def conv_forward(
 
 @custom_op(
     "nmcompile::cpu_conv_input_gradient",
+    tags=ANY_STRIDES,
     settled=_dense_input_gradient,
     fake=lambda input: torch.empty_like(input),
 )
@@ -140,6 +142,7 @@ def conv_input_gradient(
 
 @custom_op(
     "nmcompile::cpu_conv_weight_gradient",
+    tags=ANY_STRIDES,
     settled=_dense_weight_gradient,
     fake=lambda weight: torch.empty_like(weight),
 )

@@ -18,7 +18,7 @@ from nmcompile.backends.cpu.gemm_call import AT_REST, GemmCall, keep
 from nmcompile.backends.cpu.packed_weights import kept_packs
 from nmcompile.backends.cpu.prune import prune_natively, runs_natively
 from nmcompile.backends.reference import linear
-from nmcompile.custom_op import custom_op
+from nmcompile.custom_op import ANY_STRIDES, custom_op
 from nmcompile.ir.choice import Choice
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.spare_memory import empty
@@ -73,7 +73,7 @@ def _dense_pruned_weight_gradient(
     return linear.linear_weight_gradient(pruned, input, transposed)
 
 
-@custom_op("nmcompile::cpu_linear_forward", fake=empty_output, settled=_dense_forward)
+@custom_op("nmcompile::cpu_linear_forward", fake=empty_output, settled=_dense_forward, tags=ANY_STRIDES)
 def linear_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
@@ -95,7 +95,12 @@ def choose_forward(
     )
 
 
-@custom_op("nmcompile::cpu_linear_input_gradient", fake=_empty_input_gradient, settled=_dense_input_gradient)
+@custom_op(
+    "nmcompile::cpu_linear_input_gradient",
+    fake=_empty_input_gradient,
+    settled=_dense_input_gradient,
+    tags=ANY_STRIDES,
+)
 def linear_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
@@ -110,7 +115,12 @@ def linear_input_gradient(
     return keep(slot, outcome)
 
 
-@custom_op("nmcompile::cpu_linear_weight_gradient", fake=_empty_weight_gradient, settled=_dense_weight_gradient)
+@custom_op(
+    "nmcompile::cpu_linear_weight_gradient",
+    fake=_empty_weight_gradient,
+    settled=_dense_weight_gradient,
+    tags=ANY_STRIDES,
+)
 def linear_weight_gradient(
     grad_output: Tensor, input: Tensor, transposed: bool, axis: str, block: int, slot: str
 ) -> Tensor:
@@ -133,6 +143,7 @@ def linear_weight_gradient(
     "nmcompile::cpu_linear_pruned_weight_gradient",
     fake=_empty_weight_gradient,
     settled=_dense_pruned_weight_gradient,
+    tags=ANY_STRIDES,
 )
 def linear_pruned_weight_gradient(
     grad_output: Tensor,

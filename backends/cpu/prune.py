@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import kernel_support, takes
-from nmcompile.custom_op import custom_op
+from nmcompile.custom_op import ANY_STRIDES, custom_op
 from nmcompile.errors import OperandError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.operations import like
@@ -44,7 +44,7 @@ def prune_support(operator: str, n_keep: int, block: int) -> Support:
     return support
 
 
-@custom_op("nmcompile::cpu_prune", fake=lambda x: torch.empty_like(x))
+@custom_op("nmcompile::cpu_prune", fake=lambda x: torch.empty_like(x), tags=ANY_STRIDES)
 def cpu_prune(
     x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None, relu: bool = False
 ) -> Tensor:

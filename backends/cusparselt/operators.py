@@ -13,7 +13,7 @@ from nmcompile.backends.cusparselt.library import library_named
 from nmcompile.backends.cusparselt.operand import Operand
 from nmcompile.backends.cusparselt.product import Product, by_channels, by_rows, memory_format
 from nmcompile.backends.reference import conv, linear
-from nmcompile.custom_op import custom_op
+from nmcompile.custom_op import ANY_STRIDES, custom_op
 from nmcompile.ir.choice_slot import keep
 
 
@@ -65,7 +65,11 @@ def linear_input_gradient(
     return keep(slot, run_call(call, weight, grad_output))
 
 
-@custom_op("nmcompile::cusparselt_pointwise_forward", fake=lambda input, weight: _empty_image(input, weight.shape[0]))
+@custom_op(
+    "nmcompile::cusparselt_pointwise_forward",
+    fake=lambda input, weight: _empty_image(input, weight.shape[0]),
+    tags=ANY_STRIDES,
+)
 def pointwise_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, library: str, slot: str
 ) -> Tensor:
@@ -82,7 +86,11 @@ def pointwise_forward(
     return keep(slot, run_call(call, weight, input, bias))
 
 
-@custom_op("nmcompile::cusparselt_pointwise_input_gradient", fake=lambda input: _empty_image(input, input.shape[1]))
+@custom_op(
+    "nmcompile::cusparselt_pointwise_input_gradient",
+    fake=lambda input: _empty_image(input, input.shape[1]),
+    tags=ANY_STRIDES,
+)
 def pointwise_input_gradient(
     grad_output: Tensor, weight: Tensor, mask: Tensor | None, input: Tensor, library: str, slot: str
 ) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.triton.support import operator_support, tensor_runs
-from nmcompile.custom_op import custom_op
+from nmcompile.custom_op import ANY_STRIDES, custom_op
 from nmcompile.pruning.operator import check
 from nmcompile.pruning.packed import pack, two_of_four
 from nmcompile.pruning.pattern import NMPattern
@@ -33,7 +33,7 @@ def _empty_tiles(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return w.new_empty(rows, columns), w.new_empty(columns, rows), w.new_empty(rows, columns, dtype=torch.bool)
 
 
-@custom_op("nmcompile::triton_prune", fake=lambda x: torch.empty_like(x))
+@custom_op("nmcompile::triton_prune", fake=lambda x: torch.empty_like(x), tags=ANY_STRIDES)
 def triton_prune(x: Tensor, operator: str, n_keep: int, block: int, dim: int, key: Tensor | None = None) -> Tensor:
     """Compute `OPERATORS[operator].prune(x, n_keep:block, dim, key)`, bit for bit.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument, Target
 
-from nmcompile.custom_op import custom_op, is_seen
+from nmcompile.custom_op import ANY_STRIDES, custom_op, is_seen
 from nmcompile.errors import LoweringError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.node_meta import KEY, NodeMeta
@@ -58,7 +58,7 @@ def _takes_bits(mask: Tensor, x: Tensor) -> bool:
     return x.dtype.is_floating_point and x.itemsize > 1 and x.layout == torch.strided and x.shape == mask.shape
 
 
-@custom_op("nmcompile::prune", fake=lambda x: torch.empty_like(x))
+@custom_op("nmcompile::prune", fake=lambda x: torch.empty_like(x), tags=ANY_STRIDES)
 def prune(
     x: Tensor, operator: str, n_keep: int, block: int, axis: str, channel_dim: int, key: Tensor | None = None
 ) -> Tensor:

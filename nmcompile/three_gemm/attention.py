@@ -189,5 +189,8 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _unpack(packed: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Split (L, N, parts * E) into contiguous thirds, laid out as in eager."""
     stacked = packed.unflatten(-1, (parts, -1)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+    if torch.compiler.is_compiling():
+        # The gradient of `unbind` is a concatenation, which inductor fuses with nothing.
+        return tuple(stacked[part] for part in range(parts))
     thirds: tuple[Tensor, ...] = stacked.unbind(0)
     return thirds
