@@ -62,7 +62,7 @@ class _Probe:
             self.worst[stop.part] = max(found.values(), key=lambda solved: solved.error)
         self.macs[name] += hessian.tokens * stop.weight.numel()
         self.bits[name] = grid.grid.bits if grid and grid.grid else 8 * stop.weight.itemsize
-        return Solved(torch.ones_like(stop.weight, dtype=torch.bool), None, None, self.config.masks, 0.0)
+        return Solved(torch.ones_like(stop.weight, dtype=torch.bool), None, None, self.config.masks, 0.0, None)
 
     def measured(self, weight: str, change: float) -> Measured:
         """Return the measurements of a weight, with the change of the outputs that its worst pattern makes."""

@@ -17,9 +17,12 @@ from nmcompile.errors import ConfigError, FileError
 from nmcompile.files.write_atomically import write_atomically
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.found_mask import FoundMask
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.like import like
 from nmcompile.three_gemm.stored_weights import Place
+from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.find_masks import masks_of
+from nmcompile.training.masks import WeightMask
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Solved:
         place: the elements of a parameter that the part is; None if it is computed from parameters.
         method: the method that found it.
         error: the relative error left in the layer's outputs.
+        step: the step of the grid that the weight is on, as its forward graph takes it; None if it is not quantized.
     """
 
     mask: Tensor
@@ -52,6 +56,7 @@ class Solved:
     place: Place | None
     method: str
     error: float
+    step: Tensor | None
 
 
 class SolvedParts:
@@ -128,7 +133,7 @@ def _read_parts(folder: Path, run: str) -> Iterator[tuple[Part, Solved]]:
 
 
 def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
-    """Make the masks of a trial stand as they were found; its weights are not changed."""
+    """Make the masks of a trial stand as they were found, and the steps of weights on a grid; weights are kept."""
     masks = masks_of(trial)
     for name in dict.fromkeys(part.weight for part in parts):
         found = {part: solved for part, solved in parts.items() if part.weight == name}
@@ -137,6 +142,17 @@ def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
             tensor[part.row : part.row + solved.mask.shape[0]].copy_(solved.mask)
         error = max(solved.error for solved in found.values())
         masks[name].stand(tensor, FoundMask(next(iter(found.values())).method, error))
+    for triple in triples_of(trial):
+        if isinstance(triple.mask, WeightMask):
+            _settle_step(triple, {part: one for part, one in parts.items() if part.weight == triple.mask.name})
+
+
+def _settle_step(triple: GemmTriple, parts: Mapping[Part, Solved]) -> None:
+    """Make the step of a layer's weight stand if the weight was rounded to it, all of it or some of its rows."""
+    steps = {part.row: one.step for part, one in parts.items() if one.weight is not None and one.step is not None}
+    if steps:
+        in_order = [step for _, step in sorted(steps.items())]
+        triple.steps.weight = in_order[0].clone() if in_order[0].dim() == 0 else torch.cat(in_order)
 
 
 @torch.inference_mode(False)

@@ -4,7 +4,17 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.api.pipeline import bind_layers, install_layers, plan_again
-from nmcompile.api.state_entries import CLIP, CLOCK, DENSE, DRAW, FORMAT, check_entries, check_entry, check_readable
+from nmcompile.api.state_entries import (
+    CLIP,
+    CLOCK,
+    DENSE,
+    DRAW,
+    FORMAT,
+    STEP,
+    check_entries,
+    check_entry,
+    check_readable,
+)
 from nmcompile.api.verify import mask_checks
 from nmcompile.checks import check_compiled
 from nmcompile.config import Phase
@@ -25,8 +35,9 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
     (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
-    inputs and outputs), `seed` and `format`; with `where="pays"` or `"likely"` also `<layer>.dense_phases` (bool, for
-    the forward, the backward and the update GEMM: whether it is left dense).
+    inputs and outputs), `<layer>.weight_step` (float64, of the grid that a weight was rounded to when its mask was
+    found; NaN where SAWB finds it), `seed` and `format`; with `where="pays"` or `"likely"` also `<layer>.dense_phases`
+    (bool, for the forward, the backward and the update GEMM: whether it is left dense).
 
     Raises:
         StateError: the model is not compiled, or holds several compiled ones with layers of the same name.
@@ -67,11 +78,24 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
         state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, int(mask.is_stale)])
     for triple in layers:
         state[f"{triple.layer.name}{DRAW}"] = triple.stream.draw.cpu().clone()
+        if triple.steps.weight_grid is not None:
+            state[f"{triple.layer.name}{STEP}"] = _weight_step(triple)
         for step in triple.steps.activations:
             state[_clip_key(step)] = step.clip.detach().clone()
     for name, reasons in (dense or {}).items():
         state[f"{name}{DENSE}"] = torch.tensor([phase in reasons for phase in Phase])
     return state
+
+
+def _weight_step(triple: GemmTriple) -> Tensor:
+    """Return the step that a layer's weight was rounded to, else NaN in its shape."""
+    step, dim = triple.steps.weight, triple.steps.weight_dim
+    if step is not None:
+        return step.detach().double().clone()
+    shape = triple.layer.weight_shape
+    return torch.full(
+        [n if d == dim else 1 for d, n in enumerate(shape)] if dim is not None else [], torch.nan
+    ).double()
 
 
 def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
@@ -86,6 +110,9 @@ def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
         triple.thaw()
         triple.stream.seed = int(state["seed"])
         triple.stream.draw.copy_(state[f"{triple.layer.name}{DRAW}"])
+        if triple.steps.weight_grid is not None:
+            step = state[f"{triple.layer.name}{STEP}"]
+            triple.steps.weight = None if step.isnan().all() else step.clone()
         for step in triple.steps.activations:
             if not state[_clip_key(step)].isnan():
                 step.calibrate(state[_clip_key(step)])

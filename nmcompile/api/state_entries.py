@@ -8,7 +8,7 @@ from torch import Tensor
 from nmcompile.errors import StateError, nearest
 
 FORMAT = 1
-CLOCK, DRAW, CLIP, DENSE = ".clock", ".draw", "clip", ".dense_phases"  # how keys end
+CLOCK, DRAW, CLIP, STEP, DENSE = ".clock", ".draw", "clip", ".weight_step", ".dense_phases"  # how keys end
 MOST = 2**62  # steps or calls: a counter continues from the loaded number
 
 
@@ -65,6 +65,8 @@ def _wrong_number(name: str, value: Tensor) -> str:
         return f"is {value.tolist()}; expected a number of steps, and 0 or 1 for a stale mask"
     if name.endswith(DRAW) and not 0 <= value < MOST:
         return f"is {int(value)}; expected a number of backward calls"
+    if name.endswith(STEP) and not (value.isnan() | ((value > 0) & value.isfinite())).all():
+        return f"is {value.flatten()[:4].tolist()}; expected positive steps, or NaN where SAWB finds them"
     if name.endswith(CLIP) and value.isinf():
         return "is infinite; expected a finite clip, or NaN before calibration"
     return ""

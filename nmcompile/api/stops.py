@@ -11,6 +11,7 @@ from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.plan import PlanRow
+from nmcompile.one_shot.rounding import Rounding
 from nmcompile.pausable import pause
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.observer import Results, Values
@@ -23,7 +24,8 @@ from nmcompile.training.masks import WeightMask
 class Stop:
     """A call of a layer that waits until its weight is solved.
 
-    `version` is that of the input when the call came: code between two layers may write into it.
+    `version` is that of the input when the call came: code between two layers may write into it. `step` is that of the
+    weight's grid, None if the weight is not quantized.
     """
 
     part: Part
@@ -31,6 +33,7 @@ class Stop:
     weight: Tensor
     dense_input: Tensor
     version: int
+    step: Tensor | None
 
     @property
     def layer(self) -> Layer:
@@ -44,6 +47,12 @@ class Stop:
         row = self.triple.graphs.plan.find(Phase.FORWARD, "weight")
         assert row is not None
         return row
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """Return the grid of the weight; None if it is not quantized."""
+        grid = self.triple.steps.weight_grid
+        return None if grid is None or self.step is None else Rounding(grid, self.step)
 
     def fits(self, pattern: NMPattern) -> bool:
         """Return whether blocks of a pattern divide the channels along which the mask is N:M."""
@@ -102,7 +111,7 @@ class Waiting(Replacing):
         if mask is not None and weight is not None and input is not None and self._fits(input):
             part = self.part_of(mask)
             if part not in self.solved:
-                pause(Stop(part, self.triple, weight, input, input._version))
+                pause(Stop(part, self.triple, weight, input, input._version, values.get("weight_step")))
         return super().run(phase, values)
 
     def _fits(self, input: Tensor) -> bool:

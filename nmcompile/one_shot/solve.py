@@ -13,15 +13,18 @@ from nmcompile.one_shot.admm import admm
 from nmcompile.one_shot.hessian import Hessian
 from nmcompile.one_shot.matrices import as_matrices, from_matrices
 from nmcompile.one_shot.refit import refit as refit_weights
+from nmcompile.one_shot.refit_on_grid import refit_on_grid
+from nmcompile.one_shot.rounding import Round, Rounding, exactly
 from nmcompile.one_shot.select import Selector
-from nmcompile.one_shot.sparsegpt import sparsegpt
+from nmcompile.one_shot.sparsegpt import round_kept, sparsegpt
 from nmcompile.one_shot.wanda import magnitude, wanda
 from nmcompile.pruning.pattern import NMPattern
 
-Method = Callable[[Tensor, Hessian, Selector], tuple[Tensor, Tensor]]
-"""(weights `(groups, rows, columns)`, Hessian, selector) -> pruned weights and mask."""
+Method = Callable[[Tensor, Hessian, Selector, Round], tuple[Tensor, Tensor]]
+"""(weights `(groups, rows, columns)`, Hessian, selector, rounding) -> pruned weights and mask."""
 
 METHODS: dict[str, Method] = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}
+REFITTING = "admm"  # the method whose weights are refitted in any case
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,10 @@ class Solution:
     """A pruned layer.
 
     Args:
-        weight: of the shape, dtype, device and strides of the layer's weight; exactly zero off the mask.
+        weight: of the shape, dtype, device and strides of the layer's weight; exactly zero off the mask. It is on the
+            grid, if there is one, unless the method keeps the weights as they are.
         mask: bool, of the same shape and strides.
-        error: ||X (W - W')ᵀ|| / ||X Wᵀ|| over the calibration data, in Frobenius norms.
+        error: ||X (W - W')ᵀ|| / ||X Wᵀ|| over the calibration data, in Frobenius norms, with W' on the grid.
     """
 
     weight: Tensor
@@ -48,6 +52,7 @@ def solve(
     pattern: NMPattern,
     is_transposable: bool,
     refit: bool = False,
+    rounding: Rounding | None = None,
 ) -> Solution:
     """Prune a layer's weight.
 
@@ -58,7 +63,10 @@ def solve(
         hessian: of its inputs.
         pattern: N:M along in-channels.
         is_transposable: whether the mask is N:M along out-channels too.
-        refit: whether the kept weights are set to their least-squares values in the end.
+        refit: whether the kept weights are set to their least-squares values in the end, the best found on the grid
+            if there is one.
+        rounding: the grid of a quantized weight. `"sparsegpt"` makes up for what rounding changes as for what is
+            pruned.
 
     Raises:
         ConfigError: the method is unknown.
@@ -69,11 +77,15 @@ def solve(
     _check_fit(layer, pattern, is_transposable)
     _check_data(layer, hessian)
     dense = as_matrices(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
-    pruned, mask = METHODS[method](dense, hessian, Selector(pattern, is_transposable))
-    if refit:
+    round = exactly if rounding is None else rounding.of(layer)
+    pruned, mask = METHODS[method](dense, hessian, Selector(pattern, is_transposable), round)
+    if rounding is not None and (refit or method == REFITTING):
+        rounded = round_kept(dense, mask, hessian, round)
+        pruned = refit_on_grid(dense, mask, hessian.damped().to(dense.dtype), rounded, round)
+    elif refit:
         pruned = refit_weights(dense, mask, hessian.damped().to(dense.dtype), pruned)
     result = torch.empty_like(weight).copy_(from_matrices(layer, pruned * mask))
-    left = as_matrices(layer, result.to(dense.dtype))
+    left = round(as_matrices(layer, result.to(dense.dtype)))
     kept = torch.empty_like(weight, dtype=torch.bool).copy_(from_matrices(layer, mask))
     return Solution(result, kept, _relative_error(dense, left, hessian.mean().to(dense.dtype)))
 

@@ -1,4 +1,8 @@
-"""The steps of a layer's grids: SAWB's of the weight, and calibrated or learned ones of the input and the output."""
+"""The steps of a layer's grids: SAWB's of the weight, and calibrated or learned ones of the input and the output.
+
+SAWB's step is not state: it follows the dense weight. A weight that was rounded while it was pruned is dense no more,
+and its moments say nothing about its grid, so the step of that grid is state and stands.
+"""
 
 from dataclasses import dataclass, field
 
@@ -63,6 +67,7 @@ class GridSteps:
     Args:
         weight_grid: grid of the weight.
         weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
+        weight: step of a weight whose values are on its grid already; None for SAWB's step.
         input: step of the input.
         output: step of the output, after its ReLU if that grid is unsigned.
 
@@ -71,6 +76,7 @@ class GridSteps:
 
     weight_grid: Grid | None = None
     weight_dim: int | None = None
+    weight: Tensor | None = None
     input: ActivationStep | None = None
     output: ActivationStep | None = None
     activations: tuple[ActivationStep, ...] = field(init=False)
@@ -85,8 +91,18 @@ class GridSteps:
         return self.of_weight(weight), self.of_input(), self.of_output()
 
     def of_weight(self, weight: Tensor) -> Tensor | None:
-        """Return SAWB's step of the dense weight. It is not state, so eval() is constant as long as the weight is."""
+        """Return the step of the weight: SAWB's of the dense weight, unless the weight was rounded to another."""
+        if self.weight is not None:
+            return self.weight.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         return None if self.weight_grid is None else self._of_weight(weight, self.weight_grid.bits)
+
+    def move(self, device: torch.device) -> None:
+        """Move the steps that are state to where the layer runs."""
+        for step in self.activations:
+            step.move(device)
+        if self.weight is not None and device.type not in ("meta", self.weight.device.type):
+            with torch.inference_mode(False), torch.no_grad():
+                self.weight = self.weight.to(device)
 
     @torch.no_grad()
     def _of_weight(self, weight: Tensor, bits: int) -> Tensor:

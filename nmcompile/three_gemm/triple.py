@@ -162,11 +162,10 @@ class GemmTriple:
         return fingerprint(weight) if is_asked else None
 
     def _move(self, device: torch.device) -> None:
-        """Move the random stream and the clips to where the layer runs."""
+        """Move the random stream and the steps of grids to where the layer runs."""
         if self.draws:
             self.stream.move(device)
-        for step in self.steps.activations:
-            step.move(device)
+        self.steps.move(device)
 
     def _shards(self, input: Tensor, weight: "DTensor", rows: slice | None) -> Shards:
         if rows is not None:

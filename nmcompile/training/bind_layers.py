@@ -62,9 +62,15 @@ class TripleFactory:
         return GridSteps(
             weight.grid if weight else None,
             site.layer.out_dim if self.config.granularity == "channel" else None,
+            self._weight_step(site, weight),
             self._activation_step(site, plan.grid_row("input")),
             self._activation_step(site, plan.grid_row("output")),
         )
+
+    def _weight_step(self, site: Site, row: PlanRow | None) -> Tensor | None:
+        """Return the step that an earlier compilation has rounded the weight to, if the grid is the same."""
+        grid, step = self.earlier.weight_steps.get(site.layer.name, (None, None))
+        return step if row is not None and grid == row.grid else None
 
     def _activation_step(self, site: Site, row: PlanRow | None) -> ActivationStep | None:
         if row is None:

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from nmcompile.config import Phase
 from nmcompile.ir.plan import LayerPlan
+from nmcompile.quantization import Grid
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.grid_steps import ActivationStep
+from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
 from nmcompile.three_gemm.record import FINALIZED, RECORD, never_masked
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.find_masks import masks_among
@@ -22,12 +23,14 @@ class Earlier:
     Args:
         masks: by the full name of the weight.
         steps: steps of quantized activations, by the full name of the layer and the operand.
+        weight_steps: grids of weights that were rounded to them, and their steps, by the full name of the layer.
         carried: by the full name of the weight, the fields of `LayerConfig` that a masked layer was given.
         uncalled: full names of the layers that were bypassed, or have never run masked although their model ran.
     """
 
     masks: Mapping[str, WeightMask] = field(default_factory=dict)
     steps: Mapping[tuple[str, str | None], ActivationStep] = field(default_factory=dict)
+    weight_steps: Mapping[str, tuple[Grid, Tensor]] = field(default_factory=dict)
     carried: Mapping[str, frozenset[str]] = field(default_factory=dict)
     uncalled: frozenset[str] = frozenset()
 
@@ -35,6 +38,7 @@ class Earlier:
         return Earlier(
             {**self.masks, **other.masks},
             {**self.steps, **other.steps},
+            {**self.weight_steps, **other.weight_steps},
             {**self.carried, **other.carried},
             self.uncalled | other.uncalled,
         )
@@ -61,9 +65,15 @@ def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
     return Earlier(
         {full_name(path, name): mask for name, mask in masks_among(layers).items()},
         {(full_name(path, t.layer.name), s.row.operand): s for t in layers for s in t.steps.activations},
+        {full_name(path, triple.layer.name): step for triple in layers for step in _weight_step(triple.steps)},
         {full_name(path, triple.site.weight): _fields(triple.graphs.plan) for triple in masked},
         frozenset(full_name(path, name) for name in uncalled),
     )
+
+
+def _weight_step(steps: GridSteps) -> list[tuple[Grid, Tensor]]:
+    is_rounded = steps.weight_grid is not None and steps.weight is not None
+    return [(steps.weight_grid, steps.weight)] if is_rounded else []
 
 
 def _fields(plan: LayerPlan) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """Independent implementations of the methods: one weight matrix, dense float64, plain loops."""
 
+from collections.abc import Callable
 from itertools import combinations, product
 
 import numpy as np
@@ -46,8 +47,15 @@ def damped(mean: Array) -> Array:
     return result
 
 
-def prune_by_surgeon(weights: Array, mean: Array, n_keep: int, block: int, is_transposable: bool) -> tuple[Array, Mask]:
-    """Prune by the optimal brain surgeon's formula, one column after another, each time with the full inverse.
+def prune_by_surgeon(
+    weights: Array,
+    mean: Array,
+    n_keep: int,
+    block: int,
+    is_transposable: bool,
+    round: Callable[[Array], Array] = lambda column: column,
+) -> tuple[Array, Mask]:
+    """Prune and round by the optimal brain surgeon's formula, a column after another, each time with the full inverse.
 
     The inverse of the Hessian of the columns that are left comes from Gaussian elimination of the column that is done.
     """
@@ -62,9 +70,10 @@ def prune_by_surgeon(weights: Array, mean: Array, n_keep: int, block: int, is_tr
             run = slice(p, p + block)
             pivots = np.array([inverses[j][j, j] for j in range(p, p + block)])
             mask[:, run] = best_mask(w[:, run] ** 2 / pivots, n_keep, block, is_transposable)
+        stored = np.where(mask[:, p], round(w[:, p]), 0.0)
         for row in range(len(w)):
-            if not mask[row, p]:
-                w[row, p:] -= w[row, p] / inverse[p, p] * inverse[p, p:]
+            w[row, p:] -= (w[row, p] - stored[row]) / inverse[p, p] * inverse[p, p:]
+        w[:, p] = stored
     return w * mask, mask
 
 
@@ -75,6 +84,25 @@ def least_squares(dense: Array, mask: Mask, hessian: Array) -> Array:
     for row, kept in enumerate(mask):
         result[row, kept] = np.linalg.lstsq(root[:, kept], root @ dense[row], rcond=None)[0]
     return result
+
+
+def on_grid(values: Array, step: float | Array, high: int) -> Array:
+    """Return the nearest multiples of a step, at most `high` of them from zero; ties go to even ones."""
+    return np.clip(np.rint(values / step), -high, high) * step
+
+
+def least_loss_on_grid(dense: Array, hessian: Array, masks: list[Mask], step: float, high: int) -> Array:
+    """Return the least loss of every row over all of these masks of it, and all values on the grid that each keeps."""
+    levels = np.arange(-high, high + 1) * step
+    least = np.full(len(dense), np.inf)
+    for mask in masks:
+        kept = np.array(list(product(levels, repeat=int(mask.sum()))))
+        candidates = np.zeros((len(kept), len(mask)))
+        candidates[:, mask] = kept
+        for row, weights in enumerate(dense):
+            change = candidates - weights
+            least[row] = min(least[row], ((change @ hessian) * change).sum(1).min())
+    return least
 
 
 def loss(dense: Array, pruned: Array, hessian: Array) -> Array:

@@ -1,0 +1,182 @@
+"""Masks and 4-bit grids found together: the step stands, and every way out of the compiler holds the same values."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nmcompile
+from nmcompile import CompileConfig
+from nmcompile.errors import StateError
+from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.triple import GemmTriple
+
+
+def model(width: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(25 * width, 8),
+    ).eval()
+
+
+def data() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(6, 4, 5, 5, generator=generator).cumsum(-1) for _ in range(2)]
+
+
+def compiled(masks: str = "sparsegpt", source: nn.Module | None = None, **options: Any) -> Any:
+    config = CompileConfig(masks=masks, ends="sparse", **options)
+    source = model() if source is None else source
+    return nmcompile.compile(source, "inference", args=(data()[0],), calibration=data(), config=config).eval()
+
+
+def layers(found: nn.Module) -> dict[str, GemmTriple]:
+    return {triple.layer.name: triple for triple in triples_of(found)}
+
+
+def integers_of(triple: GemmTriple, weight: Tensor) -> Tensor:
+    step = triple.steps.of_weight(weight)
+    assert step is not None
+    return weight / step
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(("masks", "refit"), [("sparsegpt", False), ("sparsegpt", True), ("admm", False)])
+def test_weights_are_solved_onto_sawb_grid_of_the_dense_weights(masks: str, refit: bool, granularity: str) -> None:
+    found = compiled(masks, refit=refit, granularity=granularity)
+    dense = compiled("magnitude", granularity=granularity)
+    for name, triple in layers(found).items():
+        weight = found.get_parameter(f"{name}.weight").detach()
+        levels = integers_of(triple, weight)
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-5)
+        assert 1 < levels.abs().max() <= 7 + 1e-5
+        of_dense = layers(dense)[name].steps.of_weight(dense.get_parameter(f"{name}.weight").detach())
+        assert torch.equal(triple.steps.of_weight(weight), of_dense)
+
+
+def test_finalize_gives_exactly_the_solved_values() -> None:
+    found = compiled()
+    plain = nmcompile.finalize(found)
+    for name in layers(found):
+        assert torch.equal(plain.get_parameter(f"{name}.weight"), found.get_parameter(f"{name}.weight"))
+    assert nmcompile.verify(plain).ok and nmcompile.verify(found).ok
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_file_holds_the_solved_values_and_runs_like_the_model(tmp_path: Path, granularity: str) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    found = compiled(granularity=granularity)
+    path = tmp_path / "model.onnx"
+    nmcompile.export(found, path, args=(data()[0],))  # compared with ONNX Runtime
+    assert nmcompile.verify(path).ok
+    stored = {numpy_helper.to_array(one).tobytes() for one in onnx.load(path).graph.initializer}
+    triple, weight = layers(found)["3"], found.get_parameter("3.weight").detach()
+    assert integers_of(triple, weight).round().to(torch.int8).numpy().tobytes() in stored
+
+
+def test_the_step_goes_with_copies_and_another_compilation() -> None:
+    found = compiled()
+    again = nmcompile.compile(copy.deepcopy(found), "inference", args=(data()[0],), config=CompileConfig(ends="sparse"))
+    x = data()[0]
+    assert torch.equal(again.eval()(x), found(x))
+    for name, triple in layers(again).items():
+        assert torch.equal(triple.steps.weight, layers(found)[name].steps.weight)
+
+
+def test_a_grid_of_other_bits_gets_a_step_of_its_own() -> None:
+    found = compiled()
+    wide = nmcompile.LayerConfig(weight=nmcompile.presets["inference"].weight, weight_bits=8)
+    again = nmcompile.compile(found, "inference", config=CompileConfig(layers={"_default": wide}, ends="sparse"))
+    assert all(triple.steps.weight is None for triple in layers(again).values())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_the_step_is_part_of_the_sparse_state(granularity: str) -> None:
+    found, other = compiled(granularity=granularity), compiled("magnitude", granularity=granularity)
+    state = nmcompile.sparse_state_dict(found)
+    assert state["3.weight_step"].dtype == torch.float64 and not state["3.weight_step"].isnan().any()
+    assert nmcompile.sparse_state_dict(other)["3.weight_step"].isnan().all()
+    x = data()[0]
+    before = other(x)
+    other.load_state_dict(found.state_dict())
+    nmcompile.load_sparse_state_dict(other, state)
+    assert torch.equal(other(x), found(x)) and not torch.equal(other(x), before)
+    fresh = compiled("magnitude", granularity=granularity)
+    found.load_state_dict(fresh.state_dict())
+    nmcompile.load_sparse_state_dict(found, nmcompile.sparse_state_dict(fresh))
+    assert torch.equal(found(x), fresh(x))
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, torch.inf])
+def test_a_step_that_is_none_is_refused(value: float) -> None:
+    found = compiled()
+    state = nmcompile.sparse_state_dict(found)
+    with pytest.raises(StateError, match=r"'3\.weight_step' of the sparse state .*positive steps"):
+        nmcompile.load_sparse_state_dict(found, state | {"3.weight_step": torch.tensor(value).double()})
+
+
+def test_a_checkpoint_brings_the_step_back(tmp_path: Path) -> None:
+    first = compiled()
+    options: dict[str, Any] = {"args": (data()[0],), "calibration": data(), "checkpoint": tmp_path}
+    config = CompileConfig(masks="sparsegpt", ends="sparse")
+    for _ in range(2):  # the second call reads everything
+        found = nmcompile.compile(model(), "inference", config=config, **options).eval()
+        assert torch.equal(found(data()[0]), first(data()[0]))
+        assert torch.equal(layers(found)["3"].steps.of_weight(torch.zeros(1)), layers(first)["3"].steps.weight)
+
+
+def test_training_keeps_mask_and_step() -> None:
+    found = compiled().train()
+    steps = {
+        name: triple.steps.weight.clone() for name, triple in layers(found).items() if triple.steps.weight is not None
+    }
+    optimizer = torch.optim.SGD(found.parameters(), 0.01)
+    for x in data():
+        optimizer.zero_grad()
+        found(x).square().mean().backward()
+        optimizer.step()
+    found.eval()(data()[0])
+    assert len(steps) == 3
+    for name, triple in layers(found).items():
+        assert torch.equal(triple.steps.weight, steps[name])
+    assert nmcompile.verify(nmcompile.finalize(found)).ok
+
+
+def test_a_weight_that_keeps_its_values_has_sawb_step() -> None:
+    assert all(triple.steps.weight is None for triple in layers(compiled("wanda")).values())
+
+
+def test_packed_projections_share_one_step_or_have_one_a_row() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.attention(x, x.flip(-1), x.sin(), need_weights=False)[0]
+            return y
+
+    torch.manual_seed(0)
+    source, batches = Attention().eval(), [torch.randn(4, 5, 16) for _ in range(2)]
+    for granularity, shape in (("tensor", ()), ("channel", (48, 1))):
+        config = CompileConfig(masks="sparsegpt", ends="sparse", granularity=granularity)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Any = nmcompile.compile(source, "inference", calibration=batches, config=config).eval()
+        triple = next(one for one in triples_of(found) if one.site.weight.endswith("in_proj_weight"))
+        assert triple.steps.weight is not None and triple.steps.weight.shape == shape
+        weight = found.attention.in_proj_weight.detach()
+        torch.testing.assert_close(integers_of(triple, weight), integers_of(triple, weight).round(), rtol=0, atol=1e-5)
+        assert torch.equal(nmcompile.finalize(found).get_parameter("attention.in_proj_weight"), weight)
