@@ -102,7 +102,8 @@ class CompileConfig:
             keeps the largest products of weights and input norms. `"sparsegpt"` (Frantar & Alistarh 2023) and `"admm"`
             (Boža 2024) keep the outputs of each layer as close as they can, and change the kept weights too. These
             masks stand until they are found again: neither `refresh` nor a write to the weights changes them. If the
-            weights are quantized, their integers are found with the masks, and the step of their grid stands too.
+            weights are quantized, their integers are found with the masks, and the step of their grid, which fits the
+            kept weights, stands too.
         refit: solve for the kept weights, by least squares of each layer's outputs over the calibration data; on the
             grid, if they are quantized.
         permute: before masks are found, put channels in an order in which the patterns keep more magnitude (Pool & Yu

@@ -61,7 +61,9 @@ def solve_part(trial: nn.Module, stop: Stop, hessian: Hessian, config: CompileCo
     method, refit = (config.masks, config.refit) if place else (ONLY_MASKS, False)
     found = solve(method, stop.layer, stop.weight, hessian, pattern, stop.row.is_transposable, refit, stop.rounding)
     is_kept = torch.equal(found.weight, ops.apply_mask(stop.weight, found.mask))
-    return Solved(found.mask, None if is_kept else found.weight, place, method, found.error, stop.step)
+    return Solved(
+        found.mask, None if is_kept else found.weight, place, method, found.error, None if is_kept else found.step
+    )
 
 
 def check_whole(trial: nn.Module, batches: Sequence[object]) -> None:

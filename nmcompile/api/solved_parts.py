@@ -48,7 +48,7 @@ class Solved:
         place: the elements of a parameter that the part is; None if it is computed from parameters.
         method: the method that found it.
         error: the relative error left in the layer's outputs.
-        step: the step of the grid that the weight is on, as its forward graph takes it; None if it is not quantized.
+        step: the step of the grid that the new values are on, or one for each row; None if they are on none.
     """
 
     mask: Tensor
@@ -149,10 +149,14 @@ def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
 
 def _settle_step(triple: GemmTriple, parts: Mapping[Part, Solved]) -> None:
     """Make the step of a layer's weight stand if the weight was rounded to it, all of it or some of its rows."""
-    steps = {part.row: one.step for part, one in parts.items() if one.weight is not None and one.step is not None}
-    if steps:
-        in_order = [step for _, step in sorted(steps.items())]
-        triple.steps.weight = in_order[0].clone() if in_order[0].dim() == 0 else torch.cat(in_order)
+    found = [(one.step, one.mask) for _, one in sorted(parts.items(), key=lambda item: item[0].row)]
+    steps = [
+        step if step is None or step.dim() else step.expand(len(mask), *[1] * (mask.dim() - 1)) for step, mask in found
+    ]
+    if len(found) == 1:
+        triple.steps.weight = found[0][0]
+    elif all(step is not None for step in steps):
+        triple.steps.weight = torch.cat(steps)
 
 
 @torch.inference_mode(False)

@@ -35,9 +35,9 @@ def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
     (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
-    inputs and outputs), `<layer>.weight_step` (float64, of the grid that a weight was rounded to when its mask was
-    found; NaN where SAWB finds it), `seed` and `format`; with `where="pays"` or `"likely"` also `<layer>.dense_phases`
-    (bool, for the forward, the backward and the update GEMM: whether it is left dense).
+    inputs and outputs), `<layer>.weight_step` (float64, for each out-feature, of the grid that the weight was rounded
+    to when its mask was found; NaN where SAWB finds it), `seed` and `format`; with `where="pays"` or `"likely"` also
+    `<layer>.dense_phases` (bool, for the forward, the backward and the update GEMM: whether it is left dense).
 
     Raises:
         StateError: the model is not compiled, or holds several compiled ones with layers of the same name.
@@ -88,14 +88,21 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
 
 
 def _weight_step(triple: GemmTriple) -> Tensor:
-    """Return the step that a layer's weight was rounded to, else NaN in its shape."""
-    step, dim = triple.steps.weight, triple.steps.weight_dim
-    if step is not None:
-        return step.detach().double().clone()
-    shape = triple.layer.weight_shape
-    return torch.full(
-        [n if d == dim else 1 for d, n in enumerate(shape)] if dim is not None else [], torch.nan
-    ).double()
+    """Return the step that each row of a layer's weight was rounded to, `(out,)`; NaN where SAWB finds it."""
+    step = torch.tensor(torch.nan) if triple.steps.weight is None else triple.steps.weight.detach()
+    return step.double().reshape(-1).expand(triple.layer.out_features).clone()
+
+
+def _load_weight_step(triple: GemmTriple, step: Tensor) -> None:
+    """Set the step of a weight's grid, one for all rows if there is no other."""
+    if step.isnan().any():
+        triple.steps.weight = None
+    elif triple.steps.weight_dim is None and bool((step == step[0]).all()):
+        triple.steps.weight = step[0].clone()
+    else:
+        shape = [1] * len(triple.layer.weight_shape)
+        shape[triple.layer.out_dim] = -1
+        triple.steps.weight = step.clone().reshape(shape)
 
 
 def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
@@ -111,8 +118,7 @@ def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
         triple.stream.seed = int(state["seed"])
         triple.stream.draw.copy_(state[f"{triple.layer.name}{DRAW}"])
         if triple.steps.weight_grid is not None:
-            step = state[f"{triple.layer.name}{STEP}"]
-            triple.steps.weight = None if step.isnan().all() else step.clone()
+            _load_weight_step(triple, state[f"{triple.layer.name}{STEP}"])
         for step in triple.steps.activations:
             if not state[_clip_key(step)].isnan():
                 step.calibrate(state[_clip_key(step)])

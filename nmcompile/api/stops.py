@@ -96,7 +96,9 @@ class Replacing(Unquantized):
         if found is None:
             return super().run(phase, {**values, "weight_mask": torch.ones_like(mask)})
         new = weight if found.weight is None else found.weight.to(weight)
-        return super().run(phase, {**values, "weight": new, "weight_mask": found.mask.to(weight.device)})
+        step = values.get("weight_step") if found.step is None else found.step.to(weight.device)
+        found_values = {"weight": new, "weight_mask": found.mask.to(weight.device), "weight_step": step}
+        return super().run(phase, {**values, **found_values})
 
     def part_of(self, mask: Tensor) -> Part:
         """Return the part of the weight that a call reads; the mask is a tensor of its own, or some rows of one."""

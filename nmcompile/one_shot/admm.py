@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nmcompile.one_shot.hessian import Hessian
 from nmcompile.one_shot.refit import refit
-from nmcompile.one_shot.rounding import Round, exactly
 from nmcompile.one_shot.select import Selector
 
 FIRST = 0.1  # ρ
@@ -25,8 +24,8 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of ρ, where more than this s
 LONGEST = 300  # iterations; about 45 are usual
 
 
-def admm(weights: Tensor, hessian: Hessian, choose: Selector, round: Round = exactly) -> tuple[Tensor, Tensor]:
-    """Return the pruned weights, which are not rounded yet, and their mask."""
+def admm(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
+    """Return the pruned weights and their mask."""
     dense = weights * hessian.used.unsqueeze(1)
     matrix = hessian.damped().to(weights.dtype)
     scale = matrix.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(1)

@@ -23,12 +23,14 @@ class Hessian:
     def __init__(self, layer: Layer, device: torch.device | str) -> None:
         self.layer = layer
         self.tokens = 0
+        self._factor: Tensor | None = None
         width = columns_of(layer)
         self._upper = torch.zeros(layer.groups, width, width, device=device)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Add an input of the layer."""
+        self._factor = None
         dtype = torch.promote_types(x.dtype, self._upper.dtype)
         self._upper = self._upper.to(dtype)
         for rows in input_slabs(self.layer, x.detach()):
@@ -65,6 +67,7 @@ class Hessian:
 
     def inverse_factor(self) -> Tensor:
         """Return the upper U of H⁻¹ = UᵀU of the damped Hessian, float64 `(groups, columns, columns)`."""
-        lower = torch.linalg.cholesky(self.damped().double())
-        upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        return upper
+        if self._factor is None:
+            lower = torch.linalg.cholesky(self.damped().double())
+            self._factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        return self._factor

@@ -13,18 +13,18 @@ from nmcompile.one_shot.admm import admm
 from nmcompile.one_shot.hessian import Hessian
 from nmcompile.one_shot.matrices import as_matrices, from_matrices
 from nmcompile.one_shot.refit import refit as refit_weights
-from nmcompile.one_shot.refit_on_grid import refit_on_grid
-from nmcompile.one_shot.rounding import Round, Rounding, exactly
+from nmcompile.one_shot.rounding import Rounding
 from nmcompile.one_shot.select import Selector
-from nmcompile.one_shot.sparsegpt import round_kept, sparsegpt
+from nmcompile.one_shot.solve_on_grid import fit_grid, solve_on_grid
+from nmcompile.one_shot.sparsegpt import sparsegpt
 from nmcompile.one_shot.wanda import magnitude, wanda
 from nmcompile.pruning.pattern import NMPattern
 
-Method = Callable[[Tensor, Hessian, Selector, Round], tuple[Tensor, Tensor]]
-"""(weights `(groups, rows, columns)`, Hessian, selector, rounding) -> pruned weights and mask."""
+Method = Callable[[Tensor, Hessian, Selector], tuple[Tensor, Tensor]]
+"""(weights `(groups, rows, columns)`, Hessian, selector) -> pruned weights and mask."""
 
 METHODS: dict[str, Method] = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt, "admm": admm}
-REFITTING = "admm"  # the method whose weights are refitted in any case
+KEEPING = ("magnitude", "wanda")  # methods that leave kept weights as they are, unless these are refitted
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Solution:
             grid, if there is one, unless the method keeps the weights as they are.
         mask: bool, of the same shape and strides.
         error: ||X (W - W')ᵀ|| / ||X Wᵀ|| over the calibration data, in Frobenius norms, with W' on the grid.
+        step: of the grid, in the shape of the one that was given; None for weights that are not quantized.
     """
 
     weight: Tensor
     mask: Tensor
     error: float
+    step: Tensor | None
 
 
 @torch.no_grad()
@@ -65,8 +67,8 @@ def solve(
         is_transposable: whether the mask is N:M along out-channels too.
         refit: whether the kept weights are set to their least-squares values in the end, the best found on the grid
             if there is one.
-        rounding: the grid of a quantized weight. `"sparsegpt"` makes up for what rounding changes as for what is
-            pruned.
+        rounding: the grid of a quantized weight as it is. Methods that change weights fit its step to those that they
+            keep, and make up for what rounding changes as for what is pruned.
 
     Raises:
         ConfigError: the method is unknown.
@@ -77,17 +79,28 @@ def solve(
     _check_fit(layer, pattern, is_transposable)
     _check_data(layer, hessian)
     dense = as_matrices(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
-    round = exactly if rounding is None else rounding.of(layer)
-    pruned, mask = METHODS[method](dense, hessian, Selector(pattern, is_transposable), round)
-    if rounding is not None and (refit or method == REFITTING):
-        rounded = round_kept(dense, mask, hessian, round)
-        pruned = refit_on_grid(dense, mask, hessian.damped().to(dense.dtype), rounded, round)
-    elif refit:
-        pruned = refit_weights(dense, mask, hessian.damped().to(dense.dtype), pruned)
+    choose = Selector(pattern, is_transposable)
+    if rounding is None or (method in KEEPING and not refit):
+        pruned, mask = _prune(method, dense, hessian, choose, refit)
+    else:
+        pruned, mask = _prune(method, dense, hessian, choose, refit and method in KEEPING)
+        rounding = fit_grid(rounding, pruned, hessian)
+        found = choose if method == "sparsegpt" else mask
+        pruned, mask = solve_on_grid(layer, dense, hessian, found, rounding, refit or method == "admm")
     result = torch.empty_like(weight).copy_(from_matrices(layer, pruned * mask))
-    left = round(as_matrices(layer, result.to(dense.dtype)))
     kept = torch.empty_like(weight, dtype=torch.bool).copy_(from_matrices(layer, mask))
-    return Solution(result, kept, _relative_error(dense, left, hessian.mean().to(dense.dtype)))
+    left = as_matrices(layer, result.to(dense.dtype))
+    left = left if rounding is None else rounding.of(layer)(left)
+    error = _relative_error(dense, left, hessian.mean().to(dense.dtype))
+    return Solution(result, kept, error, None if rounding is None else rounding.step)
+
+
+def _prune(method: str, dense: Tensor, hessian: Hessian, choose: Selector, refit: bool) -> tuple[Tensor, Tensor]:
+    """Return pruned weights, not rounded, and their mask."""
+    pruned, mask = METHODS[method](dense, hessian, choose)
+    if refit:
+        pruned = refit_weights(dense, mask, hessian.damped().to(dense.dtype), pruned)
+    return pruned, mask
 
 
 def _relative_error(dense: Tensor, pruned: Tensor, mean: Tensor) -> float:

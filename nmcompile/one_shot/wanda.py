@@ -6,17 +6,16 @@ Wanda (Sun et al. 2023, arXiv 2306.11695) scores a weight by its magnitude times
 from torch import Tensor
 
 from nmcompile.one_shot.hessian import Hessian
-from nmcompile.one_shot.rounding import Round, exactly
 from nmcompile.one_shot.select import Selector
 
 
-def magnitude(weights: Tensor, hessian: Hessian, choose: Selector, round: Round = exactly) -> tuple[Tensor, Tensor]:
+def magnitude(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
     """Return the weights of the largest |w|, and their mask."""
     mask = choose(weights.abs())
     return weights * mask, mask
 
 
-def wanda(weights: Tensor, hessian: Hessian, choose: Selector, round: Round = exactly) -> tuple[Tensor, Tensor]:
+def wanda(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
     """Return the weights of the largest |w| ||x||, and their mask."""
     norms = hessian.mean().diagonal(dim1=1, dim2=2).sqrt().to(weights.dtype)
     mask = choose(weights.abs() * norms.unsqueeze(1))

@@ -1,41 +1,67 @@
-"""The assignment problem: which of n columns goes to which of n blocks for the largest total gain."""
+"""The assignment problem: which of n columns goes to which of n blocks for the largest total gain, for many at once.
 
-import numpy as np
+An assignment is best exactly when no cycle of exchanges gains. Starting with every column in its own block, pairs that
+are each other's best exchange change places, and then cycles of any length, which Bellman and Ford's algorithm finds as
+circles among the predecessors of its longest walks (Klein 1967). A step moves along all that it finds, in all problems.
+"""
 
-from nmcompile.permutation.constraints import Ids
+import torch
+from torch import Tensor
 
-Gains = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+TOLERANCE = 1e-9  # a gain below this share of the largest is rounding
+FEWEST = 3  # edges of walks between two looks for circles
 
 
-def assign(gains: Gains) -> Ids:
-    """Return for each column of a square matrix the row that is assigned to it, so that the sum is largest.
+def assign(gains: Tensor) -> Tensor:
+    """Return for each block the column that is assigned to it, so that the sum of gains is largest.
 
-    Each column first takes its cheapest row if no other column has it. The rest of the rows are added one at a time
-    along shortest augmenting paths (Jonker & Volgenant 1987), in vector operations for each step of a path.
+    Args:
+        gains: gain of each column in each block, finite, `(problems, columns, blocks)` with as many of both.
+
+    Returns:
+        int64 `(problems, blocks)`.
     """
-    size = len(gains)
-    costs = -gains
-    row_price, column_price = np.zeros(size), np.append(costs.min(0), 0.0)
-    row_of = np.full(size + 1, -1)  # the last column is where each path begins
-    rows, columns = np.unique(costs.argmin(0), return_index=True)
-    row_of[columns] = rows
-    for row in np.setdiff1d(np.arange(size), rows):
-        row_of[size], column = row, size
-        distance, before = np.full(size, np.inf), np.full(size, size)
-        is_open = np.ones(size, dtype=bool)
-        visited = [size]
-        while row_of[column] >= 0:
-            current = row_of[column]
-            reduced = costs[current] - row_price[current] - column_price[:size]
-            shorter = is_open & (reduced < distance)
-            distance[shorter], before[shorter] = reduced[shorter], column
-            column = int(np.where(is_open, distance, np.inf).argmin())
-            step = distance[column]
-            row_price[row_of[visited]] += step
-            column_price[visited] -= step
-            distance[is_open] -= step
-            is_open[column] = False
-            visited.append(column)
-        while column != size:
-            row_of[column], column = row_of[before[column]], int(before[column])
-    return row_of[:size]
+    held = gains.double()
+    least = TOLERANCE * float(gains.abs().max())
+    columns = torch.arange(gains.shape[1]).expand(gains.shape[:2])
+    for find in (_pairs, _cycles):
+        while (moves := find(held, least)) is not None:
+            held = held.gather(1, moves.unsqueeze(2).expand_as(held))
+            columns = columns.gather(1, moves)
+    return columns
+
+
+def _pairs(gains: Tensor, least: float) -> Tensor | None:
+    """Return for each block where its next column is now: pairs change places that are each other's best choice."""
+    present = gains.diagonal(dim1=1, dim2=2)
+    best, partner = (gains + gains.mT - present.unsqueeze(1) - present.unsqueeze(2)).max(2)
+    own = torch.arange(gains.shape[1]).expand_as(partner)
+    moving = (partner.gather(1, partner) == own) & (best > least)
+    return torch.where(moving, partner, own) if moving.any() else None
+
+
+def _cycles(gains: Tensor, least: float) -> Tensor | None:
+    """Return for each block where its next column is now, along cycles that gain; None if there are none."""
+    count = gains.shape[1]
+    steps = gains - gains.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    longest = torch.zeros_like(gains[:, 0])
+    before = torch.full((len(gains), count + 1), count)  # the last node is before all that no walk has reached
+    for edges in range(1, 2 * count + FEWEST):
+        walks, last = (longest.unsqueeze(2) + steps).max(1)
+        is_longer = walks > longest + least
+        if not is_longer.any():
+            return None
+        longest = torch.where(is_longer, walks, longest)
+        before[:, :count] = torch.where(is_longer, last, before[:, :count])
+        on_circle = _on_circles(before) if edges >= FEWEST else is_longer.new_zeros(1)
+        if on_circle.any():
+            return torch.where(on_circle, before[:, :count], torch.arange(count))
+    return None
+
+
+def _on_circles(before: Tensor) -> Tensor:
+    """Return which nodes, but the last, are their own predecessor after some steps: those reached after many steps."""
+    reached = before
+    for _ in range(before.shape[1].bit_length()):
+        reached = reached.gather(1, reached)
+    return torch.zeros_like(before, dtype=torch.bool).scatter_(1, reached, True)[:, :-1]

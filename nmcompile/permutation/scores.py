@@ -11,7 +11,7 @@ from torch import Tensor
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.tile_enumeration import ENUMERABLE
 
-CHUNK = 1 << 22  # elements of a temporary tensor
+CHUNK = 1 << 18  # elements of a temporary tensor, which stays in a cache
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,42 @@ class Scores:
 
     def kept(self, blocks: Tensor) -> Tensor:
         """Return the kept sum of each block of columns, given as indices `(..., M)`."""
+        flat = blocks.reshape(-1, blocks.shape[-1])
+        size = max(1, CHUNK // (blocks.shape[-1] * self.columns.shape[1]))
+        return torch.cat([self._kept(chunk) for chunk in flat.split(size)]).reshape(blocks.shape[:-1])
+
+    def _kept(self, blocks: Tensor) -> Tensor:
         x = self.columns[blocks]
         if not self._has_tiles:
             return torch.stack(_largest(x, self.pattern.n_keep)).sum(0).sum(-1)
         return (self._tiles(x).movedim(-3, -2).flatten(-2) @ self._masks(0)).amax(-1).sum(-1)
 
     def gains(self, picked: Tensor, rest: Tensor) -> Tensor:
-        """Return what each picked column adds to each block of M - 1 columns, `(picked, blocks)`."""
+        """Return what each picked column adds to each block of M - 1 columns that is in the same group.
+
+        Args:
+            picked: columns, `(groups, picked)`.
+            rest: columns, `(groups, blocks, M - 1)`.
+
+        Returns:
+            `(groups, picked, blocks)`.
+        """
         return self._tile_gains(picked, rest) if self._has_tiles else self._row_gains(picked, rest)
 
     def _row_gains(self, picked: Tensor, rest: Tensor) -> Tensor:
         """Sum max(0, x - t) over rows, where t is the N-th largest of the rest: half of an L1 distance and two sums."""
         x, t = self.columns[picked], _largest(self.columns[rest], self.pattern.n_keep)[-1]
-        return (torch.cdist(x, t, p=1) + x.sum(1, keepdim=True) - t.sum(1)) / 2
+        return (torch.cdist(x, t, p=1) + x.sum(2).unsqueeze(2) - t.sum(2).unsqueeze(1)) / 2
 
     def _tile_gains(self, picked: Tensor, rest: Tensor) -> Tensor:
         """Sum over tiles the best choice of rows for the new column, with the best of the other columns beside it."""
         choices = _row_choices(self.pattern).to(self.columns)
-        new = self._tiles(self.columns[picked]) @ choices.T  # (picked, tiles, choices)
-        tile = self._tiles(self.columns[rest]).movedim(-3, -2).flatten(-2)  # (blocks, tiles, columns x rows)
+        new = self._tiles(self.columns[picked]) @ choices.T  # (groups, picked, tiles, choices)
+        tile = self._tiles(self.columns[rest]).movedim(-3, -2).flatten(-2)  # (groups, blocks, tiles, columns x rows)
         best = (tile @ self._masks(1)).unflatten(-1, (len(choices), -1)).amax(-1)
-        size = max(1, CHUNK // (len(picked) * len(rest) * len(choices)))
-        chunks = zip(new.split(size, 1), best.split(size, 1), strict=True)
-        return torch.stack([(a[:, None] + b).amax(-1).sum(-1) for a, b in chunks]).sum(0)
+        size = max(1, CHUNK // (picked.numel() * rest.shape[1]))
+        chunks = zip(new.split(size, 2), best.split(size, 2), strict=True)
+        return torch.stack([_best_sum(a.unsqueeze(2), b.unsqueeze(1)) for a, b in chunks]).sum(0)
 
     @property
     def _has_tiles(self) -> bool:
@@ -77,6 +90,15 @@ def _largest(x: Tensor, count: int) -> list[Tensor]:
         if len(top) < count:
             top.append(one)
     return top
+
+
+def _best_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum over tiles of the largest a + b over the last dim; both broadcast."""
+    pairs = [(x.contiguous(), y.contiguous()) for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True)]
+    best = pairs[0][0] + pairs[0][1]
+    for x, y in pairs[1:]:
+        torch.maximum(best, x + y, out=best)
+    return best.sum(-1)
 
 
 @cache

@@ -55,13 +55,12 @@ def test_joint_sparsegpt_is_the_surgeon_that_rounds(
     pattern = NMPattern.parse(text)
     rows, columns = (4 * n for n in shape)
     weight, x = torch.randn(rows, columns, dtype=torch.float64), correlated(tokens, columns)
-    rounding = sawb(weight, 0 if by_channel else None)
+    given = sawb(weight, 0 if by_channel else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nmcompile.one_shot.sparsegpt.PANEL", panel)
-        found = solve(
-            "sparsegpt", linear(rows, columns), weight, hessian_of(x), pattern, is_transposable, False, rounding
-        )
-    step = rounding.step.flatten().numpy()
+        found = solve("sparsegpt", linear(rows, columns), weight, hessian_of(x), pattern, is_transposable, False, given)
+    assert found.step is not None and found.step.shape == given.step.shape
+    step = found.step.flatten().numpy()
     kept, mask = oracles.prune_by_surgeon(
         weight.numpy(),
         mean_of(x),
@@ -82,11 +81,12 @@ def test_no_method_beats_all_masks_with_all_values(method: str, with_refit: bool
     for _ in range(4):
         weight, x = torch.randn(3, 8, dtype=torch.float64), correlated(64, 8)
         hessian = hessian_of(x)
-        step = float(sawb_scale(weight, 3))
-        rounding = Rounding(grid, torch.tensor(step, dtype=torch.float64))
+        rounding = Rounding(grid, sawb_scale(weight, 3))
         found = solve(method, linear(3, 8), weight, hessian, TWO_FOUR, False, with_refit, rounding)
         matrix = hessian.damped()[0].numpy()
-        least = oracles.least_loss_on_grid(weight.numpy(), matrix, oracles.row_masks(2, 4, 8), step, 3)
+        assert found.step is not None
+        masks, step = oracles.row_masks(2, 4, 8), float(found.step)
+        least = oracles.least_loss_on_grid(weight.numpy(), matrix, masks, step, 3)
         lost = oracles.loss(weight.numpy(), found.weight.numpy(), matrix)
         assert (lost >= least * (1 - 1e-9)).all()
         ratios.append(lost.sum() / least.sum())
@@ -140,10 +140,38 @@ def test_weights_are_on_the_grid_and_stay_there(method: str, dtype: torch.dtype,
     hessian.add(x)
     rounding = sawb(weight, 0)
     found = solve(method, layer, weight, hessian, TWO_FOUR, False, with_refit, rounding)
-    step = rounding.step
+    step = found.step
+    assert step is not None and step.shape == rounding.step.shape
     again = ((found.weight.to(step.dtype) / step).round().clamp(-7, 7) * step).to(dtype)
     assert torch.equal(found.weight, again)
     assert (found.mask.sum(1) == 2).all() and not found.weight[~found.mask].any()
+
+
+@pytest.mark.parametrize("dim", [None, 0])
+def test_the_step_fits_the_weights_that_are_kept(dim: int | None) -> None:
+    """No step among many leaves less error of rounding, counted by importance, than the fitted one by much."""
+    kept, importance = torch.randn(1, 16, 64, dtype=torch.float64), torch.rand(1, 64, dtype=torch.float64)
+    kept *= (kept.abs() > 0.6) * torch.rand(16, 1, dtype=torch.float64)
+    given = sawb(kept[0], dim)
+    fitted = given.fitted(kept, importance)
+
+    def errors(steps: Tensor) -> Tensor:
+        change = (kept / steps).round().clamp(-7, 7) * steps - kept
+        weighted = (change.square() * importance)[0].sum(1)
+        return weighted.sum() if dim is None else weighted
+
+    assert fitted.step.shape == given.step.shape
+    largest = kept.abs().amax() if dim is None else kept[0].abs().amax(1, keepdim=True)
+    tried = torch.stack([errors(share * largest / 7) for share in torch.linspace(0.2, 1.2, 501).tolist()])
+    assert (errors(fitted.step) <= 1.1 * tried.amin(0)).all()
+    assert errors(fitted.step).sum() < errors(given.step).sum()
+
+
+def test_rows_of_zeros_have_a_step() -> None:
+    kept = torch.randn(1, 4, 8)
+    kept[0, 2] = 0
+    fitted = sawb(torch.randn(4, 8), 0).fitted(kept, torch.ones(1, 8))
+    assert (fitted.step > 0).all() and fitted.step.isfinite().all()
 
 
 def test_rounding_together_leaves_less_error_than_rounding_afterwards() -> None:
@@ -154,8 +182,9 @@ def test_rounding_together_leaves_less_error_than_rounding_afterwards() -> None:
     def error(values: Tensor) -> float:
         return float((x @ (weight - values).T).norm() / (x @ weight.T).norm())
 
-    after = oracles.on_grid(solve("sparsegpt", *arguments).weight.double().numpy(), float(rounding.step), 7)
     together = solve("sparsegpt", *arguments, False, rounding)
+    assert together.step is not None
+    after = oracles.on_grid(solve("sparsegpt", *arguments).weight.double().numpy(), float(together.step), 7)
     refitted = solve("sparsegpt", *arguments, True, rounding)
     assert together.error == pytest.approx(error(together.weight), rel=1e-3)
     assert refitted.error < together.error < error(torch.from_numpy(after).float())
