@@ -148,15 +148,13 @@ def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
 
 
 def _settle_step(triple: GemmTriple, parts: Mapping[Part, Solved]) -> None:
-    """Make the step of a layer's weight stand if the weight was rounded to it, all of it or some of its rows."""
+    """Make the step of a weight stand if all of it was rounded; parts with steps of their own have one a row."""
     found = [(one.step, one.mask) for _, one in sorted(parts.items(), key=lambda item: item[0].row)]
-    steps = [
-        step if step is None or step.dim() else step.expand(len(mask), *[1] * (mask.dim() - 1)) for step, mask in found
-    ]
-    if len(found) == 1:
-        triple.steps.weight = found[0][0]
-    elif all(step is not None for step in steps):
-        triple.steps.weight = torch.cat(steps)
+    steps = [(step, mask) for step, mask in found if step is not None]
+    if not steps or len(steps) < len(found):
+        return
+    rows = [step if step.dim() else step.expand(len(mask), *[1] * (mask.dim() - 1)) for step, mask in steps]
+    triple.steps.weight = steps[0][0] if len(steps) == 1 else torch.cat(rows)
 
 
 @torch.inference_mode(False)

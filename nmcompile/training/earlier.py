@@ -72,8 +72,8 @@ def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
 
 
 def _weight_step(steps: GridSteps) -> list[tuple[Grid, Tensor]]:
-    is_rounded = steps.weight_grid is not None and steps.weight is not None
-    return [(steps.weight_grid, steps.weight)] if is_rounded else []
+    """Return the grid that a weight was rounded to, and its step; nothing if SAWB finds it."""
+    return [] if steps.weight_grid is None or steps.weight is None else [(steps.weight_grid, steps.weight)]
 
 
 def _fields(plan: LayerPlan) -> frozenset[str]:
