@@ -173,4 +173,4 @@ def _add(hessian: Hessian, stop: Stop, number: int) -> None:
             f"layer {stop.triple.layer.name!r}: calibration batch {number} gives NaN or infinity here; remove such "
             "samples"
         )
-    hessian.add(input)
+    hessian.add(input, None if input is stop.dense_input else stop.dense_input)

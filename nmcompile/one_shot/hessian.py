@@ -2,6 +2,10 @@
 
 The error that a change D of a weight matrix makes over all tokens is ||X Dᵀ||² = tr(D XᵀX Dᵀ), so the sum of x xᵀ over
 the rows x of the input is all that the methods need to know of the data.
+
+Where the input is pruned too, to x, the layer should still give what the dense weights give for the dense input d. The
+weights that come closest, in least squares, are W + W D H⁻¹ with D the sum of (d - x) xᵀ: what is pruned from an input
+is partly made up for by what is kept. The methods start from these.
 """
 
 import torch
@@ -24,18 +28,28 @@ class Hessian:
         self.layer = layer
         self.tokens = 0
         self._factor: Tensor | None = None
+        self._lost: Tensor | None = None
         width = columns_of(layer)
         self._upper = torch.zeros(layer.groups, width, width, device=device)
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Add an input of the layer."""
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add an input of the layer.
+
+        Args:
+            x: as the layer multiplies it.
+            dense: the same input before it was pruned; None if it is not pruned.
+        """
         self._factor = None
         dtype = torch.promote_types(x.dtype, self._upper.dtype)
         self._upper = self._upper.to(dtype)
         for rows in input_slabs(self.layer, x.detach()):
             self._add_rows(rows.to(self._upper))
             self.tokens += rows.shape[1]
+        if dense is not None:
+            for rows, lost in zip(*(input_slabs(self.layer, one) for one in (x, dense - x)), strict=True):
+                product = lost.to(self._upper).mT @ rows.to(self._upper)
+                self._lost = product if self._lost is None else self._lost + product
 
     def _add_rows(self, rows: Tensor) -> None:
         stripe = -(-rows.shape[2] // STRIPES)
@@ -64,6 +78,17 @@ class Hessian:
         diagonal += DAMPING * diagonal.mean(1, keepdim=True)
         diagonal.masked_fill_(~self.used, 1.0)
         return mean
+
+    def retargeted(self, weights: Tensor) -> Tensor:
+        """Return the weights that give with the inputs as they are what `weights` give with the dense ones, about.
+
+        Args:
+            weights: `(groups, rows, columns)`; returned as they are if no input was pruned.
+        """
+        if self._lost is None:
+            return weights
+        change = torch.linalg.solve(self.damped().double(), (weights.double() @ self._lost.double() / self.tokens).mT)
+        return weights + change.mT.to(weights)
 
     def inverse_factor(self) -> Tensor:
         """Return the upper U of H⁻¹ = UᵀU of the damped Hessian, float64 `(groups, columns, columns)`."""

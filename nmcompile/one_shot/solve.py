@@ -35,7 +35,8 @@ class Solution:
         weight: of the shape, dtype, device and strides of the layer's weight; exactly zero off the mask. It is on the
             grid, if there is one, unless the method keeps the weights as they are.
         mask: bool, of the same shape and strides.
-        error: ||X (W - W')ᵀ|| / ||X Wᵀ|| over the calibration data, in Frobenius norms, with W' on the grid.
+        error: ||X (W - W')ᵀ|| / ||X Wᵀ|| over the calibration data, in Frobenius norms, with W' on the grid. Where X is
+            pruned and the method changes weights, W are those that make up best for what X lacks.
         step: of the grid, in the shape of the one that was given; None for weights that are not quantized.
     """
 
@@ -80,27 +81,40 @@ def solve(
     _check_data(layer, hessian)
     dense = as_matrices(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
     choose = Selector(pattern, is_transposable)
-    if rounding is None or (method in KEEPING and not refit):
-        pruned, mask = _prune(method, dense, hessian, choose, refit)
+    if method in KEEPING and not refit:
+        target = dense
+        pruned, mask = METHODS[method](dense, hessian, choose)
     else:
-        pruned, mask = _prune(method, dense, hessian, choose, refit and method in KEEPING)
-        rounding = fit_grid(rounding, pruned, hessian)
-        found = choose if method == "sparsegpt" else mask
-        pruned, mask = solve_on_grid(layer, dense, hessian, found, rounding, refit or method == "admm")
+        target = hessian.retargeted(dense)
+        pruned, mask, rounding = _solve(method, layer, dense, target, hessian, choose, refit, rounding)
     result = torch.empty_like(weight).copy_(from_matrices(layer, pruned * mask))
     kept = torch.empty_like(weight, dtype=torch.bool).copy_(from_matrices(layer, mask))
     left = as_matrices(layer, result.to(dense.dtype))
     left = left if rounding is None else rounding.of(layer)(left)
-    error = _relative_error(dense, left, hessian.mean().to(dense.dtype))
+    error = _relative_error(target, left, hessian.mean().to(dense.dtype))
     return Solution(result, kept, error, None if rounding is None else rounding.step)
 
 
-def _prune(method: str, dense: Tensor, hessian: Hessian, choose: Selector, refit: bool) -> tuple[Tensor, Tensor]:
-    """Return pruned weights, not rounded, and their mask."""
-    pruned, mask = METHODS[method](dense, hessian, choose)
-    if refit:
-        pruned = refit_weights(dense, mask, hessian.damped().to(dense.dtype), pruned)
-    return pruned, mask
+def _solve(
+    method: str,
+    layer: Layer,
+    dense: Tensor,
+    target: Tensor,
+    hessian: Hessian,
+    choose: Selector,
+    refit: bool,
+    rounding: Rounding | None,
+) -> tuple[Tensor, Tensor, Rounding | None]:
+    """Return weights with new values near a target, their mask, and the grid that they are on."""
+    keeps = method in KEEPING
+    pruned, mask = METHODS[method](dense if keeps else target, hessian, choose)
+    if refit and (keeps or rounding is None):
+        pruned = refit_weights(target, mask, hessian.damped().to(target.dtype), pruned)
+    if rounding is not None:
+        rounding = fit_grid(rounding, pruned, hessian)
+        found = choose if method == "sparsegpt" else mask
+        pruned, mask = solve_on_grid(layer, target, hessian, found, rounding, refit or method == "admm")
+    return pruned, mask, rounding
 
 
 def _relative_error(dense: Tensor, pruned: Tensor, mean: Tensor) -> float:
