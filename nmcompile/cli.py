@@ -51,12 +51,15 @@ def demo(data: Path | None, epochs: int | None, seed: int, train_images: int) ->
 @click.option("--input", "inputs", multiple=True, help="An example input, such as f32[8,3,224,224]; repeatable.")
 @click.option("--json", "style", flag_value="json", help="Print JSON.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print markdown.")
-def analyze(model: str, mode: str, inputs: tuple[str, ...], style: str | None) -> None:
+@click.option("--html", type=click.Path(path_type=Path), help="Write the report to this file, for a browser.")
+def analyze(model: str, mode: str, inputs: tuple[str, ...], style: str | None, html: Path | None) -> None:
     """Show what compile would do to MODEL, named package.module:factory. Imports and runs that code."""
     import nmcompile
 
     args = _examples(inputs) or None
     report = nmcompile.analyze(_factory(model)(), mode, args=args)
+    if html is not None:
+        report.to_html(html)
     click.echo({"json": report.to_json, "markdown": report.to_markdown, None: report.__str__}[style]())
 
 

@@ -323,6 +323,7 @@ PATHS: dict[str, Callable[[Any], object]] = {
     "load_engine": load_engine,
     "save_choices": save_choices,
     "load_choices": load_choices,
+    "Report.to_html": nmcompile.analyze(net()).to_html,
 }
 
 

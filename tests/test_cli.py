@@ -74,6 +74,12 @@ def test_analyze_prints_json_and_markdown(package: str) -> None:
     assert run("analyze", f"{package}:build", "--markdown").output.startswith("# Sequential, mode 'training'")
 
 
+def test_analyze_writes_a_page_beside_what_it_prints(package: str, tmp_path: Path) -> None:
+    result = run("analyze", f"{package}:build", "--html", str(tmp_path / "report.html"))
+    assert result.output == run("analyze", f"{package}:build").output
+    assert "Sequential, training" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_doctor_shows_versions() -> None:
     shown = run("doctor").output
     assert f"torch: {torch.__version__}" in shown and f"nmcompile: {nmcompile.__version__}" in shown

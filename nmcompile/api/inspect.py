@@ -1,12 +1,18 @@
 """The report on a compiled model."""
 
-from torch import nn
+from collections.abc import Iterator
+from functools import partial
+from weakref import ref
+
+from torch import Tensor, nn
 
 from nmcompile.checks import check_compiled
 from nmcompile.report.layers import Observation
 from nmcompile.report.report import Report, build_report
+from nmcompile.sharded import is_sharded
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.record import record_of
+from nmcompile.three_gemm.stored_weights import stored_weight
 
 
 def inspect(compiled: nn.Module) -> Report:
@@ -32,4 +38,25 @@ def inspect(compiled: nn.Module) -> Report:
         for triple in triples_of(root)
     }
     name = type(root).__name__
-    return build_report(record.program, observed, model_name=name, mode=record.mode, reverted=record.reverted)
+    return build_report(
+        record.program,
+        observed,
+        model_name=name,
+        mode=record.mode,
+        reverted=record.reverted,
+        masks=partial(_masks, ref(root)),
+    )
+
+
+def _masks(model: "ref[nn.Module]") -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, weight and mask of the layers of a model that is still there, without a change of its state.
+
+    Nothing is yielded of a model that is split among processes: to gather a weight, all of them would have to ask.
+    """
+    root = model()
+    if root is None or any(map(is_sharded, root.parameters())):
+        return
+    for triple in triples_of(root):
+        weight = None if triple.mask is None else stored_weight(root, triple.site)
+        if triple.mask is not None and weight is not None and not weight.is_meta:
+            yield triple.layer.name, weight, triple.mask.preview(weight)

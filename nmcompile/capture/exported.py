@@ -160,7 +160,8 @@ class _Reader:
                 norms[node] = module
         products = frozenset(one.node for one in refused)
         shapes = {node: _shapes(self.originals[node.name]) for node in graph.nodes}
-        whole = WholeGraph(graph, layers, "export", self.constants, norms, products, shapes)
+        modules = {node: _innermost(self.originals[node.name]) for node in graph.nodes}
+        whole = WholeGraph(graph, layers, "export", self.constants, norms, products, shapes, modules)
         return Exported(whole, positions, called=self._called(), reads=dict(self._reads()))
 
     def _called(self) -> frozenset[str]:

@@ -36,7 +36,8 @@ def stitch(model: nn.Module, sites: list[FoundSite], protected: frozenset[int]) 
     norms = {node: str(node.target) for node in graph.nodes if node.op == "call_module" and node.target in names}
     products = frozenset(one.node for one in refused)
     layers = layers_of(model, graph, SiteIndex(sites))
-    return WholeGraph(graph, layers, "fx", norms=norms, products=products), ""
+    modules = {node: str(node.target) if node.op == "call_module" else node.meta[SCOPE] for node in graph.nodes}
+    return WholeGraph(graph, layers, "fx", norms=norms, products=products, modules=modules), ""
 
 
 def _graph_of(model: nn.Module, protected: frozenset[int]) -> fx.Graph:

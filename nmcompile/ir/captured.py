@@ -67,6 +67,7 @@ class WholeGraph:
         norms: the nodes that are a batch norm, with the module's name.
         products: the nodes that multiply by a parameter and are not a layer.
         shapes: the shape of each node's tensor in the example; one for each tensor of a tuple.
+        modules: the name of the module whose code made the node.
     """
 
     graph: fx.Graph
@@ -76,6 +77,7 @@ class WholeGraph:
     norms: Mapping[fx.Node, str] = field(default_factory=dict)
     products: frozenset[fx.Node] = frozenset()
     shapes: Mapping[fx.Node, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    modules: Mapping[fx.Node, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "WholeGraph":
         # Read-only, and its keys are nodes: copies of a model share it.

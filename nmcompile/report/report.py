@@ -1,32 +1,45 @@
-"""The report on a model: what is pruned in each layer, why, and which kernels ran; as text, markdown and JSON."""
+"""The report on a model: what is pruned in each layer, why, and which kernels ran; as text, markdown, HTML and JSON."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from nmcompile.checks import check_kind
+from nmcompile.checks import check_kind, check_path
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, nearest
+from nmcompile.files.write_atomically import write_atomically
 from nmcompile.ir.plan import Reverted
 from nmcompile.ir.program import Program
 from nmcompile.report.coverage import all_parameters, covered_parameters, uncaptured_parameters
 from nmcompile.report.graphs import inline_forward
 from nmcompile.report.layers import LayerReport, Observation, layer_report
+from nmcompile.report.to_html import to_html
 from nmcompile.report.to_json import to_json
 from nmcompile.report.to_text import to_markdown, to_text
+from nmcompile.report.weight_bytes import weight_bytes
+
+Masks = Callable[[], Iterable[tuple[str, Tensor, Tensor]]]
+"""Yields by layer the name, the weight and its mask, of a model that may have gone by then."""
+
+
+def no_masks() -> Iterable[tuple[str, Tensor, Tensor]]:
+    """Yield the masks of a model that is not compiled: none."""
+    return ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """The plan and its results, layer by layer."""
+    """The plan and its results, layer by layer. `masks` looks at a live model."""
 
     model_name: str
     mode: str
     layers: tuple[LayerReport, ...]
     program: Program
     reverted: Reverted | None = None
+    masks: Masks = field(default=no_masks, repr=False, compare=False)
 
     def layer(self, name: str) -> LayerReport:
         """Return one layer by name; raise for an unknown name, with the nearest one."""
@@ -59,11 +72,13 @@ class Report:
         """Return totals: layers, parameters, `pruned_share`, and per phase that share, expected MACs and BOPs.
 
         `parameters` counts the parameters of GEMMs, each once; `uncaptured_parameters` are read by code that is not a
-        layer. The MACs of `uncounted_layers`, whose shapes are unknown, are in none of them.
+        layer. The MACs of `uncounted_layers`, whose shapes are unknown, are in none of them. `bytes` are those of all
+        parameters in fp32, `dense` and with pruned weights `stored` as kept values and positions.
         """
         captured = self.program.captured
         sparse = [layer for layer in self.layers if layer.status == "sparse"]
         uncaptured = uncaptured_parameters(captured)
+        weights = {site.layer.name: site.weight for site in captured.sites}
         return {
             "layers": len(self.layers),
             "sparse_layers": len(sparse),
@@ -73,6 +88,7 @@ class Report:
             "uncaptured_parameters": uncaptured,
             "sparse_parameters": covered_parameters(captured, (layer.name for layer in sparse)),
             "pruned_share": self.pruned_share,
+            "bytes": weight_bytes(self.layers, weights, all_parameters(captured)),
             "phases": {phase.value: self._totals(phase) for phase in Phase},
         }
 
@@ -101,6 +117,15 @@ class Report:
         """Return versioned JSON: `schema_version` 1."""
         return to_json(self)
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one HTML file that needs nothing else: table, reasons, graphs, masks of a live model, times, JSON.
+
+        Raises:
+            ConfigError: `path` is not a path.
+            FileError: the file cannot be written; nothing was changed there.
+        """
+        write_atomically(check_path("path", path), to_html(self).encode())
+
 
 def build_report(
     program: Program,
@@ -109,10 +134,11 @@ def build_report(
     model_name: str,
     mode: str,
     reverted: Reverted | None = None,
+    masks: Masks = no_masks,
 ) -> Report:
     """Build the report of a program; `observed` is empty if nothing was compiled."""
     ran = any(seen.called for seen in observed.values())
     unseen = "bypassed: the model ran without calling it" if ran else "not called yet" if observed else ""
     nothing = Observation(called=False, positions=None)
     layers = (layer_report(program, plan, observed.get(plan.layer.name, nothing), unseen) for plan in program.plan)
-    return Report(model_name, mode, tuple(layers), program, reverted)
+    return Report(model_name, mode, tuple(layers), program, reverted, masks)

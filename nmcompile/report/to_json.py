@@ -15,25 +15,27 @@ SCHEMA_VERSION = 1
 
 def to_json(report: "Report") -> str:
     """Return the report as JSON."""
+    return json.dumps(report_data(report), indent=2)
+
+
+def report_data(report: "Report") -> dict[str, object]:
+    """Return the report as dicts, lists, texts and numbers."""
     captured = report.program.captured
-    return json.dumps(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "model": report.model_name,
-            "mode": report.mode,
-            "layers": [_layer(layer) for layer in report.layers],
-            "python": dict(captured.python),
-            "skipped": dict(captured.skipped),
-            "uncaptured": {
-                module: {name: list(captured.parameters[name]) for name in names}
-                for module, names in captured.uncaptured.items()
-            },
-            "whole_graph": captured.whole.source if captured.whole else None,
-            "summary": report.summary,
-            "reverted": None if report.reverted is None else asdict(report.reverted),
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": report.model_name,
+        "mode": report.mode,
+        "layers": [_layer(layer) for layer in report.layers],
+        "python": dict(captured.python),
+        "skipped": dict(captured.skipped),
+        "uncaptured": {
+            module: {name: list(captured.parameters[name]) for name in names}
+            for module, names in captured.uncaptured.items()
         },
-        indent=2,
-    )
+        "whole_graph": captured.whole.source if captured.whole else None,
+        "summary": report.summary,
+        "reverted": None if report.reverted is None else asdict(report.reverted),
+    }
 
 
 def _layer(layer: LayerReport) -> dict[str, object]:

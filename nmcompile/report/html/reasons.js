@@ -1,0 +1,70 @@
+// Every reason once, with the layers that it holds for.
+
+function showReasons() {
+  const groups = [...reasonGroups(), ...refusalGroups(), ...codeGroups()];
+  byId("reasons").append(
+    ...groups.map((group) => reasonItem(group)),
+    ...(groups.length ? [] : [element("p", { class: "faint" }, "Every GEMM is pruned as the mode says.")]),
+  );
+}
+
+// Return the folds of layers for each text that `texts` finds in a layer, in the order of the layers.
+function grouped(texts) {
+  const found = new Map();
+  for (const fold of FOLDS) {
+    for (const [text, phase] of texts(fold.layers[0])) {
+      const group = found.get(text) || { text, phases: new Set(), folds: new Set() };
+      group.phases.add(phase);
+      group.folds.add(fold);
+      found.set(text, group);
+    }
+  }
+  return [...found.values()];
+}
+
+function reasonGroups() {
+  const reasons = (layer) => layer.rows.filter((row) => row.reason).map((row) => [row.reason, row.phase]);
+  const statuses = (layer) => (stateOf(layer) === "unusual" ? [[layer.status, ""]] : []);
+  return grouped((layer) => [...statuses(layer), ...reasons(layer)]);
+}
+
+function refusalGroups() {
+  const told = (layer, phase) =>
+    layer.rows.some((row) => row.phase === phase && row.pattern) ? layer.refusals[phase] || [] : [];
+  const text = (one) => `no faster ${one.kind} kernel: ${one.backend}: ${one.reason}`;
+  return grouped((layer) => PHASES.flatMap((phase) => told(layer, phase).map((one) => [text(one), phase])));
+}
+
+// Return the modules that are not layers and yet multiply, or whose code is left as it is.
+function codeGroups() {
+  const titles = { skipped: "skipped", python: "stays Python" };
+  const one = (title, [module, why]) => ({ text: `${title}: ${why}`, modules: [module || "(model)"] });
+  return Object.entries(titles).flatMap(([key, title]) => {
+    const found = new Map();
+    for (const entry of Object.entries(REPORT[key])) {
+      const group = one(title, entry);
+      if (found.has(group.text)) found.get(group.text).modules.push(...group.modules);
+      else found.set(group.text, group);
+    }
+    return [...found.values()];
+  });
+}
+
+function reasonItem(group) {
+  const names = group.modules || [...group.folds].map(foldName);
+  const count = group.modules ? names.length : [...group.folds].reduce((sum, fold) => sum + fold.layers.length, 0);
+  const what = group.modules ? "module" : "layer";
+  const phases = group.phases ? [...group.phases].filter(Boolean) : [];
+  const where = phases.length && phases.length < PHASES.length ? ` (${phases.join(", ")})` : "";
+  return element(
+    "details",
+    {},
+    element(
+      "summary",
+      {},
+      element("span", { class: "sign" }, count),
+      `${what}${count === 1 ? "" : "s"}${where}: ${group.text}`,
+    ),
+    element("ul", {}, names.map((name) => element("li", { class: "mono" }, name))),
+  );
+}

@@ -1,0 +1,168 @@
+"""The HTML report: its data, and the page itself in a headless Chromium."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nmcompile
+from nmcompile import CompileConfig, Phase
+from nmcompile.report.report import Report
+from nmcompile.report.to_html import LIBRARIES, PAGE, page_data, to_html
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NAMES = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "esc\x1b[31m\u202e")
+"""Names of layers that would be markup, would end the script, or would not be seen."""
+CHECK = Path(__file__).parent / "check_page.html"
+"""A page that presses the report's buttons in a frame, and tells what it saw."""
+SWITCHES = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --allow-file-access-from-files --enable-logging=stderr"""
+
+
+class Blocks(nn.Module):
+    """Equal blocks, and layers with names from hell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(5))
+        for name in NAMES:
+            self.add_module(name, nn.Linear(8, 8))
+        self.odd = nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        for name in NAMES:
+            x = self.get_submodule(name)(x)
+        result: Tensor = self.odd(x)
+        return result
+
+
+def inspected(config: CompileConfig | None = None) -> tuple[nn.Module, Report]:
+    """Return a compiled model that ran, and its report."""
+    x = torch.randn(4, 8)
+    model = nmcompile.compile(Blocks(), args=(x,), config=config)
+    model(x).sum().backward()
+    return model, nmcompile.inspect(model)
+
+
+def data_of(page: str) -> Any:
+    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)
+
+
+def test_the_page_holds_the_report_and_every_layer() -> None:
+    model, report = inspected()
+    data = data_of(to_html(report))
+    assert model is not None and data["report"] == json.loads(report.to_json())
+    assert [layer["note"] for layer in data["layers"]] == [layer.note for layer in report.layers]
+    folded = sorted(index for fold in data["folds"] for index in fold["layers"])
+    assert folded == list(range(len(report.layers)))
+    assert {"blocks.[1-4].0", "blocks.[0-4].2", "odd"} <= {fold["name"] for fold in data["folds"]}
+
+
+def test_the_page_is_one_file_without_names_as_markup() -> None:
+    page = to_html(inspected()[1])
+    assert page.count("<script") == 1 + len(LIBRARIES) + 1 and "alert(1)>" not in page and "<script>alert" not in page
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page.split('id="data"')[0])
+    assert "default-src 'none'" in page and len(page) < 3_000_000
+
+
+def test_libraries_stand_with_version_and_licence() -> None:
+    vendor = PAGE / "vendor"
+    told = (vendor / "README.md").read_text(encoding="utf-8")
+    for name in LIBRARIES:
+        assert name in told and (vendor / f"{name.split('.')[0]}.LICENSE").read_text(encoding="utf-8")
+        assert "</script" not in (vendor / name).read_text(encoding="utf-8").lower()
+
+
+def test_masks_are_those_of_the_live_model() -> None:
+    model, report = inspected()
+    layers = {layer.name: data["tile"] for layer, data in zip(report.layers, page_layers(report), strict=True)}
+    effective = nmcompile.finalize(model).get_submodule("blocks.3.2").weight.detach()
+    tile = layers["blocks.3.2"]
+    assert tile["rows"] == tuple("".join("01"[int(one != 0)] for one in row) for row in effective)
+    assert tile["kept"] == {"in": {2: 16}, "out": {2: 16}} and tile["block"] == 4
+    dense = model.get_submodule("blocks.3.2").weight.detach().abs().double().sum()  # type: ignore[union-attr, operator]
+    assert tile["magnitude"] == pytest.approx(float(effective.abs().double().sum() / dense))
+    assert layers["odd"] is None
+
+
+def test_masks_are_looked_at_without_a_change() -> None:
+    model, report = inspected()
+    before = json.dumps(nmcompile.inspect(model).to_json()), str(nmcompile.sparse_state_dict(model))
+    page_data(report)
+    assert (json.dumps(nmcompile.inspect(model).to_json()), str(nmcompile.sparse_state_dict(model))) == before
+
+
+def test_a_model_that_is_gone_has_no_masks() -> None:
+    model, report = inspected()
+    assert any(layer["tile"] for layer in page_layers(report))
+    del model
+    assert not any(layer["tile"] for layer in page_layers(report))
+
+
+def page_layers(report: Report) -> list[Any]:
+    layers = page_data(report)["layers"]
+    assert isinstance(layers, list)
+    return layers
+
+
+def test_graphs_have_every_node_with_its_kind_and_known_shapes() -> None:
+    model, x = nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU()), torch.randn(4, 8, 6, 6)
+    report = nmcompile.analyze(model, "training", args=(x,), config=CompileConfig(ends="sparse"))
+    data = page_data(report)
+    (graphs,) = data["graphs"]  # type: ignore[misc]
+    graph = report.layers[0].graphs
+    for phase, result in zip(Phase, ([4, 12, 4, 4], [4, 8, 6, 6], [12, 8, 3, 3]), strict=True):
+        nodes = graphs[phase.value]["nodes"]
+        names = [
+            str(n.target) if n.op == "placeholder" else n.name for n in graph[phase].graph.nodes if n.op != "output"
+        ]
+        assert [node["name"] for node in nodes] == names
+        assert [node["shape"] for node in nodes if node["kind"] == "gemm"] == [result]
+    assert {node["label"] for node in data["graph"]["nodes"]} >= {"conv2d", "relu"}  # type: ignore[index]
+
+
+def test_bytes_are_those_of_kept_values_with_two_bits_each() -> None:
+    report = nmcompile.analyze(nn.Linear(8, 16, bias=False), "weights", config=CompileConfig(ends="sparse"))
+    assert report.summary["bytes"] == {"dense": 8 * 16 * 4, "stored": 8 * 16 // 2 * (32 + 2) // 8}
+
+
+def browse(page: Path, profile: Path, *switches: str) -> subprocess.CompletedProcess[str]:
+    """Open a page in a headless browser with an empty profile."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, *SWITCHES.split(), f"--user-data-dir={profile}", *switches, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_works_in_a_browser(width: int, tmp_path: Path) -> None:
+    model, report = inspected()
+    report.to_html(tmp_path / "report.html")
+    scripts = 1 + len(LIBRARIES) + 1
+    check = (
+        CHECK.read_text().replace("PAGE", "report.html").replace("WIDTH", str(width)).replace("SCRIPTS", str(scripts))
+    )
+    (tmp_path / "check.html").write_text(check)
+    done = browse(tmp_path / "check.html", tmp_path / "profile", "--dump-dom", "--virtual-time-budget=20000")
+    assert model is not None and "CONSOLE" not in done.stderr, done.stderr
+    told = re.findall(r"^(?:<.*>)?(ok|FAILED) (.*)$", done.stdout, re.MULTILINE)
+    assert len(told) == 17 and [what for how, what in told if how != "ok"] == [], done.stdout[-3000:]
+
+
+@needs_browser
+def test_the_page_prints(tmp_path: Path) -> None:
+    inspected()[1].to_html(tmp_path / "report.html")
+    browse(tmp_path / "report.html", tmp_path / "profile", f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
