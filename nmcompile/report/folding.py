@@ -1,5 +1,6 @@
 """Layers that differ in nothing but the numbers in their names, folded: `layers.[0-29].mlp.up_proj`."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -8,7 +9,8 @@ from math import prod
 from nmcompile.config import Phase
 from nmcompile.report.layers import LayerReport
 
-ANY = "*"
+NUMBER = re.compile("(0|[1-9][0-9]*)")
+"""A number as Python writes it: `01` is two of them."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Fold:
 
 
 def fold_layers(layers: Sequence[LayerReport]) -> tuple[Fold, ...]:
-    """Fold the layers that are equal except for whole numbers in their names; in the order of each fold's first."""
+    """Fold the layers that are equal except for numbers in their names; in the order of each fold's first layer."""
     found: dict[tuple[object, ...], list[LayerReport]] = {}
     for layer in layers:
         found.setdefault(_look(layer), []).append(layer)
@@ -40,17 +42,17 @@ def _nameable(group: Sequence[LayerReport]) -> list[Fold]:
     """Split layers until one name stands for each part: names of all combinations of numbers, and no others."""
     columns = _columns([layer.name for layer in group])
     if prod(map(len, columns)) == len(group):
-        return [Fold(".".join(map(_joined, columns)), tuple(group))]
+        return [Fold("".join(map(_joined, columns)), tuple(group))]
     last = max(number for number, column in enumerate(columns) if len(column) > 1)
     parts: dict[str, list[LayerReport]] = {}
     for layer in group:
-        parts.setdefault(layer.name.split(".")[last], []).append(layer)
+        parts.setdefault(NUMBER.split(layer.name)[last], []).append(layer)
     return [fold for part in parts.values() for fold in _nameable(part)]
 
 
 def _columns(names: Iterable[str]) -> list[list[str]]:
-    """Return the different parts of names at each place between dots."""
-    return [list(dict.fromkeys(parts)) for parts in zip(*(name.split(".") for name in names), strict=True)]
+    """Return the different parts of names at each place: text and numbers in turn."""
+    return [list(dict.fromkeys(parts)) for parts in zip(*map(NUMBER.split, names), strict=True)]
 
 
 def _joined(column: Sequence[str]) -> str:
@@ -59,8 +61,7 @@ def _joined(column: Sequence[str]) -> str:
 
 def _look(layer: LayerReport) -> tuple[object, ...]:
     """Return all that a fold has in common."""
-    plan, parts = layer.plan, layer.name.split(".")
-    form = tuple(ANY if part.isdecimal() else part for part in parts)
+    plan, form = layer.plan, tuple(NUMBER.split(layer.name)[::2])
     rows = tuple((r.phase, r.operand, r.operator, r.pattern, r.axis, r.grid, r.reason) for r in plan.rows)
     geometry = layer.layer.kind, layer.layer.weight_shape, layer.layer.groups, layer.macs
     kernels = tuple(

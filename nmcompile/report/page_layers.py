@@ -39,14 +39,20 @@ class GraphTable:
 def operand_shapes(whole: WholeGraph | None, layers: Iterable[LayerReport]) -> dict[str, dict[str, Shape]]:
     """Return the shapes of each layer's operands by name; those of its input and output if an example ran."""
     shapes = {layer.name: _weight_shapes(layer.layer) for layer in layers}
-    for node, names in () if whole is None else whole.layers.items():
-        source = next((one for one in node.all_input_nodes if one.op != "get_attr"), None)
-        places = {"input": source, "grad_output": node}
-        for operand, place in places.items() if len(names) == 1 and whole is not None else ():
-            found = whole.shapes.get(place, ()) if place is not None else ()
-            if len(found) == 1 and names[0] in shapes:
-                shapes[names[0]].setdefault(operand, found[0])
+    if whole is None:
+        return shapes
+    for node, names in whole.layers.items():
+        if len(names) == 1 and names[0] in shapes:
+            for operand, shape in _example_shapes(whole, node).items():
+                shapes[names[0]].setdefault(operand, shape)
     return shapes
+
+
+def _example_shapes(whole: WholeGraph, node: fx.Node) -> dict[str, Shape]:
+    """Return the shapes of a layer's input and output where they are known."""
+    source = next((one for one in node.all_input_nodes if one.op != "get_attr"), node)
+    found = {"input": whole.shapes.get(source, ()), "grad_output": whole.shapes.get(node, ())}
+    return {operand: shapes[0] for operand, shapes in found.items() if len(shapes) == 1}
 
 
 def _weight_shapes(layer: Layer) -> dict[str, Shape]:

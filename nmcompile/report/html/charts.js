@@ -57,7 +57,7 @@ function bars(title, unit, labels, datasets) {
   const canvas = element("canvas", { role: "img", "aria-label": title });
   const box = element("div", { class: "chart" }, canvas);
   box.style.height = `${70 + labels.length * (datasets.length > 1 ? 34 : 24)}px`;
-  byId("charts").append(element("h2", {}, title), box);
+  byId("charts").append(element("section", {}, element("h2", {}, title), box));
   const [ink, grid] = [colour("ink"), { color: colour("line") }];
   const width = window.innerWidth < 640 ? 18 : 44;
   const short = (label) => (label.length > width ? `…${label.slice(1 - width)}` : label);

@@ -25,6 +25,12 @@ function reasonsOf(layer) {
   return [...new Set(layer.rows.map((row) => row.reason).filter(Boolean))];
 }
 
+// Return the backends that left a GEMM with a pruned operand to slower kernels.
+function refusalsIn(layer, phase) {
+  const isPruned = layer.rows.some((row) => row.phase === phase && row.pattern);
+  return isPruned ? layer.refusals[phase] || [] : [];
+}
+
 // Return the measured seconds of a layer's GEMM: with the dense kernel, and with the kernel that was chosen.
 function timesOf(layer, phase) {
   const choice = layer.choices[phase];

@@ -31,7 +31,7 @@ function factsOf(layer) {
 const PLAN = ["phase", "operand", "operator", "pattern", "axis", "grid", "kernels", "choice", "reason"];
 
 function planTable(layer) {
-  const rows = layer.rows.map((row) => ({ ...row, choice: choiceText(layer.choices[row.phase]) }));
+  const rows = PHASES.flatMap((phase) => phaseRows(layer, phase));
   const used = PLAN.filter((key) => rows.some((row) => row[key]));
   const cell = (row, key) => element("td", { "data-label": key }, row[key] || []);
   return element(
@@ -40,6 +40,12 @@ function planTable(layer) {
     element("thead", {}, element("tr", {}, used.map((key) => element("th", { scope: "col" }, key)))),
     element("tbody", {}, rows.map((row) => element("tr", {}, used.map((key) => cell(row, key))))),
   );
+}
+
+// Return the rows of a GEMM; its kernels stand in the first one.
+function phaseRows(layer, phase) {
+  const [first, ...rest] = layer.rows.filter((row) => row.phase === phase);
+  return [{ ...first, choice: choiceText(layer.choices[phase]) }, ...rest.map((row) => ({ ...row, kernels: "" }))];
 }
 
 function choiceText(choice) {
@@ -57,7 +63,7 @@ function choiceText(choice) {
 function refusalsOf(layer) {
   const found = new Map();
   for (const phase of PHASES) {
-    for (const one of layer.refusals[phase] || []) {
+    for (const one of refusalsIn(layer, phase)) {
       const text = `${one.kind}: ${one.backend}: ${one.reason}`;
       found.set(text, [...(found.get(text) || []), phase]);
     }

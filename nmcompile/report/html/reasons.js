@@ -1,9 +1,12 @@
-// Every reason once, with the layers that it holds for.
+// Every reason once, with a number and the layers that it holds for.
+
+const REASONS = reasonGroups();
+const NUMBERS = new Map(REASONS.map((group, index) => [group.text, index + 1]));
 
 function showReasons() {
-  const groups = [...reasonGroups(), ...refusalGroups(), ...codeGroups()];
+  const groups = [...REASONS, ...refusalGroups(), ...codeGroups()];
   byId("reasons").append(
-    ...groups.map((group) => reasonItem(group)),
+    ...groups.map((group, index) => reasonItem(group, index + 1)),
     ...(groups.length ? [] : [element("p", { class: "faint" }, "Every GEMM is pruned as the mode says.")]),
   );
 }
@@ -29,10 +32,8 @@ function reasonGroups() {
 }
 
 function refusalGroups() {
-  const told = (layer, phase) =>
-    layer.rows.some((row) => row.phase === phase && row.pattern) ? layer.refusals[phase] || [] : [];
   const text = (one) => `no faster ${one.kind} kernel: ${one.backend}: ${one.reason}`;
-  return grouped((layer) => PHASES.flatMap((phase) => told(layer, phase).map((one) => [text(one), phase])));
+  return grouped((layer) => PHASES.flatMap((phase) => refusalsIn(layer, phase).map((one) => [text(one), phase])));
 }
 
 // Return the modules that are not layers and yet multiply, or whose code is left as it is.
@@ -50,7 +51,7 @@ function codeGroups() {
   });
 }
 
-function reasonItem(group) {
+function reasonItem(group, number) {
   const names = group.modules || [...group.folds].map(foldName);
   const count = group.modules ? names.length : [...group.folds].reduce((sum, fold) => sum + fold.layers.length, 0);
   const what = group.modules ? "module" : "layer";
@@ -58,12 +59,12 @@ function reasonItem(group) {
   const where = phases.length && phases.length < PHASES.length ? ` (${phases.join(", ")})` : "";
   return element(
     "details",
-    {},
+    { id: `reason-${number}` },
     element(
       "summary",
       {},
-      element("span", { class: "sign" }, count),
-      `${what}${count === 1 ? "" : "s"}${where}: ${group.text}`,
+      element("span", { class: "sign" }, `${number}.`),
+      `${count} ${what}${count === 1 ? "" : "s"}${where}: ${group.text}`,
     ),
     element("ul", {}, names.map((name) => element("li", { class: "mono" }, name))),
   );

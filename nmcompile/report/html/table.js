@@ -8,7 +8,7 @@ const COLUMNS = [
   ...PHASES.map((phase) => ({ title: phase, key: (fold) => fold.layers[0].operands[phase] })),
   { title: "MACs", key: (fold) => fold.layers[0].macs ?? -1, number: true },
   { title: "dense / chosen", key: (fold) => gain(fold.layers), number: true },
-  { title: "note", key: (fold) => noteOf(fold.layers[0]) },
+  { title: "note", key: (fold) => fold.layers[0].note },
 ];
 const SHORT_NAME = 36; // characters that stay on one line
 const UNFOLDED = new Set();
@@ -23,8 +23,13 @@ function gain(layers) {
   return times ? times.dense / times.chosen : -1;
 }
 
-function noteOf(layer) {
-  return layer.note.startsWith(layer.status) ? layer.note.slice(layer.status.length).replace(/^; /, "") : layer.note;
+// Return the numbers of the reasons that hold for a layer, with links, and what else is known of it.
+function noteCell(layer) {
+  const link = (text) => element("a", { href: `#reason-${NUMBERS.get(text)}`, title: shown(text) }, NUMBERS.get(text));
+  const links = [...new Set([layer.status, ...reasonsOf(layer)])].filter((text) => NUMBERS.has(text)).map(link);
+  const separated = links.flatMap((one, index) => (index ? [", ", one] : ["reason ", one]));
+  const found = layer.mask ? `mask by ${layer.mask.method}, output error ${percent(layer.mask.error)}` : "";
+  return [...separated, ...[found, layer.permutation].filter(Boolean).map((text) => ` ${text}`)];
 }
 
 function showTable() {
@@ -113,7 +118,7 @@ function layerRow(fold, kind, columns) {
     ...layer.operands,
     MACs: layer.macs === null ? "" : amount(layer.macs),
     "dense / chosen": ratio,
-    note: noteOf(layer),
+    note: noteCell(layer),
   };
   return element("tr", { class: kind }, columns.map((column) => dataCell(column, cells[column.title])));
 }
