@@ -1,7 +1,7 @@
 """Whole training steps, dense and sparse in turns: forward, backward, update, pruning and optimizer.
 
-Masks are refreshed every 40 steps, more than are timed here. Each variant trains its own copy of the model: "eager";
-for the MLP also "best dense", with oneDNN's linear operator, the fastest dense path on AMD; and compiled in mode
+Masks stand: refresh.py times their rebuilds. Each variant trains its own copy of the model: "eager"; for the MLP also
+"best dense", with oneDNN's linear operator, the fastest dense path on AMD; and compiled in mode
 "training", with everything pruned ("sparse") or only what pays ("pays"). With `--compiled`, the variants that it names
 also run under `torch.compile`.
 
@@ -39,8 +39,9 @@ def made(variant: str, load: Workload) -> nn.Module:
     if variant == "best dense":
         return BestDense(model)
     if variant == "sparse":
-        return nmcompile.compile(model, "training", config=load.config)
-    return nmcompile.compile(model, "training", args=(load.x,), config=replace(load.config, where="pays"))
+        return nmcompile.compile(model, "training", config=replace(load.config, refresh=None))
+    config = replace(load.config, refresh=None, where="pays")
+    return nmcompile.compile(model, "training", args=(load.x,), config=config)
 
 
 def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workload) -> Callable[[], None]:

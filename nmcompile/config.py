@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from operator import methodcaller
 from types import MappingProxyType
+from typing import Literal
 
 from nmcompile.checks import check_choice, check_kind, check_number
 from nmcompile.errors import ConfigError, nearest
@@ -18,6 +19,7 @@ from nmcompile.pruning.pattern import NMPattern
 
 DEFAULT = "_default"
 REGEX = "re:"
+STEADY = "steady"
 MOST_STEPS = 2**53
 ENDS = ("dense", "sparse", "int8")
 CLIPS = ("mse", "percentile", "pact")
@@ -75,7 +77,9 @@ class CompileConfig:
         layers: overrides by name, most specific first: a weight's exact name (`"fc.weight"`), a layer's exact name,
             `"re:"` and a pattern that matches a whole weight name, then one that matches a whole layer name (first
             match wins), and `"_default"` for all others. `None` leaves the layer dense.
-        refresh: optimizer steps between two computations of a mask; `None` freezes the first one.
+        refresh: how a mask follows its weight. `"steady"` rebuilds it every 4 optimizer steps, and a pruned weight
+            replaces a kept one only if three quarters of its magnitude are more. A number of steps recomputes it from
+            the weight alone after so many (40 in Hubara et al. 2021, 1 in SR-STE); `None` freezes the first one.
         sr_ste: SR-STE's λ, which adds λ (1 - mask) ∘ w to the gradient of pruned weights; 0 turns it off.
         ends: `"dense"` keeps the first layer and the last linear dense unless `layers` names them; `"sparse"` treats
             them like any other; `"int8"` stores their weights with 8 bits where the mode quantizes.
@@ -113,7 +117,7 @@ class CompileConfig:
     """
 
     layers: Mapping[str, LayerConfig | None] = field(default_factory=dict)
-    refresh: int | None = 40
+    refresh: int | Literal["steady"] | None = "steady"
     sr_ste: float = 0.0
     ends: str = "dense"
     clip: str = "mse"
@@ -141,8 +145,10 @@ class CompileConfig:
         return self.masks != "magnitude" or self.refit
 
     def _check_numbers(self) -> None:
-        steps, factor = "a number of optimizer steps >= 1, or None to freeze", "SR-STE's λ, a finite number >= 0"
-        if self.refresh is not None:
+        steps = f"{STEADY!r}, a number of optimizer steps >= 1, or None to freeze"
+        factor = "SR-STE's λ, a finite number >= 0"
+        is_steady = isinstance(self.refresh, str) and self.refresh == STEADY
+        if self.refresh is not None and not is_steady:
             check_number("refresh", self.refresh, Integral, 1, MOST_STEPS, steps)
         check_number("sr_ste", self.sr_ste, Real, 0, sys.float_info.max, factor)
 

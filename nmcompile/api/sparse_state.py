@@ -26,6 +26,7 @@ from nmcompile.three_gemm.record import RECORD, record_of
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.earlier import earlier_layers
 from nmcompile.training.find_masks import masks_among
+from nmcompile.training.weight_clock import HOLDS
 
 LOADED = "pruning did not pay where the loaded state was decided (CompileConfig.where)"
 
@@ -33,7 +34,8 @@ LOADED = "pruning did not pay where the loaded state was decided (CompileConfig.
 def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state that `state_dict()` does not hold, as tensors that safetensors can write.
 
-    Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, 1 if the mask is stale), `<layer>.draw`
+    Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, and whether the mask is
+    stale: 0 if not, 1 by a write, 2 by steps), `<layer>.draw`
     (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
     inputs and outputs), `<layer>.weight_step` (float64, for each out-feature, of the grid that the weight was rounded
     to when its mask was found; NaN where SAWB finds it), `seed` and `format`; with `where="pays"` or `"likely"` also
@@ -75,7 +77,7 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
     state = {"format": torch.tensor(FORMAT), "seed": torch.tensor(layers[0].stream.seed if layers else 0)}
     for name, mask in masks_among(layers).items():
         state[f"{name}.mask"] = mask.tensor.detach().clone(memory_format=torch.contiguous_format)
-        state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, int(mask.is_stale)])
+        state[f"{name}{CLOCK}"] = torch.tensor([mask.steps, mask.clock.staleness if mask.is_stale else HOLDS])
     for triple in layers:
         state[f"{triple.layer.name}{DRAW}"] = triple.stream.draw.cpu().clone()
         if triple.steps.weight_grid is not None:
@@ -107,12 +109,12 @@ def _load_weight_step(triple: GemmTriple, step: Tensor) -> None:
 
 def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:
     for name, mask in masks_among(layers).items():
-        steps, stale = (int(value) for value in state[f"{name}{CLOCK}"])
+        steps, staleness = (int(value) for value in state[f"{name}{CLOCK}"])
         mask.look()  # also moves it to the weight's device
         mask.tensor.copy_(state[f"{name}.mask"])
         mask.steps, mask.is_resumed = steps, False
         mask.accept_content()
-        mask.clock.is_stale = bool(stale)
+        mask.clock.staleness = staleness
     for triple in layers:
         triple.thaw()
         triple.stream.seed = int(state["seed"])

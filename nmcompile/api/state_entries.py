@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.errors import StateError, nearest
+from nmcompile.training.weight_clock import HOLDS, STEPPED
 
 FORMAT = 1
 CLOCK, DRAW, CLIP, STEP, DENSE = ".clock", ".draw", "clip", ".weight_step", ".dense_phases"  # how keys end
@@ -61,8 +62,8 @@ def _refusal(name: str, value: object, mine: Tensor) -> str:
 
 
 def _wrong_number(name: str, value: Tensor) -> str:
-    if name.endswith(CLOCK) and not (0 <= value[0] < MOST and 0 <= value[1] <= 1):
-        return f"is {value.tolist()}; expected a number of steps, and 0 or 1 for a stale mask"
+    if name.endswith(CLOCK) and not (0 <= value[0] < MOST and HOLDS <= value[1] <= STEPPED):
+        return f"is {value.tolist()}; expected a number of steps, and 0, 1 or 2 for a stale mask"
     if name.endswith(DRAW) and not 0 <= value < MOST:
         return f"is {int(value)}; expected a number of backward calls"
     if name.endswith(STEP) and not (value.isnan() | ((value > 0) & value.isfinite())).all():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from nmcompile.errors import ConfigError, nearest
-from nmcompile.paper import eq21, eq26, fig1, fig2, table2
+from nmcompile.paper import eq21, eq26, fig1, fig2, refresh, table2
 from nmcompile.paper.experiment import Experiment
 
 ORDER: tuple[Experiment, ...] = (
@@ -12,6 +12,8 @@ ORDER: tuple[Experiment, ...] = (
     eq21.EXPERIMENT,
     fig2.EXPERIMENT,
     eq26.EXPERIMENT,
+    refresh.EXPERIMENT,
+    refresh.LONG,
 )
 EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in ORDER}
 

@@ -16,6 +16,7 @@ from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.earlier import Earlier
 from nmcompile.training.masks import WeightMask
+from nmcompile.training.weight_clock import HOLDS, WRITTEN
 
 
 class TripleFactory:
@@ -115,10 +116,15 @@ class TripleFactory:
             site.weight, site.layer, row.operator, row.pattern, config.refresh, config.sr_ste, weight, kernel
         )
         earlier = self.earlier.masks.get(site.weight)
-        if earlier is not None and not earlier.is_stale and _meets(earlier.tensor, mask):
+        if (
+            earlier is not None
+            and (earlier.found or earlier.clock.staleness != WRITTEN)
+            and _meets(earlier.tensor, mask)
+        ):
             mask.tensor.copy_(earlier.tensor)
             mask.steps, mask.found = earlier.steps, earlier.found
-            mask.clock.is_stale, mask.clock.content = False, earlier.clock.content
+            mask.clock.staleness = earlier.clock.staleness if earlier.is_stale else HOLDS
+            mask.clock.content = earlier.clock.content
         return mask
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from nmcompile.config import STEADY
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.found_mask import FoundMask
 from nmcompile.ir.layers import Layer
@@ -22,8 +23,9 @@ from nmcompile.sharded import gathered, is_sharded, refuse_flat
 from nmcompile.training.mask_guard import guards_of
 from nmcompile.training.optimizer_hooks import live_masks, watch_optimizers
 from nmcompile.training.refresh_mask import NEVER, compute_mask, is_compared, refresh_mask, when_compared
+from nmcompile.training.steady import discounted, period_of
 from nmcompile.training.step_count import StepCount
-from nmcompile.training.weight_clock import UNKNOWN, WeightClock
+from nmcompile.training.weight_clock import STEPPED, UNKNOWN, WRITTEN, WeightClock
 from nmcompile.weight_cache import FROZEN, Content
 
 SILENT_BACKWARDS = 1000  # without an optimizer step between them; then calls compare the weight again
@@ -34,7 +36,7 @@ _serials = itertools.count()
 class WeightMask:
     """The current mask of one weight, shared by the layers that share the weight.
 
-    It becomes stale by an optimizer step (every `refresh`-th), by `load_state_dict`, and by any write to the weight
+    It becomes stale by an optimizer step (one in each period), by `load_state_dict`, and by any write to the weight
     that no optimizer step explains, such as an EMA update. Calls that do not train the weight compare its fingerprint,
     which shows every write; so do calls that train it until an optimizer is seen to step it. From then on, only its
     version counter and address are compared while it is trained. `sparse_state_dict` saves the mask itself, its step
@@ -45,7 +47,8 @@ class WeightMask:
         layer: which dims of the weight are out and in, and its groups.
         operator: `greedy` (row-wise), `transposable` or `transposable_greedy`.
         pattern: N:M.
-        refresh: optimizer steps between two computations, None to keep the first mask.
+        refresh: optimizer steps between two computations, `"steady"` for the rule of `nmcompile.training.steady`, None
+            to keep the first mask.
         sr_ste: SR-STE's λ.
         weight: gives shape and device of the mask.
         kernel: the backend's kernel for the mask, see `compute_mask`; empty for the reference.
@@ -57,7 +60,7 @@ class WeightMask:
         layer: Layer,
         operator: str,
         pattern: NMPattern,
-        refresh: int | None,
+        refresh: int | str | None,
         sr_ste: float,
         weight: Tensor,
         kernel: str = "",
@@ -139,7 +142,7 @@ class WeightMask:
 
     def _refresh(self, weight: Tensor, compares: int) -> None:
         how = self.operator, str(self.pattern), self.layer.out_dim, self.layer.in_dim, self.layer.groups, self.kernel
-        refresh_mask(gathered(weight), self.tensor, self.clock.hands, *how, compares)
+        refresh_mask(gathered(weight), self.tensor, self.clock.hands, *how, self.is_steady, compares)
 
     def _fit(self, weight: Tensor) -> None:
         """Move the mask to the weight's device: a model is materialized, or loaded, in many ways."""
@@ -149,7 +152,7 @@ class WeightMask:
         with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
             if self.tensor.is_meta:
                 self.tensor = torch.zeros(self.tensor.shape, dtype=torch.bool, device=weight.device)
-                self.clock.is_stale = True
+                self.clock.staleness = WRITTEN
             else:
                 self.tensor = self.tensor.to(weight.device)
 
@@ -174,9 +177,12 @@ class WeightMask:
         if self.found is not None:
             return self.tensor.to(weight.device)
         content = fingerprint(weight)
-        if self.clock.is_stale or self._is_another(weight, content) or self.clock.is_written(self.weight(), content):
-            return self._own_mask(weight)
-        return self.tensor.to(weight.device)
+        staleness = self.clock.staleness
+        if self._is_another(weight, content) or self.clock.is_written(self.weight(), content):
+            staleness = WRITTEN
+        if staleness == STEPPED and self.is_steady:
+            return self._own_mask(discounted(weight, self.tensor.to(weight.device)))
+        return self._own_mask(weight) if staleness else self.tensor.to(weight.device)
 
     def look(self) -> None:
         """Become stale if the weight was written since it was last accepted; its content is known from then on."""
@@ -189,7 +195,7 @@ class WeightMask:
         if self.clock.notice(weight, content):
             if self.backwards and self.found is None:
                 self._warn("its weight changed after backward")
-            self.clock.is_stale = True
+            self.clock.staleness = WRITTEN
 
     def note_assignment(self) -> None:
         """Become stale if another parameter has replaced the weight."""
@@ -226,7 +232,7 @@ class WeightMask:
 
     def mark_stale(self) -> None:
         """Make the next forward rebuild the mask from the weight as it is then."""
-        self.clock.is_stale = True
+        self.clock.staleness = WRITTEN
         self.accept_version()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -250,6 +256,11 @@ class WeightMask:
     def is_stale(self) -> bool:
         """Return whether the next `current` rebuilds the mask."""
         return self.found is None and self.clock.is_stale
+
+    @property
+    def is_steady(self) -> bool:
+        """Return whether the mask is rebuilt from what it was."""
+        return self.refresh == STEADY
 
     @property
     def is_followed(self) -> bool:
@@ -290,8 +301,10 @@ class WeightMask:
         self.notes += 1
         self.clock.accept(weight)
         self.clock.is_followed = True
-        if self.counted.add(found_inf, self.refresh) or is_replaced:
-            self.clock.is_stale = True
+        if self.counted.add(found_inf, period_of(self.refresh)):
+            self.clock.expire()
+        if is_replaced:
+            self.clock.staleness = WRITTEN
 
     def move(self, tensor: Tensor) -> None:
         """Replace the mask's tensor: the module moved to another device, or took another dtype.
@@ -302,7 +315,7 @@ class WeightMask:
             moved = tensor.to(torch.bool)
             if self.tensor.is_meta:
                 moved.zero_()
-                self.clock.is_stale = True
+                self.clock.staleness = WRITTEN
             elif moved is not self.tensor:
                 moved.copy_(self.tensor)
             self.tensor = moved

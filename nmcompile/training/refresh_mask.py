@@ -8,14 +8,17 @@ from nmcompile.fingerprint import fingerprint
 from nmcompile.pruning.magnitude import mask as greedy_mask
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.pruning.transposable import transposable_mask
+from nmcompile.training.steady import discounted
 from nmcompile.training.weight_clock import (
     ADDRESS,
     CONTENT,
     FOLLOWED,
+    HOLDS,
     STALE,
+    STEPPED,
     UNKNOWN,
     VERSION,
-    is_outdated,
+    staleness_of,
     tells_writes,
 )
 from nmcompile.weight_cache import FROZEN, Content
@@ -49,13 +52,19 @@ def refresh_mask(
     in_dim: int,
     groups: int,
     kernel: str,
+    is_steady: bool,
     compares: int,
 ) -> None:
-    """Rebuild `mask` from `weight` if it is outdated; `compares` says when to detect that by a fingerprint."""
+    """Rebuild `mask` from `weight` if it is outdated; `compares` says when to detect that by a fingerprint.
+
+    After optimizer steps, a steady mask is rebuilt from what it was; after a write every mask is rebuilt anew.
+    """
     content = fingerprint(weight) if is_compared(compares, bool(clock[FOLLOWED])) else None
-    if is_outdated(weight, clock, content):
-        mask.copy_(compute_mask(weight, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
-        clock[STALE], clock[CONTENT] = 0, UNKNOWN
+    staleness = staleness_of(weight, clock, content)
+    if staleness != HOLDS:
+        ranked = discounted(weight, mask) if is_steady and staleness == STEPPED else weight
+        mask.copy_(compute_mask(ranked, operator, NMPattern.parse(pattern), out_dim, in_dim, groups, kernel))
+        clock[STALE], clock[CONTENT] = HOLDS, UNKNOWN
         if tells_writes(weight, clock):
             clock[VERSION], clock[ADDRESS] = weight._version, weight.data_ptr()
     if content is not None:

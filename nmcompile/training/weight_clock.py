@@ -11,9 +11,11 @@ from nmcompile.fingerprint import fingerprint
 from nmcompile.weight_cache import Content
 
 STALE, VERSION, ADDRESS, CONTENT, FOLLOWED = range(5)
-"""Hands of a mask's clock: whether it is stale; version, address and fingerprint of the weight when last accepted;
-whether an optimizer is known to step the weight.
+"""Hands of a mask's clock: whether and why it is stale; version, address and fingerprint of the weight when last
+accepted; whether an optimizer is known to step the weight.
 """
+HOLDS, WRITTEN, STEPPED = range(3)
+"""Values of the first hand: the mask holds; or it is stale, because the weight was written, or by optimizer steps."""
 NEVER_SEEN = -1  # a version
 UNKNOWN = 0  # a fingerprint
 
@@ -26,7 +28,7 @@ class WeightClock:
 
     def __init__(self) -> None:
         self.accepted: int | None = None  # The id of the parameter whose version and address the hands hold.
-        self._set_hands([1, NEVER_SEEN, 0, UNKNOWN, 0])
+        self._set_hands([WRITTEN, NEVER_SEEN, 0, UNKNOWN, 0])
 
     def _set_hands(self, values: Iterable[int]) -> None:
         # One memory, seen twice: a compiled step reads and resets the tensor without recompilation, and an eager one
@@ -37,11 +39,21 @@ class WeightClock:
     @property
     def is_stale(self) -> bool:
         """Return whether the mask has to be rebuilt."""
-        return bool(self._values[STALE])
+        return self._values[STALE] != HOLDS
 
-    @is_stale.setter
-    def is_stale(self, value: bool) -> None:
+    @property
+    def staleness(self) -> int:
+        """Return whether the mask holds, or why it is stale: `HOLDS`, `WRITTEN` or `STEPPED`."""
+        return self._values[STALE]
+
+    @staleness.setter
+    def staleness(self, value: int) -> None:
         self._values[STALE] = value
+
+    def expire(self) -> None:
+        """Become stale by optimizer steps, unless a write has already made the mask stale."""
+        if not self.is_stale:
+            self._values[STALE] = STEPPED
 
     @property
     def is_followed(self) -> bool:
@@ -126,12 +138,14 @@ class WeightClock:
         self._set_hands(state["hands"])
 
 
-def is_outdated(weight: Tensor, hands: Tensor, content: int | None) -> bool:
-    """Return whether the clock of a mask says that it is stale, or that the weight was written unseen."""
-    stale, version, address, known, _ = hands.tolist()
+def staleness_of(weight: Tensor, hands: Tensor, content: int | None) -> int:
+    """Return what the clock of a mask says of it; `WRITTEN` also if the weight was written unseen."""
+    staleness, version, address, known, _ = hands.tolist()
     if content is not None and known != UNKNOWN:
-        return bool(stale) or content != known
-    return bool(stale) or (tells_writes(weight, hands) and (version, address) != (weight._version, weight.data_ptr()))
+        is_written = content != known
+    else:
+        is_written = tells_writes(weight, hands) and (version, address) != (weight._version, weight.data_ptr())
+    return WRITTEN if is_written else int(staleness)
 
 
 def tells_writes(weight: Tensor, hands: Tensor) -> bool:

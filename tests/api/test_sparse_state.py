@@ -226,7 +226,7 @@ MISFITS: dict[str, tuple[Edit, str]] = {
     "full mask": (entry("0.weight.mask", MASK), "'0.weight.mask'.*not 2:4 along in"),
     "negative steps": (entry("0.weight.clock", counters(-1, 0)), r"'0.weight.clock'.*\[-1, 0\]"),
     "endless steps": (entry("0.weight.clock", counters(2**63 - 1, 0)), "'0.weight.clock'.*number of steps"),
-    "stale flag": (entry("0.weight.clock", counters(1, 2)), "'0.weight.clock'.*0 or 1"),
+    "stale flag": (entry("0.weight.clock", counters(1, 3)), "'0.weight.clock'.*0, 1 or 2"),
     "float clock": (entry("0.weight.clock", torch.tensor([torch.nan, 0.0])), "'0.weight.clock'.*float32"),
     "long clock": (entry("0.weight.clock", counters(1, 0, 0)), r"'0.weight.clock'.*\(3,\)"),
     "negative draw": (entry("0.draw", torch.tensor(-5)), "'0.draw' of the sparse state is -5"),

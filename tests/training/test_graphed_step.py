@@ -1,7 +1,7 @@
 """A captured step trains as a loop does. Without a GPU, a stand-in runs the captured function for each replay."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -55,10 +55,12 @@ def batches(steps: int = STEPS, device: torch.device = CPU) -> list[tuple[Tensor
     return [(x.to(device), y.to(device)) for x, y in made]
 
 
-def compiled(mode: str = "training", device: torch.device = CPU, sr_ste: float = 0.0) -> nn.Module:
+def compiled(
+    mode: str = "training", device: torch.device = CPU, sr_ste: float = 0.0, refresh: int | Literal["steady"] = 2
+) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)).to(device)
-    return nmcompile.compile(net, mode, config=CompileConfig(refresh=2, ends="sparse", sr_ste=sr_ste))
+    return nmcompile.compile(net, mode, config=CompileConfig(refresh=refresh, ends="sparse", sr_ste=sr_ste))
 
 
 def graphed(
@@ -104,6 +106,14 @@ def test_it_trains_as_a_loop_does(mode: str, name: str, sr_ste: float) -> None:
     assert all(map(torch.equal, losses, trained(expected, OPTIMIZERS[name](expected), batches())))
     assert_same(model, expected)
     assert recorder.calls == ["run"] * WARM_UPS + ["capture"] + ["replay"] * (STEPS - WARM_UPS)
+
+
+def test_steady_masks_are_those_of_a_loop() -> None:
+    model, expected = compiled(refresh="steady"), compiled(refresh="steady")
+    step, _ = graphed(model, OPTIMIZERS["sgd"](model))
+    losses = [step(x, y) for x, y in batches()]
+    assert all(map(torch.equal, losses, trained(expected, OPTIMIZERS["sgd"](expected), batches())))
+    assert_same(model, expected)
 
 
 def test_a_model_under_torch_compile_trains_alike() -> None:

@@ -13,6 +13,7 @@ from nmcompile.training import masks
 from nmcompile.training.find_masks import masks_of
 from nmcompile.training.masks import WeightMask
 from nmcompile.training.step_count import PENDING
+from nmcompile.training.weight_clock import HOLDS
 
 MANY = 30
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -126,7 +127,7 @@ def test_the_refresh_period_counts_steps_that_were_made() -> None:
     for by in (0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0):
         mask.after_step(skipped(by))
         clock.append(int(mask.is_stale))
-        mask.clock.is_stale = False
+        mask.clock.staleness = HOLDS
     assert clock == [0, 0, 0, 1, 0, 0, 0, 0, 1] and mask.steps == 6
 
 
