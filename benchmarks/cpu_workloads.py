@@ -13,7 +13,7 @@ from nmcompile import CompileConfig
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, a batch for it, the loss of its output, and the configuration of its pruning."""
+    """A model, a batch for it, the loss of its output, and the configuration of its pruning, with masks that stand."""
 
     model: nn.Module
     x: Tensor
@@ -23,13 +23,13 @@ class Workload:
 
 def mlp(tokens: int) -> Workload:
     model = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))
-    return Workload(model, torch.randn(tokens, 1024), class_loss, CompileConfig(ends="sparse"))
+    return Workload(model, torch.randn(tokens, 1024), class_loss, CompileConfig(ends="sparse", refresh=None))
 
 
 def resnet18(batch: int, layout: torch.memory_format) -> Workload:
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=layout)
     model = models.resnet18().to(memory_format=layout)  # type: ignore[call-overload]
-    return Workload(model, x, class_loss, CompileConfig())
+    return Workload(model, x, class_loss, CompileConfig(refresh=None))
 
 
 def vit_small(batch: int) -> Workload:
@@ -37,7 +37,7 @@ def vit_small(batch: int) -> Workload:
         image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
     )
     nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision's is zero, and all gradients with it
-    return Workload(model, torch.randn(batch, 3, 224, 224), class_loss, CompileConfig())
+    return Workload(model, torch.randn(batch, 3, 224, 224), class_loss, CompileConfig(refresh=None))
 
 
 def llama_blocks(batch: int, tokens: int, dtype: torch.dtype) -> Workload:
@@ -48,7 +48,7 @@ def llama_blocks(batch: int, tokens: int, dtype: torch.dtype) -> Workload:
     def loss(output: Tensor) -> Tensor:
         return nn.functional.mse_loss(output, target)
 
-    return Workload(Blocks(4, tokens, shape).to(dtype), x, loss, CompileConfig(ends="sparse"))
+    return Workload(Blocks(4, tokens, shape).to(dtype), x, loss, CompileConfig(ends="sparse", refresh=None))
 
 
 def class_loss(output: Tensor) -> Tensor:

@@ -28,19 +28,19 @@ class Workload:
 
 def mlp(tokens: int, width: int, hidden: int) -> Workload:
     model = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-    return Workload(model, on_gpu(tokens, width).requires_grad_(), CompileConfig(ends="sparse"))
+    return Workload(model, on_gpu(tokens, width).requires_grad_(), CompileConfig(ends="sparse", refresh=None))
 
 
 def vit_large(batch: int) -> Workload:
     model = models.vit_l_16()
     nn.init.normal_(model.heads.head.weight, std=0.01)  # torchvision's is zero, and all gradients with it
-    return Workload(model, on_gpu(batch, 3, 224, 224), CompileConfig(), class_loss)
+    return Workload(model, on_gpu(batch, 3, 224, 224), CompileConfig(refresh=None), class_loss)
 
 
 def resnet50(batch: int) -> Workload:
     model = models.resnet50().to(memory_format=torch.channels_last)
     x = on_gpu(batch, 3, 224, 224).to(memory_format=torch.channels_last)
-    return Workload(model, x, CompileConfig(), class_loss)
+    return Workload(model, x, CompileConfig(refresh=None), class_loss)
 
 
 def llama_blocks(batch: int, tokens: int, count: int) -> Workload:
@@ -51,7 +51,7 @@ def llama_blocks(batch: int, tokens: int, count: int) -> Workload:
         return nn.functional.mse_loss(output, target)
 
     # The blocks stand in the middle of a model, so that none of their layers is its first or last one.
-    config = CompileConfig(ends="sparse")
+    config = CompileConfig(ends="sparse", refresh=None)
     return Workload(Blocks(count, tokens, shape), on_gpu(batch, tokens, shape.width), config, loss)
 
 

@@ -39,9 +39,8 @@ def made(variant: str, load: Workload) -> nn.Module:
     if variant == "best dense":
         return BestDense(model)
     if variant == "sparse":
-        return nmcompile.compile(model, "training", config=replace(load.config, refresh=None))
-    config = replace(load.config, refresh=None, where="pays")
-    return nmcompile.compile(model, "training", args=(load.x,), config=config)
+        return nmcompile.compile(model, "training", config=load.config)
+    return nmcompile.compile(model, "training", args=(load.x,), config=replace(load.config, where="pays"))
 
 
 def stepper(model: Callable[[Tensor], Tensor], trained: nn.Module, load: Workload) -> Callable[[], None]:

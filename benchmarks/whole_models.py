@@ -89,7 +89,7 @@ def run(model: Model, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     plain, x = made(model), torch.randn(BATCH, 3, model.size, model.size)
     variants = {"dense": plain, "dense again": copy.deepcopy(plain)}
-    config = CompileConfig(where="pays")
+    config = CompileConfig(where="pays", refresh=None)
     variants["pays"] = nmcompile.compile(copy.deepcopy(plain), "training", args=(x,), config=config)
     steps = {variant: stepper(one, x) for variant, one in variants.items()}
     times = in_turns(steps, repeats)

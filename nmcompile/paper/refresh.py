@@ -18,12 +18,12 @@ STEADY = Row("steady", Compiled("training", CompileConfig(refresh="steady")))
 
 EXPERIMENT = Comparison(
     name="refresh",
-    title="When masks are rebuilt, a short run",
+    title="When masks are rebuilt",
     rows=(DENSE, HUBARA, EACH, FIRST, STEADY),
     settings={"quick": Setting("images", "small", QUICK), "full": Setting("images", "resnet18", PAPER)},
     caption=(
         "Test accuracy (%) in training mode, minus that of dense training, by the rule for masks: recomputed every 40 "
-        "steps or every step, the first one kept, or steady (the default). 3 epochs of 157 steps."
+        "steps or every step, the first one kept, or steady (the default)."
     ),
 )
 LONG = Comparison(
