@@ -35,7 +35,8 @@ class Position:
 
 
 def save_checkpoint(path: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Replace the checkpoint at `path`."""
+    """Replace the checkpoint at `path`; make its folder if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
     if is_compiled(model):
         tensors |= {f"{SPARSE}{name}": value for name, value in sparse_state_dict(model).items()}

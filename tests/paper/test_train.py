@@ -100,12 +100,12 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Comparison:
 def test_finished_runs_are_not_repeated(
     experiment: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options(tmp_path, seeds=2)
+    options = Options(tmp_path / "new", seeds=2)
     first = experiment.run(options)
     monkeypatch.setattr(comparison, "train_run", lambda *_: pytest.fail("trained again"))
     second = experiment.run(options)
     assert [*first.rows] == [*second.rows] and len(first.data["runs"]) == 4  # type: ignore[arg-type]
-    assert not list(tmp_path.glob("*.unfinished*"))
+    assert [file.name for file in options.out.iterdir()] == ["tiny.json"]
 
 
 def test_rows_are_paired_with_the_reference(experiment: Comparison, tmp_path: Path) -> None:
