@@ -28,8 +28,7 @@ class Row:
     """A row of a table: a method and the paper's figure in percent.
 
     Args:
-        network: another network than the experiment's, at either scale. The first row of a network is the reference
-            of its others.
+        network: another network than the experiment's. The first row of a network is the reference of its others.
         phases: one for each model that the method makes.
     """
 
@@ -37,16 +36,17 @@ class Row:
     method: Method
     paper: float | None = None
     phases: tuple[Phase, ...] = (Phase(),)
-    network: Mapping[str, str] | None = None
+    network: str | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The data, the network and the recipe of an experiment at one scale."""
+    """The data, the network and the recipe of an experiment at one scale, and its rows if they depend on the scale."""
 
     data: str
     network: str
     recipe: Recipe
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Comparison:
     """An experiment whose rows are trained.
 
     Args:
+        rows: may be left out if every setting has its own.
         settings: by scale.
         metric: `"accuracy"` (%) or `"loss"` (nats).
         curves: whether the plot shows the metric over the epochs, as the paper's figures do.
@@ -61,9 +62,9 @@ class Comparison:
 
     name: str
     title: str
-    rows: tuple[Row, ...]
     settings: Mapping[str, Setting]
     caption: str
+    rows: tuple[Row, ...] = ()
     metric: str = "accuracy"
     curves: bool = False
 
@@ -76,27 +77,30 @@ class Comparison:
         setting = self._setting(options)
         data = load_data(setting.data, options.data)
         results = Results(options.out, self.name)
-        found: dict[str, list[Outcome]] = {row.name: [] for row in self.rows}
+        found: dict[str, list[Outcome]] = {row.name: [] for row in setting.rows}
         for seed in range(options.seeds):
-            for row in self.rows:
-                network = (row.network or {}).get(options.scale, setting.network)
-                run = Run(row.name, row.method, network, setting.recipe, seed, row.phases)
+            for row in setting.rows:
+                run = Run(row.name, row.method, row.network or setting.network, setting.recipe, seed, row.phases)
                 configuration = run.configuration(data)
                 outcome = results.find(configuration) or train_run(run, data, results.checkpoint)
                 results.add(outcome)
                 found[row.name].append(outcome)
-        return self._findings(found, results)
+        return self._findings(found, results, {row.name: row.paper for row in setting.rows})
 
     def _setting(self, options: Options) -> Setting:
         if options.scale not in self.settings:
             raise ConfigError(f"{self.name} has no scale {options.scale!r}; it has {', '.join(self.settings)}")
         setting = self.settings[options.scale]
-        return setting if options.model is None else replace(setting, network=options.model)
+        rows = setting.rows or self.rows
+        if options.model is not None and any(row.network is not None for row in rows):
+            raise ConfigError(f"{self.name} compares networks of its own: leave out --model")
+        return replace(setting, rows=rows, network=options.model or setting.network)
 
-    def _findings(self, found: Mapping[str, list[Outcome]], results: Results) -> Findings:
+    def _findings(
+        self, found: Mapping[str, list[Outcome]], results: Results, papers: Mapping[str, float | None]
+    ) -> Findings:
         values = {name: [outcome.last(self.metric) for outcome in outcomes] for name, outcomes in found.items()}
         references = self._references(found)
-        papers = {row.name: row.paper for row in self.rows}
         table = [table_row(name, values, references[name], papers) for name in values]
         curves = {name: _curves(outcomes, self.metric) for name, outcomes in found.items()}
 

@@ -110,7 +110,7 @@ def draw(figure: "Figure", left: dict[str, tuple[float, float, float]]) -> None:
     axes.set_yticks(range(len(left)), list(left))
     axes.invert_yaxis()
     axes.set_xlabel("MACs left, % of dense")
-    axes.legend()
+    figure.legend(fontsize="small", loc="outside right upper")
 
 
 EXPERIMENT = Analysis("eq26", "Equation 26: expected MACs of two sparse operands", compute)

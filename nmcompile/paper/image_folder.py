@@ -17,9 +17,21 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WORKERS = 8
 
 
+class SeededImages(Dataset[tuple[Tensor, int]]):
+    """Images whose random crops depend on a seed and the image alone, however many processes read them."""
+
+    def __init__(self, images: "Dataset[tuple[Tensor, int]]", seed: int) -> None:
+        self.images, self.seed = images, seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, index)))
+            return self.images[index]
+
+
 @dataclass(frozen=True)
 class FolderSource:
-    """Images that are read and cropped by worker processes."""
+    """Images that worker processes read and crop; with 0 workers, this process."""
 
     images: "Dataset[tuple[Tensor, int]]"
     count: int
@@ -29,12 +41,10 @@ class FolderSource:
         return self.count
 
     def batches(self, orders: Sequence[Tensor], seed: int) -> Iterator[Batch]:
-        """Yield the images and labels of each batch; workers seed their random crops from `seed`."""
-        generator = torch.Generator().manual_seed(seed)
+        """Yield the images and labels of each batch."""
         sampler = [order.tolist() for order in orders]
         workers = min(self.workers, len(sampler))
-        loader = DataLoader(self.images, batch_sampler=sampler, num_workers=workers, generator=generator)
-        yield from loader
+        yield from DataLoader(SeededImages(self.images, seed), batch_sampler=sampler, num_workers=workers)
 
 
 def load_image_folder(folder: Path, size: int = SIZE, workers: int = WORKERS) -> Data:

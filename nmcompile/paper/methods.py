@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -12,6 +12,8 @@ from nmcompile.api import recipes
 from nmcompile.config import CompileConfig
 from nmcompile.layer_config import Group, LayerConfig, Pruning
 from nmcompile.pruning.pattern import NMPattern
+
+Refresh = int | Literal["steady"] | None
 
 
 class Method(Protocol):
@@ -47,6 +49,22 @@ def plain(model: nn.Module, calibration: Sequence[Tensor]) -> Iterator[nn.Module
     yield model
 
 
+@dataclass(frozen=True)
+class Twice:
+    """A method of one phase, trained in two."""
+
+    method: Method
+
+    def __call__(self, model: nn.Module, calibration: Sequence[Tensor]) -> Iterator[nn.Module]:
+        """Yield the method's model twice."""
+        (made,) = self.method(model, calibration)
+        yield made
+        yield made
+
+    def __str__(self) -> str:
+        return f"{describe(self.method)}, twice"
+
+
 def scheme_a(model: nn.Module, calibration: Sequence[Tensor]) -> Iterator[nn.Module]:
     """Train sparse and with 4 bits from scratch (Section 6.4)."""
     return recipes.scheme_a(model, calibration=calibration, inplace=True)
@@ -61,6 +79,13 @@ def gradients(operator: str, pattern: str, group: Group = "auto") -> Compiled:
     """Prune the neural gradients of the update GEMM."""
     pruning = Pruning(operator, NMPattern.parse(pattern), group)
     return Compiled("gradients", CompileConfig(layers={"_default": LayerConfig(update_gradient=pruning)}))
+
+
+def weights_and_gradients(operator: str | None, pattern: str | None, refresh: Refresh = "steady") -> Compiled:
+    """Prune weights to transposable 2:4, and the neural gradients too if an operator and its pattern are given."""
+    gradient = None if operator is None or pattern is None else Pruning(operator, NMPattern.parse(pattern))
+    layer = LayerConfig(weight=Pruning("transposable", NMPattern(2, 4)), update_gradient=gradient)
+    return Compiled("training", CompileConfig(layers={"_default": layer}, refresh=refresh))
 
 
 def describe(method: Method) -> str:

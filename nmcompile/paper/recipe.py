@@ -9,7 +9,7 @@ from torch import nn
 
 from nmcompile.training import clips
 
-Schedule = Literal["one cycle", "steps"]
+Schedule = Literal["constant", "one cycle", "cosine", "steps"]
 WARM_UP = 0.3  # of a one-cycle schedule
 DROPS = (30 / 90, 60 / 90, 80 / 90)
 CLIP_DECAY = 1e-3  # of PACT's learned clips
@@ -22,8 +22,8 @@ class Recipe:
     Args:
         images: the number of training samples that are used; `None` for all.
         rate: the largest learning rate.
-        schedule: `"one cycle"` rises linearly and falls as a cosine; `"steps"` divides by ten after 30, 60 and 80 of 90
-            epochs, or the same shares of others.
+        schedule: `"constant"`; `"one cycle"` rises linearly and falls as a cosine, `"cosine"` falls from the start;
+            `"steps"` divides by ten after 30, 60 and 80 of 90 epochs, or the same shares of others.
         optimizer: SGD with momentum 0.9, or AdamW.
     """
 
@@ -37,11 +37,14 @@ class Recipe:
 
     def rate_at(self, progress: float) -> float:
         """Return the learning rate when a share of the phase's steps is done."""
+        if self.schedule == "constant":
+            return self.rate
         if self.schedule == "steps":
             return self.rate / 10.0 ** sum(progress >= drop for drop in DROPS)
-        if progress < WARM_UP:
-            return self.rate * (0.04 + 0.96 * progress / WARM_UP)
-        return self.rate * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
+        rising = WARM_UP if self.schedule == "one cycle" else 0.0
+        if progress < rising:
+            return self.rate * (0.04 + 0.96 * progress / rising)
+        return self.rate * (1 + math.cos(math.pi * (progress - rising) / (1 - rising))) / 2
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of a model and, with a decay of their own, of its learned clips."""
@@ -53,6 +56,6 @@ class Recipe:
         return torch.optim.SGD(groups, self.rate, momentum=0.9, weight_decay=self.decay)
 
 
-QUICK = Recipe(epochs=3, batch=128, rate=0.1, decay=5e-4, images=20_000)
+QUICK = Recipe(epochs=3, batch=64, rate=0.1, decay=5e-4, images=5_000)
 PAPER = Recipe(epochs=90, batch=256, rate=0.1, decay=1e-4, schedule="steps")
 """The paper's recipe for ImageNet (Section 6.1)."""

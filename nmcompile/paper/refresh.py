@@ -10,6 +10,7 @@ from nmcompile.paper.comparison import Comparison, Row, Setting
 from nmcompile.paper.methods import Compiled, plain
 from nmcompile.paper.recipe import PAPER, QUICK
 
+LARGER = replace(QUICK, batch=128, images=20_000)
 DENSE = Row("dense", plain)
 HUBARA = Row("every 40 steps", Compiled("training", CompileConfig(refresh=40)))
 EACH = Row("every step", Compiled("training", CompileConfig(refresh=1)))
@@ -20,7 +21,7 @@ EXPERIMENT = Comparison(
     name="refresh",
     title="When masks are rebuilt",
     rows=(DENSE, HUBARA, EACH, FIRST, STEADY),
-    settings={"quick": Setting("images", "small", QUICK), "full": Setting("images", "resnet18", PAPER)},
+    settings={"quick": Setting("images", "small", LARGER), "full": Setting("images", "resnet18-cifar", PAPER)},
     caption=(
         "Test accuracy (%) in training mode, minus that of dense training, by the rule for masks: recomputed every 40 "
         "steps or every step, the first one kept, or steady (the default)."
@@ -30,7 +31,7 @@ LONG = Comparison(
     name="refresh-long",
     title="When masks are rebuilt, ten times as long",
     rows=(DENSE, STEADY, HUBARA, EACH),
-    settings={"quick": Setting("images", "small", replace(QUICK, epochs=30))},
+    settings={"quick": Setting("images", "small", replace(LARGER, epochs=30))},
     caption="Test accuracy (%) after each epoch in training mode, by the rule for masks; mean and range of the seeds.",
     curves=True,
 )

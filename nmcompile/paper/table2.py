@@ -2,6 +2,9 @@
 
 Greedy keeps the larger of two, biased draws as MVUE does but leaves values alone, uniform draws evenly, unbiased
 doubles what an even draw keeps, and MVUE is the minimum-variance unbiased estimator of Equation (7).
+
+The paper does not say how it trained on CIFAR-10, and its baseline is 90 %. At quick scale the learning rate stays
+constant: if it falls to zero within a few epochs, all of the operators recover.
 """
 
 from dataclasses import replace
@@ -22,8 +25,8 @@ EXPERIMENT = Comparison(
         Row("MVUE", gradients("mvue", "1:2"), 89.98),
     ),
     settings={
-        "quick": Setting("images", "small", QUICK),
-        "full": Setting("images", "resnet18", replace(PAPER, decay=5e-4)),
+        "quick": Setting("images", "small", replace(QUICK, schedule="constant")),
+        "full": Setting("images", "resnet18-cifar", replace(PAPER, decay=5e-4)),
     },
     caption=(
         "Test accuracy (%) with the gradients of the update GEMM pruned to 1:2 across the batch, by operator. "

@@ -52,7 +52,7 @@ class Run:
     def configuration(self, data: Data) -> Configuration:
         """Return everything that decides the result, except versions and the machine."""
         phases = " ".join(f"{phase.share:g}x{phase.rate:g}" for phase in self.phases)
-        head: Configuration = {"row": self.row, "method": describe(self.method), "network": self.network}
+        head: Configuration = {"method": describe(self.method), "network": self.network}
         return {**head, "data": data.name, **asdict(self.recipe), "phases": phases, "seed": self.seed}
 
 
@@ -144,7 +144,8 @@ def _train_epoch(
         total += loss.item()
         bar.update()
     bar.close()
-    return total / len(own)
+    sums = summed(torch.tensor([total, len(own)], dtype=torch.float64, device=device))
+    return (sums[0] / sums[1]).item()
 
 
 def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -94,7 +94,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
 def experiment(monkeypatch: pytest.MonkeyPatch) -> Comparison:
     monkeypatch.setattr(comparison, "load_data", lambda *_: data())
     rows = (Row("dense", plain, 80.0), Row("sparse", METHODS["training"][0], 79.0))
-    return Comparison("tiny", "Tiny", rows, {"quick": Setting("images", "small", RECIPE)}, "Tiny.")
+    return Comparison("tiny", "Tiny", {"quick": Setting("images", "small", RECIPE)}, "Tiny.", rows)
 
 
 def test_finished_runs_are_not_repeated(

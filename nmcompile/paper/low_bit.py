@@ -1,6 +1,6 @@
-"""The two-bit quantizers of the paper's Table 5: PACT with DoReFa weights, QIL, and LSQ."""
+"""The two-bit methods of Table 5: PACT with DoReFa weights, QIL, and LSQ, for networks of convolutions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ class DoReFaWeight(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         squashed = torch.tanh(w)
         unit = squashed / (2 * squashed.abs().max()) + 0.5
-        return 2 * round_through(unit * LEVELS) / LEVELS - 1
+        result: Tensor = 2 * round_through(unit * LEVELS) / LEVELS - 1
+        return result
 
 
 class PactInput(nn.Module):
@@ -47,7 +48,8 @@ class QilWeight(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         unit = ((w.abs() - self.centre + self.distance) / (2 * self.distance)).clamp(0, 1)
-        return w.sign() * round_through(unit)
+        result: Tensor = w.sign() * round_through(unit)
+        return result
 
 
 class QilInput(nn.Module):
@@ -59,7 +61,8 @@ class QilInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         unit = ((x - self.centre + self.distance) / (2 * self.distance)).clamp(0, 1)
-        return round_through(unit * LEVELS) / LEVELS
+        result: Tensor = round_through(unit * LEVELS) / LEVELS
+        return result
 
 
 class Lsq(nn.Module):
@@ -73,7 +76,8 @@ class Lsq(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = 1 / (x.numel() * self.high) ** 0.5
         step = (self.step * scale) + (self.step * (1 - scale)).detach()
-        return round_through((x / step).clamp(self.low, self.high)) * step
+        result: Tensor = round_through((x / step).clamp(self.low, self.high)) * step
+        return result
 
 
 def inner_convs(model: nn.Module) -> Iterator[nn.Conv2d]:
@@ -85,14 +89,26 @@ def inner_convs(model: nn.Module) -> Iterator[nn.Conv2d]:
 def quantize(model: nn.Module, weight: Callable[[Tensor], nn.Module], input: Callable[[], nn.Module]) -> nn.Module:
     """Quantize weight and input of every convolution except the first; the linear head stays as it is."""
     for conv in inner_convs(model):
-        parametrize.register_parametrization(conv, "weight", weight(conv.weight))
-        conv.add_module("quantize_input", input())
+        device = conv.weight.device
+        parametrize.register_parametrization(conv, "weight", weight(conv.weight).to(device))
+        conv.add_module("quantize_input", input().to(device))
         conv.register_forward_pre_hook(lambda module, args: (module.quantize_input(args[0]),))
     return model
 
 
-METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "PACT 2-bit": lambda model: quantize(model, lambda w: DoReFaWeight(), PactInput),
-    "QIL 2-bit": lambda model: quantize(model, QilWeight, QilInput),
-    "LSQ 2-bit": lambda model: quantize(model, lambda w: Lsq(-2, 1, w), lambda: Lsq(0, LEVELS, torch.full((1,), 0.8))),
-}
+def pact(model: nn.Module, calibration: Sequence[Tensor]) -> Iterator[nn.Module]:
+    """Train in full precision, then with DoReFa weights and learned clips."""
+    yield model
+    yield quantize(model, lambda w: DoReFaWeight(), PactInput)
+
+
+def qil(model: nn.Module, calibration: Sequence[Tensor]) -> Iterator[nn.Module]:
+    """Train in full precision, then with learned intervals."""
+    yield model
+    yield quantize(model, QilWeight, QilInput)
+
+
+def lsq(model: nn.Module, calibration: Sequence[Tensor]) -> Iterator[nn.Module]:
+    """Train in full precision, then with learned steps."""
+    yield model
+    yield quantize(model, lambda w: Lsq(-2, 1, w), lambda: Lsq(0, LEVELS, torch.full((1,), 0.8)))
