@@ -14,6 +14,7 @@ from nmcompile.ir.plan import PlanRow
 from nmcompile.one_shot.rounding import Rounding
 from nmcompile.pausable import pause
 from nmcompile.pruning.pattern import NMPattern
+from nmcompile.quantization import Grid
 from nmcompile.three_gemm.observer import Results, Values
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.three_gemm.unquantized import Unquantized
@@ -58,18 +59,31 @@ class Stop:
         """Return whether blocks of a pattern divide the channels along which the mask is N:M."""
         return self.layer.fits_forward(pattern) and (not self.row.is_transposable or self.layer.fits_backward(pattern))
 
-    def input(self) -> Tensor:
-        """Return the input as the GEMM reads it: pruned if the plan prunes it."""
+    def pruned_input(self) -> Tensor:
+        """Return the input pruned, if the plan prunes it."""
         row, x = self._pruning(), self.dense_input
         if row is None or row.pattern is None or row.operator is None:
             return x
         mask = ops.prune_mask(x, row.operator, row.pattern.n_keep, row.pattern.block, self.triple.layer.channel_dim)
         return ops.apply_mask(x, mask)
 
+    def input(self, clip: float | None) -> Tensor:
+        """Return the input as the GEMM reads it: pruned if the plan prunes it, and rounded if there is a clip."""
+        x, grid = self.pruned_input(), self.grid
+        if grid is None or not clip:
+            return x
+        return ops.to_grid(x, torch.tensor(clip / grid.high, device=x.device), grid.bits, grid.signed)
+
+    @property
+    def grid(self) -> Grid | None:
+        """Return the grid of the input; None if it is not quantized."""
+        return None if self.triple.steps.input is None else self.triple.steps.input.grid
+
     def reads_same(self, other: "Stop") -> bool:
         """Return whether two linear layers read one tensor, as the projections to queries, keys and values do."""
         are_alike = all(isinstance(stop.triple.layer, LinearLayer) and not stop._pruning() for stop in (self, other))
-        return are_alike and self.dense_input is other.dense_input and self.version == other.version
+        is_one = self.dense_input is other.dense_input and self.version == other.version
+        return are_alike and is_one and self.grid == other.grid
 
     def _pruning(self) -> PlanRow | None:
         return self.triple.graphs.plan.find(Phase.FORWARD, "input")

@@ -18,6 +18,7 @@ from nmcompile.api.stops import Stop, Waiting
 from nmcompile.errors import CalibrationError
 from nmcompile.one_shot.hessian import Hessian
 from nmcompile.pausable import pausing
+from nmcompile.quantization import Histogram
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.observer import observing
 from nmcompile.three_gemm.run_model import evaluating, run_batch
@@ -103,7 +104,7 @@ class _Visit:
                 if stop.part in repeated and stop.part not in found:
                     found[stop.part] = stop, _hessian_for(stop)
                 if stop.part in repeated:
-                    _add(found[stop.part][1], stop, number)
+                    _add(found[stop.part][1], stop, number, None)
         yield from found.values()
 
     def _dense_stops(self, number: int) -> Iterator[Stop]:
@@ -138,9 +139,9 @@ class _Visit:
         if self.last is not None and _read_same(stops, self.last[0]):
             return self.last[1]
         self.last = None  # frees its memory before the next one is made
-        hessian = _hessian_for(next(iter(stops.values())))
+        hessian, clip = _hessian_for(next(iter(stops.values()))), _clip(stops.values())
         for number, stop in stops.items():
-            _add(hessian, stop, number)
+            _add(hessian, stop, number, clip)
         self.last = stops, hessian
         return hessian
 
@@ -165,9 +166,19 @@ def _hessian_for(stop: Stop) -> Hessian:
     return Hessian(stop.layer, stop.weight.device)
 
 
-def _add(hessian: Hessian, stop: Stop, number: int) -> None:
-    """Add the inputs of one call to a Hessian."""
-    input = stop.input()
+def _clip(stops: Iterable[Stop]) -> float | None:
+    """Return the clip of the grid of a layer's inputs with the least squared error; None if they are not quantized."""
+    seen, (first, *rest) = Histogram(), stops
+    if first.grid is None:
+        return None
+    for stop in (first, *rest):
+        seen.observe(stop.pruned_input())
+    return seen.best_clip(first.grid) if seen.is_finite and seen.largest else None
+
+
+def _add(hessian: Hessian, stop: Stop, number: int, clip: float | None) -> None:
+    """Add the inputs of one call to a Hessian, rounded if there is a clip."""
+    input = stop.input(clip)
     if not bool(input.isfinite().all()):
         raise CalibrationError(
             f"layer {stop.triple.layer.name!r}: calibration batch {number} gives NaN or infinity here; remove such "

@@ -3,9 +3,9 @@
 The error that a change D of a weight matrix makes over all tokens is ||X Dᵀ||² = tr(D XᵀX Dᵀ), so the sum of x xᵀ over
 the rows x of the input is all that the methods need to know of the data.
 
-Where the input is pruned too, to x, the layer should still give what the dense weights give for the dense input d. The
-weights that come closest, in least squares, are W + W D H⁻¹ with D the sum of (d - x) xᵀ: what is pruned from an input
-is partly made up for by what is kept. The methods start from these.
+Where the input is pruned or rounded too, to x, the layer should still give what the dense weights give for the dense
+input d. The weights that come closest, in least squares, are W + W D H⁻¹ with D the sum of (d - x) xᵀ: what is taken
+from an input is partly made up for by what is kept. The methods start from these.
 """
 
 import torch
@@ -38,7 +38,7 @@ class Hessian:
 
         Args:
             x: as the layer multiplies it.
-            dense: the same input before it was pruned; None if it is not pruned.
+            dense: the same input before it was pruned and rounded; None if it is neither.
         """
         self._factor = None
         dtype = torch.promote_types(x.dtype, self._upper.dtype)
@@ -83,12 +83,13 @@ class Hessian:
         """Return the weights that give with the inputs as they are what `weights` give with the dense ones, about.
 
         Args:
-            weights: `(groups, rows, columns)`; returned as they are if no input was pruned.
+            weights: `(groups, rows, columns)`; returned as they are if no input was changed.
         """
         if self._lost is None:
             return weights
-        change = torch.linalg.solve(self.damped().double(), (weights.double() @ self._lost.double() / self.tokens).mT)
-        return weights + change.mT.to(weights)
+        missing = weights.double() @ self._lost.double() / self.tokens
+        change: Tensor = torch.linalg.solve(self.damped().double(), missing.mT).mT
+        return weights + change.to(weights)
 
     def inverse_factor(self) -> Tensor:
         """Return the upper U of H⁻¹ = UᵀU of the damped Hessian, float64 `(groups, columns, columns)`."""

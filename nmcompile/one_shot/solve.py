@@ -36,7 +36,7 @@ class Solution:
             grid, if there is one, unless the method keeps the weights as they are.
         mask: bool, of the same shape and strides.
         error: ||X (W - W')ᵀ|| / ||X Wᵀ|| over the calibration data, in Frobenius norms, with W' on the grid. Where X is
-            pruned and the method changes weights, W are those that make up best for what X lacks.
+            pruned or rounded, and the method changes weights, W are those that make up best for what X lacks.
         step: of the grid, in the shape of the one that was given; None for weights that are not quantized.
     """
 

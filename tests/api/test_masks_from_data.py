@@ -307,6 +307,32 @@ def test_a_pruned_input_is_what_the_hessian_sees() -> None:
     assert distance(compiled, model) < distance(magnitude, model)
 
 
+def test_a_quantized_input_is_what_the_hessian_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to the grid with the least squared error over all batches, beside the dense inputs that it stands for."""
+    seen: dict[str, Hessian] = {}
+
+    def recording(method: str, layer: LinearLayer, weight: Tensor, hessian: Hessian, *rest: Any) -> object:
+        seen[layer.name] = hessian
+        return solve(method, layer, weight, hessian, *rest)
+
+    monkeypatch.setattr(solve_layers, "solve", recording)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    compiled_by("sparsegpt", model, "inference", args=(batches()[0],))
+    dense = torch.cat(batches())
+    steps = torch.linspace(0.1, 1, 400) * dense.abs().max() / 7
+    rounded = torch.stack([(dense / step).round().clamp(-7, 7) * step for step in steps])
+    nearest = rounded[(rounded - dense).square().sum((1, 2)).argmin()]
+    torch.testing.assert_close(seen["0"].mean()[0], nearest.T @ nearest / len(dense), rtol=0.02, atol=0.02)
+    monkeypatch.setattr("nmcompile.one_shot.hessian.DAMPING", 1e-6)
+    weight = torch.randn(4, 16)
+    best = torch.linalg.lstsq(nearest, dense @ weight.T).solution.T
+    left = [
+        (nearest @ one.T - dense @ weight.T).norm() for one in (best, seen["0"].retargeted(weight[None])[0], weight)
+    ]
+    assert left[1] < 1.02 * left[0] < 0.98 * left[2]
+
+
 def test_the_report_names_method_and_error() -> None:
     compiled = compiled_by("sparsegpt")
     compiled(batches()[0])
