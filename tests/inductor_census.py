@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.graph import GraphLowering
-from torch._inductor.ir import IRNode, NoneAsConstantBuffer
+from torch._inductor.ir import FallbackKernel, IRNode, NoneAsConstantBuffer
 
 
 class Operand(NamedTuple):
@@ -32,13 +32,17 @@ class Census:
 
     def count(self, graph: GraphLowering) -> None:
         for node in graph.scheduler.nodes:
-            operator = str(getattr(node.node, "op_overload", ""))
             if not node.is_extern():
                 self.loops += 1
                 self.bytes_moved += node.get_read_write_buffers_sizes()
-            elif operator.startswith("nmcompile.") and "next_keys" not in operator:
-                operands = [Operand(x.get_name(), _empty(x)) for x in node.node.inputs]
-                self.calls.setdefault(operator.split(".")[1], []).append(operands)
+            elif isinstance(node.node, FallbackKernel):
+                self._note(node.node)
+
+    def _note(self, call: FallbackKernel) -> None:
+        namespace, operator, _ = str(call.op_overload).split(".")
+        if namespace == "nmcompile" and operator != "next_keys":
+            operands = [Operand(x.get_name(), _empty(x)) for x in call.inputs if isinstance(x, IRNode)]
+            self.calls.setdefault(operator, []).append(operands)
 
 
 def census_of(model: nn.Module, x: Tensor) -> Census:

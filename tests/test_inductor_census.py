@@ -60,12 +60,9 @@ def census(make: Make, is_sparse: bool) -> Census:
 
 @pytest.mark.parametrize("make", CASES)
 def test_a_sparse_step_moves_no_more_through_loops(make: Make) -> None:
-    """Inductor copies the weights of all convolutions before a dense one to channels last, and the mask with ours."""
     sparse, dense = census(make, is_sparse=True), census(make, is_sparse=False)
     assert sparse.calls and not dense.calls
-    masks = [8 * 8 * 3 * 3] if make is stages else []
-    assert sparse.loops <= dense.loops + len(masks)
-    assert sparse.bytes_moved <= dense.bytes_moved + 2 * sum(masks)
+    assert sparse.loops <= dense.loops and sparse.bytes_moved <= dense.bytes_moved
 
 
 def test_images_between_dense_convolutions_stay_channels_last() -> None:
@@ -81,3 +78,11 @@ def test_both_gradients_of_a_layer_read_one_copy_of_a_transposed_gradient() -> N
     gradients = [calls["cpu_linear_input_gradient"], calls["cpu_linear_pruned_weight_gradient"]]
     of_input, of_weight = ([operands[0].buffer for operands in each] for each in gradients)
     assert len(of_input) == 2 and sorted(of_input) == sorted(of_weight)
+
+
+def test_weights_and_masks_of_ours_are_read_as_they_lie() -> None:
+    """Inductor copies the weights of convolutions before a dense one to channels last, before each step."""
+    calls = census(stages, is_sparse=True).calls
+    read = [operand for each in calls.values() for operands in each for operand in operands]
+    kernels = [x for x in read if x.layout.shape == (8, 8, 3, 3)]
+    assert len(kernels) == 5 and all(x.buffer.startswith("primals") and x.layout.is_contiguous() for x in kernels)

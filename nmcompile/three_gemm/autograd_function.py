@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 OPERANDS = ("input", "weight", "bias", "weight_mask", "weight_step", "input_step", "output_step")
 """Operands of a layer, in the order in which its autograd function takes them."""
 
+IMAGE = 4  # dims of the tensors that inductor lays out
+
 
 class LayerContext(AutogradContext, Protocol):
     """The context of a layer's autograd function; `names` are those of the saved tensors."""
@@ -31,7 +33,7 @@ class ThreeGemmFunction(Function):
     @staticmethod
     def forward(ctx: LayerContext, triple: "GemmTriple", *operands: Tensor | None) -> Tensor:
         values = named(operands)
-        output, *saved = triple.forward_of(values)
+        output, *saved = triple.forward_of(as_they_lie(values) if torch.compiler.is_compiling() else values)
         save(triple, ctx, values, saved)
         return output
 
@@ -51,6 +53,19 @@ apply_directly: Callable[..., Tensor] = super(Function, ThreeGemmFunction).apply
 def named(operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
     """Return the operands of a layer by name."""
     return dict(zip(OPERANDS, operands, strict=True))
+
+
+def as_they_lie(values: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Return the operands of a layer, with strides for weight and mask that a compiler has to keep.
+
+    Inductor would copy both to channels last before each step, as it does for its own convolutions.
+    """
+    pinned = {
+        name: x.as_strided(x.shape, x.stride())
+        for name in ("weight", "weight_mask")
+        if (x := values[name]) is not None and x.dim() == IMAGE
+    }
+    return values | pinned
 
 
 def save(
