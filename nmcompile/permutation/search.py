@@ -18,7 +18,7 @@ from nmcompile.permutation.assignment import assign
 from nmcompile.permutation.scores import Scores, splits
 
 LOOKS = 1280  # at each score, all rounds together; no clock, so that every run finds the same order
-LEAST = 1 << 28  # looks at all scores of a small layer
+LEAST = 1 << 30  # looks at all scores of a small layer
 ROUND = 1 << 20  # looks that take as long as the operators' calls of a round
 WIDTHS = ((24, 0.9), (96, 0.6), (384, 0.0))
 """Numbers of blocks that exchange columns with each other, and the shares of the budget that each leaves.
