@@ -49,6 +49,7 @@ def demo(data: Path | None, epochs: int | None, seed: int, train_images: int) ->
 @click.argument("model")
 @click.option("--mode", default="training", show_default=True)
 @click.option("--input", "inputs", multiple=True, help="An example input, such as f32[8,3,224,224]; repeatable.")
+@click.option("--full", "style", flag_value="full", help="Print a row for every layer.")
 @click.option("--json", "style", flag_value="json", help="Print JSON.")
 @click.option("--markdown", "style", flag_value="markdown", help="Print markdown.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report to this file, for a browser.")
@@ -60,7 +61,8 @@ def analyze(model: str, mode: str, inputs: tuple[str, ...], style: str | None, h
     report = nmcompile.analyze(_factory(model)(), mode, args=args)
     if html is not None:
         report.to_html(html)
-    click.echo({"json": report.to_json, "markdown": report.to_markdown, None: report.__str__}[style]())
+    forms = {"full": report.full, "json": report.to_json, "markdown": report.to_markdown, None: report.__str__}
+    click.echo(forms[style]())
 
 
 @cli.command()

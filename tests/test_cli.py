@@ -74,6 +74,11 @@ def test_analyze_prints_json_and_markdown(package: str) -> None:
     assert run("analyze", f"{package}:build", "--markdown").output.startswith("# Sequential, mode 'training'")
 
 
+def test_analyze_prints_every_layer_on_request(package: str) -> None:
+    expected = nmcompile.analyze(importlib.import_module(package).build()).full()
+    assert run("analyze", f"{package}:build", "--full").output == f"{expected}\n"
+
+
 def test_analyze_writes_a_page_beside_what_it_prints(package: str, tmp_path: Path) -> None:
     result = run("analyze", f"{package}:build", "--html", str(tmp_path / "report.html"))
     assert result.output == run("analyze", f"{package}:build").output

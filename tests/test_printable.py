@@ -87,12 +87,13 @@ def compiled() -> nn.Module:
     return nmcompile.compile(Net(), config=nmcompile.CompileConfig(ends="sparse"))
 
 
-@pytest.mark.parametrize("form", ["text", "markdown", "graphs", "json"])
+@pytest.mark.parametrize("form", ["screen", "text", "markdown", "graphs", "json"])
 def test_a_report_shows_names_as_text(form: str, compiled: nn.Module) -> None:
     compiled(torch.randn(2, 8))
     report = nmcompile.inspect(compiled)
     graphs = "\n".join(str(layer.graphs) for layer in report.layers)
-    shown = {"text": str(report), "markdown": report.to_markdown(), "graphs": graphs, "json": report.to_json()}[form]
+    forms = {"screen": str(report), "text": report.full(), "markdown": report.to_markdown(), "graphs": graphs}
+    shown = (forms | {"json": report.to_json()})[form]
     assert_is_text(shown)
     if form == "markdown":
         before, notes, after = shown.split("\n```")

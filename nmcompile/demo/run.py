@@ -48,7 +48,8 @@ def layers_table(report: Report) -> str:
     """Return a table of what is pruned per layer and phase, and the sparse kernel's speed; `inspect` has reasons."""
     rows = [[layer.name, *(_pruned(layer, phase) for phase in Phase)] for layer in report.layers]
     shown = table(rows, ["pruned (sparse kernel against dense)", *(phase.value for phase in Phase)])
-    return f"{shown}\nThe faster kernel runs. More of each layer, with the reasons: print(nmcompile.inspect(model))."
+    more = "print(nmcompile.inspect(model).full())"
+    return f"{shown}\nThe faster kernel runs. More of each layer, with the reasons: {more}."
 
 
 def _pruned(layer: LayerReport, phase: Phase) -> str:

@@ -18,12 +18,12 @@ def layers_by_refusal(layers: Iterable[LayerReport]) -> dict[str, ByPhase]:
     found: dict[str, ByPhase] = {}
     for layer in layers:
         for phase in filter(layer.plan.is_pruned, Phase):
-            for reason in _reasons(layer.refusals[phase]):
+            for reason in refusal_reasons(layer.refusals[phase]):
                 found.setdefault(reason, {phase: [] for phase in Phase})[phase].append(layer.name)
     return found
 
 
-def _reasons(refusals: Iterable[Refusal]) -> list[str]:
+def refusal_reasons(refusals: Iterable[Refusal]) -> list[str]:
     """Spell out refusals, merging backends that give the same reason: `"gemm: cusparselt, cpu: ..."`."""
     backends = defaultdict[tuple[Kind, str], list[str]](list)
     for one in refusals:

@@ -18,7 +18,9 @@ from nmcompile.report.graphs import inline_forward
 from nmcompile.report.layers import LayerReport, Observation, layer_report
 from nmcompile.report.to_html import to_html
 from nmcompile.report.to_json import to_json
-from nmcompile.report.to_text import to_markdown, to_text
+from nmcompile.report.to_notebook import to_notebook
+from nmcompile.report.to_screen import to_screen
+from nmcompile.report.to_text import to_full_text, to_markdown
 from nmcompile.report.weight_bytes import weight_bytes
 
 Masks = Callable[[], Iterable[tuple[str, Tensor, Tensor]]]
@@ -107,10 +109,17 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return to_text(self)
+        return to_screen(self)
+
+    def full(self) -> str:
+        """Return all as text: a row for every layer, the kernels with their times, and the modules left out."""
+        return to_full_text(self)
+
+    def _repr_html_(self) -> str:
+        return to_notebook(self)
 
     def to_markdown(self) -> str:
-        """Return the text as GitHub-flavoured markdown."""
+        """Return the full text as GitHub-flavoured markdown."""
         return to_markdown(self)
 
     def to_json(self) -> str:

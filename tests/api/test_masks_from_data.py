@@ -340,7 +340,8 @@ def test_the_report_names_method_and_error() -> None:
     found = masks_of(compiled)["2.weight"].found
     assert found is not None
     assert report.layer("2").found == found
-    assert f"mask by sparsegpt, output error {found.error:.2%}" in str(report)
+    assert f"mask by sparsegpt, output error {found.error:.2%}" in report.full()
+    assert "mask by sparsegpt, output error " in str(report)
     assert f'"error": {found.error}' in report.to_json()
 
 

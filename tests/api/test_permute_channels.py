@@ -94,7 +94,7 @@ def test_the_source_keeps_its_order_unless_inplace() -> None:
 def test_the_report_says_what_was_won_or_why_not() -> None:
     pruned = compiled(Residual(), permute=True)
     pruned(X)
-    text = str(nmcompile.inspect(pruned))
+    text = nmcompile.inspect(pruned).full()
     assert "of the pruned magnitude won back" in " ".join(text.split())
     assert '"permutation": "in-channels permuted' in nmcompile.inspect(pruned).to_json()
 

@@ -218,7 +218,7 @@ def test_the_report_shows_what_was_chosen(timed: dict[str, float], monkeypatch: 
     report = nmcompile.inspect(compiled)
     forward = report.layer("0").choices[nmcompile.Phase.FORWARD]
     assert forward == Choice("sparse", "measured", 1.4, 0.003, 0.002) and forward.speedup == pytest.approx(1.5)
-    text = str(report)
+    text = report.full()
     assert "sparse: 3.00 / 2.00 ms = 1.50, predicted 1.40" in text and "dense: small, 0.00 M multiplications" in text
     assert "had a sparse kernel; those measured take 4.0 ms, and 6.0 ms with dense kernels" in text
     assert "Pruned operands take part in 100.0% of the MACs of all three GEMMs." in text

@@ -205,12 +205,12 @@ def test_the_report_has_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Choice("sparse", "measured", None, 4e-3, 1e-3)
     monkeypatch.setattr(choices, "_choice", lambda problem, *_: times)
     compiled(x)
-    report = str(nmcompile.inspect(compiled))
+    report = nmcompile.inspect(compiled).full()
     assert "integers: 4.00 / 1.00 ms = 4.00" in report and "2 of 2 GEMMs that ran had a sparse kernel" in report
     slower = Choice("dense", "measured", None, 4e-3, 5e-3)
     monkeypatch.setattr(choices, "_choice", lambda problem, *_: slower if "grid" in problem()[0] else times)
     compiled(x)
-    assert "sparse: 4.00 / 1.00 ms = 4.00; packed integers 5.00 ms" in str(nmcompile.inspect(compiled))
+    assert "sparse: 4.00 / 1.00 ms = 4.00; packed integers 5.00 ms" in nmcompile.inspect(compiled).full()
 
 
 @torch.no_grad()

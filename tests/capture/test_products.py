@@ -263,7 +263,7 @@ def test_percentages_are_of_the_whole_model(x: Tensor) -> None:
     assert (totals["parameters"], totals["sparse_parameters"]) == (4 * 8 + 12 * 4 + 3 * 96, 4 * 8 + 12 * 4)
     share = f"{80 / model:.1%} of the model's 0.001 M"
     line = "stays Python: 1: bmm on stack (bmm): it is not a linear layer [1.stack 3×8×12]"
-    for text in (str(report), report.to_markdown()):
+    for text in (report.full(), report.to_markdown()):
         assert share in text
         assert line in text
     assert '"1.stack": [' in report.to_json()
@@ -290,8 +290,8 @@ def test_recurrent_and_transposed_layers_are_in_the_totals() -> None:
     report = nmcompile.analyze(model, config=CompileConfig(ends="sparse"))
     outside = 4 * 8 * 3 + 12 * (8 + 4) + 4 * 2 * 3
     assert (report.summary["uncaptured_parameters"], report.summary["sparse_parameters"]) == (outside, 64)
-    assert "skipped: 2: recurrent layer" in str(report)
-    assert "[2.weight_hh_l0 12×4, 2.weight_ih_l0 12×8]" in str(report)
+    assert "skipped: 2: recurrent layer" in report.full()
+    assert "[2.weight_hh_l0 12×4, 2.weight_ih_l0 12×8]" in report.full()
 
 
 def test_weights_of_experts_are_in_the_totals() -> None:

@@ -121,7 +121,7 @@ def test_a_layer_that_was_not_called_is_not_counted_as_sparse(x: Tensor) -> None
 
 def test_text_and_markdown_name_every_layer_and_the_totals(x: Tensor) -> None:
     report = report_of("training", x)
-    for text in (str(report), report.to_markdown()):
+    for text in (str(report), report.full(), report.to_markdown()):
         assert "Sequential, mode 'training': 2 of 4 layers sparse" in text
         assert "8×8×3×3" in text and "W 2:4 transposable" in text and "dY 2:4 mvue" in text
     table = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
@@ -189,7 +189,7 @@ def test_why_there_is_no_whole_graph() -> None:
 
     report = nmcompile.analyze(Branching())
     assert report.graph is None
-    assert report.graph_reason and report.graph_reason in str(report)
+    assert report.graph_reason and report.graph_reason in report.full()
     assert report.summary["layers"] == 4
 
 
