@@ -96,7 +96,8 @@ def _times(fold: Fold) -> str:
     if not pairs:
         return ""
     dense, chosen = (sum(column) * 1e3 for column in zip(*pairs, strict=True))
-    return f"{dense:.3g}/{chosen:.3g} = {dense / chosen:.2f}"
+    shown = (f"{time:.3g}" if time < 1000 else f"{time:.0f}" for time in (dense, chosen))
+    return f"{'/'.join(shown)} = {dense / chosen:.2f}"
 
 
 def _shortened(text: str, width: int) -> str:

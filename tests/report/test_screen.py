@@ -72,16 +72,17 @@ def test_any_report_fits_a_screen(mode: str) -> None:
     assert all(layer.name[:60] in report.full() for layer in report.layers)
 
 
-def test_measured_times_are_sums_over_a_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scale", "shown"), [(1, "18/12 = 1.50"), (1000, "18000/12000 = 1.50")])
+def test_measured_times_are_sums_over_a_fold(scale: int, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from nmcompile.ir.choice import Choice
     from nmcompile.ir.program import ThreeGraphs
 
-    choice = Choice("sparse", "measured", 1.4, 0.003, 0.002)
+    choice = Choice("sparse", "measured", 1.4, 0.003 * scale, 0.002 * scale)
     monkeypatch.setattr(ThreeGraphs, "choices", lambda _: dict.fromkeys(nmcompile.Phase, choice))
     model = nmcompile.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config=CompileConfig(ends="sparse"))
     model(torch.randn(4, 8)).sum().backward()
     text = str(nmcompile.inspect(model))
-    assert "[0-1] ×2" in text and "18/12 = 1.50" in text
+    assert "[0-1] ×2" in text and shown in text
 
 
 def test_reasons_are_numbered_once_and_cited() -> None:

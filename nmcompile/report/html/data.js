@@ -61,5 +61,5 @@ function amount(value, unit = "") {
 }
 
 function milliseconds(seconds) {
-  return `${(seconds * 1e3).toPrecision(3)} ms`;
+  return seconds < 1 ? `${(seconds * 1e3).toPrecision(3)} ms` : `${seconds.toPrecision(3)} s`;
 }

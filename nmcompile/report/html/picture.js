@@ -51,7 +51,7 @@ function clusterShape(cluster, { x, y, width, height }) {
     { class: "cluster", "data-id": cluster.id },
     drawn("title", {}, cluster.tip),
     drawn("rect", { x: left, y: top, width, height }),
-    drawn("text", { x: left + 6, y: top + 13, class: "small" }, cluster.label),
+    drawn("text", { x: left + 2, y: top - 3, class: "small" }, cluster.label),
   );
   return pressable(group, cluster.action);
 }
