@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nmcompile.checks import check_compiled
 from nmcompile.report.layers import Observation
-from nmcompile.report.report import Report, build_report
+from nmcompile.report.report import Report, build_report, no_masks
 from nmcompile.sharded import is_sharded
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.record import record_of
@@ -44,19 +44,31 @@ def inspect(compiled: nn.Module) -> Report:
         model_name=name,
         mode=record.mode,
         reverted=record.reverted,
-        masks=partial(_masks, ref(root)),
+        masks=_LiveMasks(root),
     )
 
 
-def _masks(model: "ref[nn.Module]") -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, weight and mask of the layers of a model that is still there, without a change of its state.
+class _LiveMasks:
+    """The masks of a model that is still there. A pickle of them is empty: it does not hold the model."""
 
-    Nothing is yielded of a model that is split among processes: to gather a weight, all of them would have to ask.
-    """
-    root = model()
-    if root is None or any(map(is_sharded, root.parameters())):
-        return
-    for triple in triples_of(root):
-        weight = None if triple.mask is None else stored_weight(root, triple.site)
-        if triple.mask is not None and weight is not None and not weight.is_meta:
-            yield triple.layer.name, weight, triple.mask.preview(weight)
+    def __init__(self, root: nn.Module) -> None:
+        self.model = ref(root)
+
+    def __call__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, weight and mask of the model's layers, without a change of its state.
+
+        Nothing is yielded of a model that is split among processes: to gather a weight, all of them would have to ask.
+        """
+        root = self.model()
+        if root is None or any(map(is_sharded, root.parameters())):
+            return
+        for triple in triples_of(root):
+            weight = None if triple.mask is None else stored_weight(root, triple.site)
+            if triple.mask is not None and weight is not None and not weight.is_meta:
+                yield triple.layer.name, weight, triple.mask.preview(weight)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_LiveMasks":
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial, (no_masks,)

@@ -9,8 +9,8 @@ from math import prod
 from nmcompile.config import Phase
 from nmcompile.report.layers import LayerReport
 
-NUMBER = re.compile("(0|[1-9][0-9]*)")
-"""A number as Python writes it: `01` is two of them."""
+NUMBER = re.compile("(0|[1-9][0-9]{0,17})")
+"""A number as Python writes it: `01` is two of them. A name may hold more digits than Python reads as one number."""
 
 
 @dataclass(frozen=True)

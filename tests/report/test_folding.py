@@ -45,6 +45,13 @@ def test_leading_zeros_stay() -> None:
     assert folds_of(["a01", "a02", "a10"]) == ["a0[1-2] ×2", "a10"]
 
 
+def test_names_hold_more_digits_than_a_number() -> None:
+    """Python reads no number of more than 4300 digits, and a name may be one."""
+    names = ["a" + "1" * 5000, "a" + "2" * 5000]
+    assert sorted(folds_of(names)) == names
+    assert folds_of([f"b{10**17 + i}" for i in range(3)]) == [f"b[{10**17}-{10**17 + 2}] ×3"]
+
+
 def test_layers_of_other_plans_or_kernels_do_not_fold() -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     x = torch.randn(4, 8)

@@ -1,6 +1,8 @@
 """The HTML report: its data, and the page itself in a headless Chromium."""
 
+import copy
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -116,6 +118,16 @@ def page_layers(report: Report) -> list[Any]:
     layers = page_data(report)["layers"]
     assert isinstance(layers, list)
     return layers
+
+
+def test_a_report_is_pickled_without_the_model_and_copied_with_it() -> None:
+    model, report = inspected()
+    loaded = pickle.loads(pickle.dumps(report))
+    assert str(loaded) == str(report) and not list(loaded.masks())
+    assert to_html(loaded)
+    for copied in (copy.copy(report), copy.deepcopy(report)):
+        assert len(list(copied.masks())) == len(list(report.masks())) > 0
+    del model
 
 
 def test_graphs_have_every_node_with_its_kind_and_known_shapes() -> None:

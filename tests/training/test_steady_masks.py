@@ -3,17 +3,19 @@
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.training.find_masks import masks_of
 from nmcompile.training.masks import WeightMask
-from nmcompile.training.steady import PERIOD
+from nmcompile.training.steady import PERIOD, discounted
 
 PAIRS = list(itertools.combinations(range(4), 2))
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
@@ -222,3 +224,30 @@ def test_compiled_by_torch_it_trains_alike(mode: str) -> None:
         assert isinstance(called, nn.Module)
         train_net(called, optimizer_of(model), 0, 2 * PERIOD + 2)
     assert_same(eager, traced)
+
+
+class Called(TorchDispatchMode):
+    """A record of the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_pruned_weights_are_discounted_without_a_branch_at_each(dtype: torch.dtype) -> None:
+    weight = torch.randn(8, 8, 3, 3).to(dtype).to(memory_format=torch.channels_last)
+    weight[0, :6, 0, 0] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max])
+    mask = torch.rand(weight.shape) < 0.5
+    with Called() as called:
+        result = discounted(weight, mask)
+    assert "where" not in called.names
+    assert result.stride() == weight.stride() and result.dtype == dtype
+    expected = torch.where(mask, weight, weight * 0.75)
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(result.signbit(), expected.signbit())
