@@ -17,6 +17,7 @@ from nmcompile.errors import ConfigError, FileError
 from nmcompile.files.write_atomically import write_atomically
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.found_mask import FoundMask
+from nmcompile.quantization import Grid
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.like import like
 from nmcompile.three_gemm.stored_weights import Place
@@ -148,13 +149,26 @@ def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
 
 
 def _settle_step(triple: GemmTriple, parts: Mapping[Part, Solved]) -> None:
-    """Make the step of a weight stand if all of it was rounded; parts with steps of their own have one a row."""
-    found = [(one.step, one.mask) for _, one in sorted(parts.items(), key=lambda item: item[0].row)]
-    steps = [(step, mask) for step, mask in found if step is not None]
-    if not steps or len(steps) < len(found):
+    """Make the step of a weight stand if all of it was rounded; parts with steps of their own have one a row.
+
+    A layer that shares the weight, and whose own grid does not hold the values, keeps SAWB's step.
+    """
+    found = [one for _, one in sorted(parts.items(), key=lambda item: item[0].row)]
+    steps = [one.step for one in found if one.step is not None]
+    if not steps or len(steps) < len(found) or not all(holds(triple.steps.weight_grid, one) for one in found):
         return
-    rows = [step if step.dim() else step.expand(len(mask), *[1] * (mask.dim() - 1)) for step, mask in steps]
-    triple.steps.weight = steps[0][0] if len(steps) == 1 else torch.cat(rows)
+    rows = [
+        step if step.dim() else step.expand(len(one.mask), *[1] * (one.mask.dim() - 1))
+        for step, one in zip(steps, found, strict=True)
+    ]
+    triple.steps.weight = steps[0] if len(steps) == 1 else torch.cat(rows)
+
+
+def holds(grid: Grid | None, solved: Solved) -> bool:
+    """Return whether a grid has an integer for every value of a part that was rounded."""
+    if grid is None or solved.weight is None or solved.step is None:
+        return False
+    return bool((solved.weight.abs() < (grid.high + 0.5) * solved.step).all())  # half a step for 16-bit values
 
 
 @torch.inference_mode(False)

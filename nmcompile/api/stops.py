@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nmcompile.api.solved_parts import Part, Solved
+from nmcompile.api.solved_parts import Part, Solved, holds
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
@@ -110,7 +110,9 @@ class Replacing(Unquantized):
         if found is None:
             return super().run(phase, {**values, "weight_mask": torch.ones_like(mask)})
         new = weight if found.weight is None else found.weight.to(weight)
-        step = values.get("weight_step") if found.step is None else found.step.to(weight.device)
+        step = values.get("weight_step")
+        if found.step is not None and holds(self.triple.steps.weight_grid, found):
+            step = found.step.to(weight.device)
         found_values = {"weight": new, "weight_mask": found.mask.to(weight.device), "weight_step": step}
         return super().run(phase, {**values, **found_values})
 

@@ -165,6 +165,41 @@ def test_a_weight_that_keeps_its_values_has_sawb_step() -> None:
     assert all(triple.steps.weight is None for triple in layers(compiled("wanda")).values())
 
 
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(self.a(x).relu())
+        return result
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("bits", [(8, 4), (4, 8), (8, None), (4, 4)])
+def test_a_step_stands_only_where_the_grid_holds_the_values(bits: tuple[int, int | None], granularity: Any) -> None:
+    """The first layer that is called rounds a weight of both; a step of 8 bits would clip all of the weight to 4."""
+    preset = nmcompile.presets["inference"].weight
+    rules = {name: nmcompile.LayerConfig(weight=preset, weight_bits=b) for name, b in zip("ab", bits, strict=True)}
+    config = CompileConfig(masks="sparsegpt", layers=rules, granularity=granularity)
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    found = nmcompile.compile(Tied(), "inference", args=(x,), config=config, calibration=[x]).eval()
+    steps = {name: triple.steps for name, triple in layers(found).items()}
+    assert steps["a"].weight is not None
+    assert (steps["b"].weight is not None) == (bits in [(4, 8), (4, 4)])
+    weight = found.get_parameter("a.weight").detach()
+    for one in steps.values():
+        step = one.of_weight(weight)
+        if step is not None and one.weight_grid is not None and one.weight is not None:
+            integers = weight / step
+            assert torch.allclose(integers, integers.round(), atol=1e-4)
+            assert integers.round().abs().max() <= one.weight_grid.high
+
+
 def test_packed_projections_have_a_step_each_or_one_a_row() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
