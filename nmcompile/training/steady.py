@@ -9,7 +9,7 @@ has to gain enough to be made.
 import torch
 from torch import Tensor
 
-PERIOD = 4  # optimizer steps; so a rebuild takes less than 2 % of a step, see benchmarks/refresh.py
+PERIOD = 4  # optimizer steps; a rebuild takes 2 % of a step, or more if the batch is small (benchmarks/refresh.py)
 DISCOUNT = 0.75  # factor on the magnitude of pruned weights
 
 
