@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import nmcompile
 from nmcompile.backends.shared.timing import Turns
-from nmcompile.demo.images import load_images
+from nmcompile.demo.images import digits, load_images
 from nmcompile.demo.resnet import ResNet
 from nmcompile.demo.steps import described, measured
 from nmcompile.demo.training import BATCH
@@ -28,9 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--data", type=Path, help="an IDX folder; otherwise as the demo chooses")
+    parser.add_argument("--digits", action="store_true", help="scikit-learn's digits, 8 x 8")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_step.json")
     options = parser.parse_args()
-    images = load_images(options.data)
+    images = digits() if options.digits else load_images(options.data)
     torch.manual_seed(0)
     dense = ResNet(images.train_images.shape[-1], 10)
     sparse = nmcompile.compile(copy.deepcopy(dense), "training", args=(images.train_images[:BATCH],))

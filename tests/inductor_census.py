@@ -24,7 +24,7 @@ class Operand(NamedTuple):
 
 @dataclass
 class Census:
-    """Of both graphs of a step: the loops that inductor generates, and the operands of each call of our operators."""
+    """Census of both graphs of a step: inductor's loops, and the operands of each call of our operators."""
 
     loops: int = 0
     bytes_moved: int = 0

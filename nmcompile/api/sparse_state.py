@@ -34,12 +34,12 @@ LOADED = "pruning did not pay where the loaded state was decided (CompileConfig.
 def sparse_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state that `state_dict()` does not hold, as tensors that safetensors can write.
 
-    Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, and whether the mask is
-    stale: 0 if not, 1 by a write, 2 by steps), `<layer>.draw`
-    (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32, NaN until calibrated; of quantized
-    inputs and outputs), `<layer>.weight_step` (float64, for each out-feature, of the grid that the weight was rounded
-    to when its mask was found; NaN where SAWB finds it), `seed` and `format`; with `where="pays"` or `"likely"` also
-    `<layer>.dense_phases` (bool, for the forward, the backward and the update GEMM: whether it is left dense).
+    Keys: `<weight>.mask` (bool), `<weight>.clock` (int64: optimizer steps, and whether the mask is stale: 0 if not, 1
+    by a write, 2 by steps), `<layer>.draw` (int64: backward calls), `<layer>.clip` and `<layer>.output_clip` (float32,
+    NaN until calibrated; of quantized inputs and outputs), `<layer>.weight_step` (float64, for each out-feature, of the
+    grid that the weight was rounded to when its mask was found; NaN where SAWB finds it), `seed` and `format`; with
+    `where="pays"` or `"likely"` also `<layer>.dense_phases` (bool, for the forward, the backward and the update GEMM:
+    whether it is left dense).
 
     Raises:
         StateError: the model is not compiled, or holds several compiled ones with layers of the same name.

@@ -34,12 +34,13 @@ def load_images(folder: Path | None) -> Images:
     if folder is None and FASHION_MNIST.is_dir():
         folder = FASHION_MNIST
     if folder is None:
-        return _digits()
+        return digits()
     arrays = [_read_idx(folder, name, dims) for name, dims in zip(FILES, (3, 1, 3, 1), strict=True)]
     return _images(str(folder), *arrays)
 
 
-def _digits() -> Images:
+def digits() -> Images:
+    """Load scikit-learn's digits, 8 × 8."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

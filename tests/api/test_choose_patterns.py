@@ -15,6 +15,7 @@ from nmcompile.api.pattern_costs import COSTS, Pattern
 from nmcompile.api.pattern_damages import measure_patterns
 from nmcompile.api.request import request_of
 from nmcompile.errors import CalibrationError, ConfigError
+from tests.api.masked_outputs import MaskedOutputs
 
 ENDS = CompileConfig(ends="sparse", masks="sparsegpt")
 PATTERNS = ("1:4", "2:4", "4:8")
@@ -153,16 +154,7 @@ def test_a_shared_weight_is_priced_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.network(x)
-            return y.masked_fill(torch.arange(8) == 0, -torch.inf)
-
-    request = request_of(Masked(), "weights", None, None, ENDS, "auto")
+    request = request_of(MaskedOutputs(network()), "weights", None, None, ENDS, "auto")
     measured = measure_patterns(rewrite(request), batches(), ENDS, [NMPattern.parse("2:4")])
     assert all(0 < max(one.damages.values()) < 1 for one in measured.values())
 

@@ -14,6 +14,7 @@ from nmcompile.api.distill import distill
 from nmcompile.errors import CalibrationError, ConfigError, StateError
 from nmcompile.training import recipes
 from nmcompile.training.find_masks import masks_of
+from tests.api.masked_outputs import MaskedOutputs
 
 SPARSE = CompileConfig(ends="sparse", masks="wanda")
 
@@ -75,16 +76,7 @@ def test_modes_and_statistics_are_as_before() -> None:
 
 
 def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.network(x)
-            return y.masked_fill(torch.arange(8) == 0, -torch.inf)
-
-    dense = Masked()
+    dense = MaskedOutputs(network())
     losses = distill(pruned(dense), dense, batches(), steps=40)
     assert losses[-1] < losses[0]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile.errors import CalibrationError, ConfigError
+from tests.api.masked_outputs import MaskedOutputs
 
 
 def network() -> nn.Sequential:
@@ -109,16 +110,7 @@ def test_thresholds_have_the_mode_of_their_relus(training: bool) -> None:
 
 
 def test_outputs_that_are_masked_with_an_infinity_do_not_count() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.network(x)
-            return y.masked_fill(torch.arange(8) == 0, -torch.inf)
-
-    model = Masked()
+    model = MaskedOutputs(network())
     changed = nmcompile.fatrelu(model, batches(), max_change=0.05)
     assert thresholds(changed)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Experiments beyond the paper: their parts against closed forms."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ def test_bfloat16_masters() -> None:
     assert str(InBfloat16(plain)) == "plain, bfloat16"
 
 
-def test_text_is_followed_by_its_next_characters(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_text_is_followed_by_its_next_characters(tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_text("abcde" * 10_000)
     data = load_text(file)
@@ -101,7 +103,7 @@ def test_overheads_count_the_pruning_alone() -> None:
     assert table6.pruning_seconds(lambda: OPERATORS["mvue"](x, "2:4")) == 0  # not as an operator of a graph
 
 
-def test_overheads_take_no_data(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_overheads_take_no_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="leave out --data"):
         table6.EXPERIMENT.run(Options(tmp_path, data=tmp_path))
 
