@@ -142,7 +142,7 @@ def list_experiments() -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of images, or a text file.")
 @click.option("--model", help="Another network than the experiment's.")
 @click.option("--scale", default="quick", show_default=True, type=click.Choice(["quick", "full"]))
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1))
 @click.option("--out", default="paper", show_default=True, type=click.Path(path_type=Path), help="For results.")
 def run_experiment(name: str, data: Path | None, model: str | None, scale: "Scale", seeds: int, out: Path) -> None:
     """Run the experiment NAME: train what the folder of results lacks, and show a table beside the paper's figures.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESOLVED = 0.2  # points of accuracy
+TRAIN_LOSS = "train loss"  # of the last epoch, in nats
 HEADERS = ("spread", "difference", "95 % interval ±", "the paper's difference")
 
 
@@ -58,6 +59,7 @@ class Comparison:
         settings: by scale.
         metric: `"accuracy"` (%) or `"loss"` (nats).
         curves: whether the plot shows the metric over the epochs, as the paper's figures do.
+        orders: (higher, lower): pairs of rows that the paper puts in that order, neither of them the reference.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Comparison:
     rows: tuple[Row, ...] = ()
     metric: str = "accuracy"
     curves: bool = False
+    orders: tuple[tuple[str, str], ...] = ()
 
     def run(self, options: Options) -> Findings:
         """Train what is missing in `options.out`, and compare.
@@ -101,7 +104,8 @@ class Comparison:
     ) -> Findings:
         values = {name: [outcome.last(self.metric) for outcome in outcomes] for name, outcomes in found.items()}
         references = self._references(found)
-        table = [table_row(name, values, references[name], papers) for name in values]
+        losses = {name: fmean(outcome.last(TRAIN_LOSS) for outcome in outcomes) for name, outcomes in found.items()}
+        table = [[*table_row(name, values, references[name], papers), _finite(losses[name])] for name in values]
         curves = {name: _curves(outcomes, self.metric) for name, outcomes in found.items()}
 
         def draw(figure: "Figure") -> None:
@@ -110,7 +114,7 @@ class Comparison:
             else:
                 draw_differences(figure, values, references, papers, self.metric)
 
-        headers = ["row", "the paper", self.metric, *HEADERS]
+        headers = ["row", "the paper", self.metric, *HEADERS, TRAIN_LOSS]
         return Findings(headers, table, self.caption, draw, results.content(), self._notes(values, references))
 
     def _references(self, found: Mapping[str, list[Outcome]]) -> dict[str, str]:
@@ -127,7 +131,7 @@ class Comparison:
         if self.metric == "accuracy" and widest:
             needed = seeds_for(widest, RESOLVED)
             notes.append(f"an interval of ±{RESOLVED} points for the row that varies most takes {needed} seeds or more")
-        return notes
+        return notes + [f"{high} - {low}: {paired_difference(values[high], values[low])}" for high, low in self.orders]
 
 
 def table_row(
@@ -138,13 +142,17 @@ def table_row(
     difference = paired_difference(own, values[reference])
     ours = [None, None] if name == reference else [difference.mean, difference.half_width]
     row = [papers[name], fmean(own), spread(own), *ours, paper_difference(papers, name, reference)]
-    return [name, *(cell if cell is not None and math.isfinite(cell) else None for cell in row)]
+    return [name, *map(_finite, row)]
 
 
 def paper_difference(papers: Mapping[str, float | None], name: str, reference: str) -> float | None:
     """Return the paper's figure of a row minus that of its reference, where it has both."""
     own, other = papers[name], papers[reference]
     return None if own is None or other is None or name == reference else own - other
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _curves(outcomes: Sequence[Outcome], metric: str) -> list[list[float]]:

@@ -6,7 +6,7 @@ the first two have the same variance too. 4:8 has less variance, 1:4 more.
 
 from nmcompile.paper.comparison import Comparison, Row, Setting
 from nmcompile.paper.methods import gradients, plain
-from nmcompile.paper.recipe import PAPER, QUICK
+from nmcompile.paper.recipe import CONSTANT, PAPER
 
 EXPERIMENT = Comparison(
     name="estimators",
@@ -20,6 +20,6 @@ EXPERIMENT = Comparison(
         Row("MVUE 1:2", gradients("mvue", "1:2")),
         Row("MVUE 1:4", gradients("mvue", "1:4")),
     ),
-    settings={"quick": Setting("images", "small", QUICK), "full": Setting("imagenet", "resnet18", PAPER)},
+    settings={"quick": Setting("images", "small", CONSTANT), "full": Setting("imagenet", "resnet18", PAPER)},
     caption="Test accuracy (%) with the gradients of the update GEMM pruned by each estimator and pattern.",
 )

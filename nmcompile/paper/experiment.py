@@ -30,7 +30,7 @@ class Options:
     data: Path | None = None
     model: str | None = None
     scale: Scale = "quick"
-    seeds: int = 3
+    seeds: int = 5
 
 
 @dataclass(frozen=True)

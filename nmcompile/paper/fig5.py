@@ -39,6 +39,7 @@ EXPERIMENT = Comparison(
     title="Figure 5: 4:8 activations with and without ReLU",
     rows=(Row("baseline", plain), Row("ReLU + 4:8", AFTER_RELU), Row("4:8 without ReLU", without_relu)),
     settings={"quick": Setting("images", "small", QUICK), "full": Setting("images", "resnet18-cifar", PAPER)},
+    orders=(("ReLU + 4:8", "4:8 without ReLU"),),
     caption=(
         "Test accuracy (%) after each epoch with ReLU, with 4:8 pruning by value after each ReLU, and with 4:8 pruning "
         "in place of it: mean and range of the seeds. The paper (ResNet-18, CIFAR-10): ReLU + 4:8 is on par with the "

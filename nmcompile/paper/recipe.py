@@ -1,7 +1,7 @@
 """Training recipes: the paper's for full scale, and one of minutes for a CPU."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -57,5 +57,10 @@ class Recipe:
 
 
 QUICK = Recipe(epochs=3, batch=64, rate=0.1, decay=5e-4, images=5_000)
+CONSTANT = replace(QUICK, epochs=4, rate=0.01, schedule="constant")
+"""Training that is far from done when it ends: pruned gradients go on moving the weights.
+
+A rate that falls to zero within a few epochs hides a bias. The weights stop, and batch statistics catch up with them.
+"""
 PAPER = Recipe(epochs=90, batch=256, rate=0.1, decay=1e-4, schedule="steps")
 """The paper's recipe for ImageNet (Section 6.1)."""

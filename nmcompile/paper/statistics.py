@@ -21,6 +21,10 @@ class Difference:
         """Return whether the interval leaves out zero."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
+    def __str__(self) -> str:
+        interval = "" if self.half_width is None else f" ± {self.half_width:.2f}"
+        return f"{self.mean:+.2f}{interval}{'' if self.is_clear else ' (not clear)'}"
+
 
 def spread(values: Sequence[float]) -> float | None:
     """Return the standard deviation of a sample; `None` for fewer than two values."""

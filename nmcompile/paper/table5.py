@@ -33,6 +33,7 @@ EXPERIMENT = Comparison(
         "quick": Setting("images", "small", replace(QUICK, epochs=4)),
         "full": Setting("imagenet", "resnet18", PAPER),
     },
+    orders=tuple(("scheme B", row) for row in ("PACT 2-bit", "QIL 2-bit", "LSQ 2-bit", "scheme A")),
     caption=(
         "Test accuracy (%) with 2:4 weights, 4:8 activations and 4 bits (schemes A and B), and with 2 bits and no "
         "sparsity (PACT, QIL, LSQ), the first convolution and the last linear layer in full precision. "

@@ -8,7 +8,7 @@ from nmcompile.config import CompileConfig
 from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.paper.comparison import Comparison, Row, Setting
 from nmcompile.paper.methods import Compiled, plain
-from nmcompile.paper.recipe import PAPER, QUICK
+from nmcompile.paper.recipe import CONSTANT, PAPER
 from nmcompile.pruning.pattern import NMPattern
 
 SDGP = Pruning("sdgp", NMPattern(2, 4))
@@ -23,7 +23,8 @@ EXPERIMENT = Comparison(
         Row("SDGP backward", Compiled("gradients", BACKWARD), 71.2),
         Row("SDGP update", Compiled("gradients", UPDATE), 64.2),
     ),
-    settings={"quick": Setting("images", "small", QUICK), "full": Setting("imagenet", "resnet18", PAPER)},
+    settings={"quick": Setting("images", "small", CONSTANT), "full": Setting("imagenet", "resnet18", PAPER)},
+    orders=(("SDGP backward", "SDGP update"),),
     caption=(
         "Test accuracy (%) with SDGP 2:4 on the gradient that the backward GEMM reads (along channels), and on the one "
         "that the update GEMM reads (across the batch). The paper: ResNet-18 on ImageNet, with FFCV's training regime."

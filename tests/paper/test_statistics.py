@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nmcompile.paper.statistics import paired_difference, seeds_for, spread, student_quantile
+from nmcompile.paper.statistics import Difference, paired_difference, seeds_for, spread, student_quantile
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 30])
@@ -32,6 +32,11 @@ def test_one_run_has_no_spread() -> None:
 def test_intervals_are_clear_if_they_leave_out_zero() -> None:
     assert paired_difference([2.0, 2.1, 2.2], [1.0, 1.0, 1.0]).is_clear
     assert not paired_difference([2.0, 0.1, 1.2], [1.0, 1.0, 1.0]).is_clear
+
+
+def test_differences_say_whether_they_are_clear() -> None:
+    shown = [str(Difference(mean, 0.5)) for mean in (1.0, -0.25)]
+    assert shown == ["+1.00 ± 0.50", "-0.25 ± 0.50 (not clear)"]
 
 
 @pytest.mark.parametrize(("deviation", "half_width"), [(0.3, 0.2), (0.1, 0.2), (1.0, 0.2)])

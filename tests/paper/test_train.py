@@ -1,12 +1,13 @@
 """Training runs: resumed after a kill they equal uninterrupted ones bit for bit, and finished ones are not repeated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from nmcompile.config import CompileConfig
 from nmcompile.errors import FileError
@@ -110,8 +111,27 @@ def test_finished_runs_are_not_repeated(
 
 def test_rows_are_paired_with_the_reference(experiment: Comparison, tmp_path: Path) -> None:
     dense, sparse = experiment.run(Options(tmp_path, seeds=2)).rows
-    assert dense[1] == 80.0 and dense[4:] == [None] * 3
+    assert dense[1] == 80.0 and dense[4:7] == [None] * 3
     assert sparse[4] == pytest.approx(sparse[2] - dense[2]) and sparse[6] == -1.0  # type: ignore[operator]
+
+
+def test_orders_of_the_paper_are_noted(experiment: Comparison, tmp_path: Path) -> None:
+    dense, sparse = experiment.run(Options(tmp_path, seeds=2)).rows
+    notes = replace(experiment, orders=(("sparse", "dense"),)).run(Options(tmp_path, seeds=2)).notes
+    assert notes[-1].startswith(f"sparse - dense: {sparse[2] - dense[2]:+.2f}")  # type: ignore[operator]
+
+
+def test_a_phase_without_a_rate_moves_the_batch_statistics_alone(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def twice(model: nn.Module, calibration: Sequence[Tensor]) -> Iterator[nn.Module]:
+        for _ in range(2):
+            yield model
+            seen.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    train_run(Run("twice", twice, "small", RECIPE, 0, (Phase(0.67), Phase(0.33, rate=0.0))), data(), tmp_path / "x")
+    moved = {name.rpartition(".")[2] for name, value in seen[1].items() if not torch.equal(value, seen[0][name])}
+    assert moved == {"running_mean", "running_var", "num_batches_tracked"}
 
 
 def test_every_epoch_has_its_own_order() -> None:
