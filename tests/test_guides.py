@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-OTHERS = "adapters", "inference", "pruning_without_retraining", "trainers"
+OTHERS = "adapters", "inference", "pruning_without_retraining", "reports", "trainers"
 GUIDES = [*sorted(DOCS.glob("writing_*.md")), *(DOCS / f"{name}.md" for name in OTHERS)]
 
 

@@ -6,6 +6,7 @@ import click
 
 from nmcompile.cli.analyze import analyze
 from nmcompile.cli.demo import demo
+from nmcompile.cli.diff import diff
 from nmcompile.cli.doctor import doctor
 from nmcompile.cli.export import export
 from nmcompile.cli.inspect import inspect
@@ -20,7 +21,7 @@ def cli() -> None:
     """Compile, export and check PyTorch models with N:M fine-grained sparsity."""
 
 
-for command in (analyze, demo, doctor, export, inspect, paper, verify):
+for command in (analyze, demo, diff, doctor, export, inspect, paper, verify):
     cli.add_command(command)
 
 

@@ -1,7 +1,7 @@
 """Layers that differ in nothing but the numbers in their names, folded: `layers.[0-29].mlp.up_proj`."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -30,23 +30,33 @@ class Fold:
 
 def fold_layers(layers: Sequence[LayerReport]) -> tuple[Fold, ...]:
     """Fold the layers that are equal except for numbers in their names; in the order of each fold's first layer."""
-    found: dict[tuple[object, ...], list[LayerReport]] = {}
-    for layer in layers:
-        found.setdefault(_look(layer), []).append(layer)
+    known = {layer.name: layer for layer in layers}
+    folds = fold_names({layer.name: _look(layer) for layer in layers})
+    return tuple(Fold(name, tuple(known[one] for one in names)) for name, names in folds)
+
+
+def fold_names(looks: Mapping[str, Hashable]) -> list[tuple[str, tuple[str, ...]]]:
+    """Fold names that differ in numbers only and have equal looks: one name for all, and those that it stands for.
+
+    The folds are in the order of their first names.
+    """
+    found: dict[Hashable, list[str]] = {}
+    for name, look in looks.items():
+        found.setdefault((tuple(NUMBER.split(name)[::2]), look), []).append(name)
     folds = [fold for group in found.values() for fold in _nameable(group)]
-    order = {layer.name: number for number, layer in enumerate(layers)}
-    return tuple(sorted(folds, key=lambda fold: order[fold.first.name]))
+    order = {name: number for number, name in enumerate(looks)}
+    return sorted(folds, key=lambda fold: order[fold[1][0]])
 
 
-def _nameable(group: Sequence[LayerReport]) -> list[Fold]:
-    """Split layers until one name stands for each part: names of all combinations of numbers, and no others."""
-    columns = _columns([layer.name for layer in group])
+def _nameable(group: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Split names until one stands for each part: for all combinations of numbers, and no others."""
+    columns = _columns(group)
     if prod(map(len, columns)) == len(group):
-        return [Fold("".join(map(_joined, columns)), tuple(group))]
+        return [("".join(map(_joined, columns)), tuple(group))]
     last = max(number for number, column in enumerate(columns) if len(column) > 1)
-    parts: dict[str, list[LayerReport]] = {}
-    for layer in group:
-        parts.setdefault(NUMBER.split(layer.name)[last], []).append(layer)
+    parts: dict[str, list[str]] = {}
+    for name in group:
+        parts.setdefault(NUMBER.split(name)[last], []).append(name)
     return [fold for part in parts.values() for fold in _nameable(part)]
 
 
@@ -59,16 +69,16 @@ def _joined(column: Sequence[str]) -> str:
     return column[0] if len(column) == 1 else _ranges(column)
 
 
-def _look(layer: LayerReport) -> tuple[object, ...]:
+def _look(layer: LayerReport) -> Hashable:
     """Return all that a fold has in common."""
-    plan, form = layer.plan, tuple(NUMBER.split(layer.name)[::2])
+    plan = layer.plan
     rows = tuple((r.phase, r.operand, r.operator, r.pattern, r.axis, r.grid, r.reason) for r in plan.rows)
     geometry = layer.layer.kind, layer.layer.weight_shape, layer.layer.groups, layer.macs
     kernels = tuple(
         (layer.kernels.get(phase), layer.choices[phase].kernel) for phase in Phase if phase in layer.choices
     )
     method = None if layer.found is None else layer.found.method
-    return form, geometry, layer.status, rows, kernels, tuple(layer.refusals.items()), bool(plan.norm), method
+    return geometry, layer.status, rows, kernels, tuple(layer.refusals.items()), bool(plan.norm), method
 
 
 def _ranges(numbers: Iterable[str]) -> str:

@@ -14,8 +14,10 @@ from nmcompile.files.write_atomically import write_atomically
 from nmcompile.ir.plan import Reverted
 from nmcompile.ir.program import Program
 from nmcompile.report.coverage import all_parameters, covered_parameters, uncaptured_parameters
+from nmcompile.report.diff import ReportDiff, diff_reports
 from nmcompile.report.graphs import inline_forward
 from nmcompile.report.layers import LayerReport, Observation, layer_report
+from nmcompile.report.saved_report import read_report
 from nmcompile.report.to_html import to_html
 from nmcompile.report.to_json import to_json
 from nmcompile.report.to_notebook import to_notebook
@@ -125,6 +127,19 @@ class Report:
     def to_json(self) -> str:
         """Return versioned JSON: `schema_version` 1."""
         return to_json(self)
+
+    def diff(self, other: "Report | str") -> ReportDiff:
+        """Return what changed from this report to another one: of the model after a change, or on another machine.
+
+        Args:
+            other: a report, or the JSON text of one.
+
+        Raises:
+            ConfigError: neither, or JSON that another version wrote.
+        """
+        check_kind("other", other, Report | str, "a report, or the JSON text that Report.to_json returned")
+        text = other.to_json() if isinstance(other, Report) else other
+        return diff_reports(read_report(self.to_json()), read_report(text))
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one HTML file that needs nothing else: table, reasons, graphs, masks of a live model, times, JSON.
