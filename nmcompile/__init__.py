@@ -1,6 +1,7 @@
 """N:M fine-grained sparsity for PyTorch: every conv and linear node as three explicit, pruned GEMMs."""
 
 from nmcompile.api.analyze import analyze as analyze
+from nmcompile.api.bench import bench as bench
 from nmcompile.api.calibrate import calibrate as calibrate
 from nmcompile.api.choose_patterns import choose_patterns as choose_patterns
 from nmcompile.api.compare import compare as compare

@@ -93,12 +93,17 @@ def shown_name(target: object) -> str:
     return str(operator.overloadpacket.__name__ if operator is not None else getattr(target, "__name__", target))
 
 
-def is_seen(args: Iterable[object]) -> bool:
-    """Return whether something has to see the operator that is called with these arguments."""
+def is_seen(args: Iterable[object], by_profiler: bool = True) -> bool:
+    """Return whether something has to see the operator that is called with these arguments.
+
+    `by_profiler` says whether a profiler counts: it would see another kernel than the one that runs without it.
+    """
     # Outside of Dynamo, a compiler shows by its modes.
     if torch.compiler.is_dynamo_compiling() or is_grad_enabled():
         return True
-    if dispatch_modes() or function_modes() or are_transforms_active() or tracing_state() or is_profiling():
+    if dispatch_modes() or function_modes() or are_transforms_active() or tracing_state():
+        return True
+    if by_profiler and is_profiling():
         return True
     for x in args:  # noqa: SIM110 - a generator would take longer than the tests
         if type(x) not in UNSEEN and isinstance(x, Tensor):

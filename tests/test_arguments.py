@@ -102,6 +102,10 @@ RECIPE: dict[str, Any] = {"config": None, "inplace": False}
 Good = Callable[[], dict[str, Any]]
 SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "compile": (nmcompile.compile, lambda: {"model": net(), **COMPILE, **CONTROL}),
+    "bench": (
+        nmcompile.bench,
+        lambda: {"model": net().eval(), "mode": "weights", "args": (X,), "kwargs": None, "config": None},
+    ),
     "analyze": (nmcompile.analyze, lambda: {"model": net(), **COMPILE}),
     "choose_patterns": (
         nmcompile.choose_patterns,
@@ -207,6 +211,7 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("compile", "max_drop"): {"5", "2.5", "huge"},
     ("compile", "inplace"): {"True"},
     ("analyze", "kwargs"): {"dict"},
+    ("bench", "kwargs"): {"dict"},
     ("decompile", "compiled"): {"module"},
     ("is_compiled", "model"): {"module"},
     ("finalize", "compiled"): {"module"},

@@ -27,4 +27,5 @@ def analyze(
     request = request_of(model, mode, args, kwargs, config, backend)
     request = leave_dense(request)
     done = plan_and_lower(request)
-    return build_report(done.program, {}, model_name=type(request.plain).__name__, mode=mode)
+    name = type(request.plain).__name__
+    return build_report(done.program, {}, model_name=name, mode=mode, step_times=done.step_times)

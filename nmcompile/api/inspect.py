@@ -44,6 +44,7 @@ def inspect(compiled: nn.Module) -> Report:
         model_name=name,
         mode=record.mode,
         reverted=record.reverted,
+        step_times=record.step_times,
         masks=_LiveMasks(root),
     )
 

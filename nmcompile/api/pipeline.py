@@ -29,7 +29,8 @@ def plan_and_lower(request: Request) -> Compilation:
     """Plan each layer, and write its three graphs."""
     config, backends, dense_phases = request.config, request.backends, request.dense_phases
     program = _program(request.captured, request.mode, config, backends, dense_phases)
-    return Compilation(program, request.mode, config, backends, request.reverted, dense_phases, request.permutations)
+    found = request.reverted, dense_phases, request.permutations, request.step_times
+    return Compilation(program, request.mode, config, backends, *found)
 
 
 def plan_again(done: Compilation, dense_phases: DensePhases) -> Compilation:

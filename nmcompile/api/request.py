@@ -18,6 +18,7 @@ from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import Captured
 from nmcompile.ir.plan import DensePhases, Reverted
 from nmcompile.ir.protocols import Backend
+from nmcompile.ir.step_times import StepTimes
 from nmcompile.planning.plan_phases import UNREACHED
 from nmcompile.three_gemm.rewritten import check_names
 from nmcompile.training.earlier import Earlier, earlier_of
@@ -41,6 +42,7 @@ class Request:
         solved: masks and new values of weights, found from calibration data.
         permuted: parameters and buffers in their new order of channels, by name.
         permutations: by layer name, what the new order wins, or why there is none.
+        step_times: of the whole step, pruned and dense; None if no trial of it was timed, or it stays dense.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Request:
     solved: Mapping[Part, Solved] = field(default_factory=dict)
     permuted: Mapping[str, Tensor] = field(default_factory=dict)
     permutations: Mapping[str, str] = field(default_factory=dict)
+    step_times: StepTimes | None = None
 
     def without(self, layers: Iterable[str]) -> "Request":
         """Return this request with more layers left dense."""

@@ -21,6 +21,7 @@ from nmcompile.backends.shared.timing import Call, Turns, medians_in_turns
 from nmcompile.config import Phase
 from nmcompile.export.outputs import outputs_of
 from nmcompile.ir.plan import DensePhases
+from nmcompile.ir.step_times import StepTimes
 from nmcompile.three_gemm.copy_model import own_copy
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.record import record_of
@@ -58,7 +59,7 @@ def leave_slower_dense(request: Request, trial: nn.Module, build: Callable[[Requ
         warnings.warn(f"{message}; pass args that the model takes in its mode, train() or eval()", stacklevel=4)
         return request
     if pruned_time <= SLOWER * dense_time:
-        return request
+        return replace(request, step_times=StepTimes(dense_time, pruned_time))
     times = f"the whole step takes {pruned_time * 1e3:.2f} ms pruned, {dense_time * 1e3:.2f} dense"
     return replace(request, dense_phases=all_dense(optional, chosen, f"{VERDICT}: {times}"))
 
@@ -80,7 +81,7 @@ def step_times(request: Request, dense: DensePhases, build: Callable[[Request], 
     # Each rank has to take as many steps as the others.
     turns = TURNS._replace(most=TURNS.least) if is_distributed() else TURNS
     with torch.random.fork_rng(list(devices)):
-        times = medians_in_turns(steps, lambda step: _wall_seconds(step, devices), turns)
+        times = medians_in_turns(steps, lambda step: wall_seconds(step, devices), turns)
     return times["pruned"], times["dense"]
 
 
@@ -114,9 +115,9 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _wall_seconds(step: Call, devices: set[torch.device]) -> float:
-    """Return the seconds of a step, with the time that the host takes for it."""
-    count = AHEAD if devices else 1
+def wall_seconds(step: Call, devices: set[torch.device], count: int = 1) -> float:
+    """Return the seconds of a step, with the time that the host takes for it: the mean of `count` steps at least."""
+    count = max(count, AHEAD if devices else 1)
     start = time.perf_counter()
     for _ in range(count):
         step()

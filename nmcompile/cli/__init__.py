@@ -5,6 +5,7 @@ import sys
 import click
 
 from nmcompile.cli.analyze import analyze
+from nmcompile.cli.bench import bench
 from nmcompile.cli.demo import demo
 from nmcompile.cli.diff import diff
 from nmcompile.cli.doctor import doctor
@@ -21,7 +22,7 @@ def cli() -> None:
     """Compile, export and check PyTorch models with N:M fine-grained sparsity."""
 
 
-for command in (analyze, demo, diff, doctor, export, inspect, paper, verify):
+for command in (analyze, bench, demo, diff, doctor, export, inspect, paper, verify):
     cli.add_command(command)
 
 

@@ -4,11 +4,14 @@
 replaces them (`LoweringError` if it did not). Every node carries a `NodeMeta`.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, fx
+from torch.autograd.profiler import record_function
 from torch.fx.node import Argument, Target
 
-from nmcompile.custom_op import ANY_STRIDES, custom_op, is_seen
+from nmcompile.custom_op import ANY_STRIDES, custom_op, is_profiling, is_seen
 from nmcompile.errors import LoweringError
 from nmcompile.ir.grouping import grouped
 from nmcompile.ir.node_meta import KEY, NodeMeta
@@ -47,13 +50,20 @@ def _where(mask: Tensor, x: Tensor) -> Tensor:
     if result is None or not x.stride() == mask.stride() == result.stride():
         return torch.where(mask, x, 0.0)
     sizes = x.numel(), x.itemsize
-    kernels.write_masked(x.data_ptr(), mask.data_ptr(), result.data_ptr(), *sizes, torch.get_num_threads())
+    with record_function("nmcompile::mask") if is_profiling() else nullcontext():
+        kernels.write_masked(x.data_ptr(), mask.data_ptr(), result.data_ptr(), *sizes, torch.get_num_threads())
     return result
 
 
 def _takes_bits(mask: Tensor, x: Tensor) -> bool:
     """Return whether the native kernel takes both, and nothing has to see the operator."""
-    if MISSING or is_seen((mask, x)) or not (x.is_cpu and mask.is_cpu) or x.is_neg() or mask.dtype != torch.bool:
+    if (
+        MISSING
+        or is_seen((mask, x), by_profiler=False)
+        or not (x.is_cpu and mask.is_cpu)
+        or x.is_neg()
+        or mask.dtype != torch.bool
+    ):
         return False
     return x.dtype.is_floating_point and x.itemsize > 1 and x.layout == torch.strided and x.shape == mask.shape
 

@@ -32,7 +32,7 @@ def total_lines(report: "Report") -> list[str]:
     lines += [f"{', '.join(names)}: {text}" for text, names in phases.items()]
     if totals["uncounted_layers"]:
         lines.append(f"MACs of {totals['uncounted_layers']} layers are unknown and not counted: pass args=")
-    return [*lines, _gain(report)]
+    return [*lines, _gain(report), *([] if report.step_times is None else [str(report.step_times).capitalize()])]
 
 
 def _phase(values: Mapping[str, float]) -> str:

@@ -10,6 +10,7 @@ from nmcompile.errors import StateError
 from nmcompile.ir.plan import DensePhases, Reverted
 from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
+from nmcompile.ir.step_times import StepTimes
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.modules import restore
 from nmcompile.three_gemm.triple import GemmTriple
@@ -30,6 +31,7 @@ class Compilation:
         reverted: the decision of accuracy control, if it was requested.
         dense_phases: the phases found not to pay; None if that was not requested.
         permutations: by layer name, what an order of its channels won, or why there is none; empty if not requested.
+        step_times: of the whole step, if it was timed and is pruned.
     """
 
     program: Program
@@ -39,6 +41,7 @@ class Compilation:
     reverted: Reverted | None = None
     dense_phases: DensePhases | None = None
     permutations: Mapping[str, str] = field(default_factory=dict)
+    step_times: StepTimes | None = None
 
 
 def restore_all(model: nn.Module) -> None:

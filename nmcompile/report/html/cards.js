@@ -6,6 +6,7 @@ function showCards() {
     card(`${summary.sparse_layers} of ${summary.layers}`, "layers sparse"),
     ...PHASES.flatMap((phase) => phaseCard(phase, summary.phases[phase])),
     ...bytesCard(summary),
+    ...stepCard(),
     ...timeCard(),
     ...accuracyCard(),
   );
@@ -26,6 +27,13 @@ function bytesCard(summary) {
   const share = percent(summary.sparse_parameters / Math.max(1, summary.model_parameters));
   const rest = stored < dense ? `, ${amount(stored, "B")} as kept values with positions` : "";
   return [card(amount(dense, "B"), `of parameters in fp32${rest}; ${share} of them are in sparse layers`)];
+}
+
+function stepCard() {
+  const step = REPORT.step_seconds;
+  if (!step) return [];
+  const text = `gain of the whole step: ${milliseconds(step.dense)} dense, ${milliseconds(step.compiled)} as compiled`;
+  return [card(`${(step.dense / step.compiled).toFixed(2)} ×`, text)];
 }
 
 function timeCard() {
