@@ -12,16 +12,22 @@ SCHEMA_VERSION = 1
 DENSE, ALL, PAYS = "dense", "all", "pays"
 PRUNED_GEMM = 0.5  # × the time of a dense GEMM, at which a 2:4 one would run at best
 SMALLEST_LOSS = 0.02  # × the dense step; less is noise
-NAMES = Parts("GEMM", "pruning", "masks", "other operators", "Python, dispatch")  # type: ignore[arg-type]
-ADVICE = Parts(  # type: ignore[arg-type]
-    gemm="its GEMMs are too small for sparse kernels: take a larger batch or wider layers; "
+NAMES = {
+    "gemm": "GEMM",
+    "pruning": "pruning",
+    "masks": "masks",
+    "others": "other operators",
+    "python": "Python, dispatch",
+}
+ADVICE = {
+    "gemm": "its GEMMs are too small for sparse kernels: take a larger batch or wider layers; "
     "CompileConfig(where='pays') leaves those dense that lose",
-    pruning="CompileConfig(where='pays') leaves the phases dense whose pruning costs more than it gains; "
+    "pruning": "CompileConfig(where='pays') leaves the phases dense whose pruning costs more than it gains; "
     "a larger batch and wider layers make GEMMs grow faster than pruning",
-    masks="rebuild masks less often: CompileConfig(refresh=40)",
-    others="torch.compile the compiled model: it fuses operators and copies less",
-    python="torch.compile the compiled model, or take a larger batch; on a GPU nmcompile.training.graphed_step",
-)
+    "masks": "rebuild masks less often: CompileConfig(refresh=40)",
+    "others": "torch.compile the compiled model: it fuses operators and copies less",
+    "python": "torch.compile the compiled model, or take a larger batch; on a GPU nmcompile.training.graphed_step",
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,7 @@ class BenchReport:
         if self.loss is None:
             return f"No part of the pruned step takes longer than in the dense one; {self._bound()}."
         part, more = self.loss
-        name = getattr(NAMES, part)
-        return f"With everything pruned the largest loss is {name}, {more * 1e3:.3g} ms more: {getattr(ADVICE, part)}."
+        return f"With everything pruned the largest loss is {NAMES[part]}, {more * 1e3:.3g} ms more: {ADVICE[part]}."
 
     def _bound(self) -> str:
         dense = self.parts[DENSE]
@@ -73,7 +78,7 @@ class BenchReport:
         gains = ", ".join(f"{name} {gain:.2f} ×" for name, gain in self.speedup.items())
         setting = ", ".join(f"{key} {value}" for key, value in self.setting.items())
         rows = [[name, parts.total * 1e3, *(one * 1e3 for one in parts)] for name, parts in self.parts.items()]
-        shown = table(rows, ["ms", "step", *map(str, NAMES)], floatfmt=".2f")
+        shown = table(rows, ["ms", "step", *NAMES.values()], floatfmt=".2f")
         head = f"{printable(self.model_name)}, mode {self.mode!r}, {self.step} ({setting})"
         return f"{head}\n\nwhole step: {gains} as fast as dense\n\n{shown}\n\n{self.advice}"
 

@@ -99,7 +99,8 @@ def part_of(event: FunctionEvent) -> str | None:
     """Return the part that an event's own time belongs to; None for Python and for operators that compute nothing."""
     if "::" not in event.name or event.name.startswith("autograd::") or VIEWS.fullmatch(event.name):
         return None
-    around, parts = event, list[str]()
+    parts = list[str]()
+    around: FunctionEvent | None = event
     while around is not None:
         if (part := _known(around.name)) is not None:
             parts.append(part)
