@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,15 @@ def net() -> nn.Sequential:
 
 def compiled(mode: str = "weights") -> nn.Module:
     return nmcompile.compile(net(), mode).eval()
+
+
+class Writer:
+    """A writer that takes scalars and forgets them."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+TRAINER: Any = SimpleNamespace(is_global_zero=True, loggers=[])
 
 
 def graphed() -> dict[str, Any]:
@@ -126,7 +135,12 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
             "loss": output_error,
         },
     ),
-    "inspect": (nmcompile.inspect, lambda: {"compiled": compiled()}),
+    "inspect": (nmcompile.inspect, lambda: {"compiled": compiled(), "args": (X,), "kwargs": None}),
+    "monitor": (training.monitor, lambda: {"model": compiled(), "writer": Writer(), "share": 0.01}),
+    "MonitorTraining": (
+        lambda **given: training.MonitorTraining(**given).on_train_start(TRAINER, compiled()),
+        lambda: {"writer": Writer(), "share": 0.01},
+    ),
     "decompile": (nmcompile.decompile, lambda: {"compiled": compiled()}),
     "is_compiled": (nmcompile.is_compiled, lambda: {"model": compiled()}),
     "finalize": (nmcompile.finalize, lambda: {"compiled": compiled()}),
@@ -203,6 +217,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
 }
 CASES = [(name, argument) for name, (_, good) in SURFACE.items() for argument in good()]
 OPTIONAL = {("compile", "args"), ("compile", "calibration"), ("analyze", "args"), ("scheme_a", "calibration")}
+OPTIONAL |= {("inspect", "args"), ("MonitorTraining", "writer")}
 OPTIONAL |= {("scheme_b", "calibration"), ("CompileConfig", "refresh"), ("choose_patterns", "args")}
 """Where None is taken, though it is not what the working call gives."""
 ACCEPTED: dict[tuple[str, str], set[str]] = {
@@ -212,6 +227,7 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("compile", "inplace"): {"True"},
     ("analyze", "kwargs"): {"dict"},
     ("bench", "kwargs"): {"dict"},
+    ("inspect", "kwargs"): {"dict"},
     ("decompile", "compiled"): {"module"},
     ("is_compiled", "model"): {"module"},
     ("finalize", "compiled"): {"module"},

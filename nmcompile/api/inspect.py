@@ -6,7 +6,9 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from nmcompile.checks import check_compiled
+from nmcompile.api.sample_layers import sampled
+from nmcompile.arguments import Args, Kwargs
+from nmcompile.checks import check_call, check_compiled
 from nmcompile.report.layers import Observation
 from nmcompile.report.report import Report, build_report, no_masks
 from nmcompile.sharded import is_sharded
@@ -15,17 +17,23 @@ from nmcompile.three_gemm.record import record_of
 from nmcompile.three_gemm.stored_weights import stored_weight
 
 
-def inspect(compiled: nn.Module) -> Report:
+def inspect(compiled: nn.Module, *, args: Args | None = None, kwargs: Kwargs | None = None) -> Report:
     """Return a report on a compiled model: for each layer its plan, the reasons, and observations at run time.
+
+    With `args` or `kwargs` a copy of the model also makes a step, forward and backward in `train()`, and the report has
+    the figures of `LayerSample`: zeros of inputs, kept magnitude, and the noise that pruning adds to gradients.
 
     Args:
         compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.
+        args, kwargs: real data, for one call of it. Gradients of the outputs are random.
 
     Raises:
         StateError: the model is not compiled.
     """
     check_compiled("compiled", compiled)
+    check_call(args, kwargs)
     root, record = record_of(compiled)
+    samples = {} if args is None and not kwargs else sampled(root, args or (), kwargs or {})
     observed = {
         triple.layer.name: Observation(
             triple.called,
@@ -34,6 +42,7 @@ def inspect(compiled: nn.Module) -> Report:
             triple.graphs.choices(),
             None if triple.mask is None else triple.mask.found,
             record.permutations.get(triple.layer.name, ""),
+            samples.get(triple.layer.name),
         )
         for triple in triples_of(root)
     }

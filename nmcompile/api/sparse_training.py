@@ -2,9 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nmcompile.api.finalize import finalize
 from nmcompile.api.sparse_state import load_sparse_state_dict, sparse_state_dict
-from nmcompile.api.trainers import LightningTrainer, TrainerState, TrainingArguments
+from nmcompile.api.trainers import EitherTrainer, LightningTrainer, TrainerState, TrainingArguments
 from nmcompile.errors import FileError, PassError
 from nmcompile.files.read_files import read_regular
 from nmcompile.files.write_atomically import write_atomically
@@ -26,13 +26,8 @@ STATE_KEY = "nmcompile_sparse_state"
 HEADER = 2**24  # bytes of a sparse state beside its masks
 INEXACT = "its masks are recomputed; after sparse training they differ from the masks of the training"
 
-if TYPE_CHECKING:
-    from typing import Any as Callback  # fits what either trainer declares
-else:
-    Callback = object
 
-
-class SparseTraining(Callback):  # type: ignore[misc]
+class SparseTraining(EitherTrainer):
     """A callback for `transformers.Trainer` and for `lightning.Trainer` (or `pytorch_lightning.Trainer`).
 
     It saves the sparse state of a compiled model with each checkpoint, loads it when training resumes (with
@@ -54,12 +49,6 @@ class SparseTraining(Callback):  # type: ignore[misc]
     def __init__(self, *, finalized: bool = True) -> None:
         self.finalized = finalized
         self.is_restored = False
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        # Both trainers call every event of theirs. Neither class of callbacks is imported, so both can be missing.
-        if name.startswith("on_") or name == "teardown":
-            return _do_nothing
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: object, model: nn.Module, **kwargs: object
@@ -145,10 +134,6 @@ class SparseTraining(Callback):  # type: ignore[misc]
             _write(final, folder)
             if saves := getattr(processing, "save_pretrained", None):
                 saves(folder)
-
-
-def _do_nothing(*args: object, **kwargs: object) -> None:
-    """Ignore an event."""
 
 
 def _checkpoints(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:

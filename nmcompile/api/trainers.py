@@ -1,7 +1,32 @@
 """The parts of the two trainers that callbacks read; neither trainer has to be installed."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing import Any as Callback  # fits what either trainer declares
+else:
+    Callback = object
+
+
+class EitherTrainer(Callback):  # type: ignore[misc]
+    """A base for callbacks of both trainers, which call every event of theirs: events without a method do nothing.
+
+    Neither trainer's class of callbacks is imported, so both can be missing.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("on_") or name in ("setup", "teardown"):
+            return _do_nothing
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def state_dict(self) -> dict[str, str]:
+        """Leave nothing in checkpoints of Lightning."""
+        return {}
+
+
+def _do_nothing(*args: object, **kwargs: object) -> None:
+    """Ignore an event."""
 
 
 class TrainingArguments(Protocol):
@@ -20,11 +45,19 @@ class TrainerState(Protocol):
     global_step: int
     best_metric: float | None
     best_model_checkpoint: str | None
+    is_world_process_zero: bool
     log_history: Sequence[Mapping[str, float]]
 
     @classmethod
     def load_from_json(cls, json_path: str) -> "TrainerState":
         """Read a checkpoint's state."""
+
+
+class Logger(Protocol):
+    """A logger of Lightning."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the values of a step."""
 
 
 class LightningTrainer(Protocol):
@@ -33,6 +66,7 @@ class LightningTrainer(Protocol):
     current_epoch: int
     fast_dev_run: bool | int
     is_global_zero: bool
+    loggers: Sequence["Logger"]
     ckpt_path: object
     checkpoint_callback: object
     log_dir: str | None

@@ -9,6 +9,7 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.found_mask import FoundMask
+from nmcompile.ir.layer_sample import LayerSample
 from nmcompile.ir.layers import Layer
 from nmcompile.ir.node_meta import Refusal
 from nmcompile.ir.plan import READ, LayerPlan, Operand
@@ -23,7 +24,8 @@ OPERANDS: dict[Operand, str] = {"weight": "W", "input": "X", "output": "Y", "gra
 class Observation:
     """Observations of one layer: whether it was called, its output positions, its kernels, the origin of its mask.
 
-    `permutation` says what another order of its channels won, or why they keep theirs.
+    `permutation` says what another order of its channels won, or why they keep theirs. `sample` holds the figures of a
+    step with real data, if one was made.
     """
 
     called: bool
@@ -32,6 +34,7 @@ class Observation:
     choices: Mapping[Phase, Choice] = field(default_factory=dict)
     found: FoundMask | None = None
     permutation: str = ""
+    sample: LayerSample | None = None
 
 
 class PrintableGraphs:
@@ -53,7 +56,8 @@ class LayerReport:
 
     `macs` is for one of its three GEMMs (all take the same), None if no shape is known. `refusals` are the backends
     that were asked before the one which took a node, with their reasons. `found` is the origin of a mask that was found
-    from calibration data, None for others. `permutation` says what another order of its channels won.
+    from calibration data, None for others. `permutation` says what another order of its channels won. `sample` holds
+    the figures of a step with real data, None without one.
     """
 
     plan: LayerPlan
@@ -65,6 +69,7 @@ class LayerReport:
     refusals: Mapping[Phase, tuple[Refusal, ...]]
     found: FoundMask | None
     permutation: str
+    sample: LayerSample | None = None
 
     @property
     def layer(self) -> Layer:
@@ -133,5 +138,5 @@ def layer_report(program: Program, plan: LayerPlan, seen: Observation, unseen: s
     example = program.captured.facts[plan.layer.name].positions
     positions = seen.positions if example is None else example
     kernels, printed, refusals = seen.kernels or graphs.kernels(), PrintableGraphs(graphs), graphs.refusals()
-    found, permutation = seen.found, seen.permutation
-    return LayerReport(plan, printed, status, positions, kernels, seen.choices, refusals, found, permutation)
+    found = seen.found, seen.permutation, seen.sample
+    return LayerReport(plan, printed, status, positions, kernels, seen.choices, refusals, *found)

@@ -1,7 +1,7 @@
 """A report as its JSON holds it: what two reports are compared by, whether they come from a model or from a file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import cast
 
 from nmcompile.config import Phase
@@ -12,6 +12,7 @@ from nmcompile.report.layers import OPERANDS
 from nmcompile.report.to_json import SCHEMA_VERSION
 
 LARGEST = 2**28  # characters: 100 thousand layers
+LETTERS: Mapping[str, str] = {str(operand): letter for operand, letter in OPERANDS.items()}
 Json = Mapping[str, object]
 
 
@@ -101,7 +102,7 @@ def _plan(rows: list[Json]) -> str:
     for row in rows:
         operand = row["operand"]
         if operand is not None:
-            cell = cells.get(str(operand), OPERANDS[operand])  # type: ignore[index]
+            cell = cells.get(str(operand), LETTERS[str(operand)])
             cells[str(operand)] = f"{cell} {row['pattern'] or row['grid']} {row['operator']}"
     return ", ".join(cells.values()) or "dense"
 
@@ -112,5 +113,5 @@ def _different(rows: list[Json], key: str) -> list[str]:
 
 def _choice(data: Json) -> Choice:
     """Return a choice; later versions of the package may add fields."""
-    known = {field.name: data[field.name] for field in fields(Choice) if field.name in data}
-    return Choice(**known)  # type: ignore[arg-type]
+    times = ("predicted", "dense_seconds", "sparse_seconds", "integers_seconds")
+    return Choice(str(data["kernel"]), str(data["reason"]), *(cast(float | None, data[name]) for name in times))

@@ -50,6 +50,7 @@ def _layer(layer: LayerReport) -> dict[str, object]:
         "mask": None if layer.found is None else asdict(layer.found),
         "permutation": layer.permutation,
         "norm": layer.plan.norm,
+        "sample": None if layer.sample is None else asdict(layer.sample),
         "choices": {phase.value: asdict(choice) for phase, choice in layer.choices.items()},
         "refusals": {phase.value: [asdict(one) for one in found] for phase, found in layer.refusals.items()},
     }

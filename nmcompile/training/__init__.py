@@ -10,15 +10,23 @@ from nmcompile.training.optimizer_hooks import step as step
 if TYPE_CHECKING:
     from nmcompile.api import callbacks as callbacks
     from nmcompile.api import recipes as recipes
+    from nmcompile.api.monitor import monitor as monitor
+    from nmcompile.api.monitor_training import MonitorTraining as MonitorTraining
     from nmcompile.api.sparse_training import SparseTraining as SparseTraining
 
 
-def __getattr__(name: str) -> Any:
-    # These are at the top of the package, which imports this module first.
-    if name in ("callbacks", "recipes"):
-        return importlib.import_module(f"nmcompile.api.{name}")
-    if name == "SparseTraining":
-        from nmcompile.api.sparse_training import SparseTraining
+LATER = {
+    "callbacks": "nmcompile.api.callbacks",
+    "recipes": "nmcompile.api.recipes",
+    "monitor": "nmcompile.api.monitor",
+    "MonitorTraining": "nmcompile.api.monitor_training",
+    "SparseTraining": "nmcompile.api.sparse_training",
+}
+"""Modules at the top of the package, which imports this one first: modules, or what a name is looked up in."""
 
-        return SparseTraining
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(LATER[name])
+    return module if name in ("callbacks", "recipes") else getattr(module, name)
