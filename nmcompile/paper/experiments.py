@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.paper import (
+    capacity,
     eq21,
     eq26,
     estimators,
@@ -52,6 +53,7 @@ ORDER: tuple[Experiment, ...] = (
     noise.EXPERIMENT,
     refresh.EXPERIMENT,
     refresh.LONG,
+    capacity.EXPERIMENT,
     transformer.EXPERIMENT,
 )
 EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in ORDER}

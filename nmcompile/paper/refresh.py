@@ -30,7 +30,7 @@ EXPERIMENT = Comparison(
 LONG = Comparison(
     name="refresh-long",
     title="When masks are rebuilt, ten times as long",
-    rows=(DENSE, STEADY, FIRST, HUBARA, EACH),
+    rows=(DENSE, STEADY, HUBARA),
     settings={"quick": Setting("images", "small", replace(LARGER, epochs=30))},
     caption="Test accuracy (%) after each epoch in training mode, by the rule for masks; mean and range of the seeds.",
     curves=True,

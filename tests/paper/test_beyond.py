@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from nmcompile.config import CompileConfig
 from nmcompile.errors import ConfigError
 from nmcompile.paper import noise, table6
+from nmcompile.paper.capacity import half_the_weights
 from nmcompile.paper.experiment import Options
 from nmcompile.paper.fig5 import PruneByValue, without_relu
 from nmcompile.paper.masters import InBfloat16
@@ -49,6 +50,15 @@ def test_pruning_in_place_of_relu_keeps_the_largest_values() -> None:
     (changed,) = without_relu(model, [])
     kinds = [type(module) for module in changed.modules()]
     assert nn.ReLU not in kinds and kinds.count(PruneByValue) == 7
+
+
+def test_a_network_of_half_the_weights() -> None:
+    model = build_network("small", torch.zeros(1, 1, 28, 28), 10, 0)
+    (narrow,) = half_the_weights(model, [torch.zeros(4, 1, 28, 28)])
+    inner, kept = (sum(p.numel() for p in m.get_submodule("layers").parameters()) for m in (model, narrow))
+    assert kept / inner == pytest.approx(0.5, abs=0.03) and narrow(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(ConfigError, match="not a Sequential"):
+        list(half_the_weights(nn.Sequential(), []))
 
 
 def test_bfloat16_masters() -> None:
