@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fit_gpu_cost import solved
+from fit_gpu_cost import off, solved
 
 from nmcompile.backends.cpu.cost import Costs, dense_seconds, dense_terms, sparse_seconds, sparse_terms
 
@@ -75,7 +75,8 @@ def main() -> None:
     costs = fitted(rows)
     print("TYPICAL = Costs(" + ", ".join(f"{name}={cost:.3g}" for name, cost in costs._asdict().items()) + ")\n")
     right = sum((speedup(row, costs) > 1) == (row.sparse < row.dense) for row in rows)
-    print(f"{right} of {len(rows)} choices are right")
+    ratios = [(speedup(row, costs), row.dense / row.sparse) for row in rows]
+    print(f"{right} of {len(rows)} choices are right; {off(ratios)}")
 
 
 def speedup(row: Row, costs: Costs) -> float:

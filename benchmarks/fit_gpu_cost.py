@@ -84,13 +84,21 @@ def mean_speedup(rows: Sequence[Row], is_sparse: Callable[[Row], bool]) -> float
     return statistics.geometric_mean(row.speedup if is_sparse(row) else 1.0 for row in large)
 
 
+def off(ratios: Sequence[tuple[float, float]]) -> str:
+    """Return how far predicted speed-ups are off the measured ones."""
+    errors = sorted(abs(predicted / seen - 1) for predicted, seen in ratios)
+    ends = f"{statistics.median(errors):.0%} in the median, and by {errors[int(0.9 * len(errors))]:.0%} at most"
+    return f"speed-ups of {len(errors)} measured products were off by {ends} for nine in ten"
+
+
 def main() -> None:
     rows = measured()
     dense, sparse = fitted_products(rows)
     print(f"DENSE = {dense}\nSPARSE = {sparse}\nCOPY = {fitted_copy()}\n")
     chosen = dict(zip(rows, choices(rows, dense, sparse), strict=True))
     right = sum(is_sparse == (row.speedup > 1) for row, is_sparse in chosen.items())
-    print(f"{right} of {len(rows)} choices are right")
+    ratios = [(dense.seconds(row.sizes) / sparse.seconds(row.sizes), row.speedup) for row in rows]
+    print(f"{right} of {len(rows)} choices are right; {off(ratios)}")
     means = {
         "the model": mean_speedup(rows, chosen.__getitem__),
         "the best choice": mean_speedup(rows, lambda row: row.speedup > 1),

@@ -115,7 +115,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
         nmcompile.bench,
         lambda: {"model": net().eval(), "mode": "weights", "args": (X,), "kwargs": None, "config": None},
     ),
-    "analyze": (nmcompile.analyze, lambda: {"model": net(), **COMPILE}),
+    "analyze": (nmcompile.analyze, lambda: {"model": net(), **COMPILE, "predict": False}),
     "choose_patterns": (
         nmcompile.choose_patterns,
         lambda: {"model": net(), **COMPILE, "patterns": ["2:4"], "budget": 0.9, "cost": "macs", "calibration": [X]},
@@ -226,6 +226,7 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("compile", "max_drop"): {"5", "2.5", "huge"},
     ("compile", "inplace"): {"True"},
     ("analyze", "kwargs"): {"dict"},
+    ("analyze", "predict"): {"True"},
     ("bench", "kwargs"): {"dict"},
     ("inspect", "kwargs"): {"dict"},
     ("decompile", "compiled"): {"module"},

@@ -41,7 +41,7 @@ class Costs(NamedTuple):
 
 def predicted_speedup(rows: int, depth: int, lanes: int, is_linear: bool, threads: int) -> float:
     """Predict dense time / sparse time of one product on this machine."""
-    costs, sizes = _costs(threads), (rows, depth, lanes)
+    costs, sizes = costs_here(threads), (rows, depth, lanes)
     return dense_seconds(costs, *sizes, is_linear) / sparse_seconds(costs, *sizes, is_packed=False)
 
 
@@ -71,7 +71,8 @@ def sparse_terms(rows: int, depth: int, lanes: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _costs(threads: int) -> Costs:
+def costs_here(threads: int) -> Costs:
+    """Measure the costs of this machine, once for each number of threads."""
     operands = [(_ones(lanes, depth), _ones(rows, depth)) for rows, depth, lanes in SAMPLES]
     for _, weight in operands:
         weight.unflatten(1, (-1, 4))[..., 2:] = 0

@@ -50,9 +50,12 @@ class Seconds(NamedTuple):
     pruned: float
 
 
-def predict_phases(three: ThreeGraphs, setting: Setting) -> dict[Phase, Seconds] | None:
-    """Predict the times of the GEMMs that a step runs; None if a kernel, or what it takes to quantize, is not known."""
-    model = MODELS.get(setting.device)
+def predict_phases(three: ThreeGraphs, setting: Setting, model: CostModel | None = None) -> dict[Phase, Seconds] | None:
+    """Predict the times of the GEMMs that a step runs; None if a kernel, or what it takes to quantize, is not known.
+
+    The model is that of the type of device unless another is given.
+    """
+    model = MODELS.get(setting.device) if model is None else model
     gemms = {phase: next(m for m in three.metas(phase) if m.kind == "gemm") for phase in Phase if setting.runs(phase)}
     is_quantized = any(row.is_quantized and row.operand in READ for row in three.plan.rows)
     if model is None or is_quantized or not model.knows(setting.dtype):

@@ -79,17 +79,20 @@ def tell_if_slower(request: Request, program: Program) -> None:
 
 def predicted_layers(request: Request, program: Program) -> Iterator[tuple[ThreeGraphs, dict[Phase, Seconds] | None]]:
     """Yield each layer that prunes, with the predicted times of its GEMMs if they are known."""
+    for three in program.layers.values():
+        if three.plan.parts():
+            setting = setting_of(request, program, three)
+            yield three, None if setting is None else predict_phases(three, setting)
+
+
+def setting_of(request: Request, program: Program, three: ThreeGraphs) -> Setting | None:
+    """Return all that decides the times of a layer beside its graphs; None if its size or weight is not known."""
     asked = asks_gradient(request.args or (), request.kwargs or {})
-    for name, three in program.layers.items():
-        if not three.plan.parts():
-            continue
-        facts, weight = program.captured.facts[name], _parameter(request.plain, program, name)
-        if facts.positions is None or weight is None:
-            yield three, None
-            continue
-        is_trained = request.plain.training
-        setting = Setting(facts.positions, weight.device.type, _dtype(weight), is_trained, asked or not facts.first)
-        yield three, predict_phases(three, setting)
+    facts, weight = program.captured.facts[three.layer.name], _parameter(request.plain, program, three.layer.name)
+    if facts.positions is None or weight is None:
+        return None
+    is_trained = request.plain.training
+    return Setting(facts.positions, weight.device.type, _dtype(weight), is_trained, asked or not facts.first)
 
 
 def _times(three: ThreeGraphs, seconds: dict[Phase, Seconds]) -> Times:

@@ -18,6 +18,8 @@ from nmcompile.cli.targets import examples_of, factory_of
 def analyze(model: str, mode: str, inputs: tuple[str, ...], style: str | None, html: Path | None) -> None:
     """Show what compile would do to MODEL, named package.module:factory. Imports and runs that code.
 
+    With --input the gain is predicted too, for this CPU and for GPUs.
+
     \b
     Example:
       nmcompile analyze nmcompile.demo.resnet:build --input f32[8,1,28,28] --html report.html
@@ -25,7 +27,7 @@ def analyze(model: str, mode: str, inputs: tuple[str, ...], style: str | None, h
     import nmcompile
 
     args = examples_of(inputs) or None
-    report = nmcompile.analyze(factory_of(model)(), mode, args=args)
+    report = nmcompile.analyze(factory_of(model)(), mode, args=args, predict=args is not None)
     if html is not None:
         report.to_html(html)
     forms = {"full": report.full, "json": report.to_json, "markdown": report.to_markdown, None: report.__str__}

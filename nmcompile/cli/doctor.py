@@ -1,20 +1,24 @@
 """`nmcompile doctor`."""
 
-import importlib
+import sys
 
 import click
 
 
 @click.command()
-def doctor() -> None:
-    """Show the versions and hardware that matter.
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
+def doctor(is_json: bool) -> None:
+    """Say what works on this machine: versions, hardware, and each backend, on which a small layer is run.
+
+    The exit status is 1 if something does not work that ought to.
 
     \b
     Example:
       nmcompile doctor
     """
-    import torch
+    from nmcompile.api.doctor import diagnose
 
-    for name in ("torch", "numpy", "onnx", "onnxruntime", "nmcompile"):
-        click.echo(f"{name}: {importlib.import_module(name).__version__}")
-    click.echo(f"CUDA: {'available' if torch.cuda.is_available() else 'not available; everything runs on the CPU'}")
+    found = diagnose()
+    click.echo(found.to_json() if is_json else found)
+    if not found.is_healthy:
+        sys.exit(1)

@@ -12,6 +12,7 @@ from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.files.write_atomically import write_atomically
 from nmcompile.ir.plan import Reverted
+from nmcompile.ir.prediction import Prediction
 from nmcompile.ir.program import Program
 from nmcompile.ir.step_times import StepTimes
 from nmcompile.report.coverage import all_parameters, covered_parameters, uncaptured_parameters
@@ -37,7 +38,10 @@ def no_masks() -> Iterable[tuple[str, Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Report:
-    """The plan and its results, layer by layer. `masks` looks at a live model, `step_times` were measured for it."""
+    """The plan and its results, layer by layer.
+
+    `masks` looks at a live model, `step_times` were measured, `predictions` come from cost models.
+    """
 
     model_name: str
     mode: str
@@ -46,6 +50,7 @@ class Report:
     reverted: Reverted | None = None
     masks: Masks = field(default=no_masks, repr=False, compare=False)
     step_times: StepTimes | None = None
+    predictions: tuple[Prediction, ...] = ()
 
     def layer(self, name: str) -> LayerReport:
         """Return one layer by name; raise for an unknown name, with the nearest one."""
@@ -162,10 +167,11 @@ def build_report(
     reverted: Reverted | None = None,
     masks: Masks = no_masks,
     step_times: StepTimes | None = None,
+    predictions: tuple[Prediction, ...] = (),
 ) -> Report:
     """Build the report of a program; `observed` is empty if nothing was compiled."""
     ran = any(seen.called for seen in observed.values())
     unseen = "bypassed: the model ran without calling it" if ran else "not called yet" if observed else ""
     nothing = Observation(called=False, positions=None)
     layers = (layer_report(program, plan, observed.get(plan.layer.name, nothing), unseen) for plan in program.plan)
-    return Report(model_name, mode, tuple(layers), program, reverted, masks, step_times)
+    return Report(model_name, mode, tuple(layers), program, reverted, masks, step_times, predictions)

@@ -35,6 +35,7 @@ def report_data(report: "Report") -> dict[str, object]:
         "whole_graph": captured.whole.source if captured.whole else None,
         "summary": report.summary,
         "reverted": None if report.reverted is None else asdict(report.reverted),
+        "predictions": [asdict(one) for one in report.predictions],
         "step_seconds": None if report.step_times is None else asdict(report.step_times),
     }
 

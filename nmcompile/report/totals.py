@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from nmcompile.report.report import Report
 
 
+PREDICTED = "Predictions are of all GEMMs of a step with their pruning; other operators gain nothing."
+
+
 def title(report: "Report") -> str:
     """Return the model, the mode, and how many layers are sparse."""
     totals = report.summary
@@ -32,7 +35,17 @@ def total_lines(report: "Report") -> list[str]:
     lines += [f"{', '.join(names)}: {text}" for text, names in phases.items()]
     if totals["uncounted_layers"]:
         lines.append(f"MACs of {totals['uncounted_layers']} layers are unknown and not counted: pass args=")
-    return [*lines, _gain(report), *([] if report.step_times is None else [str(report.step_times).capitalize()])]
+    step = [] if report.step_times is None else [f"{str(report.step_times).capitalize()}."]
+    return [*lines, _gain(report), *step, *_predicted(report)]
+
+
+def _predicted(report: "Report") -> list[str]:
+    """Return the predicted gains, with where they come from; machines of the same basis share a line."""
+    by_basis: dict[str, list[str]] = {}
+    for one in report.predictions:
+        by_basis.setdefault(one.basis, []).append(f"{one.gain:.2f} × on {one.machine}")
+    lines = [f"predicted {', '.join(gains)}: {basis}" for basis, gains in by_basis.items()]
+    return [*lines, PREDICTED] if lines else []
 
 
 def _phase(values: Mapping[str, float]) -> str:

@@ -40,7 +40,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (timing, cost, choose_kernel, measure_phases):
         monkeypatch.setattr(module, "seconds", never)
-    cost._costs.cache_clear()
+    cost.costs_here.cache_clear()
 
 
 @native

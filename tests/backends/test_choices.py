@@ -196,7 +196,7 @@ COSTS = cost.Costs(linear=1.0, convolution=0.8, read=4.0, sparse=10.0, pack=8.0,
 def test_the_cost_model(
     monkeypatch: pytest.MonkeyPatch, rows: int, depth: int, lanes: int, is_linear: bool, expected: float
 ) -> None:
-    monkeypatch.setattr(cost, "_costs", lambda threads: COSTS)
+    monkeypatch.setattr(cost, "costs_here", lambda threads: COSTS)
     assert cost.predicted_speedup(rows, depth, lanes, is_linear, threads=1) == pytest.approx(expected)
 
 
@@ -243,7 +243,7 @@ def test_mixed_dtypes_are_refused_as_pytorch_refuses_them() -> None:
 
 @native
 def test_the_cost_model_is_measured_whatever_the_default_dtype() -> None:
-    cost._costs.cache_clear()
+    cost.costs_here.cache_clear()
     torch.set_default_dtype(torch.float64)
     try:
         assert cost.predicted_speedup(512, 512, 512, True, threads=1) > 0
