@@ -2,6 +2,7 @@
 
 from nmcompile.api.analyze import analyze as analyze
 from nmcompile.api.bench import bench as bench
+from nmcompile.api.bisect import bisect as bisect
 from nmcompile.api.calibrate import calibrate as calibrate
 from nmcompile.api.choose_patterns import choose_patterns as choose_patterns
 from nmcompile.api.compare import compare as compare

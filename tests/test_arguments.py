@@ -111,6 +111,17 @@ RECIPE: dict[str, Any] = {"config": None, "inplace": False}
 Good = Callable[[], dict[str, Any]]
 SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "compile": (nmcompile.compile, lambda: {"model": net(), **COMPILE, **CONTROL}),
+    "bisect": (
+        nmcompile.bisect,
+        lambda: {
+            "model": net(),
+            "check": lambda _: True,
+            "mode": "weights",
+            "args": (X,),
+            "kwargs": None,
+            "config": None,
+        },
+    ),
     "bench": (
         nmcompile.bench,
         lambda: {"model": net().eval(), "mode": "weights", "args": (X,), "kwargs": None, "config": None},
@@ -217,7 +228,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
 }
 CASES = [(name, argument) for name, (_, good) in SURFACE.items() for argument in good()]
 OPTIONAL = {("compile", "args"), ("compile", "calibration"), ("analyze", "args"), ("scheme_a", "calibration")}
-OPTIONAL |= {("inspect", "args"), ("MonitorTraining", "writer")}
+OPTIONAL |= {("inspect", "args"), ("bisect", "args"), ("MonitorTraining", "writer")}
 OPTIONAL |= {("scheme_b", "calibration"), ("CompileConfig", "refresh"), ("choose_patterns", "args")}
 """Where None is taken, though it is not what the working call gives."""
 ACCEPTED: dict[tuple[str, str], set[str]] = {
@@ -228,6 +239,7 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("analyze", "kwargs"): {"dict"},
     ("analyze", "predict"): {"True"},
     ("bench", "kwargs"): {"dict"},
+    ("bisect", "kwargs"): {"dict"},
     ("inspect", "kwargs"): {"dict"},
     ("decompile", "compiled"): {"module"},
     ("is_compiled", "model"): {"module"},
@@ -299,6 +311,7 @@ NAMES = {
 RUN = {
     ("compile", "validation"): {"class", "module"},
     ("verify", "step"): {"class", "module"},
+    ("bisect", "check"): {"class", "module", "function"},
     ("distill", "loss"): {"class", "module"},
     ("graphed_step", "loss"): {"class", "module", "function"},
 }

@@ -44,6 +44,12 @@ def write_images(folder: Path) -> None:
         (folder / name).write_bytes(bytes((0, 0, 8, array.ndim)) + sizes + array.tobytes())
 
 
+CHECK = """import json, sys
+sys.exit("layers.2.conv2" not in json.load(open(sys.argv[1]))["layers"])
+"""
+"""A check that passes if one layer is left dense."""
+
+
 def run(line: str) -> None:
     """Run a line of the shell, which may send its output to a file."""
     words, _, file = line.partition(" > ")
@@ -59,6 +65,7 @@ def run(line: str) -> None:
 def test_the_example_of_a_command_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images")
+    (tmp_path / "check.py").write_text(CHECK)
     examples = examples_of(name)
     assert examples, f"nmcompile {name} --help shows no example"
     assert any(line.startswith(f"nmcompile {name}") for line in examples)

@@ -6,6 +6,7 @@ import click
 
 from nmcompile.cli.analyze import analyze
 from nmcompile.cli.bench import bench
+from nmcompile.cli.bisect import bisect
 from nmcompile.cli.demo import demo
 from nmcompile.cli.diff import diff
 from nmcompile.cli.doctor import doctor
@@ -22,7 +23,7 @@ def cli() -> None:
     """Compile, export and check PyTorch models with N:M fine-grained sparsity."""
 
 
-for command in (analyze, bench, demo, diff, doctor, export, inspect, paper, verify):
+for command in (analyze, bench, bisect, demo, diff, doctor, export, inspect, paper, verify):
     cli.add_command(command)
 
 
