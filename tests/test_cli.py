@@ -131,6 +131,11 @@ def test_export_inspect_and_verify(package: str, tmp_path: Path) -> None:
     result = run("export", f"{package}:build", path, "--input", "f32[2,3,6,6]", "--calibration", "cli_data:batches")
     assert result.exit_code == 0 and "2:4 s4" in result.output
     assert "INT8" in run("inspect", path).output
+    weights = json.loads(run("inspect", path, "--json").output)["weights"]
+    assert [(one["op"], one["shape"]) for one in weights] == [
+        ("Conv", [8, 3, 3, 3]), ("Conv", [8, 8, 3, 3]), ("Gemm", [4, 32])
+    ]  # fmt: skip
+    assert "2:4" in weights[1]["patterns"] and weights[1]["zeros"] >= 0.5
     verified = run("verify", path)
     assert verified.exit_code == 0 and "every block holds" in verified.output
     assert run("verify", path, "--pattern", "1:4").exit_code == 1

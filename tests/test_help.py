@@ -1,5 +1,6 @@
 """Every command's help shows an example, and each example runs as it is written."""
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from nmcompile.cli import cli
 from nmcompile.demo.images import FILES
@@ -27,6 +28,7 @@ def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.
 
 
 COMMANDS = dict(commands(cli))
+DOCS = Path(__file__).parent.parent / "docs" / "reports.md"
 
 
 def examples_of(name: str) -> list[str]:
@@ -50,13 +52,14 @@ sys.exit("layers.2.conv2" not in json.load(open(sys.argv[1]))["layers"])
 """A check that passes if one layer is left dense."""
 
 
-def run(line: str) -> None:
+def run(line: str) -> Result:
     """Run a line of the shell, which may send its output to a file."""
     words, _, file = line.partition(" > ")
     result = CliRunner().invoke(cli, shlex.split(words)[1:], catch_exceptions=False)
     assert result.exit_code == 0, f"{line}: {result.output}"
     if file:
         Path(file).write_text(result.stdout)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -71,3 +74,23 @@ def test_the_example_of_a_command_runs(name: str, tmp_path: Path, monkeypatch: p
     assert any(line.startswith(f"nmcompile {name}") for line in examples)
     for line in (*NEEDED.get(name, "").splitlines(), *examples):
         run(line)
+
+
+SILENT = {"demo", "paper", "paper run"}
+"""Commands without results of their own for programs: the last one writes them to a file."""
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() - SILENT)
+def test_every_command_has_versioned_json(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "check.py").write_text(CHECK)
+    *before, example = [*NEEDED.get(name, "").splitlines(), *examples_of(name)]
+    for line in before:
+        run(line)
+
+    def refused(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads(run(f"{example} --json").stdout, parse_constant=refused)
+    assert data["schema_version"] == 1 and len(data) > 1
+    assert f"`nmcompile {name} --json`" in DOCS.read_text() or name == "analyze"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from nmcompile.cli.as_json import echo_json, plain
 from nmcompile.cli.targets import examples_of, factory_of, model_of
 
 
@@ -16,6 +17,7 @@ from nmcompile.cli.targets import examples_of, factory_of, model_of
 @click.option("--target", type=click.Choice(["onnxruntime", "tensorrt"]), help="The runtime that the file is for.")
 @click.option("--container", default="int8", show_default=True, type=click.Choice(["int8", "int4"]))
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16"]))
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
 def export(
     model: str,
     path: Path,
@@ -25,6 +27,7 @@ def export(
     target: str | None,
     container: str,
     precision: str,
+    is_json: bool,
 ) -> None:
     """Write MODEL, named package.module:factory, to PATH (.onnx, .engine or .plan). Imports and runs that code.
 
@@ -41,4 +44,8 @@ def export(
     if not nmcompile.is_compiled(compiled):
         batches = factory_of(calibration)() if calibration else None
         compiled = nmcompile.compile(compiled, mode, args=args, calibration=batches)
-    click.echo(nmcompile.export(compiled, path, args, target=target, container=container, precision=precision))
+    done = nmcompile.export(compiled, path, args, target=target, container=container, precision=precision)
+    if is_json:
+        echo_json(**{name: plain(getattr(done, name)) for name in ("onnx", "layers", "verification", "engine")})
+    else:
+        click.echo(done)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nmcompile.cli.as_json import echo_json
+
 if TYPE_CHECKING:
     from nmcompile.paper.experiment import Scale
 
@@ -21,7 +23,8 @@ def paper() -> None:
 
 
 @paper.command("list")
-def list_experiments() -> None:
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
+def list_experiments(is_json: bool) -> None:
     """List the experiments.
 
     \b
@@ -32,7 +35,10 @@ def list_experiments() -> None:
     from nmcompile.printable import table
 
     rows = [[experiment.name, experiment.title] for experiment in EXPERIMENTS.values()]
-    click.echo(table(rows, ["name", "experiment"]))
+    if is_json:
+        echo_json(experiments=[{"name": name, "title": title} for name, title in rows])
+    else:
+        click.echo(table(rows, ["name", "experiment"]))
 
 
 @paper.command("run")
@@ -47,6 +53,8 @@ def run_experiment(name: str, data: Path | None, model: str | None, scale: "Scal
 
     A run that is stopped continues with the same command; it repeats at most an epoch. Start it by torchrun to train
     in several processes.
+
+    The findings are also written to NAME.json in the folder of results.
 
     \b
     Example:

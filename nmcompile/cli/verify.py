@@ -5,11 +5,14 @@ from pathlib import Path
 
 import click
 
+from nmcompile.cli.as_json import echo_json, plain
+
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--pattern", help="For files that nmcompile did not write, such as 2:4.")
-def verify(path: Path, pattern: str | None) -> None:
+@click.option("--json", "is_json", is_flag=True, help="Print JSON.")
+def verify(path: Path, pattern: str | None, is_json: bool) -> None:
     """Count the blocks of an ONNX file's weights that break their pattern; the exit status says whether any does.
 
     \b
@@ -19,6 +22,9 @@ def verify(path: Path, pattern: str | None) -> None:
     import nmcompile
 
     report = nmcompile.verify(path, pattern)
-    click.echo(report)
+    if is_json:
+        echo_json(ok=report.ok, checks=plain(report.checks))
+    else:
+        click.echo(report)
     if not report.ok:
         sys.exit(1)
