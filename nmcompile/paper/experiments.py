@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from nmcompile.errors import ConfigError, nearest
 from nmcompile.paper import (
     capacity,
+    drift,
     eq21,
     eq26,
     estimators,
@@ -47,6 +48,7 @@ ORDER: tuple[Experiment, ...] = (
     table6.EXPERIMENT,
     table7.EXPERIMENT,
     settled.EXPERIMENT,
+    drift.EXPERIMENT,
     estimators.EXPERIMENT,
     masters.EXPERIMENT,
     tiles.EXPERIMENT,

@@ -1,9 +1,7 @@
-"""Beyond the paper: what of Table 2 is due to batch statistics that lag behind the weights.
+"""Beyond the paper: what of Table 2 is due to batch statistics that lag behind the weights (see `drift`).
 
-Behind a convolution stands batch norm, so the loss does not change if the mean or the scale of the convolution's output
-does, and the true gradient has no part in these directions. A biased one has: it moves the weights there at every step,
-nothing moves them back, and the running statistics, which the test reads, lag behind. Here the runs of Table 2 train
-for one more epoch with a learning rate of zero: only the statistics move, until they fit the weights.
+Here the runs of Table 2 train for one more epoch with a learning rate of zero: only the running statistics of batch
+norm move, until they fit the weights.
 """
 
 from dataclasses import replace

@@ -44,6 +44,7 @@ EXPERIMENT = Comparison(
         "quick": Setting("images", "small", QUICK, both("small", "small-bottleneck", refresh="steady")),
         "full": Setting("imagenet", "resnet18", HUBARA, both("resnet18", "resnet50", HUBARAS_REFRESH)),
     },
+    orders=tuple((f"{name}: W 2:4, G exact 2:4", f"{name}: W 2:4") for name in ("R18", "R50")),
     caption=(
         "Test accuracy (%) with transposable 2:4 weights (W) and MVUE gradients (G); differences are from the dense "
         "network of the same kind: R18 has basic blocks, R50 bottleneck blocks. "

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from nmcompile.config import CompileConfig
 from nmcompile.errors import ConfigError
-from nmcompile.paper import noise, table6
+from nmcompile.paper import drift, noise, table6
 from nmcompile.paper.capacity import half_the_weights
 from nmcompile.paper.experiment import Options
 from nmcompile.paper.fig5 import PruneByValue, without_relu
@@ -31,6 +31,24 @@ def test_noise_of_known_gradients() -> None:
     assert found.signal == pytest.approx(40 * 0.25, rel=0.03)
     size = found.batch_for(added=10_000.0, share=0.01)
     assert found.more_steps(10_000.0, size) == pytest.approx(0.01)
+
+
+def test_gradients_behind_batch_norm_sum_to_zero() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    gradients = drift.watch(model)
+    F.cross_entropy(model(torch.randn(8, 1, 6, 6)), torch.arange(8) % 3).backward()
+    (gradient,) = gradients.values()
+    assert gradient.shape == (8, 4, 4, 4) and (gradient.sum((0, 2, 3)).abs() < 1e-5 * gradient.abs().sum()).all()
+    skewed = torch.tensor([3.0, -1, 3, -1, -2, -2]).view(6, 1, 1, 1)  # sums to zero; greedy keeps 3, 3 and -2
+    assert drift.imbalance(skewed, "greedy").item() == pytest.approx(4 / 12)
+
+
+@pytest.mark.parametrize(("mean", "ratio"), [(0.0, 1.0), (0.4, 4.0)])
+def test_averages_are_set_beside_what_noise_gives(mean: float, ratio: float) -> None:
+    torch.manual_seed(0)
+    average, noise = drift.sizes(mean + torch.randn(64, 20_000))
+    assert average / noise == pytest.approx(ratio, rel=0.03)
 
 
 def test_loose_tiles_prune_consecutive_inputs_of_an_out_channel() -> None:
