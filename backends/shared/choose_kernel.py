@@ -19,7 +19,7 @@ import torch
 
 from nmcompile.backends.shared.known_choices import is_due, known_choice, remember
 from nmcompile.backends.shared.timing import seconds
-from nmcompile.ir.choice import MEASURED, Choice
+from nmcompile.ir.choice import MEASURED, TOO_FEW, Choice
 
 SMALL = 2**24  # multiplications: about a tenth of a millisecond on a CPU, too little to gain anything
 SMALL_ON_GPU = 2**33  # about a fortieth of a millisecond on a large GPU
@@ -110,7 +110,7 @@ def is_small(multiplications: int, on_gpu: bool) -> bool:
 @lru_cache(1024)
 def small(multiplications: int) -> Choice:
     """Return the choice for a product of few multiplications."""
-    return Choice("dense", f"small, {multiplications / 1e6:.2f} M multiplications")
+    return Choice("dense", f"{TOO_FEW}, {multiplications / 1e6:.2f} M multiplications")
 
 
 def measure(

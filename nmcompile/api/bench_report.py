@@ -20,8 +20,8 @@ NAMES = {
     "python": "Python, dispatch",
 }
 ADVICE = {
-    "gemm": "its GEMMs are too small for sparse kernels: take a larger batch or wider layers; "
-    "CompileConfig(where='pays') leaves those dense that lose",
+    "gemm": "sparse kernels gain less than masks and fused pruning cost in them; take a larger batch or wider layers, "
+    "and CompileConfig(where='pays') leaves those dense that lose",
     "pruning": "CompileConfig(where='pays') leaves the phases dense whose pruning costs more than it gains; "
     "a larger batch and wider layers make GEMMs grow faster than pruning",
     "masks": "rebuild masks less often: CompileConfig(refresh=40)",

@@ -6,7 +6,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from nmcompile.api.sample_layers import sampled
+from nmcompile.api.sample_layers import run_copy
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call, check_compiled
 from nmcompile.report.layers import Observation
@@ -20,8 +20,9 @@ from nmcompile.three_gemm.stored_weights import stored_weight
 def inspect(compiled: nn.Module, *, args: Args | None = None, kwargs: Kwargs | None = None) -> Report:
     """Return a report on a compiled model: for each layer its plan, the reasons, and observations at run time.
 
-    With `args` or `kwargs` a copy of the model also makes a step, forward and backward in `train()`, and the report has
-    the figures of `LayerSample`: zeros of inputs, kept magnitude, and the noise that pruning adds to gradients.
+    With `args` or `kwargs` a copy of the model first makes a step, forward and backward in `train()`, which the report
+    is then about. It also has the figures of `LayerSample`: zeros of inputs, kept magnitude, and the noise that pruning
+    adds to gradients.
 
     Args:
         compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.
@@ -33,7 +34,7 @@ def inspect(compiled: nn.Module, *, args: Args | None = None, kwargs: Kwargs | N
     check_compiled("compiled", compiled)
     check_call(args, kwargs)
     root, record = record_of(compiled)
-    samples = {} if args is None and not kwargs else sampled(root, args or (), kwargs or {})
+    ran, samples = (root, {}) if args is None and not kwargs else run_copy(root, args or (), kwargs or {})
     observed = {
         triple.layer.name: Observation(
             triple.called,
@@ -44,7 +45,7 @@ def inspect(compiled: nn.Module, *, args: Args | None = None, kwargs: Kwargs | N
             record.permutations.get(triple.layer.name, ""),
             samples.get(triple.layer.name),
         )
-        for triple in triples_of(root)
+        for triple in triples_of(ran)
     }
     name = type(root).__name__
     return build_report(

@@ -93,8 +93,8 @@ class Sampler(Observer):
             self.figures.noise += float((pruned - exact).square().sum(dtype=torch.float64))
 
 
-def sampled(root: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, LayerSample]:
-    """Return the figures of each layer that a step of a copy of the model calls; nothing of the model is changed."""
+def run_copy(root: nn.Module, args: Args, kwargs: Kwargs) -> tuple[nn.Module, dict[str, LayerSample]]:
+    """Return a copy of a model that made a step, and the figures of its layers; nothing of the model is changed."""
     copied = own_copy(root)
     captured, triples = record_of(copied)[1].program.captured, list(triples_of(copied))
     figures = {triple.layer.name: LayerFigures() for triple in triples}
@@ -104,7 +104,7 @@ def sampled(root: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, LayerSampl
         step()  # makes masks and chooses kernels
         with observing(triples, lambda triple: Sampler(triple, figures[triple.layer.name], captured)):
             step()
-    return {name: found.sample() for name, found in figures.items()}
+    return copied, {name: found.sample() for name, found in figures.items()}
 
 
 def _dense_update(plan: LayerPlan, captured: Captured) -> Callable[[Values], Tensor] | None:

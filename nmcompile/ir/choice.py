@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 MEASURED = "measured"
 """Reason of a choice that its two times explain."""
+TOO_FEW = "small"
+"""Beginning of the reason why a product of few multiplications runs dense."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ class Choice:
         if self.dense_seconds is None or not self._pruned_seconds:
             return None
         return self.dense_seconds / self._pruned_seconds
+
+    @property
+    def why_dense(self) -> str:
+        """Return why the dense kernel runs, in words that hold for layers of any size; empty if a sparse one does."""
+        if self.kernel != "dense":
+            return ""
+        if self.reason.startswith(TOO_FEW):
+            return "too few multiplications for a sparse kernel to gain; a larger batch has more"
+        return "the sparse one was measured and gains nothing" if self.reason == MEASURED else self.reason
 
     def __str__(self) -> str:
         text = f"{self.kernel}: {self.reason}"

@@ -49,6 +49,8 @@ class Legend:
         pruned = [phase for phase in Phase if layer.plan.is_pruned(phase)]
         refused = [(phase, text) for phase in pruned for text in refusal_reasons(layer.refusals[phase])]
         yield from (f"no faster kernel: {text}" for text in _with_phases(refused))
+        dense = [(phase, choice.why_dense) for phase, choice in layer.choices.items() if choice.why_dense]
+        yield from (f"dense kernel: {text}" for text in _with_phases(dense))
 
 
 def plan_of(layer: LayerReport) -> str:

@@ -52,6 +52,7 @@ def page_data(report: "Report") -> dict[str, object]:
         {
             "operands": {phase.value: layer.operands(phase) for phase in Phase},
             "note": layer.note,
+            "why_dense": {phase.value: choice.why_dense for phase, choice in layer.choices.items()},
             "graphs": graphs.number(layer, shapes[layer.name]),
             "tile": asdict(tiles[layer.name]) if layer.name in tiles else None,
         }

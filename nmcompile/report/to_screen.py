@@ -115,6 +115,6 @@ def _capped(entries: Iterable[str], section: str) -> Sequence[str]:
     for number, block in enumerate(blocks):
         is_last = number == len(blocks) - 1
         if len(lines) + len(block) + (not is_last) > MOST_LINES[section]:
-            return [*lines, f"and {len(blocks) - number} more {section}: print(report.full())"]
+            return [*lines, f"and {len(blocks) - number} more of the {section}: print(report.full())"]
         lines += block
     return lines

@@ -4,8 +4,6 @@ import copy
 import json
 import pickle
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,12 @@ import nmcompile
 from nmcompile import CompileConfig, Phase
 from nmcompile.report.report import Report
 from nmcompile.report.to_html import LIBRARIES, PAGE, page_data, to_html
+from tests.report.browser import browse, checks_of, needs_browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAMES = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "esc\x1b[31m\u202e")
 """Names of layers that would be markup, would end the script, or would not be seen."""
 CHECK = Path(__file__).parent / "check_page.html"
 """A page that presses the report's buttons in a frame, and tells what it saw."""
-SWITCHES = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --allow-file-access-from-files --enable-logging=stderr"""
 
 
 class Blocks(nn.Module):
@@ -151,30 +147,14 @@ def test_bytes_are_those_of_kept_values_with_two_bits_each() -> None:
     assert report.summary["bytes"] == {"dense": 8 * 16 * 4, "stored": 8 * 16 // 2 * (32 + 2) // 8}
 
 
-def browse(page: Path, profile: Path, *switches: str) -> subprocess.CompletedProcess[str]:
-    """Open a page in a headless browser with an empty profile."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *SWITCHES.split(), f"--user-data-dir={profile}", *switches, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_works_in_a_browser(width: int, tmp_path: Path) -> None:
     model, report = inspected()
     report.to_html(tmp_path / "report.html")
     scripts = 1 + len(LIBRARIES) + 1
-    check = (
-        CHECK.read_text().replace("PAGE", "report.html").replace("WIDTH", str(width)).replace("SCRIPTS", str(scripts))
-    )
-    (tmp_path / "check.html").write_text(check)
-    done = browse(tmp_path / "check.html", tmp_path / "profile", "--dump-dom", "--virtual-time-budget=20000")
-    assert model is not None and "CONSOLE" not in done.stderr, done.stderr
-    told = re.findall(r"^(?:<.*>)?(ok|FAILED) (.*)$", done.stdout, re.MULTILINE)
-    assert len(told) == 17 and [what for how, what in told if how != "ok"] == [], done.stdout[-3000:]
+    told = checks_of(CHECK, tmp_path / "report.html", tmp_path / "profile", WIDTH=width, SCRIPTS=scripts)
+    assert model is not None and len(told) == 17
 
 
 @needs_browser

@@ -21,8 +21,15 @@ function stateOf(layer) {
   return layer.status === "sparse" || layer.status === "dense" ? layer.status : "unusual";
 }
 
+// Return why GEMMs are as they are, each reason with its phase: of the plan, and of kernels that run dense.
+function reasonPairs(layer) {
+  const planned = layer.rows.filter((row) => row.reason).map((row) => [row.reason, row.phase]);
+  const dense = PHASES.filter((phase) => layer.why_dense[phase]).map((phase) => [`dense kernel: ${layer.why_dense[phase]}`, phase]);
+  return [...planned, ...dense];
+}
+
 function reasonsOf(layer) {
-  return [...new Set(layer.rows.map((row) => row.reason).filter(Boolean))];
+  return [...new Set(reasonPairs(layer).map(([reason]) => reason))];
 }
 
 // Return the backends that left a GEMM with a pruned operand to slower kernels.

@@ -25,7 +25,18 @@ function factsOf(layer) {
   const macs = layer.macs === null ? "MACs unknown: no example input" : `${amount(layer.macs, " MACs")} in each GEMM`;
   const extra = [layer.permutation, layer.norm && `absorbs ${layer.norm} in eval()`].filter(Boolean);
   const mask = layer.mask ? `mask by ${layer.mask.method}, output error ${percent(layer.mask.error)}` : "";
-  return [layer.kind, `weight ${layer.weight_shape.join("×")}`, macs, mask, ...extra].filter(Boolean).join("; ");
+  return [layer.kind, `weight ${layer.weight_shape.join("×")}`, macs, mask, ...sampleOf(layer), ...extra].filter(Boolean).join("; ");
+}
+
+// Return the figures of a step with real data.
+function sampleOf(layer) {
+  if (!layer.sample) return [];
+  const { noise, natural_zeros: natural, forced_zeros: forced, kept_magnitude: kept } = layer.sample;
+  return [
+    kept === null ? "" : `${percent(kept)} of the weight's magnitude kept`,
+    noise === null ? "" : `pruned dY adds a variance of ${noise.toPrecision(3)} × the gradient's squared norm`,
+    natural === null ? "" : `input: ${percent(natural)} zeros, ${percent(forced)} after pruning`,
+  ];
 }
 
 const PLAN = ["phase", "operand", "operator", "pattern", "axis", "grid", "kernels", "choice", "reason"];

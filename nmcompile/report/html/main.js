@@ -34,6 +34,7 @@ function start() {
   byId("download").addEventListener("click", download);
   window.addEventListener("beforeprint", printLight);
   showGraph();
+  document.documentElement.dataset.readyAfter = String(Math.round(performance.now()));
 }
 
 start();

@@ -50,8 +50,10 @@ function paintMask(context, mask) {
   context.fillStyle = colour("faint");
   context.font = "9px system-ui, sans-serif";
   mask.rows.forEach((row, y) => context.fillText(ones(row), columns * CELL + 4, y * CELL + 9));
+  // Upright, as numbers of two digits side by side are as wide as a cell.
+  context.rotate(Math.PI / 2);
   for (let x = 0; x < columns; x += 1) {
-    context.fillText(mask.rows.filter((row) => row[x] === "1").length, x * CELL + 1, rows * CELL + 11);
+    context.fillText(mask.rows.filter((row) => row[x] === "1").length, rows * CELL + 4, -x * CELL - 3);
   }
 }
 

@@ -26,9 +26,8 @@ function grouped(texts) {
 }
 
 function reasonGroups() {
-  const reasons = (layer) => layer.rows.filter((row) => row.reason).map((row) => [row.reason, row.phase]);
   const statuses = (layer) => (stateOf(layer) === "unusual" ? [[layer.status, ""]] : []);
-  return grouped((layer) => [...statuses(layer), ...reasons(layer)]);
+  return grouped((layer) => [...statuses(layer), ...reasonPairs(layer)]);
 }
 
 function refusalGroups() {
