@@ -5,6 +5,7 @@ dispatcher's, measured without the profiler, which would slow them down.
 """
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def step_parts(
     profiles: dict[str, list[Mapping[str, float]]] = {name: [] for name in steps}
     for _ in range(PROFILES):
         for name, step in steps.items():
-            profiles[name].append(profiled(step, count, on_gpu))
+            profiles[name].append(profiled(step, seconds[name], count, on_gpu))
     return {name: _parts(min(found, key=_total), seconds[name]) for name, found in profiles.items()}
 
 
@@ -70,28 +71,37 @@ def _total(times: Mapping[str, float]) -> float:
 def _parts(times: Mapping[str, float], seconds: float) -> Parts:
     """Return the parts of a step; the profiler's own time may make short operators add up to more than the step."""
     scale = min(1.0, seconds / max(_total(times), 1e-12))
-    kernels = {part: time * scale for part, time in times.items()}
+    kernels = {part: spent * scale for part, spent in times.items()}
     return Parts(**kernels, python=max(0.0, seconds - _total(kernels)))
 
 
-def profiled(step: Callable[[], object], count: int, on_gpu: bool) -> Mapping[str, float]:
-    """Return the seconds of a step in the kernels of each part, as the mean of `count` steps."""
+def profiled(step: Callable[[], object], seconds: float, count: int, on_gpu: bool) -> Mapping[str, float]:
+    """Return the seconds of a step in the kernels of each part, as the mean of `count` steps.
+
+    What a step takes longer than `seconds`, its time without the profiler, is the profiler's, about the same for each
+    operator on the CPU; it is taken off.
+    """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as found:
+        start = time.perf_counter()
         for _ in range(count):
             step()
         if on_gpu:
             torch.cuda.synchronize()
-    return {part: time / count for part, time in kernel_times(found.events() or (), on_gpu).items()}
+        taken = time.perf_counter() - start
+    events = found.events() or ()
+    own = 0.0 if on_gpu else max(0.0, taken - count * seconds) / max(1, len(events))
+    return {part: spent / count for part, spent in kernel_times(events, on_gpu, own).items()}
 
 
-def kernel_times(events: Sequence[FunctionEvent], on_gpu: bool) -> Mapping[str, float]:
-    """Return the seconds that operators spend in kernels, by the part that they belong to."""
+def kernel_times(events: Sequence[FunctionEvent], on_gpu: bool, own: float = 0.0) -> Mapping[str, float]:
+    """Return the seconds that operators spend in kernels, by their part; `own` are the profiler's in each of them."""
     times = dict.fromkeys(("gemm", "pruning", "masks", "others"), 0.0)
     for event in events:
         part = part_of(event)
         if part is not None:
-            times[part] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+            spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+            times[part] += max(0.0, spent - own)
     return times
 
 

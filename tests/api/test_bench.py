@@ -94,6 +94,13 @@ def test_an_operator_counts_where_the_innermost_known_one_does(on_gpu: bool) -> 
     assert times == pytest.approx(expected)
 
 
+def test_the_profilers_own_time_is_taken_off_each_operator() -> None:
+    """All but the shortest lose it, and none takes less than nothing."""
+    events = [event("aten::mm", 10.0), event("aten::mm", 1.0), event("aten::relu", 5.0), event("aten::view", 9.0)]
+    times = kernel_times(events, on_gpu=False, own=2e-6)
+    assert times == pytest.approx({"gemm": 8e-6, "pruning": 0.0, "masks": 0.0, "others": 3e-6})
+
+
 @pytest.mark.parametrize(
     ("mode", "present", "absent"), [("dense", (), ("pruning", "masks")), ("weights", ("masks",), ("pruning",))]
 )
@@ -101,14 +108,14 @@ def test_a_real_profile_has_the_parts_of_its_mode(mode: str, present: tuple[str]
     model = nmcompile.compile(net(), mode, args=(X,), config=CompileConfig(refresh=1, ends="sparse"))
     step = bench_module.optimized_step(model, (X,), {})
     step()
-    times = step_parts.profiled(step, 2, on_gpu=False)
+    times = step_parts.profiled(step, 1.0, 2, on_gpu=False)
     assert times["gemm"] > 0 and times["others"] > 0
     assert all(times[part] > 0 for part in present) and all(times[part] == 0 for part in absent)
 
 
 def test_pruned_gradients_show(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nmcompile.compile(net(), "gradients", args=(X,), backend="reference")
-    times = step_parts.profiled(bench_module.optimized_step(model, (X,), {}), 2, on_gpu=False)
+    times = step_parts.profiled(bench_module.optimized_step(model, (X,), {}), 1.0, 2, on_gpu=False)
     assert times["pruning"] > 0 and times["masks"] == 0
 
 
