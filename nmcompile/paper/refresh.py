@@ -32,6 +32,9 @@ LONG = Comparison(
     title="Steady masks, ten times as long",
     rows=(DENSE, STEADY),
     settings={"quick": Setting("images", "small", replace(LARGER, epochs=30))},
-    caption="Test accuracy (%) after each epoch, dense and in training mode with steady masks; mean and range of the seeds.",
+    caption=(
+        "Test accuracy (%) after each epoch, dense and in training mode with steady masks (the default): mean and "
+        "range of the seeds."
+    ),
     curves=True,
 )
