@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -61,16 +61,19 @@ def calibrate(compiled: nn.Module, data: Iterable[object]) -> None:
 
 
 @torch.no_grad()
-def calibrate_reached(compiled: nn.Module, data: Iterable[object]) -> tuple[str, ...]:
+def calibrate_reached(
+    compiled: nn.Module, data: Iterable[object], settled: Collection[ActivationStep] = ()
+) -> tuple[str, ...]:
     """Calibrate as `calibrate` does, and return the names of the layers that the data does not reach.
 
-    These layers keep their clips.
+    These layers keep their clips, and so do steps that are settled.
     """
     check_compiled("compiled", compiled)
     if not any(triples_of(compiled)):
         record_of(compiled)
     check_data(data)
     steps = {id(step): step for triple in triples_of(compiled) for step in triple.steps.activations}
+    steps = {key: step for key, step in steps.items() if step not in settled}
     with evaluating(compiled):
         observed, examples = _observe(compiled, data, steps)
         reached = {key: step for key, step in steps.items() if key in observed} or steps

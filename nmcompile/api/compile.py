@@ -19,7 +19,7 @@ from nmcompile.api.predict_phases import find_unlikely_phases, tell_if_slower
 from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
 from nmcompile.api.solve_layers import solve_layers
-from nmcompile.api.solved_parts import put_weights, settle
+from nmcompile.api.solved_parts import found_clips, put_weights, settle
 from nmcompile.api.stops import mask_name
 from nmcompile.api.whole_step import leave_slower_dense
 from nmcompile.arguments import Args, Kwargs
@@ -152,9 +152,10 @@ def _check_found(config: CompileConfig, trial: nn.Module) -> None:
 def find_clips(request: Request, data: Iterable[object]) -> Request:
     """Calibrate a trial and keep its clips; layers that the data does not reach stay dense."""
     trial = rewrite(request)
-    if request.solved and not any(triple.steps.activations for triple in triples_of(trial)):
+    settled = {step for step, _ in found_clips(trial, request.solved)}
+    if request.solved and all(settled.issuperset(triple.steps.activations) for triple in triples_of(trial)):
         return request  # the search for masks has read and checked the data
-    unreached = calibrate_reached(trial, data)
+    unreached = calibrate_reached(trial, data, settled)
     return request.after(trial, unreached)
 
 

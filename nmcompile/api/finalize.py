@@ -1,7 +1,8 @@
 """The plain model with its pruning and quantization applied to the weights."""
 
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.operations import to_accumulator
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.record import FINALIZED, RECORD, bypassed_layers, restore_all
+from nmcompile.three_gemm.record import RECORD, bypassed_layers, restore_all
 from nmcompile.three_gemm.stored_weights import (
     Place,
     find_place,
@@ -23,6 +24,7 @@ from nmcompile.three_gemm.stored_weights import (
 )
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.three_gemm.unsharded import unsharded_copy
+from nmcompile.training.finalized import FINALIZED, Finalized, OnGrid
 from nmcompile.training.find_masks import masks_among
 
 
@@ -40,7 +42,7 @@ def finalize(compiled: nn.Module) -> nn.Module:
 
     Raises:
         PassError: a pruned weight is computed in forward and is not a slice of a parameter (a standardized weight,
-            say), so no parameter can hold its zeros.
+            say), so no parameter can hold its zeros; or two layers share a weight and quantize it differently.
         StateError: a part of a compiled model.
 
     Warns:
@@ -65,8 +67,10 @@ def _finalize(root: nn.Module) -> None:
         listed = "; ".join(f"{name!r}: {why}" for name, why in bypassed.items())
         warnings.warn(f"left as they are, since the model ran without calling them: {listed}", stacklevel=4)
     layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
+    _check_tied(root, layers)
     masks = masks_among(layers)
     effective = {triple.site.weight: _effective(root, triple) for triple in layers if _changes(triple)}
+    grids = dict(_grids(root, layers))
     biases = dict(_rounded_biases(root))
     restore_all(root)
     for name, (place, values) in effective.items():
@@ -75,7 +79,24 @@ def _finalize(root: nn.Module) -> None:
         _write(root, name, values)
     if any(place for place, _ in effective.values()):
         _check_shared(root, effective)
-    root.__dict__[FINALIZED] = {name: (mask, effective[name][0]) for name, mask in masks.items() if name in effective}
+    obeyed = {name: (mask, effective[name][0]) for name, mask in masks.items() if name in effective}
+    root.__dict__[FINALIZED] = Finalized(obeyed, grids)
+
+
+def _check_tied(root: nn.Module, layers: Iterable[GemmTriple]) -> None:
+    """Raise if two layers share a weight and read other values of it: on other grids, or one of them on none."""
+    readers: dict[Tensor | None, list[GemmTriple]] = defaultdict(list)
+    for triple in layers:
+        readers[stored_weight(root, triple.site)].append(triple)
+    for weight, (first, *others) in readers.items():
+        values = effective_weight(root, first) if others and weight is not None else None
+        for other in others if values is not None else ():
+            if not torch.allclose(values, effective_weight(root, other), rtol=0, atol=0, equal_nan=True):
+                raise PassError(
+                    f"layers {first.layer.name!r} and {other.layer.name!r} share the weight {first.site.weight!r}, but "
+                    "read other values of it as their bits differ, so one parameter cannot hold both; give them the "
+                    "same weight_bits in CompileConfig.layers"
+                )
 
 
 def _changes(triple: GemmTriple) -> bool:
@@ -96,6 +117,16 @@ def _effective(model: nn.Module, triple: GemmTriple) -> tuple[Place | None, Tens
             f"compiled model itself, or leave it dense with CompileConfig(layers={{{triple.layer.name!r}: None}})"
         )
     return place, weight
+
+
+def _grids(model: nn.Module, layers: Iterable[GemmTriple]) -> Iterator[tuple[str, OnGrid]]:
+    """Yield the grid of each quantized weight, by the name of its layer."""
+    for triple in layers:
+        weight, grid = stored_weight(model, triple.site), triple.steps.weight_grid
+        if weight is not None and grid is not None:
+            step = triple.steps.of_weight(weight)
+            assert step is not None
+            yield triple.layer.name, OnGrid(triple.site.weight, grid, step.clone())
 
 
 def _rounded_biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from nmcompile.api.stops import Replacing, Stop
 from nmcompile.api.visit_layers import visit_layers
 from nmcompile.config import CompileConfig
 from nmcompile.one_shot.hessian import Hessian
+from nmcompile.one_shot.solve import keeps_weights
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.observer import observing
@@ -34,9 +35,10 @@ def measure_patterns(
     """
     check_whole(trial, batches)
     probe = _Probe(trial, config, patterns)
-    visit_layers(trial, batches, SolvedParts(), probe.solve, "measuring patterns")
-    changes = _changes(trial, batches[:EXAMPLES], probe.worst)
-    return {weight: probe.measured(weight, change) for weight, change in changes.items()}
+    changes = not keeps_weights(config.masks, config.refit)
+    visit_layers(trial, batches, SolvedParts(), probe.solve, "measuring patterns", changes)
+    found = _changes(trial, batches[:EXAMPLES], probe.worst)
+    return {weight: probe.measured(weight, change) for weight, change in found.items()}
 
 
 class _Probe:

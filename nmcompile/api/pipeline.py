@@ -16,11 +16,12 @@ from nmcompile.passes import compile_passes
 from nmcompile.planning.plan_phases import plan_phases
 from nmcompile.three_gemm.fast_paths import close_fast_paths
 from nmcompile.three_gemm.frozen import thaw
-from nmcompile.three_gemm.record import FINALIZED, RECORD, Compilation, restore_all
+from nmcompile.three_gemm.record import RECORD, Compilation, restore_all
 from nmcompile.three_gemm.replace_modules import replace_modules
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import TripleFactory
 from nmcompile.training.earlier import Earlier
+from nmcompile.training.finalized import FINALIZED
 from nmcompile.training.optimizer_hooks import watch_optimizers
 from nmcompile.weight_cache import forget
 

@@ -1,6 +1,7 @@
 """Masks and kept weights of a model from calibration data."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from nmcompile.config import CompileConfig
 from nmcompile.errors import CalibrationError, ConfigError
 from nmcompile.ir import operations as ops
 from nmcompile.one_shot.hessian import Hessian
-from nmcompile.one_shot.solve import solve
+from nmcompile.one_shot.solve import keeps_weights, solve
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.sharded import is_sharded
 from nmcompile.three_gemm.find_triples import triples_of
@@ -51,7 +52,7 @@ def solve_layers(
         assert pattern is not None
         return solve_part(trial, stop, hessian, config, pattern)
 
-    visit_layers(trial, batches, solved, solver, "finding masks")
+    visit_layers(trial, batches, solved, solver, "finding masks", not keeps_weights(config.masks, config.refit))
     return solved.parts
 
 
@@ -61,9 +62,12 @@ def solve_part(trial: nn.Module, stop: Stop, hessian: Hessian, config: CompileCo
     method, refit = (config.masks, config.refit) if place else (ONLY_MASKS, False)
     found = solve(method, stop.layer, stop.weight, hessian, pattern, stop.row.is_transposable, refit, stop.rounding)
     is_kept = torch.equal(found.weight, ops.apply_mask(stop.weight, found.mask))
-    return Solved(
-        found.mask, None if is_kept else found.weight, place, method, found.error, None if is_kept else found.step
-    )
+    weight, step = (None, None) if is_kept else (found.weight, found.step)
+    solved = Solved(found.mask, weight, place, method, found.error, step)
+    if found.bias is None or stop.bias is None:
+        return solved
+    bias = (stop.bias.double() + found.bias).to(stop.bias)
+    return replace(solved, bias=bias, bias_place=find_place(trial, stop.triple.site, stop.bias))
 
 
 def check_whole(trial: nn.Module, batches: Sequence[object]) -> None:

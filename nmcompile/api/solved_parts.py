@@ -19,6 +19,7 @@ from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.found_mask import FoundMask
 from nmcompile.quantization import Grid
 from nmcompile.three_gemm.find_triples import triples_of
+from nmcompile.three_gemm.grid_steps import ActivationStep
 from nmcompile.three_gemm.like import like
 from nmcompile.three_gemm.stored_weights import Place
 from nmcompile.three_gemm.triple import GemmTriple
@@ -50,6 +51,9 @@ class Solved:
         method: the method that found it.
         error: the relative error left in the layer's outputs.
         step: the step of the grid that the new values are on, or one for each row; None if they are on none.
+        bias: the layer's new bias, `(out,)`; None if it stays.
+        bias_place: the elements of a parameter that the bias is.
+        clip: of the quantized inputs that the part was solved from; None if they are not quantized.
     """
 
     mask: Tensor
@@ -58,6 +62,9 @@ class Solved:
     method: str
     error: float
     step: Tensor | None
+    bias: Tensor | None = None
+    bias_place: Place | None = None
+    clip: float | None = None
 
 
 class SolvedParts:
@@ -121,8 +128,8 @@ def _read_parts(folder: Path, run: str) -> Iterator[tuple[Part, Solved]]:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             part, made_by = Part(*saved.pop("part")), saved.pop("run")
-            place = saved.pop("place")
-            solved = Solved(**saved, place=place and Place(**place))
+            places = {name: saved.pop(name) for name in ("place", "bias_place")}
+            solved = Solved(**saved, **{name: place and Place(**place) for name, place in places.items()})
         except (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
             raise FileError(f"{path}: not a whole file of masks ({type(error).__name__}); delete it") from error
         if made_by != run:
@@ -134,7 +141,7 @@ def _read_parts(folder: Path, run: str) -> Iterator[tuple[Part, Solved]]:
 
 
 def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
-    """Make the masks of a trial stand as they were found, and the steps of weights on a grid; weights are kept."""
+    """Make masks, steps of weights and clips of inputs stand in a trial as they were found; weights are kept."""
     masks = masks_of(trial)
     for name in dict.fromkeys(part.weight for part in parts):
         found = {part: solved for part, solved in parts.items() if part.weight == name}
@@ -146,6 +153,17 @@ def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
     for triple in triples_of(trial):
         if isinstance(triple.mask, WeightMask):
             _settle_step(triple, {part: one for part, one in parts.items() if part.weight == triple.mask.name})
+    for step, clip in found_clips(trial, parts):
+        step.calibrate(clip)
+
+
+def found_clips(trial: nn.Module, parts: Mapping[Part, Solved]) -> Iterator[tuple[ActivationStep, float]]:
+    """Yield the steps of inputs whose clips were found with the weights, each with its clip."""
+    for triple in triples_of(trial):
+        name = triple.mask.name if isinstance(triple.mask, WeightMask) else None
+        clips = {one.clip for part, one in parts.items() if part.weight == name}
+        if triple.steps.input is not None and len(clips) == 1 and (clip := clips.pop()) is not None:
+            yield triple.steps.input, clip
 
 
 def _settle_step(triple: GemmTriple, parts: Mapping[Part, Solved]) -> None:
@@ -174,7 +192,7 @@ def holds(grid: Grid | None, solved: Solved) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def put_weights(model: nn.Module, parts: Mapping[Part, Solved], masked: Collection[str], inplace: bool) -> None:
-    """Write the new values of masked weights into their parameters, or replace these parameters.
+    """Write the new values of masked weights and their biases into their parameters, or replace these parameters.
 
     Args:
         model: receives the weights.
@@ -185,10 +203,11 @@ def put_weights(model: nn.Module, parts: Mapping[Part, Solved], masked: Collecti
     """
     targets: dict[str, Tensor] = {}
     for part, solved in parts.items():
-        if part.weight in masked and solved.place is not None and solved.weight is not None:
-            parameter = model.get_parameter(solved.place.parameter)
-            target = targets.setdefault(solved.place.parameter, parameter if inplace else parameter.detach().clone())
-            solved.place.within(parameter, target).copy_(solved.weight)
+        for place, values in ((solved.place, solved.weight), (solved.bias_place, solved.bias)):
+            if part.weight in masked and place is not None and values is not None:
+                parameter = model.get_parameter(place.parameter)
+                target = targets.setdefault(place.parameter, parameter if inplace else parameter.detach().clone())
+                place.within(parameter, target).copy_(values)
     for name, target in targets.items():
         if not inplace:
             _replace(model, model.get_parameter(name), target)

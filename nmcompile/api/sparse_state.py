@@ -1,5 +1,7 @@
 """The state for exact resumption beside `state_dict()`: masks, step counts, random streams, clips and dense phases."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,9 @@ def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     A model that was compiled with `where="pays"` or `"likely"` is planned as the state says, whatever was found here;
     load before it is wrapped (by DDP, FSDP2 or `torch.compile`).
 
+    Warns:
+        UserWarning: the state has no `<layer>.weight_step`, as none had at first: SAWB finds the steps then.
+
     Raises:
         StateError: the model is not compiled, or has no storage yet; or the state is of another format, plan, shape or
             type, or holds a number that is not of its kind, or a mask that breaks the pattern of its layer. Nothing is
@@ -64,6 +69,7 @@ def load_sparse_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
     layers, planned = _layers(model), _dense_phases(model)
     check_readable(state)
+    state = _with_steps(state, layers)
     decided = _read_dense_phases(state, planned)
     if decided is not None and planned is not None and not _are_same(decided, planned):
         _replan(model, layers, decided, state)
@@ -93,6 +99,20 @@ def _weight_step(triple: GemmTriple) -> Tensor:
     """Return the step that each row of a layer's weight was rounded to, `(out,)`; NaN where SAWB finds it."""
     step = torch.tensor(torch.nan) if triple.steps.weight is None else triple.steps.weight.detach()
     return step.double().reshape(-1).expand(triple.layer.out_features).clone()
+
+
+def _with_steps(state: dict[str, Tensor], layers: list[GemmTriple]) -> dict[str, Tensor]:
+    """Return a state with the steps of weights; one from before they were state says nothing of them."""
+    quantized = [triple for triple in layers if triple.steps.weight_grid is not None]
+    if not quantized or any(key.endswith(STEP) for key in state):
+        return state
+    warnings.warn(
+        "the sparse state was saved before steps of 4-bit weights were a part of it, so they are found from the "
+        "weights; save it again with sparse_state_dict",
+        stacklevel=3,
+    )
+    unknown = {f"{t.layer.name}{STEP}": torch.full((t.layer.out_features,), torch.nan).double() for t in quantized}
+    return state | unknown
 
 
 def _load_weight_step(triple: GemmTriple, step: Tensor) -> None:

@@ -1,12 +1,16 @@
 """Layers that run with solved weights, and stop where theirs is not solved yet."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nmcompile.api.solved_parts import Part, Solved, holds
+from nmcompile.backends.reference.conv import conv_forward
+from nmcompile.backends.reference.linear import linear_forward
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
@@ -15,6 +19,7 @@ from nmcompile.one_shot.rounding import Rounding
 from nmcompile.pausable import pause
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.quantization import Grid
+from nmcompile.three_gemm.grid_steps import ActivationStep
 from nmcompile.three_gemm.observer import Results, Values
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.three_gemm.unquantized import Unquantized
@@ -32,6 +37,7 @@ class Stop:
     part: Part
     triple: GemmTriple
     weight: Tensor
+    bias: Tensor | None
     dense_input: Tensor
     version: int
     step: Tensor | None
@@ -95,8 +101,21 @@ def mask_name(triple: GemmTriple) -> str:
     return triple.mask.name
 
 
+_is_dense: ContextVar[bool] = ContextVar("whether layers run as in the dense model", default=False)
+
+
+@contextmanager
+def dense_layers() -> Iterator[None]:
+    """Run observed layers as those of the dense model inside this context."""
+    token = _is_dense.set(True)
+    try:
+        yield
+    finally:
+        _is_dense.reset(token)
+
+
 class Replacing(Unquantized):
-    """An observer that runs a layer with its solved weight and mask, or dense if its weight is not solved."""
+    """An observer that runs a layer as it was solved, or with its dense weight if that is not solved."""
 
     def __init__(self, triple: GemmTriple, solved: Mapping[Part, Solved]) -> None:
         super().__init__(triple)
@@ -109,12 +128,24 @@ class Replacing(Unquantized):
         found = self.solved.get(self.part_of(mask))
         if found is None:
             return super().run(phase, {**values, "weight_mask": torch.ones_like(mask)})
+        return self.run_without(self._open_steps(found), phase, {**values, **self._values(found, values, weight)})
+
+    def _values(self, found: Solved, values: Values, weight: Tensor) -> dict[str, Tensor | None]:
+        """Return the operands that the solution gives."""
         new = weight if found.weight is None else found.weight.to(weight)
-        step = values.get("weight_step")
+        given = {"weight": new, "weight_mask": found.mask.to(weight.device), "weight_step": values.get("weight_step")}
         if found.step is not None and holds(self.triple.steps.weight_grid, found):
-            step = found.step.to(weight.device)
-        found_values = {"weight": new, "weight_mask": found.mask.to(weight.device), "weight_step": step}
-        return super().run(phase, {**values, **found_values})
+            given["weight_step"] = found.step.to(weight.device)
+        bias, step = values.get("bias"), self.triple.steps.input
+        if found.bias is not None and bias is not None:
+            given["bias"] = found.bias.to(bias)
+        if found.clip is not None and step is not None:
+            given["input_step"] = torch.tensor(found.clip / step.grid.high, device=weight.device)
+        return given
+
+    def _open_steps(self, found: Solved) -> dict[str, ActivationStep]:
+        """Return the steps whose clips are not known, by operand."""
+        return {operand: step for operand, step in self.steps.items() if operand != "input" or found.clip is None}
 
     def part_of(self, mask: Tensor) -> Part:
         """Return the part of the weight that a call reads; the mask is a tensor of its own, or some rows of one."""
@@ -122,17 +153,34 @@ class Replacing(Unquantized):
 
 
 class Waiting(Replacing):
-    """An observer that stops at a layer until its weight is solved; a weight that stays unsolved runs dense."""
+    """An observer that stops at a layer until its weight is solved; a weight that stays unsolved runs dense.
+
+    Inside `dense_layers` it stops there too, and then runs the layer of the dense model.
+    """
 
     def run(self, phase: Phase, values: Values) -> Results:
         weight, mask, input = values["weight"], values.get("weight_mask"), values.get("input")
         if mask is not None and weight is not None and input is not None and self._fits(input):
             part = self.part_of(mask)
             if part not in self.solved:
-                pause(Stop(part, self.triple, weight, input, input._version, values.get("weight_step")))
+                stop = Stop(
+                    part, self.triple, weight, values.get("bias"), input, input._version, values.get("weight_step")
+                )
+                pause(stop)
+        if _is_dense.get() and weight is not None and input is not None:
+            return (_dense_output(self.triple.layer, input, weight, values.get("bias")),)
         return super().run(phase, values)
 
     def _fits(self, input: Tensor) -> bool:
         """Return whether the input tells something about the weight: another layer's error is its own to raise."""
         layer = self.triple.layer
         return bool(input.numel()) and input.shape[layer.channel_dim] == layer.in_features * layer.groups
+
+
+def _dense_output(layer: Layer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the output of a layer that nothing is pruned or rounded in, from its prepared input."""
+    if isinstance(layer, ConvLayer):
+        geometry = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
+        return conv_forward(input, weight, bias, *geometry)
+    assert isinstance(layer, LinearLayer)
+    return linear_forward(input, weight, bias, layer.transposed)

@@ -24,11 +24,12 @@ from nmcompile.pruning.pattern import NMPattern
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.observer import Observer, Results, Values, observing
-from nmcompile.three_gemm.record import FINALIZED, RECORD, bypassed_layers
+from nmcompile.three_gemm.record import RECORD, bypassed_layers
 from nmcompile.three_gemm.stored_weights import named_weight
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training.bind_layers import count_violations
 from nmcompile.training.earlier import full_name
+from nmcompile.training.finalized import FINALIZED
 from nmcompile.training.find_masks import masks_among
 from nmcompile.training.masks import WeightMask
 
@@ -155,7 +156,7 @@ def _weights(root: nn.Module) -> Iterator[tuple[Tensor, WeightMask]]:
         read = {triple.site.weight: partial(effective_weight, root, triple) for triple in layers}
         pairs = ((read[name](), mask) for name, mask in masks_among(layers).items())
     else:
-        final = root.__dict__[FINALIZED].items()
+        final = root.__dict__[FINALIZED].masks.items()
         pairs = ((place.look(root) if place else named_weight(root, name), mask) for name, (mask, place) in final)
     yield from ((weight, mask) for weight, mask in pairs if weight is not None)
 

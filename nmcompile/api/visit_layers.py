@@ -2,19 +2,21 @@
 
 All batches run together, each on a thread of its own, up to the next layer that is not solved. When all wait there, the
 layer is solved from their inputs, and they go on with its new weight. So each layer sees the inputs that the pruned
-model gives it, after one forward pass, whatever code the model is made of.
+model gives it, after one forward pass, whatever code the model is made of. Where weights change, every batch runs
+through the dense model too, and waits at the same layers: its inputs there say which outputs the layer should give.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nmcompile.api.solved_parts import Part, Solved, SolvedParts
-from nmcompile.api.stops import Stop, Waiting
+from nmcompile.api.stops import Stop, Waiting, dense_layers
 from nmcompile.errors import CalibrationError
 from nmcompile.one_shot.hessian import Hessian
 from nmcompile.pausable import pausing
@@ -22,6 +24,7 @@ from nmcompile.quantization import Histogram
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.observer import observing
 from nmcompile.three_gemm.run_model import evaluating, run_batch
+from nmcompile.three_gemm.stored_weights import find_place
 
 Run = Generator[Stop, None, None]
 Solver = Callable[[Stop, Hessian], Solved]
@@ -29,7 +32,9 @@ Solver = Callable[[Stop, Hessian], Solved]
 
 
 @torch.no_grad()
-def visit_layers(trial: nn.Module, batches: Sequence[object], solved: SolvedParts, solve: Solver, title: str) -> None:
+def visit_layers(
+    trial: nn.Module, batches: Sequence[object], solved: SolvedParts, solve: Solver, title: str, changes: bool
+) -> None:
     """Solve the weight of each masked layer, in call order and in eval mode, and let the batches go on with it.
 
     A weight that a batch reads several times (a tied one, or one of a recurrent layer) is solved first, from the inputs
@@ -43,6 +48,7 @@ def visit_layers(trial: nn.Module, batches: Sequence[object], solved: SolvedPart
         solved: takes the results; the parts that it holds already are not solved again.
         solve: solves one part of a weight.
         title: of the progress bar.
+        changes: whether weights and biases are changed to give the outputs of the dense model.
 
     Raises:
         CalibrationError: a batch that forward does not run on, or that gives NaN or infinity.
@@ -50,12 +56,12 @@ def visit_layers(trial: nn.Module, batches: Sequence[object], solved: SolvedPart
     masks = {triple.mask for triple in triples_of(trial) if triple.mask is not None}
     with tqdm(total=len(masks), desc=title, unit="weight", leave=False, disable=None) as bar:
 
-        def add(stop: Stop, hessian: Hessian) -> None:
-            solved.add(stop.part, solve(stop, hessian))
+        def add(stop: Stop, hessian: Hessian, clip: float | None = None) -> None:
+            solved.add(stop.part, replace(solve(stop, hessian), clip=clip))
             bar.update()
 
         with evaluating(trial), _without_autocast(trial), _told_of_threads(len(batches)):
-            visit = _Visit(trial, batches, solved)
+            visit = _Visit(trial, batches, solved, changes)
             for stop, hessian in visit.repeated():
                 add(stop, hessian)
             visit.others(add)
@@ -87,24 +93,30 @@ def _told_of_threads(count: int) -> Iterator[None]:
 class _Visit:
     """One pass of all batches through a model."""
 
-    def __init__(self, trial: nn.Module, batches: Sequence[object], solved: SolvedParts) -> None:
+    def __init__(self, trial: nn.Module, batches: Sequence[object], solved: SolvedParts, changes: bool) -> None:
         self.trial = trial
         self.batches = batches
         self.solved = solved
+        self.changes = changes
         self.order = {triple: number for number, triple in enumerate(triples_of(trial))}
-        self.last: tuple[Mapping[int, Stop], Hessian] | None = None
+        self.biases: dict[tuple[int, int], set[Part]] = defaultdict(set)
+        self.last: _Inputs | None = None
 
     def repeated(self) -> Iterator[tuple[Stop, Hessian]]:
         """Yield the weights that a batch reads more than once, after a pass of its own if there are any."""
-        counts = Counter(stop.part for stop in self._dense_stops(0))
+        counts: Counter[Part] = Counter()
+        for stop in self._dense_stops(0):
+            counts[stop.part] += 1
+            if stop.bias is not None:
+                self.biases[_memory(stop.bias)].add(stop.part)
         repeated = {part for part, count in counts.items() if count > 1 and part not in self.solved.parts}
         found: dict[Part, tuple[Stop, Hessian]] = {}
         for number in range(len(self.batches) if repeated else 0):
             for stop in self._dense_stops(number):
                 if stop.part in repeated and stop.part not in found:
-                    found[stop.part] = stop, _hessian_for(stop)
+                    found[stop.part] = stop, Hessian(stop.layer, stop.weight.device)
                 if stop.part in repeated:
-                    _add(found[stop.part][1], stop, number, None)
+                    _add(found[stop.part][1], stop, number, None, None)
         yield from found.values()
 
     def _dense_stops(self, number: int) -> Iterator[Stop]:
@@ -113,37 +125,77 @@ class _Visit:
         with observing(self.order, lambda triple: Waiting(triple, unsolved.parts)), self._run(number) as run:
             yield from run
 
-    def others(self, visited: Callable[[Stop, Hessian], None]) -> None:
+    def others(self, visited: Callable[[Stop, Hessian, float | None], None]) -> None:
         """Hand on the other weights in the order in which they are called."""
+        numbers = range(len(self.batches))
         with observing(self.order, lambda triple: Waiting(triple, self.solved.parts)), ExitStack() as stack:
-            runs = [stack.enter_context(self._run(number)) for number in range(len(self.batches))]
-            waiting = _advance(runs, range(len(runs)))
+            runs = [stack.enter_context(self._run(number)) for number in numbers]
+            dense = [stack.enter_context(self._run(number, is_dense=True)) for number in numbers if self.changes]
+            waiting, aims = _advance(runs, numbers), _advance(dense, range(len(dense)))
             while waiting:
                 # Where batches took different ways, the first of the modules is solved first.
                 part = min(waiting.values(), key=lambda stop: (self.order[stop.triple], stop.part.row)).part
-                here = {number: stop for number, stop in sorted(waiting.items()) if stop.part == part}
-                visited(next(iter(here.values())), self._hessian(here))
+                here, there = _at(part, waiting), _at(part, aims)
+                inputs = self._inputs(here, there)
+                visited(next(iter(here.values())), inputs.hessian, inputs.clip)
                 waiting = {n: stop for n, stop in waiting.items() if n not in here} | _advance(runs, here)
+                aims = {n: stop for n, stop in aims.items() if n not in there} | _advance(dense, there)
 
-    def _run(self, number: int) -> AbstractContextManager[Run]:
+    def _run(self, number: int, is_dense: bool = False) -> AbstractContextManager[Run]:
         device, stream = torch.get_default_device(), _current_stream(self.trial)
 
         def run() -> None:
-            with torch.no_grad(), device, stream:
+            with torch.no_grad(), device, stream, dense_layers() if is_dense else nullcontext():
                 run_batch(self.trial, self.batches[number], f"calibration batch {number}")
 
         return closing(pausing(run, Stop))
 
-    def _hessian(self, stops: Mapping[int, Stop]) -> Hessian:
-        """Return the Hessian of the inputs at these stops, by the number of their batch."""
-        if self.last is not None and _read_same(stops, self.last[0]):
-            return self.last[1]
+    def _inputs(self, stops: Mapping[int, Stop], aims: Mapping[int, Stop]) -> "_Inputs":
+        """Return what is known of the inputs at these stops, by the number of their batch."""
+        first, is_centred = next(iter(stops.values())), self._may_move_bias(next(iter(stops.values())))
+        if self.last is not None and self.last.serves(stops, aims, is_centred):
+            return self.last
         self.last = None  # frees its memory before the next one is made
-        hessian, clip = _hessian_for(next(iter(stops.values()))), _clip(stops.values())
+        hessian, clip = Hessian(first.layer, first.weight.device, is_centred), _clip(stops.values())
         for number, stop in stops.items():
-            _add(hessian, stop, number, clip)
-        self.last = stops, hessian
-        return hessian
+            _add(hessian, stop, number, clip, aims.get(number))
+        self.last = _Inputs(stops, aims, hessian, clip)
+        return self.last
+
+    def _may_move_bias(self, stop: Stop) -> bool:
+        """Return whether the bias of a layer is a parameter, or a part of one, that nothing else reads."""
+        if not self.changes or stop.bias is None:
+            return False
+        place = find_place(self.trial, stop.triple.site, stop.bias)
+        if place is None or len(self.biases[_memory(stop.bias)] | {stop.part}) > 1:
+            return False
+        parameter = self.trial.get_parameter(place.parameter)
+        readers = sum(one is parameter for module in self.trial.modules() for one in module._parameters.values())
+        return readers == 1
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs of the calls that read one weight, by the number of the batch, and what was computed from them."""
+
+    stops: Mapping[int, Stop]
+    aims: Mapping[int, Stop]
+    hessian: Hessian
+    clip: float | None
+
+    def serves(self, stops: Mapping[int, Stop], aims: Mapping[int, Stop], is_centred: bool) -> bool:
+        """Return whether other calls have the same inputs."""
+        is_alike = self.hessian.is_centred == is_centred
+        return is_alike and _read_same(stops, self.stops) and _read_same(aims, self.aims)
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    return x.untyped_storage().data_ptr(), int(x.storage_offset())
+
+
+def _at(part: Part, stops: Mapping[int, Stop]) -> dict[int, Stop]:
+    """Return the stops at a part of a weight, in the order of the batches."""
+    return {number: stop for number, stop in sorted(stops.items()) if stop.part == part}
 
 
 def _current_stream(model: nn.Module) -> AbstractContextManager[object]:
@@ -162,10 +214,6 @@ def _read_same(stops: Mapping[int, Stop], others: Mapping[int, Stop]) -> bool:
     return stops.keys() == others.keys() and all(stop.reads_same(others[number]) for number, stop in stops.items())
 
 
-def _hessian_for(stop: Stop) -> Hessian:
-    return Hessian(stop.layer, stop.weight.device)
-
-
 def _clip(stops: Iterable[Stop]) -> float | None:
     """Return the clip of the grid of a layer's inputs with the least squared error; None if they are not quantized."""
     seen, (first, *rest) = Histogram(), stops
@@ -176,12 +224,18 @@ def _clip(stops: Iterable[Stop]) -> float | None:
     return seen.best_clip(first.grid) if seen.is_finite and seen.largest else None
 
 
-def _add(hessian: Hessian, stop: Stop, number: int, clip: float | None) -> None:
-    """Add the inputs of one call to a Hessian, rounded if there is a clip."""
+def _add(hessian: Hessian, stop: Stop, number: int, clip: float | None, aim: Stop | None) -> None:
+    """Add the inputs of one call to a Hessian, rounded if there is a clip, beside those of the dense model."""
     input = stop.input(clip)
     if not bool(input.isfinite().all()):
         raise CalibrationError(
             f"layer {stop.triple.layer.name!r}: calibration batch {number} gives NaN or infinity here; remove such "
             "samples"
         )
-    hessian.add(input, None if input is stop.dense_input else stop.dense_input)
+    dense = stop.dense_input if aim is None or not _are_alike(aim.dense_input, stop.dense_input) else aim.dense_input
+    hessian.add(input, None if input is dense else dense)
+
+
+def _are_alike(aim: Tensor, input: Tensor) -> bool:
+    """Return whether an input of the dense model belongs to that of the pruned one: a router may send other tokens."""
+    return aim.shape == input.shape and bool((aim - input).norm() <= aim.norm())

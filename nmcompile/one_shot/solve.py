@@ -36,14 +36,17 @@ class Solution:
             grid, if there is one, unless the method keeps the weights as they are.
         mask: bool, of the same shape and strides.
         error: ||X (W - W')ᵀ|| / ||X Wᵀ|| over the calibration data, in Frobenius norms, with W' on the grid. Where X is
-            pruned or rounded, and the method changes weights, W are those that make up best for what X lacks.
+            not the dense model's, and the method changes weights, W are those that make up best for what X lacks. Where
+            a bias takes up the mean error, X in the first norm is the deviation from its mean.
         step: of the grid, in the shape of the one that was given; None for weights that are not quantized.
+        bias: what the layer's bias gains, `(out,)`; None if it stays.
     """
 
     weight: Tensor
     mask: Tensor
     error: float
     step: Tensor | None
+    bias: Tensor | None
 
 
 @torch.no_grad()
@@ -81,7 +84,8 @@ def solve(
     _check_data(layer, hessian)
     dense = as_matrices(layer, weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
     choose = Selector(pattern, is_transposable)
-    if method in KEEPING and not refit:
+    is_kept = keeps_weights(method, refit)
+    if is_kept:
         target = dense
         pruned, mask = METHODS[method](dense, hessian, choose)
     else:
@@ -91,8 +95,15 @@ def solve(
     kept = torch.empty_like(weight, dtype=torch.bool).copy_(from_matrices(layer, mask))
     left = as_matrices(layer, result.to(dense.dtype))
     left = left if rounding is None else rounding.of(layer)(left)
-    error = _relative_error(target, left, hessian.mean().to(dense.dtype))
-    return Solution(result, kept, error, None if rounding is None else rounding.step)
+    moments = hessian.second_moments().to(dense.dtype)
+    error = _relative_error(target, left, moments if is_kept else hessian.mean().to(dense.dtype), moments)
+    bias = None if is_kept or not hessian.is_centred else hessian.mean_error(dense, left).reshape(-1)
+    return Solution(result, kept, error, None if rounding is None else rounding.step, bias)
+
+
+def keeps_weights(method: str, refit: bool) -> bool:
+    """Return whether a method leaves the kept weights, and with them all other parameters, as they are."""
+    return method in KEEPING and not refit
 
 
 def _solve(
@@ -117,9 +128,10 @@ def _solve(
     return pruned, mask, rounding
 
 
-def _relative_error(dense: Tensor, pruned: Tensor, mean: Tensor) -> float:
-    change = dense - pruned
-    lost, whole = (((w @ mean) * w).sum().double().clamp(min=0) for w in (change, dense))
+def _relative_error(dense: Tensor, pruned: Tensor, mean: Tensor, moments: Tensor) -> float:
+    lost, whole = (
+        ((w @ matrix) * w).sum().double().clamp(min=0) for w, matrix in ((dense - pruned, mean), (dense, moments))
+    )
     return float((lost / whole).sqrt()) if lost > 0 else 0.0
 
 

@@ -17,6 +17,6 @@ def magnitude(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tens
 
 def wanda(weights: Tensor, hessian: Hessian, choose: Selector) -> tuple[Tensor, Tensor]:
     """Return the weights of the largest |w| ||x||, and their mask."""
-    norms = hessian.mean().diagonal(dim1=1, dim2=2).sqrt().to(weights.dtype)
+    norms = hessian.second_moments().diagonal(dim1=1, dim2=2).sqrt().to(weights.dtype)
     mask = choose(weights.abs() * norms.unsqueeze(1))
     return weights * mask, mask

@@ -70,6 +70,7 @@ class GridSteps:
         weight: step of a weight whose values are on its grid already; None for SAWB's step.
         input: step of the input.
         output: step of the output, after its ReLU if that grid is unsigned.
+        unused: another grid, with its step, that the weight was rounded to before; a later compilation may ask for it.
 
     `activations` are the existing steps of the input and of the output.
     """
@@ -79,6 +80,7 @@ class GridSteps:
     weight: Tensor | None = None
     input: ActivationStep | None = None
     output: ActivationStep | None = None
+    unused: tuple[Grid, Tensor] | None = None
     activations: tuple[ActivationStep, ...] = field(init=False)
 
     def __post_init__(self) -> None:

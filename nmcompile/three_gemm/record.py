@@ -17,8 +17,6 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 RECORD = "_nmcompile"
 """Attribute of a compiled model that records how it was compiled."""
-FINALIZED = "_nmcompile_finalized"
-"""Attribute of a finalized model that records the masks that its weights obey, and the places of those in slices."""
 
 
 @dataclass(frozen=True)

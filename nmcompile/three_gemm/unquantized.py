@@ -1,5 +1,7 @@
 """A layer run with unquantized activations: while its clips are being found, and before."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, fx
 
 from nmcompile.config import Phase
@@ -19,7 +21,11 @@ class Unquantized(Observer):
         self.steps = {step.row.operand: step for step in triple.steps.activations}
 
     def run(self, phase: Phase, values: Values) -> Results:
-        return self.triple.run_graph(phase, values, _UnquantizedNodes(self, phase).run)
+        return self.run_without(self.steps, phase, values)
+
+    def run_without(self, operands: Mapping[str, ActivationStep], phase: Phase, values: Values) -> Results:
+        """Run a graph with these operands unquantized; `show` sees them."""
+        return self.triple.run_graph(phase, values, _UnquantizedNodes(self, operands, phase).run)
 
     def run_norm(self, norm: AbsorbedNorm, input: Tensor) -> Tensor:
         output, step = norm.run_absorbed(input, is_rounded=False), self.triple.steps.output
@@ -34,16 +40,17 @@ class Unquantized(Observer):
 class _UnquantizedNodes(fx.Interpreter):
     """An interpreter that passes on the operands of quantizing nodes unchanged."""
 
-    def __init__(self, observer: Unquantized, phase: Phase) -> None:
+    def __init__(self, observer: Unquantized, steps: Mapping[str, ActivationStep], phase: Phase) -> None:
         super().__init__(observer.triple.graphs[phase])
         self.observer = observer
+        self.steps = steps
 
     def run_node(self, n: fx.Node) -> object:
-        if n.target is ops.to_accumulator:
+        if n.target is ops.to_accumulator and "input" in self.steps:
             return self.env[n.all_input_nodes[0]]
         row = row_of(n)
-        if row is None or not row.is_quantized or row.operand not in self.observer.steps:
+        if row is None or not row.is_quantized or row.operand not in self.steps:
             return super().run_node(n)
         x = self.env[n.all_input_nodes[0]]
-        self.observer.show(self.observer.steps[row.operand], x)
+        self.observer.show(self.steps[row.operand], x)
         return x

@@ -60,18 +60,16 @@ class TripleFactory:
 
     def _steps(self, site: Site, plan: LayerPlan) -> GridSteps:
         weight = plan.grid_row("weight")
+        grid, rounded = weight.grid if weight else None, self.earlier.weight_steps.get(site.layer.name)
+        is_same = rounded is not None and rounded[0] == grid
         return GridSteps(
-            weight.grid if weight else None,
+            grid,
             site.layer.out_dim if self.config.granularity == "channel" else None,
-            self._weight_step(site, weight),
+            rounded[1] if rounded is not None and is_same else None,
             self._activation_step(site, plan.grid_row("input")),
             self._activation_step(site, plan.grid_row("output")),
+            None if is_same else rounded,
         )
-
-    def _weight_step(self, site: Site, row: PlanRow | None) -> Tensor | None:
-        """Return the step that an earlier compilation has rounded the weight to, if the grid is the same."""
-        grid, step = self.earlier.weight_steps.get(site.layer.name, (None, None))
-        return step if row is not None and grid == row.grid else None
 
     def _activation_step(self, site: Site, row: PlanRow | None) -> ActivationStep | None:
         if row is None:

@@ -10,8 +10,9 @@ from nmcompile.ir.plan import LayerPlan
 from nmcompile.quantization import Grid
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep, GridSteps
-from nmcompile.three_gemm.record import FINALIZED, RECORD, never_masked
+from nmcompile.three_gemm.record import RECORD, never_masked
 from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.training.finalized import FINALIZED, Finalized
 from nmcompile.training.find_masks import masks_among
 from nmcompile.training.masks import WeightMask
 
@@ -53,8 +54,10 @@ def earlier_of(model: nn.Module) -> Earlier:
             result |= earlier_layers(list(triples_of(root)), path)
             result |= Earlier(uncalled=frozenset(full_name(path, name) for name in known))
         elif FINALIZED in root.__dict__:
-            obeyed = {full_name(path, name): mask for name, mask in _obeyed(root)}
-            result |= Earlier(obeyed, carried=dict.fromkeys(obeyed, frozenset({"weight"})))
+            record: Finalized = root.__dict__[FINALIZED]
+            obeyed = {full_name(path, name): mask for name, mask in _obeyed(root, record)}
+            steps = {full_name(path, name): step for name, step in _held(root, record)}
+            result |= Earlier(obeyed, weight_steps=steps, carried=dict.fromkeys(obeyed, frozenset({"weight"})))
     return result
 
 
@@ -73,7 +76,9 @@ def earlier_layers(layers: Sequence[GemmTriple], path: str = "") -> Earlier:
 
 def _weight_step(steps: GridSteps) -> list[tuple[Grid, Tensor]]:
     """Return the grid that a weight was rounded to, and its step; nothing if SAWB finds it."""
-    return [] if steps.weight_grid is None or steps.weight is None else [(steps.weight_grid, steps.weight)]
+    if steps.weight_grid is not None and steps.weight is not None:
+        return [(steps.weight_grid, steps.weight)]
+    return [] if steps.unused is None else [steps.unused]
 
 
 def _fields(plan: LayerPlan) -> frozenset[str]:
@@ -89,16 +94,29 @@ def _fields(plan: LayerPlan) -> frozenset[str]:
     return frozenset(name for name, row in found.items() if row is not None)
 
 
-def _obeyed(root: nn.Module) -> Iterator[tuple[str, WeightMask]]:
+def _obeyed(root: nn.Module, record: Finalized) -> Iterator[tuple[str, WeightMask]]:
     """Yield the masks of a finalized model whose weights are still zero where the mask is."""
-    for name, (mask, place) in root.__dict__[FINALIZED].items():
-        path, _, attribute = name.rpartition(".")
-        weight = None if place else getattr(root.get_submodule(path), attribute, None)
-        if type(weight) is not nn.Parameter or weight.is_meta or weight.shape != mask.tensor.shape:
+    for name, (mask, place) in record.masks.items():
+        weight = None if place else _plain_weight(root, name)
+        if weight is None or weight.shape != mask.tensor.shape:
             continue
-        pruned = weight.detach()[~mask.tensor.to(weight.device)]
-        if not bool(pruned.any()):
+        if not bool(weight[~mask.tensor.to(weight.device)].any()):
             yield name, mask
+
+
+def _held(root: nn.Module, record: Finalized) -> Iterator[tuple[str, tuple[Grid, Tensor]]]:
+    """Yield the grids of a finalized model, and their steps, that still hold the weight, by layer."""
+    for layer, one in record.grids.items():
+        weight = _plain_weight(root, one.weight)
+        if weight is not None and one.holds(weight):
+            yield layer, (one.grid, one.step)
+
+
+def _plain_weight(root: nn.Module, name: str) -> Tensor | None:
+    """Return the values of a parameter; None if there is no such parameter, or it has none."""
+    path, _, attribute = name.rpartition(".")
+    weight = getattr(root.get_submodule(path), attribute, None)
+    return weight.detach() if type(weight) is nn.Parameter and not weight.is_meta else None
 
 
 def full_name(path: str, name: str) -> str:

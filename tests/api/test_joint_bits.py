@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
-from nmcompile.errors import StateError
+from nmcompile.errors import PassError, StateError
+from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.triple import GemmTriple
 
@@ -222,3 +223,74 @@ def test_packed_projections_have_a_step_each_or_one_a_row() -> None:
         weight = found.attention.in_proj_weight.detach()
         torch.testing.assert_close(integers_of(triple, weight), integers_of(triple, weight).round(), rtol=0, atol=1e-5)
         assert torch.equal(nmcompile.finalize(found).get_parameter("attention.in_proj_weight"), weight)
+
+
+def inference_of(source: nn.Module, **options: Any) -> Any:
+    return nmcompile.compile(
+        source, "inference", args=(data()[0],), config=CompileConfig(ends="sparse"), **options
+    ).eval()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("mode", ["weights", "training"])
+def test_the_step_outlasts_modes_that_do_not_quantize(mode: str, granularity: str) -> None:
+    found = compiled(granularity=granularity)
+    steps = {name: step_of(triple) for name, triple in layers(found).items()}
+    between = nmcompile.compile(found, mode, args=(data()[0],), config=CompileConfig(ends="sparse"))
+    assert all(triple.steps.weight_grid is None for triple in layers(between).values())
+    again = inference_of(between, calibration=data())
+    for name in layers(found):
+        assert torch.equal(step_of(layers(again)[name]), steps[name])
+        assert torch.equal(effective(again, name), effective(found, name))
+
+
+def effective(found: nn.Module, name: str) -> Tensor:
+    weight = effective_weight(found, layers(found)[name])
+    assert weight is not None
+    return weight
+
+
+@pytest.mark.parametrize("masks", ["magnitude", "sparsegpt"])
+def test_a_finalized_model_is_on_its_grid_again(masks: str) -> None:
+    found = compiled(masks)
+    plain = nmcompile.finalize(found)
+    again = inference_of(copy.deepcopy(plain), calibration=data())
+    for name in layers(found):
+        assert torch.equal(effective(again, name), effective(found, name))
+    with torch.no_grad():
+        plain.get_parameter("3.weight").mul_(torch.linspace(0.5, 1.5, 16).view(-1, 1, 1, 1))
+    trained = inference_of(plain, calibration=data())
+    assert layers(trained)["3"].steps.weight is None  # its values are on no such grid any more
+    assert layers(trained)["0"].steps.weight is not None
+
+
+def test_a_state_without_steps_is_loaded_with_a_warning() -> None:
+    found, other = compiled("magnitude"), compiled()
+    old = {key: value for key, value in nmcompile.sparse_state_dict(found).items() if not key.endswith("weight_step")}
+    other.load_state_dict(found.state_dict())
+    with pytest.warns(UserWarning, match="saved before steps of 4-bit weights were a part of it"):
+        nmcompile.load_sparse_state_dict(other, old)
+    assert torch.equal(other(data()[0]), found(data()[0]))
+    del old["3.weight.mask"]
+    with pytest.warns(UserWarning, match="saved before"), pytest.raises(StateError, match=r"lacks '3\.weight\.mask'"):
+        nmcompile.load_sparse_state_dict(other, old)
+    partly = nmcompile.sparse_state_dict(found)
+    del partly["3.weight_step"]
+    with pytest.raises(StateError, match=r"lacks '3\.weight_step'"):
+        nmcompile.load_sparse_state_dict(other, partly)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_layers_that_share_a_weight_with_other_bits_are_named(bits: int | None, tmp_path: Path) -> None:
+    x, preset = torch.randn(64, 32), nmcompile.presets["inference"].weight
+    rules = {name: nmcompile.LayerConfig(weight=preset, weight_bits=b) for name, b in (("a", 4), ("b", bits))}
+    options: dict[str, Any] = {"args": (x,), "calibration": [x]}
+    found = nmcompile.compile(Tied(), "inference", config=CompileConfig(layers=rules), **options).eval()
+    message = "layers 'a' and 'b' share the weight 'a.weight', .*give them the same weight_bits"
+    with pytest.raises(PassError, match=message):
+        nmcompile.finalize(found)
+    with pytest.raises(PassError, match=message):
+        nmcompile.export(found, tmp_path / "model.onnx", args=(x,))
+    joint = nmcompile.compile(Tied(), "inference", config=CompileConfig(layers=rules, masks="sparsegpt"), **options)
+    if bits is None:  # its values are on the grid of the other layer, so both read the same
+        nmcompile.export(joint.eval(), tmp_path / "model.onnx", args=(x,))

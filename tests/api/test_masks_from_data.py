@@ -23,6 +23,8 @@ from nmcompile.errors import CalibrationError, ConfigError, FileError
 from nmcompile.ir.layers import LinearLayer, conv_layer
 from nmcompile.one_shot.hessian import Hessian
 from nmcompile.one_shot.solve import solve
+from nmcompile.quantization import Histogram
+from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.training.find_masks import masks_of
 
 METHODS = ("wanda", "sparsegpt", "admm")
@@ -68,17 +70,18 @@ def is_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @torch.no_grad()
 def solve_in_a_row(model: nn.Sequential, data: Iterable[Tensor], method: str, is_transposable: bool) -> nn.Sequential:
     """Prune the layers of a sequence one after another; a plain loop, without any of the machinery of compile."""
-    model, streams = copy.deepcopy(model), list(data)
-    for module in model:
+    dense, model, streams = model, copy.deepcopy(model), [(x, x) for x in data]
+    for reference, module in zip(dense, model, strict=True):
         if isinstance(module, nn.Linear):
-            layer = LinearLayer("layer", tuple(module.weight.shape), True)
-            hessian = Hessian(layer, torch.device("cpu"))
-            for x in streams:
-                hessian.add(x)
-            module.weight.copy_(
-                solve(method, layer, module.weight, hessian, NMPattern.parse("2:4"), is_transposable).weight
-            )
-        streams = [module(x) for x in streams]
+            layer = LinearLayer("layer", tuple(module.weight.shape), module.bias is not None)
+            hessian = Hessian(layer, torch.device("cpu"), method != "wanda" and module.bias is not None)
+            for x, aim in streams:
+                hessian.add(x, None if method == "wanda" else aim)
+            found = solve(method, layer, module.weight, hessian, NMPattern.parse("2:4"), is_transposable)
+            module.weight.copy_(found.weight)
+            if found.bias is not None:
+                module.bias.copy_(module.bias.double() + found.bias)
+        streams = [(module(x), reference(aim)) for x, aim in streams]
     return model
 
 
@@ -100,7 +103,82 @@ def test_the_source_keeps_its_weights(method: str) -> None:
     assert is_same(before, model.state_dict())
     is_shared = compiled[0].weight is model[0].weight
     assert is_shared == (method == "wanda")  # which changes no weight
-    assert compiled[0].bias is model[0].bias
+    assert (compiled[0].bias is model[0].bias) == is_shared
+
+
+def test_biases_that_two_layers_read_stay() -> None:
+    """The gain of one layer would be wrong in the other."""
+    model = mlp()
+    model[2].bias = model[0].bias
+    compiled = compiled_by("sparsegpt", model)
+    assert compiled[0].bias is model[0].bias and compiled[2].bias is model[0].bias
+    assert not torch.equal(compiled[4].bias, model[4].bias)
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(16, 16) / 4) for _ in range(2))
+            self.bias = nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = F.linear(F.linear(x, self.first, self.bias).tanh(), self.second, self.bias)
+            return y
+
+    twice = Functional()
+    assert compiled_by("sparsegpt", twice).bias is twice.bias
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_and_functional_biases_take_up_the_mean_error(mode: str) -> None:
+    """The outputs of a last layer have the mean of the dense model's, whatever is pruned before it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+            self.bias = nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.addmm(self.bias, self.attention(x, x, x)[0].reshape(-1, 16), self.weight)
+            return y
+
+    torch.manual_seed(0)
+    model, data = Model(), [x.reshape(4, 5, 16) for x in batches()]
+    compiled = compiled_by("sparsegpt", model, mode, calibration=data)
+    for name in ("attention.in_proj_bias", "attention.out_proj.bias", "bias"):
+        assert not torch.equal(compiled.get_parameter(name), model.get_parameter(name))
+    with torch.no_grad():
+        means = [torch.cat([one(x) for x in data]).mean(0) for one in (compiled, model)]
+    torch.testing.assert_close(*means, rtol=0, atol=1e-5)
+
+
+def test_pruned_and_dense_runs_may_take_different_ways() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+            self.last = nn.Linear(16, 8)
+            self.ways: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).tanh()
+            self.ways.append(int(x[0, 0] > 0))
+            y: Tensor = self.last(self.experts[self.ways[-1]](x))
+            return y
+
+    torch.manual_seed(0)
+    model, data = Routed(), batches(count=40)
+    compiled = compiled_by("sparsegpt", model, calibration=data)
+    ways: dict[nn.Module, list[int]] = {}
+    for one in (model, compiled):
+        one.ways = ways[one] = []
+        for x in data:
+            one(x)
+    assert ways[model] != ways[compiled]
+    assert nmcompile.verify(compiled).ok
+    assert {mask.found is not None for mask in masks_of(compiled).values()} == {True}
 
 
 def test_inplace_writes_into_the_parameters() -> None:
@@ -215,8 +293,9 @@ def test_packed_projections_are_solved_by_their_rows() -> None:
     packed = nmcompile.finalize(compiled).get_parameter("attention.in_proj_weight")
     changes: list[Callable[[Tensor], Tensor]] = [lambda x: x, lambda x: x.flip(-1), torch.sin]
     for part, see in enumerate(changes):
-        rows = nn.Sequential(nn.Linear(16, 16, bias=False))
+        rows = nn.Sequential(nn.Linear(16, 16))
         rows[0].weight = nn.Parameter(model.attention.in_proj_weight[16 * part : 16 * part + 16].detach())
+        rows[0].bias = nn.Parameter(model.attention.in_proj_bias[16 * part : 16 * part + 16].detach())
         expected = solve_in_a_row(rows, [see(x) for x in data], "sparsegpt", False)
         # Attention puts tokens in another order, in which the sums round otherwise.
         torch.testing.assert_close(packed[16 * part : 16 * part + 16], expected[0].weight)
@@ -323,14 +402,34 @@ def test_a_quantized_input_is_what_the_hessian_sees(monkeypatch: pytest.MonkeyPa
     steps = torch.linspace(0.1, 1, 400) * dense.abs().max() / 7
     rounded = torch.stack([(dense / step).round().clamp(-7, 7) * step for step in steps])
     nearest = rounded[(rounded - dense).square().sum((1, 2)).argmin()]
-    torch.testing.assert_close(seen["0"].mean()[0], nearest.T @ nearest / len(dense), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(seen["0"].second_moments()[0], nearest.T @ nearest / len(dense), rtol=0.02, atol=0.02)
     monkeypatch.setattr("nmcompile.one_shot.hessian.DAMPING", 1e-6)
     weight = torch.randn(4, 16)
-    best = torch.linalg.lstsq(nearest, dense @ weight.T).solution.T
-    left = [
-        (nearest @ one.T - dense @ weight.T).norm() for one in (best, seen["0"].retargeted(weight[None])[0], weight)
-    ]
+    seen_deviation, deviation = (x - x.mean(0) for x in (nearest, dense))  # biases take up the means
+    best = torch.linalg.lstsq(seen_deviation, deviation @ weight.T).solution.T
+    found = seen["0"].retargeted(weight[None])[0]
+    left = [(seen_deviation @ one.T - deviation @ weight.T).norm() for one in (best, found, weight)]
     assert left[1] < 1.02 * left[0] < 0.98 * left[2]
+
+
+def test_later_layers_see_rounded_ones_and_clips_stand() -> None:
+    """The clip of a layer is the best for its inputs as the model before it gives them, with everything rounded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    compiled = compiled_by("sparsegpt", model, "inference", args=(batches()[0],)).eval()
+    seen = Histogram()
+    with torch.no_grad():
+        for x in batches():
+            hidden = compiled[:2](x)
+            seen.observe(hidden * nmcompile.pruning.mask(hidden, NMPattern(4, 8)))
+    clips = {triple.layer.name: triple.steps.input for triple in triples_of(compiled)}
+    assert clips["2"] is not None and clips["2"].grid is not None
+    assert float(clips["2"].clip) == pytest.approx(seen.best_clip(clips["2"].grid), rel=1e-5)
+    means = [torch.cat([one(x) for x in batches()]).mean(0) for one in (compiled, model)]
+    last = {triple.layer.name: triple for triple in triples_of(compiled)}["2"]
+    step = last.steps.of_accumulator(compiled[2].weight)
+    assert step is not None
+    torch.testing.assert_close(*means, rtol=0, atol=0.51 * float(step))  # the bias is rounded to whole steps
 
 
 def test_the_report_names_method_and_error() -> None:
@@ -563,7 +662,7 @@ def test_padding_is_not_added_twice() -> None:
     data = [torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     compiled = compiled_by("sparsegpt", nn.Sequential(conv), calibration=data)
     layer = conv_layer("conv", conv.weight.shape, True, padding=1, padding_mode="circular")
-    hessian = Hessian(layer, torch.device("cpu"))
+    hessian = Hessian(layer, torch.device("cpu"), is_centred=True)
     for x in data:
         hessian.add(x)
     expected = solve("sparsegpt", layer, conv.weight, hessian, NMPattern.parse("2:4"), False)
