@@ -24,7 +24,7 @@ from language_model import load_language_model
 from mask_chart import draw_scores
 from mask_rows import EMBEDDINGS, LANGUAGE_MODEL, ROWS, SCORE_MAPS, Row
 from peak_memory import peak, reset_peak
-from score_maps import IMAGES, SIDE, load_score_maps
+from score_maps import CALIBRATED_SIDE, IMAGES, load_score_maps
 from subjects import Subject
 from timing import cpu_setting
 
@@ -67,7 +67,7 @@ def main() -> None:
     results: list[Result] = json.loads(options.out.read_text())["results"] if options.out.exists() else []
     load = cache(lambda model: LOADERS[model](options.calibration, options.tokens))
     for row in ROWS:
-        amount = [IMAGES, SIDE] if row.model == SCORE_MAPS else [options.calibration, options.tokens]
+        amount = [IMAGES, CALIBRATED_SIDE] if row.model == SCORE_MAPS else [options.calibration, options.tokens]
         setting = {**asdict(row), "method": row.method, "calibration": amount}
         is_there = any(setting.items() <= {**result}.items() for result in results)
         if re.search(options.rows, row.name) and not is_there:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 EVALUATED = ("motorcycle_left.png", "coins.png", "page.png", "text.png")
 CALIBRATION = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "brick.png")
-SIDE = 192
+SIDE, CALIBRATED_SIDE = 320, 192
 SIZES = (14, 18, 24, 32)  # of the letters of one evaluated page each
 CALIBRATED_SIZES = (24, 28, 40, 20, 14, 56, 18, 32, 18, 22, 64, 26, 32, 36, 48, 24)
 IMAGES = len(CALIBRATION) + len(CALIBRATED_SIZES)  # for calibration
@@ -30,9 +30,10 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as
 def load_score_maps() -> Subject:
     """Return the model with images for calibration: photographs, and pages of another text than the evaluated ones."""
     model = load_craft()
-    images = [_normalized(image) for image in (*_photographs(EVALUATED), *_pages(evaluation_text(), SIZES, [_white()]))]
+    pages = _pages(evaluation_text(), SIZES, [_white(SIDE)])
+    images = [_normalized(image) for image in (*_photographs(EVALUATED, SIDE), *pages)]
     dense = score_maps(model, images)
-    photographs = _photographs(CALIBRATION)
+    photographs = _photographs(CALIBRATION, CALIBRATED_SIDE)
     pages = _pages("".join(calibration_texts()["reference"]), CALIBRATED_SIZES, _grounds(photographs))
     calibration = [_normalized(image) for image in (*photographs, *pages)]
     return Subject(
@@ -50,20 +51,21 @@ def score_maps(model: nn.Module, images: Iterable[Tensor]) -> Tensor:
     return torch.cat([model(image) for image in images])
 
 
-def _photographs(names: Sequence[str]) -> list[Image.Image]:
+def _photographs(names: Sequence[str], side: int) -> list[Image.Image]:
     folder = files_of("skimage", "scikit-image") / "data"
-    return [Image.open(folder / name).convert("RGB").resize((SIDE, SIDE)) for name in names]
+    return [Image.open(folder / name).convert("RGB").resize((side, side)) for name in names]
 
 
-def _white() -> Image.Image:
-    return Image.new("RGB", (SIDE, SIDE), WHITE)
+def _white(side: int) -> Image.Image:
+    return Image.new("RGB", (side, side), WHITE)
 
 
 def _grounds(photographs: Sequence[Image.Image]) -> Iterator[Image.Image]:
     """Yield white squares, shaded ones, and photographs in turn."""
-    shade = Image.linear_gradient("L").resize((SIDE, SIDE)).point(lambda value: 90 + value // 3).convert("RGB")
+    side = CALIBRATED_SIDE
+    shade = Image.linear_gradient("L").resize((side, side)).point(lambda value: 90 + value // 3).convert("RGB")
     for photograph in photographs:
-        yield from (_white(), shade, shade.rotate(90), photograph)
+        yield from (_white(side), shade, shade.rotate(90), photograph)
 
 
 def _pages(text: str, sizes: Sequence[int], grounds: Iterable[Image.Image]) -> Iterator[Image.Image]:
@@ -76,7 +78,7 @@ def _pages(text: str, sizes: Sequence[int], grounds: Iterable[Image.Image]) -> I
 def _page(text: str, size: int, ground: Image.Image) -> Image.Image:
     """Return dark text on a square."""
     page = ground.copy()
-    lines = textwrap.wrap(text[:2000], 2 * SIDE // size)
+    lines = textwrap.wrap(text[:2000], 2 * page.width // size)
     ImageDraw.Draw(page).multiline_text(
         (8, 8), "\n".join(lines), "black", ImageFont.load_default(size), spacing=size / 2
     )
@@ -85,7 +87,7 @@ def _page(text: str, size: int, ground: Image.Image) -> Image.Image:
 
 def _photographed(page: Image.Image, angle: float) -> Image.Image:
     """Return a page with less contrast, blurred, and slanted."""
-    faint = Image.blend(page, page.filter(ImageFilter.GaussianBlur(SIDE / 8)), FAINT)
+    faint = Image.blend(page, page.filter(ImageFilter.GaussianBlur(page.width / 8)), FAINT)
     return faint.filter(ImageFilter.GaussianBlur(1)).rotate(angle, Image.Resampling.BICUBIC, fillcolor=(128, 128, 128))
 
 

@@ -1,5 +1,6 @@
 """`compile`: read on from here to follow a model on its way to three GEMMs a layer."""
 
+import gc
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -197,6 +198,8 @@ def keep_what_pays(request: Request) -> Request:
 
 def rewrite(request: Request, inplace: bool = False) -> nn.Module:
     """Plan and lower the graphs, then change a module tree: a copy, or the model itself. Errors precede the change."""
+    if request.solved:
+        gc.collect()  # the modules of an earlier trial refer to each other, and hold its masks and weights
     done = plan_and_lower(request)
     target = request.model if inplace else share_copy(request.plain)
     put_tensors(target, request.permuted, inplace)

@@ -85,18 +85,21 @@ def _finalize(root: nn.Module) -> None:
 
 def _check_tied(root: nn.Module, layers: Iterable[GemmTriple]) -> None:
     """Raise if two layers share a weight and read other values of it: on other grids, or one of them on none."""
-    readers: dict[Tensor | None, list[GemmTriple]] = defaultdict(list)
+    readers: dict[Tensor, list[GemmTriple]] = defaultdict(list)
     for triple in layers:
-        readers[stored_weight(root, triple.site)].append(triple)
-    for weight, (first, *others) in readers.items():
-        values = effective_weight(root, first) if others and weight is not None else None
-        for other in others if values is not None else ():
-            if not torch.allclose(values, effective_weight(root, other), rtol=0, atol=0, equal_nan=True):
-                raise PassError(
-                    f"layers {first.layer.name!r} and {other.layer.name!r} share the weight {first.site.weight!r}, but "
-                    "read other values of it as their bits differ, so one parameter cannot hold both; give them the "
-                    "same weight_bits in CompileConfig.layers"
-                )
+        weight = stored_weight(root, triple.site)
+        if weight is not None:
+            readers[weight].append(triple)
+    for first, *others in readers.values():
+        for other in others:
+            values, seen = effective_weight(root, first), effective_weight(root, other)
+            if values is None or seen is None or torch.allclose(values, seen, rtol=0, atol=0, equal_nan=True):
+                continue
+            raise PassError(
+                f"layers {first.layer.name!r} and {other.layer.name!r} share the weight {first.site.weight!r}, but "
+                "read other values of it as their bits differ, so one parameter cannot hold both; give them the same "
+                "weight_bits in CompileConfig.layers"
+            )
 
 
 def _changes(triple: GemmTriple) -> bool:

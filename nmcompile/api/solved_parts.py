@@ -86,13 +86,14 @@ class SolvedParts:
         self.parts: dict[Part, Solved] = {} if folder is None else dict(_read_parts(folder, run))
 
     def add(self, part: Part, solved: Solved) -> None:
-        """Keep a solved part."""
-        self.parts[part] = solved
+        """Keep a solved part: in its file, if there is a folder, from which the system reads what is used."""
         if self.folder is not None:
             saved = io.BytesIO()
             torch.save(asdict(solved) | {"part": (part.weight, part.row), "run": self.run}, saved)
-            name = hashlib.sha256(repr(part).encode()).hexdigest()[:16]
-            write_atomically(self.folder / f"{name}.pt", saved.getvalue())
+            path = self.folder / f"{hashlib.sha256(repr(part).encode()).hexdigest()[:16]}.pt"
+            write_atomically(path, saved.getvalue())
+            _, solved, _ = _read_part(path)
+        self.parts[part] = solved
 
 
 def identify_run(model: nn.Module, rules: Iterable[object], batches: Iterable[object]) -> str:
@@ -125,19 +126,26 @@ def _content(x: object) -> object:
 
 def _read_parts(folder: Path, run: str) -> Iterator[tuple[Part, Solved]]:
     for path in sorted(folder.glob("*.pt")):
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            part, made_by = Part(*saved.pop("part")), saved.pop("run")
-            places = {name: saved.pop(name) for name in ("place", "bias_place")}
-            solved = Solved(**saved, **{name: place and Place(**place) for name, place in places.items()})
-        except (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
-            raise FileError(f"{path}: not a whole file of masks ({type(error).__name__}); delete it") from error
+        part, solved, made_by = _read_part(path)
         if made_by != run:
             raise ConfigError(
                 f"checkpoint: {folder} holds masks for another model, other calibration data or another config; give "
                 "a folder of its own"
             )
         yield part, solved
+
+
+def _read_part(path: Path) -> tuple[Part, Solved, str]:
+    """Return a part, what it was solved to, and the run that solved it; its tensors stay in the file until used."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        part, made_by = Part(*saved.pop("part")), saved.pop("run")
+        for name in ("place", "bias_place"):
+            saved[name] = saved[name] and Place(**saved[name])
+        solved = Solved(**saved)
+    except (OSError, RuntimeError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise FileError(f"{path}: not a whole file of masks ({type(error).__name__}); delete it") from error
+    return part, solved, made_by
 
 
 def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
@@ -206,11 +214,19 @@ def put_weights(model: nn.Module, parts: Mapping[Part, Solved], masked: Collecti
         for place, values in ((solved.place, solved.weight), (solved.bias_place, solved.bias)):
             if part.weight in masked and place is not None and values is not None:
                 parameter = model.get_parameter(place.parameter)
+                if not inplace and _is_all_of(place, parameter):
+                    targets[place.parameter] = values.to(parameter.device)
+                    continue
                 target = targets.setdefault(place.parameter, parameter if inplace else parameter.detach().clone())
                 place.within(parameter, target).copy_(values)
     for name, target in targets.items():
         if not inplace:
             _replace(model, model.get_parameter(name), target)
+
+
+def _is_all_of(place: Place, parameter: Tensor) -> bool:
+    """Return whether a place is all of a parameter, so that the new values can be its memory."""
+    return place.size == tuple(parameter.shape) and place.stride == parameter.stride()
 
 
 def _replace(model: nn.Module, old: nn.Parameter, values: Tensor) -> None:

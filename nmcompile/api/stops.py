@@ -19,10 +19,9 @@ from nmcompile.one_shot.rounding import Rounding
 from nmcompile.pausable import pause
 from nmcompile.pruning.pattern import NMPattern
 from nmcompile.quantization import Grid
-from nmcompile.three_gemm.grid_steps import ActivationStep
 from nmcompile.three_gemm.observer import Results, Values
 from nmcompile.three_gemm.triple import GemmTriple
-from nmcompile.three_gemm.unquantized import Unquantized
+from nmcompile.three_gemm.unquantized import Steps, Unquantized
 from nmcompile.training.masks import WeightMask
 
 
@@ -143,7 +142,7 @@ class Replacing(Unquantized):
             given["input_step"] = torch.tensor(found.clip / step.grid.high, device=weight.device)
         return given
 
-    def _open_steps(self, found: Solved) -> dict[str, ActivationStep]:
+    def _open_steps(self, found: Solved) -> Steps:
         """Return the steps whose clips are not known, by operand."""
         return {operand: step for operand, step in self.steps.items() if operand != "input" or found.clip is None}
 

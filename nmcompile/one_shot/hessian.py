@@ -144,7 +144,8 @@ def _inverted(upper: Tensor) -> Tensor:
     width = upper.shape[1]
     if width <= SMALL:
         identity = torch.eye(width, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
+        inverse: Tensor = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
+        return inverse
     half = width // 2
     result = torch.zeros_like(upper)
     result[:, :half, :half] = _inverted(upper[:, :half, :half])

@@ -7,10 +7,14 @@ from torch import Tensor, fx
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.node_meta import row_of
+from nmcompile.ir.plan import Operand
 from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.three_gemm.grid_steps import ActivationStep
 from nmcompile.three_gemm.observer import Observer, Results, Values
 from nmcompile.three_gemm.triple import GemmTriple
+
+Steps = Mapping[Operand | None, ActivationStep]
+"""Steps of activations, by operand."""
 
 
 class Unquantized(Observer):
@@ -23,7 +27,7 @@ class Unquantized(Observer):
     def run(self, phase: Phase, values: Values) -> Results:
         return self.run_without(self.steps, phase, values)
 
-    def run_without(self, operands: Mapping[str, ActivationStep], phase: Phase, values: Values) -> Results:
+    def run_without(self, operands: Steps, phase: Phase, values: Values) -> Results:
         """Run a graph with these operands unquantized; `show` sees them."""
         return self.triple.run_graph(phase, values, _UnquantizedNodes(self, operands, phase).run)
 
@@ -40,7 +44,7 @@ class Unquantized(Observer):
 class _UnquantizedNodes(fx.Interpreter):
     """An interpreter that passes on the operands of quantizing nodes unchanged."""
 
-    def __init__(self, observer: Unquantized, steps: Mapping[str, ActivationStep], phase: Phase) -> None:
+    def __init__(self, observer: Unquantized, steps: Steps, phase: Phase) -> None:
         super().__init__(observer.triple.graphs[phase])
         self.observer = observer
         self.steps = steps

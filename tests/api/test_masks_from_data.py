@@ -1,13 +1,17 @@
 """Masks from calibration data: each layer is solved from the inputs that the pruned model gives it."""
 
 import copy
+import gc
+import importlib
 import threading
 import warnings
+import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +21,9 @@ from torch.nn import functional as F
 
 import nmcompile
 from nmcompile import CompileConfig, NMPattern
-from nmcompile.api import solve_layers
+from nmcompile.api import solve_layers, solved_parts
+from nmcompile.api.compile import rewrite
+from nmcompile.api.request import Request
 from nmcompile.api.solved_parts import identify_run
 from nmcompile.errors import CalibrationError, ConfigError, FileError
 from nmcompile.ir.layers import LinearLayer, conv_layer
@@ -27,6 +33,7 @@ from nmcompile.quantization import Histogram
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.training.find_masks import masks_of
 
+compile_module = importlib.import_module("nmcompile.api.compile")  # its function hides it in the package
 METHODS = ("wanda", "sparsegpt", "admm")
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
 MODES = {"weights": False, "t-weights": True}
@@ -112,7 +119,7 @@ def test_biases_that_two_layers_read_stay() -> None:
     model[2].bias = model[0].bias
     compiled = compiled_by("sparsegpt", model)
     assert compiled[0].bias is model[0].bias and compiled[2].bias is model[0].bias
-    assert not torch.equal(compiled[4].bias, model[4].bias)
+    assert compiled[4].bias is not model[4].bias
 
     class Functional(nn.Module):
         def __init__(self) -> None:
@@ -667,3 +674,48 @@ def test_padding_is_not_added_twice() -> None:
         hessian.add(x)
     expected = solve("sparsegpt", layer, conv.weight, hessian, NMPattern.parse("2:4"), False)
     torch.testing.assert_close(compiled[0].weight.detach(), expected.weight)
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_solved_weights_are_not_copied_for_each_trial(is_saved: bool, tmp_path: Path) -> None:
+    """Peaks would grow with the depth of a model: the solved tensor is the memory of the new parameter."""
+    made: list[int] = []
+
+    class Solved(solved_parts.Solved):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if self.weight is not None:
+                made.append(self.weight.untyped_storage().data_ptr())
+
+    with mock.patch.multiple(solve_layers, Solved=Solved), mock.patch.multiple(solved_parts, Solved=Solved):
+        compiled = compiled_by("sparsegpt", checkpoint=tmp_path if is_saved else None)
+    for layer in (0, 2, 4):
+        assert compiled[layer].weight.untyped_storage().data_ptr() in made
+    with torch.no_grad():
+        compiled[0].weight.add_(1)  # is the model's own: a file stays as it is
+    if is_saved:
+        again = compiled_by("sparsegpt", checkpoint=tmp_path)
+        assert torch.equal(again[2].weight, compiled[2].weight)
+        assert not torch.equal(again[0].weight, compiled[0].weight)
+
+
+def test_trials_are_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial's modules refer to each other, so its masks would stay until the collector runs."""
+    alive: list[int] = []
+    trials: list[weakref.ref[nn.Module]] = []
+
+    def rewriting(request: Request, inplace: bool = False) -> nn.Module:
+        made = rewrite(request, inplace)
+        alive.append(sum(one() is not None for one in trials))
+        trials.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(compile_module, "rewrite", rewriting)
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        compiled_by("sparsegpt", mode="inference", args=(batches()[0],))
+    finally:
+        if was_on:
+            gc.enable()
+    assert len(alive) == 3 and max(alive) == 0
