@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear import linear_forward, linear_weight_gradient
 from nmcompile.backends.cpu.prune import cpu_prune
 from nmcompile.ir.choice import Choice
+from nmcompile.native import kernels
 from nmcompile.spare_memory import LARGE, empty_like
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
@@ -52,7 +54,7 @@ dy, x, dw = torch.zeros(8192, 2048), torch.ones(8192, 64), torch.ones(2048, 64)
 empty_like(torch.empty(3 * LARGE)).fill_(1)
 before = resident()
 assert sparse_update(dy, x, dw, Geometry(), "auto", 4) and not dw.any()
-assert resident() - before < 4 * LARGE  # the packed gradient takes 40 MB; each thread keeps some of its own
+assert resident() - before < 4 * LARGE  # the packed gradient takes 40 MB, and each thread some while it multiplies
 """
 
 
@@ -74,6 +76,17 @@ def test_memory_goes_on_when_nobody_holds_it() -> None:
 @pytest.mark.parametrize("script", [BOUNDED, SHRUNK, BORROWED], ids=["bounded", "shrunk", "borrowed"])
 def test_a_process_keeps_no_more_than_it_used_at_once(script: str) -> None:
     subprocess.run([sys.executable, "-c", RESIDENT + script], check=True)
+
+
+def test_blocks_of_all_sizes_keep_their_values() -> None:
+    random, held = Random(0), {}
+    for step in range(200):
+        if random.random() < 0.5:
+            held.pop(random.choice(list(held)), None) if held else None
+        held[step] = kernels.memory(int(2 ** random.uniform(0, 23))).fill_(step % 251)
+        if len(held) > 20:
+            del held[next(iter(held))]
+        assert all(bool(block.eq(number % 251).all()) for number, block in held.items())
 
 
 @pytest.mark.parametrize("is_linear", [True, False], ids=["linear", "conv"])

@@ -36,8 +36,8 @@ private:
     AlignedMemory<float> memory_{0};
 };
 
-constexpr std::int64_t kLargeFloats = 1 << 20;  // for which there are large pages: small ones miss caches more often
-constexpr std::size_t kLargePacking = std::size_t{1} << 22;  // bytes
+constexpr std::int64_t kLargeFloats = 1 << 19;  // for which there are large pages: small ones miss caches more often
+constexpr std::size_t kLargePacking = std::size_t{1} << 21;  // bytes
 
 // Calls a function with memory to pack into; tasks have their own. Much memory is borrowed for the call only: a thread
 // would keep what the largest of all gradients takes, while the activations take the most.

@@ -9,9 +9,9 @@ namespace nmcompile {
 void* allocate(std::size_t bytes);
 void release(void* data, std::size_t bytes);
 
-// Returns at least `excess` of the first `bytes` of a block to the system, or all of them, and how many are left. Those
-// returned have lost their values; the block keeps its size.
-std::size_t shrink(void* data, std::size_t bytes, std::size_t excess);
+// Returns at least `excess` of the first `resident` bytes of a block to the system, and how many are left. Those returned
+// have lost their values; the block keeps its size. If none are left, the block is still to be released.
+std::size_t shrink(void* data, std::size_t bytes, std::size_t resident, std::size_t excess);
 
 // Memory for `count` elements, which are not initialized.
 template <class Element>

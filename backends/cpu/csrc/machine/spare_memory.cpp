@@ -16,6 +16,8 @@ struct Block {
     std::size_t resident;  // bytes, from its start
 };
 
+constexpr std::size_t kFew = std::size_t{12} << 20;  // bytes
+
 class Spare {
    public:
     // Takes the smallest idle block that is large enough and not too large, of several the last used; else a new one.
@@ -48,12 +50,15 @@ class Spare {
 
    private:
     // Takes pages from the block that has waited longest first, so the process never has more memory than it once used.
+    // The last sixteenth of that is in use for moments only, and memory of other allocators has its peak at others; but
+    // a few blocks stay, which take turns in every layer.
     void make_room(std::size_t bytes) {
         used_ += bytes;
         most_ = std::max(most_, used_);
-        while (used_ + idle_ > most_) {
+        const std::size_t kept = std::min(most_, std::max(used_ + kFew, most_ - most_ / 16));
+        while (used_ + idle_ > kept) {
             Block& oldest = idle_blocks_.front();
-            const std::size_t left = shrink(oldest.data, oldest.resident, used_ + idle_ - most_);
+            const std::size_t left = shrink(oldest.data, oldest.bytes, oldest.resident, used_ + idle_ - kept);
             idle_ -= oldest.resident - left;
             oldest.resident = left;
             if (left > 0) continue;
