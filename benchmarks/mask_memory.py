@@ -3,7 +3,7 @@
 Random Llama models are saved, read as files that are mapped into memory, and pruned, each in a process of its own.
 Pages of mapped files are the system's to drop, so the peak is that of the other memory (RssAnon).
 
-    python benchmarks/mask_memory.py --layers 4 8 16   # prints a table
+    python benchmarks/mask_memory.py --layers 4 12   # prints a table
 """
 
 import argparse
@@ -79,8 +79,8 @@ def measure(layers: int, width: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12])
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--one", type=Path, help="measure one model, in this folder")
     options = parser.parse_args()
     if options.one:
