@@ -60,7 +60,7 @@ def visit_layers(
             solved.add(stop.part, replace(solve(stop, hessian), clip=clip))
             bar.update()
 
-        with evaluating(trial), _without_autocast(trial), _told_of_threads(len(batches)):
+        with evaluating(trial), _without_autocast(trial), _without_a_clock(), _told_of_threads(len(batches)):
             visit = _Visit(trial, batches, solved, changes)
             for stop, hessian in visit.repeated():
                 add(stop, hessian)
@@ -74,6 +74,17 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
         for kind in {parameter.device.type for parameter in model.parameters()}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def _without_a_clock() -> Iterator[None]:
+    """Choose no kernel by its time inside this context: sums that round otherwise can end in other masks."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=before != (True, False))
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @contextmanager

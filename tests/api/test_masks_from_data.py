@@ -25,6 +25,8 @@ from nmcompile.api import solve_layers, solved_parts
 from nmcompile.api.compile import rewrite
 from nmcompile.api.request import Request
 from nmcompile.api.solved_parts import identify_run
+from nmcompile.backends.shared import choose_kernel
+from nmcompile.backends.shared.choose_kernel import is_small
 from nmcompile.errors import CalibrationError, ConfigError, FileError
 from nmcompile.ir.layers import LinearLayer, conv_layer
 from nmcompile.one_shot.hessian import Hessian
@@ -537,6 +539,18 @@ def test_results_do_not_depend_on_the_callers_settings() -> None:
         compiled = compiled_by("sparsegpt", calibration=data)
     assert is_same(compiled.state_dict(), expected.state_dict())
     assert not compiled[0].weight.is_inference()
+
+
+def test_no_clock_decides_how_sums_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)), torch.randn(512, 256)
+    assert not is_small(len(data) * 256**2, on_gpu=False)
+    monkeypatch.setattr(choose_kernel, "measure", mock.Mock(side_effect=AssertionError("a kernel was timed")))
+    for is_asked in (False, True):
+        torch.use_deterministic_algorithms(is_asked)
+        compiled_by("sparsegpt", model, calibration=[data])
+        assert torch.are_deterministic_algorithms_enabled() == is_asked
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("method", METHODS)
