@@ -54,5 +54,5 @@ def draw_curves(figure: "Figure", curves: Mapping[str, Sequence[Sequence[float]]
         low, high = [min(column) for column in columns], [max(column) for column in columns]
         axes.fill_between(epochs, low, high, alpha=0.2, color=f"C{number}")
     axes.set(xlabel="epochs", ylabel=LABELS[metric])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize="small")
