@@ -99,12 +99,13 @@ def pruning_seconds(call: Call) -> float:
 def draw(figure: "Figure", overheads: dict[str, float]) -> None:
     axes = figure.add_subplot()
     names = list(overheads)
-    axes.barh([index - 0.2 for index in range(len(names))], list(overheads.values()), height=0.38, label="ours")
-    papers = {index + 0.2: paper for index, name in enumerate(names) if (paper := VARIANTS[name][2]) is not None}
-    axes.barh(list(papers), list(papers.values()), height=0.38, label="the paper")
+    axes.plot(list(overheads.values()), range(len(names)), "o", label="ours")
+    papers = {index: paper for index, name in enumerate(names) if (paper := VARIANTS[name][2]) is not None}
+    axes.plot(list(papers.values()), list(papers), "D", markerfacecolor="none", label="the paper")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="% of a dense step")
+    axes.grid(axis="x")
     axes.legend()
 
 
