@@ -196,7 +196,7 @@ class CompileConfig:
         return json.dumps(data, indent=2, default=methodcaller("item"))  # NumPy's numbers
 
     @classmethod
-    def from_json(cls, text: str) -> "CompileConfig":
+    def from_json(cls, text: str | bytes) -> "CompileConfig":
         """Read the text that `to_json` wrote; raise for an unknown key, with the nearest name."""
         check_kind("text", text, str | bytes, "the JSON text that to_json returned")
         data = json_object(parse_json(text, "the config", error=ConfigError), "CompileConfig")

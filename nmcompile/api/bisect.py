@@ -15,6 +15,7 @@ from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call, check_callable, check_kind
 from nmcompile.config import CompileConfig, Phase, given_config, preset
 from nmcompile.errors import ConfigError
+from nmcompile.ir.captured import Site
 from nmcompile.ir.plan import LayerPlan
 from nmcompile.layer_config import LayerConfig
 from nmcompile.printable import printable
@@ -125,7 +126,8 @@ def bisect_config(
     """Find the same by a check that takes the config to compile with; see `bisect`."""
     check_call(args, kwargs)
     asked = given_config(config)
-    plans = {one.name: one.plan for one in analyze(model, mode, args=args, kwargs=kwargs, config=asked).layers}
+    report = analyze(model, mode, args=args, kwargs=kwargs, config=asked)
+    asked, plans = _by_layer(asked, report.program.captured.sites), {one.name: one.plan for one in report.layers}
     units = [unit for plan in plans.values() for unit in _units(plan)]
     if not units:
         raise ConfigError(f"mode {mode!r} prunes and quantizes nothing in {type(model).__name__}; nothing to search")
@@ -140,6 +142,13 @@ def bisect_config(
         raise ConfigError("the check fails even with nothing pruned or quantized; it does not depend on that")
     culprits = () if passes(frozenset()) else minimal(units, passes)
     return BisectReport(culprits, without(asked, mode, plans, culprits), len(tried), len(units))
+
+
+def _by_layer(config: CompileConfig, sites: Iterable[Site]) -> CompileConfig:
+    """Name layers in the place of their weights, whose entries would hide those of the layers left out."""
+    named = {site.layer.name: config.layers[site.weight] for site in sites if site.weight in config.layers}
+    weights = {site.weight for site in sites}
+    return replace(config, layers={key: one for key, one in config.layers.items() if key not in weights} | named)
 
 
 def _units(plan: LayerPlan) -> list[Unit]:

@@ -89,8 +89,8 @@ class Sampler(Observer):
     def _look_at_gradient(self, values: Values, results: Results, dense: Callable[[Values], Tensor]) -> None:
         pruned, exact = results[0], dense(values)
         if pruned is not None:
-            self.figures.gradient += float(exact.square().sum(dtype=torch.float64))
-            self.figures.noise += float((pruned - exact).square().sum(dtype=torch.float64))
+            self.figures.gradient += _squared_norm(exact)
+            self.figures.noise += _squared_norm(pruned - exact)
 
 
 def run_copy(root: nn.Module, args: Args, kwargs: Kwargs) -> tuple[nn.Module, dict[str, LayerSample]]:
@@ -126,6 +126,11 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _squared_norm(x: Tensor) -> float:
+    """Return the sum of squares; those of float16 gradients are no numbers of float16."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -55,8 +55,10 @@ def bisect(
 
     if (check is None) == (command is None):
         raise ConfigError("give one of --check and --command")
+    if command is not None and PLACE not in command:
+        raise ConfigError(f"--command {command!r} takes no config, so each trial would be the same; put {PLACE} in it")
     built, args = model_of(model), examples_of(inputs) or None
-    start = None if config is None else nmcompile.CompileConfig.from_json(read_regular(config, LARGEST_JSON).decode())
+    start = None if config is None else nmcompile.CompileConfig.from_json(read_regular(config, LARGEST_JSON))
     if check is not None:
         batches = factory_of(calibration)() if calibration else None
         found = nmcompile.bisect(built, named(check), mode, args=args, config=start, calibration=batches)
@@ -72,8 +74,8 @@ def _succeeds(command: str, config: "CompileConfig") -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         path.write_text(config.to_json())
-        words = [word.replace(PLACE, str(path)) for word in shlex.split(command)]
         try:
+            words = [word.replace(PLACE, str(path)) for word in shlex.split(command)]
             return subprocess.run(words, check=False, stdout=subprocess.DEVNULL).returncode == 0
-        except (OSError, IndexError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"the command {command!r} cannot be run: {error}") from error

@@ -42,7 +42,7 @@ def named(name: str) -> Callable[..., Any]:
             raise ImportError("the name is relative")
         found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise TargetError(f"cannot find the model {name!r} ({error}); name it package.module:factory") from error
+        raise TargetError(f"cannot find {name!r} ({error}); write it as in package.module:factory") from error
     return found
 
 

@@ -114,4 +114,10 @@ def _different(rows: list[Json], key: str) -> list[str]:
 def _choice(data: Json) -> Choice:
     """Return a choice; later versions of the package may add fields."""
     times = ("predicted", "dense_seconds", "sparse_seconds", "integers_seconds")
-    return Choice(str(data["kernel"]), str(data["reason"]), *(cast(float | None, data[name]) for name in times))
+    return Choice(str(data["kernel"]), str(data["reason"]), *(_number(data[name]) for name in times))
+
+
+def _number(value: object) -> float | None:
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise TypeError(f"{value!r} is not a number")

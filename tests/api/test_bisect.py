@@ -5,7 +5,6 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +117,15 @@ def test_pruning_and_quantization_are_told_apart() -> None:
     assert "1.0: pruning" in str(found) and "2.0: quantization" in str(found)
 
 
+def test_an_entry_for_a_weight_does_not_hide_that_its_layer_is_left_out() -> None:
+    entry = LayerConfig(weight=Pruning("greedy", NMPattern(2, 4)))
+    config = CompileConfig(layers={"1.0.weight": entry, "2.0.weight": entry}, ends="sparse")
+    found = nmcompile.bisect(net(), lambda one: not is_pruned(one, "1.0"), "weights", args=(X,), config=config)
+    assert found.culprits == (Unit("1.0", "pruning"),)
+    compiled = nmcompile.compile(net(), "weights", args=(X,), config=found.config)
+    assert not is_pruned(compiled, "1.0") and is_pruned(compiled, "2.0")
+
+
 def test_layers_in_mode_inference_keep_what_the_plan_does() -> None:
     """Not each layer's input can be pruned; what is left of a layer asks for no more than the plan carried out."""
     model = net().eval()
@@ -184,8 +192,24 @@ def test_the_command_takes_a_function_or_a_command(how: str, tmp_path: Path, mon
     assert config.layers == {"2": None} and json.loads(config.to_json()) == data["config"]
 
 
-@pytest.mark.parametrize("words", [(), ("--check", "a:b", "--command", "true"), ("--command", "/nowhere/at/all")])
-def test_wrong_checks_are_refused(words: tuple[str, ...]) -> None:
-    run: Callable[..., Any] = CliRunner().invoke
-    error = run(cli, ["bisect", "nmcompile.demo.resnet:build", *words]).exception
-    assert (isinstance(error, ConfigError) and "--c" in str(error)) or "cannot be run" in str(error)
+WRONG = {
+    "neither": ((), "--check and --command"),
+    "both": (("--check", "a:b", "--command", "true"), "--check and --command"),
+    "no program": (("--command", "/nowhere/at/all {config}"), "cannot be run"),
+    "a quotation without end": (("--command", "sh -c 'test {config}"), "cannot be run"),
+    "no place for the config": (("--command", "true"), "{config}"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_checks_are_refused(case: str) -> None:
+    words, told = WRONG[case]
+    error = CliRunner().invoke(cli, ["bisect", "nmcompile.demo.resnet:build", *words]).exception
+    assert isinstance(error, ConfigError) and told in str(error)
+
+
+def test_a_config_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    line = ["bisect", "nmcompile.demo.resnet:build", "--command", "true {config}", "--config"]
+    error = CliRunner().invoke(cli, [*line, str(tmp_path / "config.json")]).exception
+    assert isinstance(error, ConfigError) and "not JSON" in str(error)

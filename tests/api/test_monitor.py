@@ -61,6 +61,23 @@ def train(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer | None 
 
 
 @pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e3])
+def test_squares_of_half_precision_gradients_do_not_leave_its_range(scale: float) -> None:
+    """Against the gradients themselves: their squares lie beyond float16 at both ends."""
+    model, writer = linear().half(), Scalars()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with monitor(model, writer, share=1.0):
+        for _ in range(WARM_UP + 2):
+            optimizer.zero_grad()
+            (model(X.half()) * scale).sum().backward()
+            optimizer.step()
+    exact = scale * float(X.half().double().sum(0).expand(16, 16).norm())  # each row of dY is scale
+    for found in writer.found["gradient_norm"].values():
+        assert found == pytest.approx(exact, rel=0.02)
+    assert all(0 < noise < 16 for noise in writer.found["estimator_noise"].values())
+
+
+@pytest.mark.usefixtures("often")
 def test_scalars_are_those_of_the_step() -> None:
     """By hand: dY, the dense dW = dYᵀ X, the pruned one that autograd left, and both masks around the refresh."""
     model, writer = linear(), Scalars()

@@ -121,12 +121,14 @@ def test_errors_of_masks_are_told_as_a_range() -> None:
     assert len(errors) == 3 and "output error of the mask: " in str(diff) and " to " in str(diff)
 
 
+TIMES = dict.fromkeys(("kernel", "reason", "predicted", "dense_seconds", "sparse_seconds", "integers_seconds"), "1")
 DAMAGE: dict[str, Any] = {
     "another version": lambda data: data | {"schema_version": 2},
     "no version": lambda data: {"layers": data["layers"]},
     "no layers": lambda data: {key: value for key, value in data.items() if key != "layers"},
     "a layer that is text": lambda data: data | {"layers": ["fc"]},
     "an unknown phase": lambda data: data | {"layers": [data["layers"][0] | {"choices": {"sideways": {}}}]},
+    "a time that is text": lambda data: data | {"layers": [data["layers"][0] | {"choices": {"forward": TIMES}}]},
     "a list": lambda data: [data],
 }
 
