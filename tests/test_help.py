@@ -80,7 +80,7 @@ SILENT = {"demo", "paper", "paper run"}
 """Commands without results of their own for programs: the last one writes them to a file."""
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - SILENT)
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - SILENT))
 def test_every_command_has_versioned_json(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "check.py").write_text(CHECK)
