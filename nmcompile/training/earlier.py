@@ -115,7 +115,10 @@ def _held(root: nn.Module, record: Finalized) -> Iterator[tuple[str, tuple[Grid,
 def _plain_weight(root: nn.Module, name: str) -> Tensor | None:
     """Return the values of a parameter; None if there is no such parameter, or it has none."""
     path, _, attribute = name.rpartition(".")
-    weight = getattr(root.get_submodule(path), attribute, None)
+    try:
+        weight = getattr(root.get_submodule(path), attribute, None)
+    except AttributeError:  # the layer is gone
+        return None
     return weight.detach() if type(weight) is nn.Parameter and not weight.is_meta else None
 
 

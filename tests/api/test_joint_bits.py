@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile import CompileConfig
+from nmcompile import CompileConfig, LayerConfig
 from nmcompile.errors import PassError, StateError
 from nmcompile.three_gemm.effective_weight import effective_weight
 from nmcompile.three_gemm.find_triples import triples_of
@@ -294,3 +295,13 @@ def test_layers_that_share_a_weight_with_other_bits_are_named(bits: int | None, 
     joint = nmcompile.compile(Tied(), "inference", config=CompileConfig(layers=rules, masks="sparsegpt"), **options)
     if bits is None:  # its values are on the grid of the other layer, so both read the same
         nmcompile.export(joint.eval(), tmp_path / "model.onnx", args=(x,))
+
+
+def test_a_finalized_model_that_lost_a_layer_compiles() -> None:
+    layer = LayerConfig(weight_bits=4)
+    config = CompileConfig(layers={"0": layer}, ends="sparse")
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    final = nmcompile.finalize(nmcompile.compile(model, "weights", config=replace(config, layers={"_default": layer})))
+    del final[1]
+    x = torch.randn(4, 16)
+    assert torch.equal(nmcompile.compile(final, "weights", config=config)(x), final(x))
