@@ -302,6 +302,7 @@ def test_a_finalized_model_that_lost_a_layer_compiles() -> None:
     config = CompileConfig(layers={"0": layer}, ends="sparse")
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     final = nmcompile.finalize(nmcompile.compile(model, "weights", config=replace(config, layers={"_default": layer})))
+    assert isinstance(final, nn.Sequential)
     del final[1]
     x = torch.randn(4, 16)
     assert torch.equal(nmcompile.compile(final, "weights", config=config)(x), final(x))
