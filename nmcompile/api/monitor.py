@@ -116,10 +116,10 @@ class Monitor:
         values["gradient_norm"] = found.gradient**0.5 if sample.noise is not None else None
         values["zeros/natural"], values["zeros/forced"] = sample.natural_zeros, sample.forced_zeros
         values |= {f"milliseconds/{phase.value}": found.seconds[phase] * 1e3 for phase in Phase}
+        self._figures, self._before = {}, {}  # now, so that a writer that fails does so once a sample
         for name, value in values.items():
             if value is not None:
                 self.writer.add_scalar(f"{PREFIX}/{name}", value, self.steps)
-        self._figures, self._before = {}, {}
 
     def _flips(self) -> float | None:
         """Return the share of the mask elements that the refresh changed, over the masks that it rebuilt."""

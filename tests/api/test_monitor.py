@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def train(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer | None 
         optimizer.zero_grad()
         model(X).square().mean().backward()
         optimizer.step()
+
+
+def test_a_writer_that_fails_does_so_once_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "is_due", property(lambda self: self.dearest is None and len(self.usual) >= WARM_UP))
+    model, failures = linear(), 0
+    with monitor(model, Mock(add_scalar=Mock(side_effect=OSError("no space")))):
+        for _ in range(WARM_UP + 10):
+            try:
+                train(model, 1)
+            except OSError:
+                failures += 1
+    assert failures == 1
 
 
 @pytest.mark.usefixtures("often")
