@@ -1,4 +1,4 @@
-"""What changed between two reports: before and after a change, or on two machines."""
+"""The differences of two reports: before and after a change, or on two machines."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
