@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt backends/cpu/csrc/*.* backends/cpu/csrc/*/*)
 
-.PHONY: help demo test slow lint types docs diagram asan wheel clean
+.PHONY: help demo test slow lint types docs diagram pictures asan wheel clean
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -45,6 +45,9 @@ wheel: $(VENV)/.venv  ## build a wheel into dist/
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist site
 
+pictures: $(VENV)/.test  ## draw the pictures of docs/operators.md again
+	$(BIN)/python docs/draw_operators.py
+
 docs/%.svg: docs/%.dot
 	dot -Tsvg -o $@ $<
 
@@ -71,5 +74,5 @@ $(VENV)/.lint: $(VENV)/.test
 
 # The site needs no package, so it builds no kernels.
 $(VENV)/.docs: $(VENV)/.venv constraints.txt
-	$(BIN)/pip install -q -c constraints.txt mkdocs pygments
+	$(BIN)/pip install -q -c constraints.txt mkdocs pygments 'mkdocstrings[python]'
 	touch $@
