@@ -1,4 +1,4 @@
-"""MkDocs hook: pages and figures outside docs/ join the site, and links lead where they lead in the repository.
+"""MkDocs hook: pages, figures and examples outside docs/ join the site, and links lead where they lead in the repository.
 
 README.md is the home page. A file of docs/ loses that folder's name on the site; every other file keeps its path.
 """
@@ -12,14 +12,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/quickstart.py"]
+OUTSIDE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 LINK = re.compile(r"(?<=\]\()[\w./-]+")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and figures that stand outside docs/."""
-    figures = sorted(ROOT.glob("benchmarks/results/*.svg"))
-    for path in (*OUTSIDE, *(figure.relative_to(ROOT).as_posix() for figure in figures)):
+    """Add the pages, figures and examples that stand outside docs/."""
+    linked = [*sorted(ROOT.glob("benchmarks/results/*.svg")), *sorted(ROOT.glob("examples/*.py"))]
+    for path in (*OUTSIDE, *(one.relative_to(ROOT).as_posix() for one in linked)):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
