@@ -1,4 +1,4 @@
-"""MkDocs hook: pages, figures and examples outside docs/ join the site, and links lead where they lead in the repository.
+"""MkDocs hook: pages, figures and examples outside docs/ join the site; links lead where they lead in the repository.
 
 README.md is the home page. A file of docs/ loses that folder's name on the site; every other file keeps its path.
 """

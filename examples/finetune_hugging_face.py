@@ -44,7 +44,11 @@ def load() -> tuple[PreTrainedModel, Tensor]:
         return LlamaForCausalLM(config), torch.tensor(list(text.encode()))
     folder = package.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    model = LlamaForCausalLM(
+        LlamaConfig(**loaded.config.to_diff_dict())
+    )  # the Trainer refuses one read from a GGUF file
+    model.load_state_dict(loaded.state_dict())
     return model, tokenizer(text, return_tensors="pt").input_ids[0]
 
 
