@@ -1,17 +1,18 @@
 """Processes that train split models: what several tests run in them."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
@@ -98,7 +99,7 @@ def saved(mode: str, checkpointed: bool = True) -> Job:
         model, optimizer = _sharded(mode, checkpointed)
         ranks = dist.get_world_size()
         train(model, optimizer, range(STEPS), rank, ranks)
-        dcp.save(_state(model, optimizer), checkpoint_id=folder / "saved")
+        save(_state(model, optimizer), checkpoint_id=folder / "saved")
         middle = {"weights": [whole(one) for one in model.parameters()], "sparse": nmcompile.sparse_state_dict(model)}
         train(model, optimizer, range(STEPS, 2 * STEPS), rank, ranks)
         return {"middle": middle, "end": found(model)}
@@ -113,7 +114,7 @@ def resumed(mode: str, checkpointed: bool = True) -> Job:
         torch.manual_seed(1 + rank)
         model, optimizer = _sharded(mode, checkpointed)
         state = _state(model, optimizer)
-        dcp.load(state, checkpoint_id=folder / "saved")
+        load(state, checkpoint_id=folder / "saved")
         set_state_dict(model, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"])
         nmcompile.load_sparse_state_dict(model, state["sparse"])
         middle = {"weights": [whole(one) for one in model.parameters()], "sparse": nmcompile.sparse_state_dict(model)}
@@ -184,11 +185,12 @@ def _stage(pieces: list[nn.Module], index: int) -> PipelineStage:
     with torch.no_grad():
         for piece in pieces:
             shapes.append(piece(shapes[-1]))
-    ends = {"input_args": shapes[index], "output_args": shapes[index + 1]}
-    given = {name: (torch.empty_like(x).requires_grad_(),) for name, x in ends.items()}
-    if index == 0:
-        given["input_args"] = (torch.empty_like(shapes[0]),)
-    return PipelineStage(pieces[index], index, len(pieces), torch.device("cpu"), **given)
+    first, last = (
+        torch.empty_like(x, requires_grad=index > 0 or x is not shapes[0]) for x in shapes[index : index + 2]
+    )
+    return PipelineStage(
+        pieces[index], index, len(pieces), torch.device("cpu"), input_args=(first,), output_args=(last,)
+    )
 
 
 def _distance(output: Tensor, target: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def mask_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.mask": mask.tensor for name, mask in masks_of(model).items()}
 
 
-def run_jobs(ranks: int, folder: Path, jobs: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def run_jobs(ranks: int, folder: Path, jobs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Run jobs, each a name of this module and its arguments, one after another on the same processes.
 
     Returns:
@@ -219,11 +221,11 @@ def run_jobs(ranks: int, folder: Path, jobs: dict[str, Sequence[Any]]) -> list[d
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def _worker(rank: int, ranks: int, folder: Path, jobs: dict[str, Sequence[Any]]) -> None:
+def _worker(rank: int, ranks: int, folder: Path, jobs: Mapping[str, Sequence[Any]]) -> None:
     torch.save(_results(rank, ranks, folder, jobs), folder / f"{rank}.pt")
 
 
-def _results(rank: int, ranks: int, folder: Path, jobs: dict[str, Sequence[Any]]) -> dict[str, Any]:
+def _results(rank: int, ranks: int, folder: Path, jobs: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     store = f"file://{folder}/store{ranks}"
