@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from operator import methodcaller
 from types import MappingProxyType
@@ -171,6 +171,13 @@ class CompileConfig:
                 if key.startswith(REGEX) and _compiled(key).fullmatch(name):
                     return key, value
         return (DEFAULT, self.layers[DEFAULT]) if DEFAULT in self.layers else None
+
+    def restricted_to(self, layers: Iterable[tuple[str, str]]) -> "CompileConfig":
+        """Return this config without the keys that match none of these (layer, weight) names."""
+        names = {name for pair in layers for name in pair}
+        rules = {key for key in self.layers if key.startswith(REGEX) and any(map(_compiled(key).fullmatch, names))}
+        kept = {key: one for key, one in self.layers.items() if key in names | rules | {DEFAULT}}
+        return replace(self, layers=kept)
 
     def check_names(self, layers: Iterable[tuple[str, str]]) -> None:
         """Raise for a key that matches no (layer, weight) name, and for a name that would read as a rule."""

@@ -1,5 +1,6 @@
 """Adapters beside the layers of a compiled model: left dense, and merged without changing outputs."""
 
+import copy
 from typing import Any
 
 import peft
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig
+from nmcompile.errors import ConfigError
 
 TARGETS = ["fc1", "fc2", "head"]
 CONFIGS: dict[str, peft.PeftConfig] = {
@@ -131,8 +133,33 @@ class TestMerging:
         torch.testing.assert_close(plain.get_parameter("fc1.weight"), kept)
         assert nmcompile.verify(plain).ok
 
-    def test_merging_into_a_compiled_model_prunes_what_was_merged(self, x: Tensor) -> None:
-        compiled = nmcompile.compile(adapted("lora"), "weights")
+    @pytest.mark.parametrize("kind", ["lora", "ia3", "oft"])
+    @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+    def test_merging_into_a_pruned_layer_is_refused(self, kind: str, merge: str, x: Tensor) -> None:
+        """The sum would get another mask, and compute neither what the model did nor what the adapter learned."""
+        compiled: Any = nmcompile.compile(adapted(kind), "weights")
+        y, before = compiled(x), {name: value.clone() for name, value in compiled.state_dict().items()}
+        for model in (compiled, copy.deepcopy(compiled)):
+            with pytest.raises(ConfigError, match=r"fc1.*finalize\(model\).merge_and_unload"):
+                getattr(model, merge)()
+        assert all(torch.equal(value, before[name]) for name, value in compiled.state_dict().items())
+        assert torch.equal(compiled(x), y)
+        torch.testing.assert_close(nmcompile.finalize(compiled).merge_and_unload()(x), y)  # type: ignore[operator]
+
+    def test_merging_is_allowed_where_no_weight_is_pruned(self, x: Tensor) -> None:
+        compiled: Any = nmcompile.compile(adapted("lora"), "gradients")
         y = compiled(x)
-        merged = compiled.merge_and_unload()  # type: ignore[operator]
-        assert (merged(x) - y).norm() > 0.1 * y.norm()
+        torch.testing.assert_close(compiled.merge_and_unload()(x), y)
+
+    def test_adapters_come_off_and_go_on_a_compiled_model(self, x: Tensor) -> None:
+        """`unload` leaves the pruned base layers; adapters that are added later are dense, and train alone."""
+        base = nmcompile.compile(Network(), "weights")
+        y = base(x)
+        model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=TARGETS, r=4))  # type: ignore[arg-type]
+        assert torch.equal(model(x), y)
+        model(x).square().sum().backward()
+        assert {name.split(".")[-3] for name, p in model.named_parameters() if p.grad is not None} == {
+            "lora_A",
+            "lora_B",
+        }
+        torch.testing.assert_close(model.unload()(x), y, rtol=0, atol=0)

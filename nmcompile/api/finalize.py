@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from nmcompile.api.compiled_graphs import finalize_graphs, own_module
+from nmcompile.api.decompile import is_compiled
 from nmcompile.checks import check_compiled
 from nmcompile.errors import PassError, StateError
 from nmcompile.fingerprint import fingerprint
@@ -26,6 +28,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.three_gemm.unsharded import unsharded_copy
 from nmcompile.training.finalized import FINALIZED, Finalized, OnGrid
 from nmcompile.training.find_masks import masks_among
+from nmcompile.training.parameter_masks import masks_by_graphs
 
 
 @torch.no_grad()
@@ -37,7 +40,8 @@ def finalize(compiled: nn.Module) -> nn.Module:
     accumulator, as these layers add them.
 
     Args:
-        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay. If
+        compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay; or one
+            that `torch.compile(backend="nmcompile")` has run: then the module that it wraps. If
             FSDP2 or tensor parallelism splits the model, every process has to call, and gets the whole plain model.
 
     Raises:
@@ -50,6 +54,8 @@ def finalize(compiled: nn.Module) -> nn.Module:
             dense there, and stays so.
     """
     check_compiled("compiled", compiled)
+    if not is_compiled(compiled) and masks_by_graphs(own_module(compiled)):
+        return finalize_graphs(compiled)
     plain = unsharded_copy(compiled)
     for root in [module for module in plain.modules() if RECORD in module.__dict__]:
         _finalize(root)

@@ -1,19 +1,24 @@
 """The report on a compiled model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from weakref import ref
 
 from torch import Tensor, nn
 
+from nmcompile.api.compiled_graphs import graphs_of, merged, own_module
+from nmcompile.api.decompile import is_compiled
 from nmcompile.api.sample_layers import run_copy
+from nmcompile.api.torch_options import MODULE_ONLY
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call, check_compiled
+from nmcompile.errors import ConfigError
+from nmcompile.ir.layer_sample import LayerSample
 from nmcompile.report.layers import Observation
 from nmcompile.report.report import Report, build_report, no_masks
 from nmcompile.sharded import is_sharded
 from nmcompile.three_gemm.find_triples import triples_of
-from nmcompile.three_gemm.record import record_of
+from nmcompile.three_gemm.record import Compilation, record_of
 from nmcompile.three_gemm.stored_weights import stored_weight
 
 
@@ -25,7 +30,8 @@ def inspect(compiled: nn.Module, *, args: Args | None = None, kwargs: Kwargs | N
     adds to gradients.
 
     Args:
-        compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`.
+        compiled: a model that `compile` made, also inside DDP, FSDP2 or `torch.compile`, or one that
+            `torch.compile(backend="nmcompile")` has run: the report is about its graphs so far.
         args, kwargs: real data, for one call of it. Gradients of the outputs are random.
 
     Raises:
@@ -33,8 +39,19 @@ def inspect(compiled: nn.Module, *, args: Args | None = None, kwargs: Kwargs | N
     """
     check_compiled("compiled", compiled)
     check_call(args, kwargs)
+    if not is_compiled(compiled) and (graphs := graphs_of(own_module(compiled))):
+        if args is not None or kwargs:
+            raise ConfigError(f"inspect takes no args for graphs of torch.compile(backend='nmcompile'); {MODULE_ONLY}")
+        return _build(own_module(compiled), merged(compiled), graphs, {})
     root, record = record_of(compiled)
     ran, samples = (root, {}) if args is None and not kwargs else run_copy(root, args or (), kwargs or {})
+    return _build(root, record, [ran], samples)
+
+
+def _build(
+    root: nn.Module, record: Compilation, ran: Sequence[nn.Module], samples: Mapping[str, LayerSample]
+) -> Report:
+    """Return the report on a compilation whose layers the modules in `ran` hold."""
     observed = {
         triple.layer.name: Observation(
             triple.called,
@@ -45,7 +62,8 @@ def inspect(compiled: nn.Module, *, args: Args | None = None, kwargs: Kwargs | N
             record.permutations.get(triple.layer.name, ""),
             samples.get(triple.layer.name),
         )
-        for triple in triples_of(ran)
+        for one in ran
+        for triple in triples_of(one)
     }
     name = type(root).__name__
     return build_report(

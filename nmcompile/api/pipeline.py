@@ -14,6 +14,7 @@ from nmcompile.ir.program import Program
 from nmcompile.ir.protocols import Backend
 from nmcompile.passes import compile_passes
 from nmcompile.planning.plan_phases import plan_phases
+from nmcompile.three_gemm.adapter_merging import refuse_merging
 from nmcompile.three_gemm.fast_paths import close_fast_paths
 from nmcompile.three_gemm.frozen import thaw
 from nmcompile.three_gemm.record import RECORD, Compilation, restore_all
@@ -78,5 +79,6 @@ def install_layers(model: nn.Module, done: Compilation, triples: dict[str, GemmT
         module.__dict__.pop(FINALIZED, None)
     replace_modules(model, done.program, triples)
     close_fast_paths(model)
+    refuse_merging(model)
     model.__dict__[RECORD] = done
     watch_optimizers()

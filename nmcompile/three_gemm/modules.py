@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from nmcompile.arguments import Kwargs
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
+from nmcompile.three_gemm.adapter_merging import allow_merging
 from nmcompile.three_gemm.fast_paths import open_fast_path
 from nmcompile.three_gemm.instance_forward import change_class, wrapper_of_own
 from nmcompile.three_gemm.mask_source import MaskSource
@@ -159,6 +160,7 @@ def restore(module: nn.Module) -> None:
         PassError: something else has changed the class since (a parametrization, FSDP).
     """
     open_fast_path(module)
+    allow_merging(module)
     if not isinstance(module, Rewritten):
         return
     if len(type(module).__bases__) != 2 or not issubclass(type(module).__bases__[0], Rewritten):

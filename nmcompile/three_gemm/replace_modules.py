@@ -32,7 +32,7 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
         if site.layer.name in triples:
             by_module.setdefault(site.module, {})[site.role] = site
     traces = program.captured.traces
-    graphs = {name: _rewrite_calls(traces[name], by_module[name]) for name in by_module if name in traces}
+    graphs = {name: rewrite_calls(traces[name], by_module[name]) for name in by_module if name in traces}
     for name, sites in by_module.items():
         module = model.get_submodule(name)
         roles = {role: triples[site.layer.name] for role, site in sites.items()}
@@ -45,7 +45,7 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
             absorb(model.get_submodule(plan.norm), model.get_submodule(program.site(plan.layer.name).module))
 
 
-def _rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:
+def rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:
     """Return a copy of a module's graph that calls its three-GEMM layers by role."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

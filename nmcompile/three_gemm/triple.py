@@ -1,5 +1,7 @@
 """One conv or linear call that runs on three graphs."""
 
+import itertools
+import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import TYPE_CHECKING, cast
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, fx
 
+from nmcompile.arguments import Kwargs
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError
 from nmcompile.fingerprint import fingerprint
@@ -26,6 +29,10 @@ from nmcompile.weight_cache import FROZEN, Content, forget, weights_at_rest
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+_serials = itertools.count()
+_alive: "weakref.WeakValueDictionary[str, GemmTriple]" = weakref.WeakValueDictionary()
 
 
 class GemmTriple:
@@ -57,6 +64,7 @@ class GemmTriple:
         self.prepared: dict[Phase, Prepared] = {}
         self.choosing = frozenset(phase for phase, _ in graphs if any(meta.choice for meta in graphs.metas(phase)))
         self.called = False
+        self._enroll()
         self.positions: int | None = None
         self.placeholders = {phase: _placeholders(graph) for phase, graph in graphs}
         self.draws = any("key" in names for names in self.placeholders.values())
@@ -66,6 +74,10 @@ class GemmTriple:
         rows = graphs.plan.rows
         self.is_dense = not any(row.is_sparse or row.is_quantized for row in rows)
         self.is_bilinear = not any(row.is_quantized or row.operand in ("input", "output") for row in rows)
+
+    def _enroll(self) -> None:
+        self.serial = str(next(_serials))  # Dynamo might trace a number for any value
+        _alive[self.serial] = self
 
     def _saved_names(self, needs_backward: bool, needs_update: bool) -> tuple[str, ...]:
         """Return the operands and results of the forward graph that the graphs of these gradients read."""
@@ -98,7 +110,10 @@ class GemmTriple:
         else:
             with weights_at_rest(content):
                 output, unbatched = self._output(run, input, weight, bias, mask, rows)
-        self.called = True
+        if is_compiling and torch.compiler.is_dynamo_compiling():
+            note_call(self.serial)
+        else:
+            self.called = True
         if not is_compiling:
             self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
         output = own(output, output.shape[1:]) if unbatched else output
@@ -223,10 +238,25 @@ class GemmTriple:
         # A copy is not observed, and has graphs of its own.
         return self.__dict__ | {"observer": None, "prepared": {}}
 
+    def __setstate__(self, state: Kwargs) -> None:
+        self.__dict__.update(state)
+        self._enroll()
+
     def forward_of(self, values: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
         """Return the output, which is never a view, and the forward values that the other two graphs read."""
         output, *saved = cast(tuple[Tensor, ...], self.run(Phase.FORWARD, values))
         return output if torch.compiler.is_compiling() or not output._is_view() else own(output, output.shape), *saved
+
+
+def note_call(serial: str) -> bool:
+    """Note that a layer is called, while a graph that calls it is traced."""
+    # Dynamo refuses to set an attribute inside an operator such as activation checkpointing.
+    _alive[serial].called = True
+    return True
+
+
+# Dynamo calls it, and traces nothing. `torch.compiler.assume_constant_result` sets this mark too, but imports Dynamo.
+setattr(note_call, "_dynamo_marked_constant", True)  # noqa: B010 - functions declare no attributes
 
 
 def _run_forward(triple: GemmTriple, *operands: Tensor | None) -> Tensor:
