@@ -155,7 +155,7 @@ class TestMerging:
         """`unload` leaves the pruned base layers; adapters that are added later are dense, and train alone."""
         base = nmcompile.compile(Network(), "weights")
         y = base(x)
-        model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=TARGETS, r=4))  # type: ignore[arg-type]
+        model: Any = peft.get_peft_model(base, peft.LoraConfig(target_modules=TARGETS, r=4))
         assert torch.equal(model(x), y)
         model(x).square().sum().backward()
         assert {name.split(".")[-3] for name, p in model.named_parameters() if p.grad is not None} == {

@@ -111,7 +111,7 @@ def install(gm: fx.GraphModule, graph: DynamoGraph, program: Program, triples: M
 
 
 def _shell(gm: fx.GraphModule, name: str, parts: Mapping[str, Part]) -> fx.GraphModule:
-    """Return a copy of a graph module and of the graphs in it that are parts; tensors and other attributes are shared."""
+    """Return a copy of a graph module and of the graphs in it that are parts; tensors and other values are shared."""
     result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     for child, module in gm.named_children():
         if join(name, child) in parts:

@@ -21,8 +21,8 @@ class Options:
 
     Args:
         mode: a row of Table 1, `"training"` or `"dense"`; torch's own `mode=` is a shorter way to give it.
-        config: anything finer than the mode, also as the text of `CompileConfig.to_json`. Names of layers are those of the module that is compiled; the same options
-            serve all graphs, so a name that none of them has is no error.
+        config: anything finer than the mode, also as the text of `CompileConfig.to_json`. Names of layers are those of
+            the module that is compiled; all graphs follow one config, so a name that none of them has is no error.
         kernels: the backend of nmcompile, as `nmcompile.compile` takes it.
         then: the backend of torch.compile that gets the sparse graphs.
         then_options: the options of that backend.

@@ -3,6 +3,7 @@
 They are global. They also free the cached values of the stepped weights, and unfreeze a frozen model.
 """
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,9 +69,12 @@ def uncounted(optimizer: Optimizer) -> Iterator[None]:
 
 def _before_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
     masks = list(_masks_of(held(optimizer)))
+    is_inside = _is_inside_another(optimizer)
     _steps_before[optimizer] = {id(mask): mask.notes for mask in masks}
     for mask in masks:
-        if mask.was_moved():
+        if mask.was_moved() and is_inside:
+            mask.accept_version()  # the optimizer around this one has looked at gradients elsewhere (SAM)
+        elif mask.was_moved():
             mask.mark_stale()
     _warn_of_resumption(optimizer, [mask for mask in masks if mask.is_resumed])
     closure = kwargs.get("closure") or next(iter(args[1:]), None)
@@ -82,6 +86,17 @@ def _before_step(optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args
     # The closure computes the gradients.
     evaluate = partial(_evaluate, closure, masks, optimizer)
     return (args, {**kwargs, "closure": evaluate}) if "closure" in kwargs else ((args[0], evaluate, *args[2:]), kwargs)
+
+
+def _is_inside_another(optimizer: Optimizer) -> bool:
+    """Return whether another optimizer is making a step, in which this one is called."""
+    others = [one for one in _steps_before if one is not optimizer]
+    frame = sys._getframe(1) if others else None
+    while frame is not None:  # an optimizer whose step failed is still noted, but no longer called
+        if any(frame.f_locals.get("self") is one for one in others):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _warn_of_resumption(optimizer: Optimizer, resumed: "Sequence[WeightMask]") -> None:

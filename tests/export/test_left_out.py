@@ -79,6 +79,7 @@ def test_objects_among_the_outputs_are_left_out_and_named(kind: str, place: str,
     assert report.onnx.notes == (f"outputs that are not tensors are left out of the file: {place}",)
     found, expected = OnnxRuntimeModel(tmp_path / "m.onnx")(X[:3]), model(X[:3])
     wanted = [expected.logits, *expected.hidden] if kind == "dataclass" else [expected["a"]]
+    assert names_in(tmp_path / "m.onnx")[1] == (["a"] if kind == "dict" else ["logits", "hidden.0"])
     torch.testing.assert_close(
         [found] if kind == "dict" else list(found), [x.detach() for x in wanted], rtol=1e-4, atol=1e-5
     )
@@ -90,8 +91,14 @@ def test_a_model_without_a_tensor_among_its_outputs_is_refused(tmp_path: Path) -
         nmcompile.export(model, tmp_path / "m.onnx", (X,))
 
 
+def names_in(path: Path) -> tuple[list[str], list[str]]:
+    graph = onnx.load(path).graph
+    return [value.name for value in graph.input], [value.name for value in graph.output]
+
+
 @torch.no_grad()
 def test_llama_with_a_cache_and_left_padding_at_any_length(tmp_path: Path) -> None:
+    """The cache is a part of the result, and inputs and outputs have the names that Optimum gives them."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -103,14 +110,16 @@ def test_llama_with_a_cache_and_left_padding_at_any_length(tmp_path: Path) -> No
     report = nmcompile.export(
         llama, tmp_path / "m.onnx", (), kwargs=inputs, dynamic_shapes=dict.fromkeys(inputs, sizes)
     )
-    assert report.onnx.notes == (
-        "outputs that are not tensors are left out of the file: ['past_key_values'] (DynamicCache)",
-    )
+    assert report.onnx.notes == ()
     assert report.verification is not None
     assert report.verification.notes == ("compared at batch 2, length 6 and at batch 3, length 7",)
+    cache = [f"present.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert names_in(tmp_path / "m.onnx") == (["input_ids", "attention_mask"], ["logits", *cache])
     ids, mask = torch.randint(64, (3, 9)), torch.tensor([[0] * 5 + [1] * 4, [1] * 9, [0] + [1] * 8])
     found = OnnxRuntimeModel(tmp_path / "m.onnx")(ids, mask)
-    torch.testing.assert_close(found, llama(input_ids=ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-5)
+    expected = llama(input_ids=ids, attention_mask=mask)
+    kept = [part for layer in expected.past_key_values.layers for part in (layer.keys, layer.values)]
+    torch.testing.assert_close(list(found), [expected.logits, *kept], rtol=1e-4, atol=1e-5)
 
 
 def test_t5_with_its_caches(tmp_path: Path) -> None:
@@ -118,10 +127,24 @@ def test_t5_with_its_caches(tmp_path: Path) -> None:
     config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     t5: Any = nmcompile.compile(transformers.T5ForConditionalGeneration(config).eval(), "weights").eval()
     inputs = {"input_ids": torch.randint(64, (2, 6)), "decoder_input_ids": torch.randint(64, (2, 5))}
-    report = nmcompile.export(t5, tmp_path / "m.onnx", (), kwargs=inputs)
-    assert "EncoderDecoderCache" in report.onnx.notes[0]
+    nmcompile.export(t5, tmp_path / "m.onnx", (), kwargs=inputs)
+    cache = [f"present.0.{half}.{part}" for half in ("decoder", "encoder") for part in ("key", "value")]
+    assert names_in(tmp_path / "m.onnx")[1] == ["logits", *cache, "encoder_last_hidden_state"]
     other = torch.randint(64, (3, 6)), torch.randint(64, (3, 5))
     expected = t5(input_ids=other[0], decoder_input_ids=other[1])
     found = OnnxRuntimeModel(tmp_path / "m.onnx")(*other)
-    torch.testing.assert_close(found[0], expected.logits.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[1], expected.encoder_last_hidden_state.detach(), rtol=1e-4, atol=1e-5)
+    crossed = expected.past_key_values.cross_attention_cache.layers[0]
+    wanted = [expected.logits, crossed.keys, crossed.values, expected.encoder_last_hidden_state]
+    got = [found[0], *found[3:]]
+    torch.testing.assert_close(got, [one.detach() for one in wanted], rtol=1e-4, atol=1e-5)
+
+
+def test_a_nodes_properties_name_its_layer_and_pattern(tmp_path: Path) -> None:
+    """Netron shows them beside the node."""
+    model = nmcompile.compile(Cached("dict").eval(), "weights", args=(X,)).eval()
+    nmcompile.export(model, tmp_path / "m.onnx", (X,))
+    properties = [
+        {one.key: one.value for one in node.metadata_props} for node in onnx.load(tmp_path / "m.onnx").graph.node
+    ]
+    shown = {one["nmcompile.layer"]: one["nmcompile.pattern"] for one in properties if one}
+    assert shown == {"a": "dense", "b": "2:4", "c": "dense"}

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.errors import ExportError
-from nmcompile.export.outputs import left_out, outputs_of
+from nmcompile.export.outputs import left_out, output_names, outputs_of
 from nmcompile.export.write.open_shapes import Shapes, enlarged, names_of, open_as_asked, open_batch
 from nmcompile.ir.einsum import linear_einsum
 from nmcompile.own_thread import exporting_alone
@@ -34,12 +34,14 @@ class Traced:
         model: the graph.
         unread: parameters that forward does not read, in eval mode and for these inputs.
         left_out: the results of forward that are not tensors, by place and class.
+        outputs: the names of the outputs; "" for one that has none.
         ranges: the smallest and the largest size of each open dim, by name.
     """
 
     model: ir.Model
     unread: frozenset[str]
     left_out: tuple[str, ...]
+    outputs: tuple[str, ...]
     ranges: Mapping[str, tuple[float, float]]
 
 
@@ -80,7 +82,7 @@ def trace_model(
         shapes = open_batch(plain, args, kwargs)
     if shapes is not None:
         args, kwargs = enlarged(plain, args, kwargs, shapes)
-    program, left = _exported(plain, args, kwargs, shapes)
+    program, left, outputs = _exported(plain, args, kwargs, shapes)
     _check_outputs(program, type(plain).__name__)
     _open_einsums(program)
     try:
@@ -94,7 +96,7 @@ def trace_model(
         # The exporter renames open sizes itself only if every argument is a tensor.
         dims = [value.shape or () for value in traced.model.graph.inputs]
         traced.rename_axes(names_of(plain, args, kwargs, shapes, dims))
-    return Traced(traced.model, _unread(program), left, _ranges(program, shapes))
+    return Traced(traced.model, _unread(program), left, outputs, _ranges(program, shapes))
 
 
 @contextmanager
@@ -136,18 +138,19 @@ def _check_outputs(program: torch.export.ExportedProgram, model: str) -> None:
 
 def _exported(
     plain: nn.Module, args: Args, kwargs: Kwargs, shapes: Shapes | None
-) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """Return the program that returns only tensors, and the results that it leaves out."""
-    left: list[str] = []
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...], tuple[str, ...]]:
+    """Return the program that returns only tensors, the results that it leaves out, and the names of the others."""
+    left, names = list[str](), list[str]()
 
     def tensors_only(module: nn.Module, args: object, result: object) -> list[object]:
-        left[:] = left_out(result)
+        left[:], names[:] = left_out(result), output_names(result)
         return outputs_of(result)
 
     hook = plain.register_forward_hook(tensors_only)
     try:
         with exporting_alone(), torch.no_grad():
-            return torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes), tuple(left)
+            program = torch.export.export(plain, args, dict(kwargs), dynamic_shapes=shapes)
+            return program, tuple(left), tuple(names)
     except Exception as error:  # anything that the model's own code raises
         hint = "" if shapes is None else f"; {FIXED}"
         raise ExportError(f"torch.export cannot trace {type(plain).__name__}: {_explained(error)}{hint}") from error

@@ -22,6 +22,7 @@ from nmcompile.export.write.keep_float_biases import is_read_in_floats, keep_bia
 from nmcompile.export.write.keep_float_weights import keep_weight
 from nmcompile.export.write.lift_weight_rank import lift_weight
 from nmcompile.export.write.mask_attention import mask_attention
+from nmcompile.export.write.name_values import describe_layers, name_outputs
 from nmcompile.export.write.quantize_activations import is_emulated, quantize_activations
 from nmcompile.export.write.save_model import save_model
 from nmcompile.export.write.trace_model import trace_model
@@ -121,8 +122,8 @@ def write_onnx(
             lift_weight(model, site)
     drop_unused(model)
     strip_origin(model)
-    for site in sites:
-        site.node.name = site.name
+    name_outputs(model, traced.outputs)
+    describe_layers(sites)
     model.producer_name, model.producer_version = "nmcompile", ""
     patterns = {site.name: site.deployed.weight.pattern for site in sites}
     model.metadata_props[PLANNED] = json.dumps({name: str(p) for name, p in patterns.items() if p is not None})
