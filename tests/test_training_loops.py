@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import schedulefree
+import timm.optim
+import timm.scheduler
+import timm.utils
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -19,6 +19,7 @@ from nmcompile.training.find_masks import masks_of
 
 STEPS, PERIOD = 5, 2
 Loop = Callable[[nn.Module], Any]
+optim: Any = timm.optim
 
 
 def network() -> nn.Module:
@@ -94,11 +95,13 @@ def in_backward(model: nn.Module) -> None:
         loss_of(model, step).backward()
 
 
-def timm_script(model: nn.Module) -> ModelEmaV3:
+def timm_script(model: nn.Module) -> Any:
     """Train as timm's train.py does: its optimizer, scheduler and average."""
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05)
-    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=STEPS)
-    average = ModelEmaV3(model, decay=0.9)
+    optimizer = optim.create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05)
+    schedulers: Any = timm.scheduler
+    scheduler, _ = schedulers.create_scheduler_v2(optimizer, sched="cosine", num_epochs=STEPS)
+    utils: Any = timm.utils
+    average = utils.ModelEmaV3(model, decay=0.9)
 
     def after(step: int) -> None:
         average.update(model, step=step)
@@ -120,10 +123,10 @@ def averaged(how: Callable[..., Any]) -> Loop:
 LOOPS: dict[str, Loop] = {
     "SAM": sharpness_aware,
     "in backward": in_backward,
-    "lion": plain_loop(lambda model: create_optimizer_v2(model, opt="lion", lr=1e-3)),
-    "lookahead": plain_loop(lambda model: create_optimizer_v2(model, opt="lookahead_sgd", lr=0.1)),
-    "adafactor": plain_loop(lambda model: create_optimizer_v2(model, opt="adafactorbv", lr=1e-2)),
-    "muon": plain_loop(lambda model: create_optimizer_v2(model, opt="muon", lr=1e-2)),
+    "lion": plain_loop(lambda model: optim.create_optimizer_v2(model, opt="lion", lr=1e-3)),
+    "lookahead": plain_loop(lambda model: optim.create_optimizer_v2(model, opt="lookahead_sgd", lr=0.1)),
+    "adafactor": plain_loop(lambda model: optim.create_optimizer_v2(model, opt="adafactorbv", lr=1e-2)),
+    "muon": plain_loop(lambda model: optim.create_optimizer_v2(model, opt="muon", lr=1e-2)),
 }
 AVERAGES: dict[str, Loop] = {
     "EMA of torch": averaged(get_ema_multi_avg_fn(0.9)),
