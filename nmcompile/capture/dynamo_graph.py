@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
@@ -189,11 +190,11 @@ def _is_outermost() -> bool:
 
     Otherwise other code does, in a model whose graph is broken: the frame is a part of the model, or a part's rest.
     """
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
             return True
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in WRAPPERS:
             return False
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return True
