@@ -6,7 +6,7 @@ A trace shows one path through a forward, or none; bytecode shows all paths, but
 import dis
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -44,16 +44,37 @@ def find_weight_reads(model: nn.Module, layers: list[FoundSite], called: set[str
         for function in reachable_functions(module):
             why = f"its weight is read by {type(module).__name__}.{function.__name__}"
             for chain in attribute_chains(function.__code__):
-                layer, rest = _resolve(module, chain, names)
+                layer, rest = _resolve(module, chain, names, "weight")
                 if layer is not None and not rest:
                     possibly_called.add(layer)
-                elif layer is not None and _reads_weight(rest):
+                elif layer is not None and _reads("weight", rest):
                     result.certain.setdefault(layer, why)
-                elif _reads_weight(rest):
+                elif _reads("weight", rest):
                     inside = (names[id(m)] for m in module.modules() if id(m) in names)
                     result.possible.update((name, why) for name in inside if name not in result.possible)
     for name in possibly_called & result.certain.keys():
         result.possible[name] = result.certain.pop(name)
+    return result
+
+
+def find_bias_reads(model: nn.Module, layers: Mapping[int, str]) -> set[str]:
+    """Return the layers whose bias the code of other modules may read, by name.
+
+    Args:
+        model: the model.
+        layers: the names of the layers by the `id` of their module.
+    """
+    result: set[str] = set()
+    for module in model.modules():
+        if id(module) in layers or not is_traceable(module):
+            continue
+        chains = (chain for function in reachable_functions(module) for chain in attribute_chains(function.__code__))
+        for chain in chains:
+            layer, rest = _resolve(module, chain, layers, "bias")
+            if layer is not None and _reads("bias", rest):
+                result.add(layer)
+            elif _reads("bias", rest):
+                result.update(layers[id(m)] for m in module.modules() if id(m) in layers)
     return result
 
 
@@ -128,11 +149,13 @@ def _has_contents(cell: types.CellType) -> bool:
         return False
 
 
-def _resolve(module: nn.Module, chain: Chain, names: dict[int, str]) -> tuple[str | None, tuple[str, ...]]:
+def _resolve(
+    module: nn.Module, chain: Chain, names: Mapping[int, str], attribute: str
+) -> tuple[str | None, tuple[str, ...]]:
     """Return the layer that a chain leads to, and the names after it; None if it leads to no layer."""
     current = module
     for index, name in enumerate(chain.names if chain.of_self else ()):
-        if name == "weight":
+        if name == attribute:
             return None, ()
         child = current._modules.get(name)
         if child is None:
@@ -143,9 +166,9 @@ def _resolve(module: nn.Module, chain: Chain, names: dict[int, str]) -> tuple[st
     return None, chain.names
 
 
-def _reads_weight(names: tuple[str, ...]) -> bool:
-    """Return whether `.weight` is among the names, and more than its shape or type is read."""
-    if "weight" not in names:
+def _reads(attribute: str, names: tuple[str, ...]) -> bool:
+    """Return whether an attribute is among the names, and more than its shape or type is read."""
+    if attribute not in names:
         return False
-    behind = [name for name in names[names.index("weight") + 1 :] if name != "data"]
+    behind = [name for name in names[names.index(attribute) + 1 :] if name != "data"]
     return not behind or behind[0] not in METADATA

@@ -6,9 +6,9 @@ the rows x of the input is all that the methods need to know of the data.
 Where a layer has a bias that may change, the best bias takes up the mean error of every output, whatever the weights
 are. What they are left with is the deviation from the mean: moments are then taken about it (a covariance).
 
-The layer should give what the dense weights give for the dense model's input d, whatever x it sees in its place: x
-comes from layers that are pruned before it, and may be pruned and rounded too. The weights that come closest, in least
-squares, are W + W D H⁻¹ with D the sum of (d - x) xᵀ. The methods start from these.
+The layer should give what the dense weights give for another input d, whatever x it sees in its place: x comes from
+layers that are pruned before it, and may be pruned and rounded too. The weights that come closest, in least squares,
+are W + W D H⁻¹ with D the sum of (d - x) xᵀ. The methods start from these.
 """
 
 import torch
@@ -50,7 +50,7 @@ class Hessian:
 
         Args:
             x: as the layer multiplies it.
-            dense: the input that it stands for, which the dense model gives the layer; None if it is the same.
+            dense: the input that it stands for; None if it is the same.
         """
         self._factor = None
         dtype = torch.promote_types(x.dtype, self._upper.dtype)

@@ -25,6 +25,7 @@ from nmcompile.api import solve_layers, solved_parts
 from nmcompile.api.compile import rewrite
 from nmcompile.api.request import Request
 from nmcompile.api.solved_parts import identify_run
+from nmcompile.api.visit_layers import TO_DENSE
 from nmcompile.backends.shared import choose_kernel
 from nmcompile.backends.shared.choose_kernel import is_small
 from nmcompile.errors import CalibrationError, ConfigError, FileError
@@ -85,7 +86,7 @@ def solve_in_a_row(model: nn.Sequential, data: Iterable[Tensor], method: str, is
             layer = LinearLayer("layer", tuple(module.weight.shape), module.bias is not None)
             hessian = Hessian(layer, torch.device("cpu"), method != "wanda" and module.bias is not None)
             for x, aim in streams:
-                hessian.add(x, None if method == "wanda" else aim)
+                hessian.add(x, None if method == "wanda" else x.lerp(aim, TO_DENSE))
             found = solve(method, layer, module.weight, hessian, NMPattern.parse("2:4"), is_transposable)
             module.weight.copy_(found.weight)
             if found.bias is not None:
@@ -137,9 +138,46 @@ def test_biases_that_two_layers_read_stay() -> None:
     assert compiled_by("sparsegpt", twice).bias is twice.bias
 
 
+class _ReadsBias(nn.Module):
+    """A forward that adds the bias of one of its layers once more, as an attribute of it or of a variable."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.randn(16))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(self.b(self.a(x).tanh()), self.weight, self.bias)
+        if self.how == "attribute":
+            return y + self.b.bias
+        if self.how == "own":
+            return y + self.bias
+        layer = self._modules["b" if self.how == "variable" or x.sum() < 1e9 else "a"]  # no trace can tell
+        assert isinstance(layer, nn.Linear)
+        return y + layer.bias
+
+
+@pytest.mark.parametrize(
+    ("how", "moved"),
+    [
+        ("attribute", {"a.bias", "bias"}),
+        ("own", {"a.bias", "b.bias"}),
+        ("variable", {"a.bias", "bias"}),
+        ("unknown variable", set()),
+    ],
+)
+def test_biases_that_forward_reads_too_stay(how: str, moved: set[str]) -> None:
+    torch.manual_seed(0)
+    model = _ReadsBias(how)
+    compiled = compiled_by("sparsegpt", model, mode="weights")
+    before, after = dict(model.named_parameters()), dict(compiled.named_parameters())
+    assert {name for name in before if name.endswith("bias") and after[name] is not before[name]} == moved
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_and_functional_biases_take_up_the_mean_error(mode: str) -> None:
-    """The outputs of a last layer have the mean of the dense model's, whatever is pruned before it."""
+    """The outputs of a last layer have the mean of what the dense weights give for the middle of both models' inputs."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -149,7 +187,10 @@ def test_packed_and_functional_biases_take_up_the_mean_error(mode: str) -> None:
             self.bias = nn.Parameter(torch.randn(16))
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = torch.addmm(self.bias, self.attention(x, x, x)[0].reshape(-1, 16), self.weight)
+            return self.last(self.attention(x, x, x)[0].reshape(-1, 16))
+
+        def last(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.addmm(self.bias, x, self.weight)
             return y
 
     torch.manual_seed(0)
@@ -158,8 +199,10 @@ def test_packed_and_functional_biases_take_up_the_mean_error(mode: str) -> None:
     for name in ("attention.in_proj_bias", "attention.out_proj.bias", "bias"):
         assert not torch.equal(compiled.get_parameter(name), model.get_parameter(name))
     with torch.no_grad():
-        means = [torch.cat([one(x) for x in data]).mean(0) for one in (compiled, model)]
-    torch.testing.assert_close(*means, rtol=0, atol=1e-5)
+        inputs = [torch.cat([one.attention(x, x, x)[0].reshape(-1, 16) for x in data]) for one in (compiled, model)]
+        expected = model.last(inputs[0].lerp(inputs[1], TO_DENSE)).mean(0)
+        found = torch.cat([compiled(x) for x in data]).mean(0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_pruned_and_dense_runs_may_take_different_ways() -> None:
