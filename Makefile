@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt $(wildcard CMakeLists.txt backends/cpu/csrc/*.* backends/cpu/csrc/*/*)
 
-.PHONY: help demo test slow lint types docs diagram pictures asan wheel clean
+.PHONY: help demo test slow sweep lint types docs diagram pictures asan wheel clean
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -17,6 +17,9 @@ test: $(VENV)/.test  ## install, then run the tests
 
 slow: $(VENV)/.test  ## the sweeps that `make test` leaves out
 	$(BIN)/python -m pytest -q -m slow
+
+sweep: $(VENV)/.test  ## run the architectures that coverage.csv has no row for, then write docs/coverage.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep
 
 lint: $(VENV)/.lint  ## ruff, rules and format
 	$(BIN)/ruff check .
