@@ -57,10 +57,6 @@ class OnlyOut(nn.Module):
         return {"out": self.stage(x)}
 
 
-def _frames(batch: int) -> Inputs:
-    return (torch.rand(batch, 3, 128, 128), torch.rand(batch, 3, 128, 128)), {"num_flow_updates": 2}
-
-
 def tv(name: str, make: Callable[[], nn.Module], inputs: Callable[[int], Inputs]) -> Architecture:
     """Return an architecture of torchvision."""
     return Architecture(name, "torchvision", make, inputs)
@@ -74,7 +70,6 @@ _SWIN: dict[str, Any] = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4],
 TORCHVISION = (
     tv("ResNet, basic blocks", partial(resnet, _BASIC), images(32)),
     tv("ResNet, bottlenecks", partial(resnet, _BOTTLENECK, width_per_group=16), images(32)),
-    tv("ResNeXt", partial(resnet, _BOTTLENECK, groups=8, width_per_group=4), images(32)),
     tv("VGG with norms", vgg, images(32)),
     tv("SqueezeNet", partial(models.squeezenet1_1, num_classes=10), images(64)),
     tv("DenseNet", partial(models.DenseNet, 8, (2, 2, 2), 16, num_classes=10), images(32)),
@@ -82,22 +77,16 @@ TORCHVISION = (
        images(64)),
     tv("MobileNetV2", partial(models.mobilenet_v2, width_mult=0.25, num_classes=10), images(64)),
     tv("MobileNetV3", partial(models.mobilenet_v3_small, width_mult=0.5, num_classes=10), images(64)),
-    tv("MNASNet", partial(models.mnasnet0_5, num_classes=10), images(64)),
-    tv("ShuffleNetV2", partial(models.shufflenet_v2_x0_5, num_classes=10), images(64)),
     tv("EfficientNet", partial(models.efficientnet_b0, num_classes=10), images(64)),
     tv("RegNet", partial(models.regnet_y_400mf, num_classes=10), images(64)),
     tv("ConvNeXt", lambda: models.ConvNeXt(
         [_SETTING(24, 48, 1), _SETTING(48, 96, 1), _SETTING(96, None, 1)], num_classes=10), images(64)),
     tv("ViT of torchvision", lambda: models.VisionTransformer(32, 8, 2, **_VIT), images(32)),
     tv("Swin of torchvision", lambda: models.SwinTransformer([4, 4], window_size=[4, 4], **_SWIN), images(64)),
-    tv("SwinV2 of torchvision", lambda: models.SwinTransformer(
-        [4, 4], window_size=[4, 4], block=models.swin_transformer.SwinTransformerBlockV2,
-        downsample_layer=models.swin_transformer.PatchMergingV2, **_SWIN), images(64)),
     tv("MaxViT", lambda: models.MaxVit(
         (64, 64), 16, 4, [16, 32], [1, 1], 8, 0.0, num_classes=10), images(64)),
     tv("Swin of videos", lambda: models.video.SwinTransformer3d(
         [2, 4, 4], window_size=[2, 4, 4], **_SWIN), tensors(3, 4, 32, 32)),
-    tv("RAFT", partial(models.optical_flow.raft_small), _frames),
     tv("RetinaNet", Detection, images(64)),
     tv("DeepLabv3", segmenter, images(64)),
 )  # fmt: skip
@@ -122,8 +111,6 @@ TIMM = (
     tm("deit_tiny_distilled_patch16_224", 32, **_SMALL_VIT),
     tm("beit_base_patch16_224", 32, **_SMALL_VIT),
     tm("eva02_tiny_patch14_224", 32, **_SMALL_VIT),
-    tm("cait_xxs24_224", 32, **_SMALL_VIT),
-    tm("vit_relpos_small_patch16_224", 32, **_SMALL_VIT),
     tm("samvit_base_patch16", 32, **_SMALL_VIT, window_size=2, global_attn_indexes=(1,)),
     plain("MLP-Mixer", _MIXERS.MlpMixer, **_MIXER),
     plain("gMLP", _MIXERS.MlpMixer, block_layer=_MIXERS.SpatialGatingBlock, mlp_layer=timm.layers.GatedMlp, mlp_ratio=4,
@@ -134,37 +121,20 @@ TIMM = (
     plain("CAFormer", _FORMERS.MetaFormer, token_mixers=[_FORMERS.SepConv] * 2 + [_FORMERS.Attention] * 2,
           norm_layers=[_FORMERS.LayerNorm2dNoBias] * 2 + [_FORMERS.LayerNormNoBias] * 2, **_FORMER),
     tm("xcit_nano_12_p16_224", 64, img_size=64, depth=2),
-    tm("tnt_s_patch16_224", 32, img_size=32, embed_dim=48, inner_dim=12, depth=2, num_heads_outer=4),
-    tm("crossvit_tiny_240", 240, embed_dim=(48, 96), depth=((1, 1, 0),)),
     tm("swin_tiny_patch4_window7_224", 64, img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4)),
     tm("pvt_v2_b0", 64, depths=(1, 1, 1, 1)),
     tm("twins_svt_small", 64, img_size=64, depths=(1, 1, 2, 1), embed_dims=(16, 32, 48, 64), num_heads=(2, 2, 4, 4)),
     tm("hiera_tiny_224", 64, img_size=(64, 64), embed_dim=24, stages=(1, 1, 1, 1)),
     tm("levit_128s", 64, img_size=64),
     tm("mobilevit_xxs", 64),
-    tm("mobilevitv2_050", 64),
-    tm("efficientformer_l1", 224, depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64)),
-    tm("efficientvit_b0", 64, depths=(1, 1, 1, 1)),
-    tm("edgenext_xx_small", 64, depths=(1, 1, 1, 1)),
     tm("fastvit_t8", 64, layers=(1, 1, 1, 1)),
-    tm("coat_lite_tiny", 64, img_size=64, serial_depths=(1, 1, 1, 1)),
-    tm("visformer_tiny", 64, img_size=64, depth=(1, 1, 1)),
     tm("convnextv2_atto", 64, depths=(1, 1, 1, 1)),
-    tm("inception_next_atto", 64, depths=(1, 1, 1, 1)),
     tm("mambaout_femto", 64, depths=(1, 1, 1, 1)),
     tm("sequencer2d_s", 64, img_size=64, layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48),
        hidden_sizes=(8, 16, 16, 16)),
     tm("ghostnet_050", 64),
     tm("repvgg_a0", 64),
-    tm("repvit_m0_9", 64, depth=(1, 1, 1, 1), embed_dim=(16, 32, 48, 64)),
-    tm("mobilenetv4_conv_small_050", 64),
-    tm("mixnet_s", 64),
     tm("res2net50_26w_4s", 64, layers=(1, 1, 1, 1), base_width=8),
-    tm("skresnet18", 64, layers=(1, 1, 1, 1)),
     tm("resnest14d", 64, base_width=16),
-    tm("ecaresnet26t", 64, layers=(1, 1, 1, 1), base_width=16),
-    tm("dla46_c", 64),
-    tm("ese_vovnet19b_slim_dw", 64),
-    tm("lambda_resnet26t", 64),
 )  # fmt: skip
 """The architectures of timm."""
