@@ -14,7 +14,7 @@ from torch import fx
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
 from nmcompile.ir.generated_code import GeneratedModule
-from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.layers import Layer, SpatialLayer
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import LayerPlan
 from nmcompile.ir.program import Program, ThreeGraphs
@@ -57,7 +57,7 @@ def _forward(layer: Layer) -> fx.Graph:
 
 def _backward(layer: Layer) -> fx.Graph:
     graph = fx.Graph()
-    names = ["grad_output", "weight"] + (["input"] if isinstance(layer, ConvLayer) else [])
+    names = ["grad_output", "weight"] + (["input"] if isinstance(layer, SpatialLayer) else [])
     operands = tuple(graph.placeholder(name) for name in names)
     meta = NodeMeta("gemm", layer, Phase.BACKWARD)
     gradient = ops.add_node(graph, meta, "gemm_backward", ops.gemm_backward, operands)
@@ -67,7 +67,7 @@ def _backward(layer: Layer) -> fx.Graph:
 
 def _update(layer: Layer) -> fx.Graph:
     graph = fx.Graph()
-    names = ["grad_output", "input"] + (["weight"] if isinstance(layer, ConvLayer) else [])
+    names = ["grad_output", "input"] + (["weight"] if isinstance(layer, SpatialLayer) else [])
     operands = tuple(graph.placeholder(name) for name in names)
     gemm, bias = NodeMeta("gemm", layer, Phase.UPDATE), NodeMeta("bias", layer, Phase.UPDATE)
     gradients = [ops.add_node(graph, gemm, "gemm_update", ops.gemm_update, operands)]

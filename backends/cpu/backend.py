@@ -64,7 +64,8 @@ class CpuBackend:
 def gemm_support(node: fx.Node) -> Support:
     """Return whether there is a sparse kernel for a GEMM node that is not lowered yet."""
     layer, support = meta_of(node).layer, operand_support(node)
-    if isinstance(layer, ConvLayer) and layer.spatial_dims > 2:
+    is_volume = isinstance(layer, ConvLayer) and layer.spatial_dims > 2
+    if is_volume or (node.target, type(layer)) not in GEMMS:
         return Support(False, f"no sparse kernel for {layer.kind}")
     return kernel_support() if support.ok else support
 

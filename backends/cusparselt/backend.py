@@ -95,8 +95,10 @@ def _lower_update(node: fx.Node, names: tuple[str, str]) -> None:
 
 
 def _layer_support(layer: Layer, is_update: bool) -> Support:
-    if not isinstance(layer, ConvLayer):
+    if isinstance(layer, LinearLayer):
         return Support(True)
+    if not isinstance(layer, ConvLayer):
+        return Support(False, f"no sparse kernel for {layer.kind}")
     plain = (1,) * layer.spatial_dims, (0,) * layer.spatial_dims
     geometry = layer.weight_shape[2:], layer.stride, layer.padding
     if layer.groups > 1 or geometry != (plain[0], *plain):

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from nmcompile.backends.reference import conv, linear
+from nmcompile.backends.reference import conv, conv_transpose, linear
 from nmcompile.backends.shared.fuse_nodes import bias_gradient_of, split_gradients
 from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.errors import LoweringError
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer, LinearLayer
+from nmcompile.ir.layers import ConvLayer, ConvTransposeLayer, LinearLayer, SpatialLayer
 from nmcompile.ir.node_meta import meta_of
 from nmcompile.ir.protocols import Support
 
@@ -20,6 +20,13 @@ GEMMS: GemmTable = {
     (ops.gemm_forward, ConvLayer): conv.conv_forward,
     (ops.gemm_backward, ConvLayer): conv.conv_input_gradient,
     (ops.gemm_update, ConvLayer): conv.conv_weight_gradient,
+    (ops.gemm_forward, ConvTransposeLayer): conv_transpose.conv_transpose_forward,
+    (ops.gemm_backward, ConvTransposeLayer): conv_transpose.conv_transpose_input_gradient,
+    (ops.gemm_update, ConvTransposeLayer): conv_transpose.conv_transpose_weight_gradient,
+}
+PARAMETER_GRADIENTS = {
+    ConvLayer: conv.conv_parameter_gradients,
+    ConvTransposeLayer: conv_transpose.conv_transpose_parameter_gradients,
 }
 
 
@@ -52,17 +59,17 @@ class ReferenceBackend:
 
 def _lower_gemm(node: fx.Node) -> None:
     layer, arguments = meta_of(node).layer, gemm_arguments(node)
-    is_conv_update = node.target is ops.gemm_update and isinstance(layer, ConvLayer)
-    bias = bias_gradient_of(node.args[0]) if is_conv_update else None
-    if bias is None:
+    both = PARAMETER_GRADIENTS.get(type(layer)) if node.target is ops.gemm_update else None
+    bias = bias_gradient_of(node.args[0]) if both is not None else None
+    if both is None or bias is None:
         ops.replace_node(node, GEMMS[node.target, type(layer)], arguments)
     else:
-        ops.replace_node(node, conv.conv_parameter_gradients, arguments)
+        ops.replace_node(node, both, arguments)
         split_gradients(node, bias)
 
 
 def _lower_bias_gradient(node: fx.Node) -> None:
-    if isinstance(meta_of(node).layer, ConvLayer):
+    if isinstance(meta_of(node).layer, SpatialLayer):
         ops.replace_node(node, conv.conv_bias_gradient, node.args)
         return
     # Eager sums in another order if the input is not contiguous.

@@ -11,7 +11,7 @@ from nmcompile.backends.cusparselt.cost import GpuCosts
 from nmcompile.backends.reference import ReferenceBackend
 from nmcompile.backends.shared.cost_model import CostModel, Gemm, Pruned, pruned_seconds
 from nmcompile.config import Phase
-from nmcompile.ir.layers import ConvLayer, Layer
+from nmcompile.ir.layers import ConvTransposeLayer, Layer, SpatialLayer
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import READ, PlanRow
 from nmcompile.ir.program import ThreeGraphs
@@ -81,7 +81,7 @@ def gemm_of(layer: Layer, phase: Phase, positions: int, dtype: torch.dtype) -> G
         Phase.BACKWARD: (inputs, outputs * window, positions),
         Phase.UPDATE: (outputs, positions, inputs * window),
     }
-    return Gemm(*sizes[phase], layer.groups, not isinstance(layer, ConvLayer), dtype)
+    return Gemm(*sizes[phase], layer.groups, not isinstance(layer, SpatialLayer), dtype)
 
 
 def _pruned(three: ThreeGraphs, gemm: NodeMeta, setting: Setting) -> Iterator[Pruned]:
@@ -102,5 +102,7 @@ def _elements(layer: Layer, row: PlanRow, setting: Setting) -> int:
         return layer.parameters
     if row.operand == "grad_output":
         return setting.positions * layer.out_features
-    strides = math.prod(layer.stride) if isinstance(layer, ConvLayer) else 1
-    return setting.positions * strides * layer.in_features * layer.groups
+    strides = math.prod(layer.stride) if isinstance(layer, SpatialLayer) else 1
+    is_smaller = isinstance(layer, ConvTransposeLayer)
+    positions = setting.positions // strides if is_smaller else setting.positions * strides
+    return positions * layer.in_features * layer.groups

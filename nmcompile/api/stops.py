@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nmcompile.api.solved_parts import Part, Solved, holds
-from nmcompile.backends.reference.conv import conv_forward
-from nmcompile.backends.reference.linear import linear_forward
+from nmcompile.backends.reference.backend import GEMMS
+from nmcompile.backends.shared.gemm_arguments import geometry
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
+from nmcompile.ir.layers import ConvLayer, ConvTransposeLayer, Layer
 from nmcompile.ir.plan import PlanRow
 from nmcompile.one_shot.rounding import Rounding
 from nmcompile.pausable import pause
@@ -171,15 +171,17 @@ class Waiting(Replacing):
         return super().run(phase, values)
 
     def _fits(self, input: Tensor) -> bool:
-        """Return whether the input tells something about the weight: another layer's error is its own to raise."""
+        """Return whether the input tells something about the weight: another layer's error is its own to raise.
+
+        The products of a transposed convolution overlap in its output, which no matrix of input rows shows: its mask
+        goes by magnitude.
+        """
         layer = self.triple.layer
+        if isinstance(layer, ConvTransposeLayer):
+            return False
         return bool(input.numel()) and input.shape[layer.channel_dim] == layer.in_features * layer.groups
 
 
 def _dense_output(layer: Layer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the output of a layer that nothing is pruned or rounded in, from its prepared input."""
-    if isinstance(layer, ConvLayer):
-        geometry = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
-        return conv_forward(input, weight, bias, *geometry)
-    assert isinstance(layer, LinearLayer)
-    return linear_forward(input, weight, bias, layer.transposed)
+    return GEMMS[ops.gemm_forward, type(layer)](input, weight, bias, *geometry(layer))

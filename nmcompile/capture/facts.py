@@ -11,7 +11,7 @@ from nmcompile.capture.readers import norm_behind, readers_behind
 from nmcompile.capture.regions import METADATA
 from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import Facts, Site, WholeGraph
-from nmcompile.ir.layers import ConvLayer
+from nmcompile.ir.layers import SpatialLayer
 
 FEW_CHANNELS = 4
 MERGES = {"add", "iadd", "sub", "isub", "mul", "imul"}
@@ -34,7 +34,7 @@ def facts_without_graph(
 
 def guessed_ends(sites: Sequence[Site]) -> tuple[str | None, str | None]:
     """Return the first conv if it reads an image or a signal, and the last linear if it changes the width."""
-    convs = [site.layer for site in sites if isinstance(site.layer, ConvLayer)]
+    convs = [site.layer for site in sites if isinstance(site.layer, SpatialLayer)]
     linears = [site.layer for site in sites if site.layer.kind == "linear"]
     few = convs and convs[0].in_features * convs[0].groups <= FEW_CHANNELS
     changes = linears and linears[-1].out_features != linears[-1].in_features

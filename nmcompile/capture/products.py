@@ -30,7 +30,7 @@ CANDIDATES = {"matmul", "imatmul", "linalg_matmul", "mm", "inner", "einsum", "ad
 """Products that may be a linear layer."""
 OTHERS = {
     "bmm", "baddbmm", "addbmm", "bilinear", "tensordot", "mv", "addmv", "chain_matmul", "multi_dot",
-    "linalg_multi_dot", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward",
+    "linalg_multi_dot", "multi_head_attention_forward",
     "scaled_dot_product_attention", "grouped_mm", "_grouped_mm",
 }  # fmt: skip
 """Products that cannot be a linear layer."""

@@ -10,15 +10,16 @@ from torch.nn.utils import parametrize
 
 from nmcompile.capture.names import join, own_class
 from nmcompile.ir.captured import Site
-from nmcompile.ir.layers import Layer, LinearLayer, conv_layer
+from nmcompile.ir.layers import Layer, LinearLayer, conv_layer, conv_transpose_layer
 from nmcompile.three_gemm.instance_forward import foreign_forward
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RECURRENT = "recurrent layer: its GEMMs run inside one fused kernel"
 NOT_GEMMS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.modules.conv._ConvTransposeNd, "transposed convolution"),
     (nn.Bilinear, "bilinear layer: its weight meets two inputs"),
     (nn.RNNBase, RECURRENT),
     (nn.RNNCellBase, RECURRENT),
@@ -72,7 +73,7 @@ def norm_names(model: nn.Module) -> frozenset[str]:
 def layer_base(module: nn.Module) -> type[nn.Module] | None:
     """Return the conv or linear class that a module derives from, whether or not it inherits the forward."""
     transformers = sys.modules.get("transformers.pytorch_utils")
-    bases = (nn.Linear, *CONVS, *((transformers.Conv1D,) if transformers else ()))
+    bases = (nn.Linear, *CONVS, *TRANSPOSED_CONVS, *((transformers.Conv1D,) if transformers else ()))
     return next((base for base in bases if isinstance(module, base)), None)
 
 
@@ -98,6 +99,9 @@ def _skip_reason(module: nn.Module) -> str:
     for kind, reason in NOT_GEMMS:
         if isinstance(module, kind):
             return reason
+    if isinstance(module, TRANSPOSED_CONVS) and module.groups > 1:
+        is_depthwise = module.groups == module.in_channels
+        return f"{'depthwise' if is_depthwise else 'grouped'} transposed convolution"
     origin = own_class(module).__module__
     if origin.startswith(("torch.ao.nn.", "torch.nn.")) and ".quantized." in origin and hasattr(module, "weight"):
         return "quantized layer"
@@ -151,6 +155,8 @@ def _layer(name: str, module: nn.Module) -> Layer:
     shape = _stored_shape(module, "weight")
     if isinstance(module, nn.Linear):
         return LinearLayer(name, shape or (module.out_features, module.in_features), has_bias)
+    if isinstance(module, TRANSPOSED_CONVS):
+        return _transposed_layer(name, module, shape, has_bias)
     if not isinstance(module, CONVS):
         return LinearLayer(name, shape or (int(module.nx), int(module.nf)), has_bias, transposed=True)  # type: ignore[arg-type]
     return conv_layer(
@@ -162,6 +168,18 @@ def _layer(name: str, module: nn.Module) -> Layer:
         dilation=module.dilation,
         groups=module.groups,
         padding_mode=module.padding_mode,
+    )
+
+
+def _transposed_layer(name: str, module: ConvTranspose, shape: tuple[int, ...] | None, has_bias: bool) -> Layer:
+    return conv_transpose_layer(
+        name,
+        shape or (module.in_channels, module.out_channels, *module.kernel_size),
+        has_bias,
+        stride=module.stride,
+        padding=module.padding,
+        output_padding=module.output_padding,
+        dilation=module.dilation,
     )
 
 

@@ -25,7 +25,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """Return `linear`, `conv1d`, `conv2d` or `conv3d`."""
+        """Return `linear`, `conv1d` to `conv3d`, or `conv_transpose1d` to `conv_transpose3d`."""
         raise NotImplementedError
 
     @property
@@ -91,25 +91,17 @@ class LinearLayer(Layer):
 
 
 @dataclass(frozen=True)
-class ConvLayer(Layer):
-    """Convolution of 1 to 3 spatial dims; weight (out, in / groups, *kernel).
+class SpatialLayer(Layer):
+    """Common base of convolutions and transposed convolutions of 1 to 3 spatial dims.
 
-    The GEMM does the symmetric zero padding `padding`. `pad_before` (in `F.pad`'s order) is applied first, with
-    `padding_mode`, for padding that a convolution cannot do itself.
+    The GEMM does the symmetric zero padding `padding`.
     """
 
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
-    groups: int = 1
-    padding_mode: str = "constant"
-    pad_before: tuple[int, ...] = field(default=())
 
     channel_dim = 1
-
-    @property
-    def kind(self) -> str:
-        return f"conv{self.spatial_dims}d"
 
     @property
     def spatial_dims(self) -> int:
@@ -126,9 +118,44 @@ class ConvLayer(Layer):
             )
         if unbatched:
             x = x.unsqueeze(0)
+        return x, unbatched
+
+
+@dataclass(frozen=True)
+class ConvLayer(SpatialLayer):
+    """Convolution; weight (out, in / groups, *kernel).
+
+    `pad_before` (in `F.pad`'s order) is applied first, with `padding_mode`, for padding that a convolution cannot do
+    itself.
+    """
+
+    groups: int = 1
+    padding_mode: str = "constant"
+    pad_before: tuple[int, ...] = field(default=())
+
+    @property
+    def kind(self) -> str:
+        return f"conv{self.spatial_dims}d"
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
+        x, unbatched = super().prepare(x)
         if self.pad_before:
             x = F.pad(x, self.pad_before, mode=self.padding_mode)
         return x, unbatched
+
+
+@dataclass(frozen=True)
+class ConvTransposeLayer(SpatialLayer):
+    """Transposed convolution of one group: the gradient of a convolution's input; weight (in, out, *kernel)."""
+
+    output_padding: tuple[int, ...] = ()
+
+    out_dim = 1
+    in_dim = 0
+
+    @property
+    def kind(self) -> str:
+        return f"conv_transpose{self.spatial_dims}d"
 
 
 def conv_layer(
@@ -168,6 +195,21 @@ def conv_layer(
         padding_mode="constant" if padding_mode == "zeros" else padding_mode,
         pad_before=tuple(pad_before) if any(pad_before) else (),
     )
+
+
+def conv_transpose_layer(
+    name: str,
+    weight_shape: Sequence[int],
+    has_bias: bool,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> ConvTransposeLayer:
+    """Make a `ConvTransposeLayer` from the arguments of `nn.ConvTranspose2d`."""
+    given = (_per_dim(value, len(weight_shape) - 2) for value in (stride, padding, dilation, output_padding))
+    return ConvTransposeLayer(name, tuple(weight_shape), has_bias, *given)
 
 
 def _per_dim(value: int | Sequence[int], dims: int) -> tuple[int, ...]:

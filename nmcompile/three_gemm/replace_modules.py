@@ -15,7 +15,8 @@ from nmcompile.ir.captured import Site
 from nmcompile.ir.program import Program
 from nmcompile.three_gemm.absorbed_norm import absorb
 from nmcompile.three_gemm.attention import ThreeGemmAttention
-from nmcompile.three_gemm.modules import ThreeGemmLayer, install, install_graph, run_three_gemm
+from nmcompile.three_gemm.conv_transpose import ThreeGemmConvTranspose
+from nmcompile.three_gemm.modules import ThreeGemm, ThreeGemmLayer, install, install_graph, run_three_gemm
 from nmcompile.three_gemm.triple import GemmTriple
 
 
@@ -39,10 +40,17 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
         if name in graphs:
             install_graph(module, graphs[name], roles)
         else:
-            install(module, ThreeGemmAttention if isinstance(module, nn.MultiheadAttention) else ThreeGemmLayer, roles)
+            install(module, _mixin(module), roles)
     for plan in program.plan:
         if plan.rewritten and plan.norm:
             absorb(model.get_submodule(plan.norm), model.get_submodule(program.site(plan.layer.name).module))
+
+
+def _mixin(module: nn.Module) -> type[ThreeGemm]:
+    """Return the mixin whose forward fits a module that is a layer, or attention."""
+    if isinstance(module, nn.MultiheadAttention):
+        return ThreeGemmAttention
+    return ThreeGemmConvTranspose if isinstance(module, nn.modules.conv._ConvTransposeNd) else ThreeGemmLayer
 
 
 def rewrite_calls(trace: fx.Graph, sites: Mapping[str, Site]) -> fx.Graph:
