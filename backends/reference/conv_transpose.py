@@ -9,14 +9,26 @@ _FORWARD = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def conv_transpose_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints, output_padding: Ints
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    output_padding: Ints,
 ) -> Tensor:
     """Compute Y, the input gradient of the convolution whose result is X, plus b: `(N, C, *spatial)`."""
     return _FORWARD[len(stride)](input, weight, bias, stride, padding, output_padding, 1, dilation)
 
 
 def conv_transpose_input_gradient(
-    grad_output: Tensor, weight: Tensor, input: Tensor, stride: Ints, padding: Ints, dilation: Ints, output_padding: Ints
+    grad_output: Tensor,
+    weight: Tensor,
+    input: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    output_padding: Ints,
 ) -> Tensor:
     """Compute dX = dY * W; `input` gives its shape and memory format."""
     wanted = True, False, False
@@ -24,7 +36,13 @@ def conv_transpose_input_gradient(
 
 
 def conv_transpose_weight_gradient(
-    grad_output: Tensor, input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, output_padding: Ints
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    output_padding: Ints,
 ) -> Tensor:
     """Compute dW; `weight` gives its shape and memory format."""
     wanted = False, True, False
@@ -32,7 +50,13 @@ def conv_transpose_weight_gradient(
 
 
 def conv_transpose_parameter_gradients(
-    grad_output: Tensor, input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, output_padding: Ints
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    output_padding: Ints,
 ) -> tuple[Tensor, Tensor]:
     """Compute dW and db by one kernel, as eager does if dY is not pruned."""
     wanted = False, True, True

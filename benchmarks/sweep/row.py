@@ -1,4 +1,4 @@
-"""One row of the sweep: the verdicts on an architecture, its shares, and the seconds that it took."""
+"""One row of the sweep: the verdicts on an architecture, its shares, and the processor's seconds that it took."""
 
 import time
 import warnings
@@ -22,7 +22,7 @@ class Row:
         parameters: the number of parameters of all GEMMs; 0 if mode "training" did not compile.
         shares: by group; they add up to 1.
         kinds: the shares of each kind of reason, by group and kind.
-        seconds: the time of all three modes.
+        seconds: the processor's time for all three modes.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Row:
 
 def run_row(architecture: Architecture) -> Row:
     """Run the three modes of an architecture; an error is a verdict."""
-    start, verdicts, shares = time.perf_counter(), dict[str, str](), Shares(0, {})
+    start, verdicts, shares = time.process_time(), dict[str, str](), Shares(0, {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for mode, check in MODES.items():
@@ -50,7 +50,7 @@ def run_row(architecture: Architecture) -> Row:
                 shares = shares_of(result)
     by_group = {group: shares.of(group) for group in GROUPS}
     kinds = {group: share for group, share in shares.shares.items() if group[1]}
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return Row(architecture.name, architecture.library, verdicts, shares.parameters, by_group, kinds, seconds)
 
 

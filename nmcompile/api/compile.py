@@ -21,7 +21,7 @@ from nmcompile.api.request import Model, Request, request_of
 from nmcompile.api.revert_layers import revert_layers, score_of
 from nmcompile.api.solve_layers import solve_layers
 from nmcompile.api.solved_parts import found_clips, put_weights, settle
-from nmcompile.api.stops import mask_name
+from nmcompile.api.stops import goes_by_magnitude, mask_name
 from nmcompile.api.whole_step import leave_slower_dense
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.checks import check_call, check_callable, check_kind, check_number, check_path
@@ -167,7 +167,8 @@ def find_masks(request: Request, batches: Sequence[object], checkpoint: Path | N
         solved = of_first_rank(lambda: solve_layers(trial, batches, request.config, checkpoint))
     settle(trial, solved)
     reached = {part.weight for part in solved}
-    masked = (triple for triple in triples_of(trial) if triple.mask is not None)
+    by_data = (one for one in triples_of(trial) if not (one.called and goes_by_magnitude(one.layer)))
+    masked = (triple for triple in by_data if triple.mask is not None)
     unreached = [triple.layer.name for triple in masked if mask_name(triple) not in reached]
     return replace(request.after(trial, unreached), solved=solved)
 

@@ -13,7 +13,7 @@ from nmcompile.backends.reference.backend import GEMMS
 from nmcompile.backends.shared.gemm_arguments import geometry
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer, ConvTransposeLayer, Layer
+from nmcompile.ir.layers import ConvLayer, ConvTransposeLayer, Layer, LinearLayer
 from nmcompile.ir.plan import PlanRow
 from nmcompile.one_shot.rounding import Rounding
 from nmcompile.pausable import pause
@@ -100,6 +100,14 @@ def mask_name(triple: GemmTriple) -> str:
     return triple.mask.name
 
 
+def goes_by_magnitude(layer: Layer) -> bool:
+    """Return whether a layer's mask goes by magnitude, whatever the method.
+
+    The products of a transposed convolution overlap in its output, which no matrix of input rows shows.
+    """
+    return isinstance(layer, ConvTransposeLayer)
+
+
 _is_dense: ContextVar[bool] = ContextVar("whether layers run as in the dense model", default=False)
 
 
@@ -171,13 +179,9 @@ class Waiting(Replacing):
         return super().run(phase, values)
 
     def _fits(self, input: Tensor) -> bool:
-        """Return whether the input tells something about the weight: another layer's error is its own to raise.
-
-        The products of a transposed convolution overlap in its output, which no matrix of input rows shows: its mask
-        goes by magnitude.
-        """
+        """Return whether the input tells something about the weight: another layer's error is its own to raise."""
         layer = self.triple.layer
-        if isinstance(layer, ConvTransposeLayer):
+        if goes_by_magnitude(layer):
             return False
         return bool(input.numel()) and input.shape[layer.channel_dim] == layer.in_features * layer.groups
 

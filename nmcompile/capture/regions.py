@@ -19,8 +19,10 @@ from nmcompile.ir.captured import Site
 from nmcompile.ir.expression import expression_of
 from nmcompile.three_gemm.instance_forward import foreign_forward
 
-GEMM_NAMES = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm",
-              "convolution"}  # fmt: skip
+GEMM_NAMES = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm",
+    "convolution",
+}  # fmt: skip
 # Operators that do not compute with a layer's weight: an embedding owns it, the others take its type or its shape.
 ELSEWHERE = {"embedding"}
 LIKE_SECOND = {"to", "type_as", "expand_as", "view_as", "reshape_as"}

@@ -14,7 +14,8 @@ from nmcompile.pruning.pattern import NMPattern
 
 Array = npt.NDArray[np.generic]
 NOTHING: Array = np.zeros((0, 0), np.int8)
-WEIGHT_OPERANDS = {"Conv": (1,), "Gemm": (1, 0), "MatMul": (1, 0)}
+WEIGHT_OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": (1, 0)}
+IN_CHANNELS = {"Conv": 1, "ConvTranspose": 0}
 TRANSPARENT = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Identity"})  # sparsity is seen through these
 SHAPE_ONLY = frozenset({"Transpose", "Reshape", "Flatten", "Identity"})
 PATTERNS = tuple(NMPattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8"))
@@ -57,7 +58,7 @@ class OnnxWeight:
 
     Attributes:
         node: the node's name.
-        op: Conv, Gemm or MatMul.
+        op: Conv, ConvTranspose, Gemm or MatMul.
         initializer: the name of the stored weight.
         shape: shape of the stored weight.
         dtype: type of the stored weight, "INT8" for example.
@@ -112,7 +113,7 @@ class OnnxWeight:
 
 
 def read_weights(file: OnnxFile) -> Iterator[OnnxWeight]:
-    """Yield every Conv, Gemm and MatMul of the main graph that multiplies by a constant, in graph order.
+    """Yield every Conv, ConvTranspose, Gemm and MatMul of the main graph that multiplies by a constant, in graph order.
 
     If the caller drops each weight, only one is in memory at a time; nodes that read the same weight share its array.
 
@@ -181,7 +182,7 @@ class _Reader:
 
     def _content(self, node: NodeProto, constant: _Constant, operand: int) -> Rows:
         """Return the constant in the layout in which the node reads it."""
-        contraction = 1 if node.op_type == "Conv" else _contraction(node, operand)
+        contraction = _contraction(node, operand)
         layout = id(constant.tensor), constant.axes, contraction
         found = self.rows.get(layout)
         if found is None:
@@ -232,11 +233,13 @@ def _attribute(node: NodeProto, name: str, default: int = 0) -> AttributeProto:
 
 
 def _contraction(node: NodeProto, operand: int) -> int:
-    """Return the axis of a matrix, counted from the end, that is summed over."""
+    """Return the axis that is summed over: that of in-channels, or that of a matrix, counted from the end."""
+    if node.op_type in IN_CHANNELS:
+        return IN_CHANNELS[node.op_type]
     return -1 if _attribute(node, "transB" if operand else "transA").i == operand else -2
 
 
 def _rows(weight: Array, contraction: int) -> Array:
     """Return the weight as (out-channels, *kernel, in-channels)."""
     rows = np.moveaxis(weight, contraction, -1)
-    return rows if contraction == 1 else rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+    return rows if contraction >= 0 else rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])

@@ -11,7 +11,7 @@ from functools import cached_property
 from nmcompile.config import DEFAULT, CompileConfig, Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir.captured import Captured, Site
-from nmcompile.ir.layers import Layer
+from nmcompile.ir.layers import ConvTransposeLayer, Layer
 from nmcompile.ir.plan import LayerPlan, Plan, PlanRow
 from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.planning.operand_rows import OperandPlanner, dense_row
@@ -94,8 +94,9 @@ class _LayerPlanner:
             rows += self.outputs.result_rows(self.layer, rows)
         rewrites_all = asked == LayerConfig()
         changed = any(row.is_sparse or row.is_quantized for row in rows)
-        # Export finds integer kernels for modules only; a functional call or attention keeps its bias and norm.
-        is_module = is_integer and not self.site.role
+        # Export finds integer kernels for modules only; a functional call or attention keeps its bias and norm. So does
+        # a transposed convolution, for which ONNX Runtime has none.
+        is_module = is_integer and not self.site.role and not isinstance(self.layer, ConvTransposeLayer)
         norm = self.captured.facts[self.layer.name].norm if is_module else ""
         return LayerPlan(self.layer, tuple(rows), rewrites_all or changed, norm, is_module and self.layer.has_bias)
 

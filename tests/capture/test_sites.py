@@ -144,7 +144,7 @@ def test_subclass_that_inherits_forward_is_a_layer_and_one_with_conv_forward_is_
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.ConvTranspose2d(4, 4, 2), "transposed"),
+        (nn.ConvTranspose2d(4, 4, 2, groups=2), "grouped transposed"),
         (nn.Bilinear(4, 4, 4), "two inputs"),
         (nn.LSTM(4, 4), "recurrent"),
         (nn.GRUCell(4, 4), "recurrent"),

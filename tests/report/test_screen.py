@@ -59,7 +59,7 @@ class Odd(nn.Module):
         for number in range(60):
             self.add_module(f"{'long' * 40}_{number}_{'x' * number}", nn.Linear(4 * (number + 1), 4 + number))
         for number in range(30):
-            self.add_module(f"other{number}{'y' * number}", nn.ConvTranspose2d(4, 4, number + 1))
+            self.add_module(f"other{number}{'y' * number}", nn.ConvTranspose2d(4, 4, number + 1, groups=2))
             self.add_module(f"recurrent{'z' * number}", nn.GRU(4, 4))
 
 

@@ -14,6 +14,7 @@ from nmcompile.export.check.extract_layer import LayerPart
 from nmcompile.export.check.record_calls import record_calls
 from nmcompile.export.check.run_file import onnxruntime_runner
 from nmcompile.export.deployed_layer import DeployedLayer
+from nmcompile.export.write.find_layers import CONVS
 from nmcompile.export.write.write_onnx import ExportedNode
 
 RELATIVE_L2 = 1e-2
@@ -114,7 +115,7 @@ def _check(
     if part.step is None:
         norm = float(np.linalg.norm(finite(want)))
         return LayerCheck(node.name, float(np.linalg.norm(apart)) / (norm or 1.0), 1.0, False, want.size)
-    behind = want.ndim - 2 if node.op == "Conv" else 0
+    behind = want.ndim - 2 if node.op in CONVS else 0
     by_channel = part.step.reshape(-1, *[1] * behind)
     steps = apart / by_channel
     length = layer.weight.values.numel() / layer.layer.out_features

@@ -153,7 +153,8 @@ def _rank(x: ir.Value | None) -> int | None:
 
 def _along(site: LayerNode, channels: Doubles) -> Doubles:
     """Return per-out-channel values in a shape that broadcasts to the weight that the node reads."""
-    behind = len(site.deployed.layer.weight_shape) - 1 if site.out_dim == 0 else 0
+    dims = len(site.deployed.layer.weight_shape)
+    behind = dims - 1 - site.out_dim % dims
     return channels.reshape(-1, *[1] * behind)
 
 

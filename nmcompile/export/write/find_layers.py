@@ -13,7 +13,8 @@ from nmcompile.errors import ExportError, nearest
 from nmcompile.export.deployed_layer import DeployedLayer
 
 Doubles = npt.NDArray[np.float64]
-GEMMS = frozenset({"Conv", "Gemm", "MatMul"})
+CONVS = frozenset({"Conv", "ConvTranspose"})
+GEMMS = CONVS | {"Gemm", "MatMul"}
 LAYOUT = frozenset({"Transpose", "Identity", "Reshape", "Split", "Slice", "Squeeze", "Unsqueeze"})
 WHOLE = "model"  # the name of a layer that is the whole model
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx notes the modules that a node comes from
@@ -26,7 +27,7 @@ class LayerNode:
     Attributes:
         name: unique: the layer's name, for a second node with "#2".
         deployed: the layer.
-        node: Conv, Gemm or MatMul; input 1 is the weight.
+        node: Conv, ConvTranspose, Gemm or MatMul; input 1 is the weight.
         weight: the initializer.
         layout: the values between the initializer and the node: transposed, split, ...
     """
@@ -40,8 +41,8 @@ class LayerNode:
     @property
     def out_dim(self) -> int:
         """Return the dim of the weight, as the node reads it, that holds out-channels."""
-        if self.node.op_type == "Conv":
-            return 0
+        if self.node.op_type in CONVS:
+            return self.deployed.layer.out_dim
         return 0 if self.node.op_type == "Gemm" and _is_transposed(self.node) else -1
 
     def absorbs(self, module: str) -> bool:
@@ -100,8 +101,8 @@ def _sites(name: str, layer: DeployedLayer, weights: Mapping[str, ir.Value]) -> 
         reads = [(node, layout) for node, layout in reads if module_of(node) == name]
     if not reads:
         raise ExportError(
-            f"layer {name!r}: no Conv, Gemm or MatMul reads its weight {layer.weight.name!r}; the model computes "
-            f"with it in another way, so leave the layer out with CompileConfig(layers={{{name!r}: None}})"
+            f"layer {name!r}: no Conv, ConvTranspose, Gemm or MatMul reads its weight {layer.weight.name!r}; the model "
+            f"computes with it in another way, so leave the layer out with CompileConfig(layers={{{name!r}: None}})"
         )
     for count, (node, layout) in enumerate(reads, start=1):
         label = name or WHOLE

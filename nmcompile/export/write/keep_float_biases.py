@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nmcompile.export.write.build_nodes import add_initializer, insert_behind
-from nmcompile.export.write.find_layers import Doubles, LayerNode
+from nmcompile.export.write.find_layers import CONVS, Doubles, LayerNode
 
 # Operators that may lie between: fused with the layer, or indifferent to where values are quantized.
 BETWEEN = frozenset({"Relu", "Clip", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
@@ -28,7 +28,7 @@ def keep_bias(model: ir.Model, site: LayerNode) -> None:
     content = bias.const_value.numpy()
     if scales[0] is None or scales[1] is None or _is_whole(content, scales[0] * scales[1]):
         return
-    spatial = len(site.deployed.layer.weight_shape) - 2 if node.op_type == "Conv" else 0
+    spatial = len(site.deployed.layer.weight_shape) - 2 if node.op_type in CONVS else 0
     name = f"{site.name}.bias"
     apart = add_initializer(model, name, content.reshape(-1, *[1] * spatial))
     node.resize_inputs(2)

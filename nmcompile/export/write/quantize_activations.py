@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common
 from nmcompile.errors import ExportError
 from nmcompile.export.deployed_layer import DeployedActivation
 from nmcompile.export.write.build_nodes import add_initializer, insert_before
-from nmcompile.export.write.find_layers import LayerNode
+from nmcompile.export.write.find_layers import CONVS, LayerNode
 from nmcompile.export.write.prune_activations import prune_activation
 from nmcompile.quantization import Grid
 
@@ -34,7 +34,7 @@ def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: st
     for site in sites:
         x, wanted = site.node.inputs[0], site.deployed.input
         assert x is not None
-        key = (x, wanted, site.node.op_type == "Conv")
+        key = (x, wanted, site.node.op_type in CONVS)
         if key not in done:
             done[key] = _Place(model, site, site.node, "").put(x, wanted, target)
         site.node.replace_input_with(0, done[key])
@@ -104,7 +104,7 @@ class _Place:
 
     def put(self, x: ir.Value, wanted: DeployedActivation, target: str) -> ir.Value:
         if wanted.pattern is not None:
-            layout = "Channels" if self.site.node.op_type == "Conv" else "Features"
+            layout = "Channels" if self.site.node.op_type in CONVS else "Features"
             x = prune_activation(self.model, self.node, x, wanted.pattern, layout, self._name("prune"))
         if wanted.grid is None:
             return x

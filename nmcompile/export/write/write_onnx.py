@@ -39,7 +39,7 @@ class ExportedNode:
     Attributes:
         name: the node's name: the layer's name, with "#2" if it is the layer's second call.
         layer: the layer's name.
-        op: Conv, Gemm or MatMul.
+        op: Conv, ConvTranspose, Gemm or MatMul.
         norm: the module of the absorbed norm; "" if none.
         notes: facts about the node that a user of the target should know.
     """
