@@ -18,8 +18,8 @@ HEAD = """# The sweep of architectures
 <!-- Written by `make sweep` from benchmarks/results/coverage.csv; edit benchmarks/sweep/page.py instead. -->
 
 {count} architectures at their smallest, with random weights: do they all compile, is any result wrong, and how much of
-them is sparse? `make sweep` runs each in a process of its own. For the kinds of layers and wrappers see [Which models
-work](models.md).
+them is sparse? `make sweep` runs those that the table has no row for, each in a process of its own. For the kinds of
+layers and wrappers see [Which models work](models.md).
 
 | mode | what is checked |
 |---|---|

@@ -74,8 +74,6 @@ PERCEPTION: tuple[Architecture, ...] = (
     lm("Speech2TextForConditionalGeneration", "Speech2TextConfig", _frames, **SEQ2SEQ, input_feat_per_channel=8,
        input_channels=1, conv_channels=16, num_conv_layers=1, conv_kernel_sizes=(3,), max_source_positions=32,
        max_target_positions=32),
-    lm("EncodecModel", "EncodecConfig", lambda batch: ((), {"input_values": torch.randn(batch, 1, 128)}),
-       num_filters=4, hidden_size=16, codebook_size=16, codebook_dim=16, upsampling_ratios=[4, 2], num_lstm_layers=1),
     lm("PatchTSTForPrediction", "PatchTSTConfig", _series, num_input_channels=2, context_length=32, patch_length=8,
        patch_stride=8, d_model=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, prediction_length=8),
     lm("PatchTSMixerForPrediction", "PatchTSMixerConfig", _series, num_input_channels=2, context_length=32,

@@ -172,12 +172,14 @@ def _layer(name: str, module: nn.Module) -> Layer:
 
 
 def _transposed_layer(name: str, module: ConvTranspose, shape: tuple[int, ...] | None, has_bias: bool) -> Layer:
+    padding = module.padding
+    assert not isinstance(padding, str)
     return conv_transpose_layer(
         name,
         shape or (module.in_channels, module.out_channels, *module.kernel_size),
         has_bias,
         stride=module.stride,
-        padding=module.padding,
+        padding=padding,
         output_padding=module.output_padding,
         dilation=module.dilation,
     )

@@ -34,9 +34,8 @@ def _signatures() -> dict[object, tuple[str, ...]]:
     found |= dict.fromkeys((aten.convolution, aten.convolution.default, torch.convolution), CONVOLUTION)
     for function, op in ((F.conv1d, aten.conv1d), (F.conv2d, aten.conv2d), (F.conv3d, aten.conv3d)):
         found |= dict.fromkeys((function, op, op.default, op.padding), CONV)
-    transposed = (F.conv_transpose1d, aten.conv_transpose1d, aten.conv_transpose1d.default)
-    for function in (*transposed, F.conv_transpose2d, aten.conv_transpose2d, aten.conv_transpose2d.input):
-        found[function] = CONV_TRANSPOSE
+    found |= dict.fromkeys((F.conv_transpose1d, aten.conv_transpose1d, aten.conv_transpose1d.default), CONV_TRANSPOSE)
+    found |= dict.fromkeys((F.conv_transpose2d, aten.conv_transpose2d, aten.conv_transpose2d.input), CONV_TRANSPOSE)
     found |= dict.fromkeys((F.conv_transpose3d, aten.conv_transpose3d, aten.conv_transpose3d.input), CONV_TRANSPOSE)
     return found
 

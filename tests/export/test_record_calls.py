@@ -87,3 +87,31 @@ def test_damage_to_such_a_layer_is_found_at_the_layer(tmp_path: Path) -> None:
         onnx.save(proto, tmp_path / "damaged.onnx")
         with pytest.raises(ExportError, match=f"layer '{damaged[0]}' does not compute the same as torch"):
             verify_onnx(replace(report, path=tmp_path / "damaged.onnx"), deployed_layers(model), model, [Example((X,))])
+
+
+class AddsItsOwn(nn.Module):
+    """A layer without a bias, to whose output the model adds a parameter (ConvBERT's separable convolution)."""
+
+    def __init__(self, layer: nn.Module, shift: Tensor) -> None:
+        super().__init__()
+        self.layer, self.shift = layer, nn.Parameter(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        y += self.shift
+        return y
+
+
+@pytest.mark.parametrize("mode", ["weights", "inference"])
+def test_a_parameter_that_the_model_adds_is_not_the_bias_of_the_layer(mode: str, tmp_path: Path) -> None:
+    conv = AddsItsOwn(nn.Conv2d(8, 16, 3, bias=False), torch.randn(16, 1, 1))
+    linear = AddsItsOwn(nn.Linear(16, 16, bias=False), torch.randn(16))
+    model = compiled(nn.Sequential(conv, nn.Flatten(2), Turned(), linear, nn.Linear(16, 4)), mode)
+    report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
+    assert report.verification is not None
+    assert {"0.layer", "3.layer"} <= {check.node for check in report.verification.layers}
+
+
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)

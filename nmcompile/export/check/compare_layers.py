@@ -107,7 +107,7 @@ def _check(
     is_unbatched = expected.dim() < prepared.dim()
     if node.op == "Gemm":
         prepared = prepared.flatten(0, -2)
-    part = LayerPart(proto, node.name)
+    part = LayerPart(proto, node.name, layer.layer.has_bias)
     got = onnxruntime_runner(part.model, target)({part.input: prepared.to(part.dtype).numpy()})[0]
     want = (expected.unsqueeze(0) if is_unbatched else expected).double().numpy()
     result = got.astype(np.float64).reshape(want.shape)

@@ -34,8 +34,8 @@ class LayerPart:
         input_model, unpruned_model: from the layer's input to the dequantized input; the second does not prune.
     """
 
-    def __init__(self, proto: onnx.ModelProto, name: str) -> None:
-        graph = proto.graph
+    def __init__(self, proto: onnx.ModelProto, name: str, has_bias: bool) -> None:
+        graph, self.has_bias = proto.graph, has_bias
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.producers = {output: node for node in graph.node for output in node.output}
         gemm = next(node for node in graph.node if node.name == name)
@@ -96,7 +96,7 @@ class LayerPart:
         """Return the nodes after the GEMM: a bias or Sum node, then the ReLU and what prunes and quantizes it."""
         behind: list[NodeProto] = []
         users = [node for node in nodes if gemm.output[0] in node.input]
-        if len(users) == 1 and self._belongs(users[0]):
+        if len(users) == 1 and self._belongs(users[0], gemm):
             behind = users
             users = [node for node in nodes if users[0].output[0] in node.input]
         rest: list[NodeProto] = []
@@ -105,8 +105,10 @@ class LayerPart:
             users = [node for node in nodes if rest[-1].output[0] in node.input]
         return behind + (rest if len(rest) > 1 else [])
 
-    def _belongs(self, node: NodeProto) -> bool:
-        adds_bias = node.op_type == "Add" and any(name in self.constants for name in node.input)
+    def _belongs(self, node: NodeProto, gemm: NodeProto) -> bool:
+        """Return whether a node adds the layer's bias or is its Sum; the model may add a parameter of its own."""
+        is_apart = node.name == f"{gemm.name}.add" or (self.has_bias and len(gemm.input) < 3)
+        adds_bias = is_apart and node.op_type == "Add" and any(name in self.constants for name in node.input)
         return adds_bias or (node.op_type == "Sum" and len(node.input) == 1)
 
     def _step(self, gemm: NodeProto) -> npt.NDArray[np.float64] | None:

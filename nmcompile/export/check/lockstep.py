@@ -53,7 +53,11 @@ class Lockstep:
         target: str,
     ) -> None:
         places = places_of(model)
-        parts = [(node, LayerPart(proto, node.name)) for node in nodes if node.layer in places]
+        parts = [
+            (node, LayerPart(proto, node.name, layers[node.layer].layer.has_bias))
+            for node in nodes
+            if node.layer in places
+        ]
         self._inputs = [
             _Input(node.name, places[node.layer], layers[node.layer], part, target)
             for node, part in parts
