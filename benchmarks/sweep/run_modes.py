@@ -25,8 +25,11 @@ BATCH, OTHER_BATCH = 2, 3
 SEED = 1
 ROUNDING = 1e-6
 """Relative L2 difference of two float32 models that sum in another order."""
-FLIPS = 0.1
-"""Relative L2 difference that activations of 4 bits reach if some are rounded to the next step."""
+FLIPS = 0.3
+"""Relative L2 difference that activations of 4 bits reach if some are rounded to the next step, layer after layer.
+
+`export` has compared the file in lockstep before, also at another batch size; this finds a file of something else.
+"""
 
 
 VERDICTS = {
