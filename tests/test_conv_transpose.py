@@ -150,7 +150,7 @@ def test_masks_from_data_leave_it_to_magnitude() -> None:
     assert torch.equal(*masks) and nmcompile.verify(by_data).ok
 
 
-FILES: dict[str, tuple[str, dict[str, str]]] = {
+FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "weights": ("weights", {}),
     "4 bits": ("inference", {}),
     "4 bits, packed": ("inference", {"container": "int4"}),

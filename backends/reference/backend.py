@@ -1,5 +1,6 @@
 """The reference backend: dense PyTorch math on pruned operands, on any device. Slow, obvious and trusted."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -9,7 +10,7 @@ from nmcompile.backends.shared.fuse_nodes import bias_gradient_of, split_gradien
 from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.errors import LoweringError
 from nmcompile.ir import operations as ops
-from nmcompile.ir.layers import ConvLayer, ConvTransposeLayer, LinearLayer, SpatialLayer
+from nmcompile.ir.layers import ConvLayer, ConvTransposeLayer, Layer, LinearLayer, SpatialLayer
 from nmcompile.ir.node_meta import meta_of
 from nmcompile.ir.protocols import Support
 
@@ -24,7 +25,7 @@ GEMMS: GemmTable = {
     (ops.gemm_backward, ConvTransposeLayer): conv_transpose.conv_transpose_input_gradient,
     (ops.gemm_update, ConvTransposeLayer): conv_transpose.conv_transpose_weight_gradient,
 }
-PARAMETER_GRADIENTS = {
+PARAMETER_GRADIENTS: Mapping[type[Layer], Callable[..., tuple[Tensor, Tensor]]] = {
     ConvLayer: conv.conv_parameter_gradients,
     ConvTransposeLayer: conv_transpose.conv_transpose_parameter_gradients,
 }

@@ -25,16 +25,17 @@ BATCH, OTHER_BATCH = 2, 3
 SEED = 1
 ROUNDING = 1e-6
 """Relative L2 difference of two float32 models that sum in another order."""
-FLIPS = 0.3
+FLIPS = 0.1
 """Relative L2 difference that activations of 4 bits reach if some are rounded to the next step, layer after layer.
 
-`export` has compared the file in lockstep before, also at another batch size; this finds a file of something else.
+`export` has compared the file in lockstep before, also at another batch size.
 """
 
 
 VERDICTS = {
     "ok": "all of the mode's checks hold",
     "wrong": "a result is not what it must be",
+    "differs": "`export` verified the file in lockstep, but ONNX Runtime's outputs are further apart than 0.1",
     "not compiled": "`compile` raised an error",
     "refused": "`finalize`, `export` or another step after `compile` said that it does not support the model",
     "failed": "another error after `compile`, such as one of a library",
@@ -45,6 +46,10 @@ VERDICTS = {
 
 class Wrong(Exception):
     """A result that is not what it must be."""
+
+
+class Differs(Exception):
+    """Outputs further apart than rounding to another step of a grid usually takes them."""
 
 
 class NotCompiled(Exception):
@@ -162,7 +167,8 @@ def check_inference(architecture: Architecture) -> None:
         with torch.no_grad():
             expected = run(small, others)
         apart = distance(run_file(path, others), expected)
-    check(apart <= FLIPS, f"ONNX Runtime differs by {apart:.1e} at batch size {OTHER_BATCH}")
+    if not apart <= FLIPS:
+        raise Differs(f"ONNX Runtime differs by {apart:.1e} at batch size {OTHER_BATCH}")
 
 
 def run_file(path: Path, inputs: Inputs) -> list[Tensor]:
@@ -182,6 +188,8 @@ def verdict(mode: Callable[[Architecture], object], architecture: Architecture) 
         return "ok", mode(architecture)
     except Wrong as error:
         return f"wrong: {error}", None
+    except Differs as error:
+        return f"differs: {error}", None
     except NotCompiled as error:
         return f"not compiled: {_line(error)}", None
     except NMCompileError as error:

@@ -13,7 +13,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 class ThreeGemmConvTranspose(ThreeGemmLayer):
     """A transposed convolution module."""
 
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         triple = self.three_gemms[""]
         if output_size is None:
             return super().forward(input)
