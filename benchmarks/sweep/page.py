@@ -111,4 +111,4 @@ def _exceptions(rows: Sequence[Row]) -> Iterator[dict[str, object]]:
 def _line(row: Row) -> dict[str, object]:
     verdicts = {mode: verdict.partition(":")[0] for mode, verdict in row.verdicts.items()}
     shares = {TITLES[group]: _percent(row.shares[group]) if row.parameters else "" for group in GROUPS}
-    return {"architecture": row.name, "library": row.library, **verdicts, **shares, "CPU seconds": f"{row.seconds:.0f}"}
+    return {"architecture": row.name, "library": row.library, **verdicts, **shares}

@@ -5,6 +5,7 @@
 "inference"  ONNX Runtime computes from the file what the module does, at another batch size than it was written with
 """
 
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ FLIPS = 0.1
 """
 
 
+PATH = re.compile(r"/\S*/")
 VERDICTS = {
     "ok": "all of the mode's checks hold",
     "wrong": "a result is not what it must be",
@@ -200,4 +202,4 @@ def verdict(mode: Callable[[Architecture], object], architecture: Architecture) 
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(PATH.sub("", str(error)).split())[:200]
