@@ -177,7 +177,7 @@ def test_biases_that_forward_reads_too_stay(how: str, moved: set[str]) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_and_functional_biases_take_up_the_mean_error(mode: str) -> None:
-    """The outputs of a last layer have the mean of what the dense weights give for the middle of both models' inputs."""
+    """The mean output of a last layer is that of the dense weights for the middle of both models' inputs."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
