@@ -22,10 +22,11 @@ from nmcompile.pruning.pattern import NMPattern
 from nmcompile.sharded import gathered, is_sharded, refuse_flat
 from nmcompile.training.mask_guard import guards_of
 from nmcompile.training.optimizer_hooks import live_masks, watch_optimizers
+from nmcompile.training.origins import Origins, followed_mask, origins_of_copy, renewed
 from nmcompile.training.refresh_mask import NEVER, compute_mask, is_compared, refresh_mask, when_compared
 from nmcompile.training.steady import discounted, period_of
 from nmcompile.training.step_count import StepCount
-from nmcompile.training.weight_clock import STEPPED, UNKNOWN, WRITTEN, WeightClock
+from nmcompile.training.weight_clock import HOLDS, STEPPED, UNKNOWN, WRITTEN, WeightClock
 from nmcompile.weight_cache import FROZEN, Content
 
 SILENT_BACKWARDS = 1000  # without an optimizer step between them; then calls compare the weight again
@@ -37,10 +38,12 @@ class WeightMask:
     """The current mask of one weight, shared by the layers that share the weight.
 
     It becomes stale by an optimizer step (one in each period), by `load_state_dict`, and by any write to the weight
-    that no optimizer step explains, such as an EMA update. Calls that do not train the weight compare its fingerprint,
-    which shows every write; so do calls that train it until an optimizer is seen to step it. From then on, only its
-    version counter and address are compared while it is trained. `sparse_state_dict` saves the mask itself, its step
-    count and whether it is stale.
+    that no optimizer step explains. A copy that is written while the model it was copied from is trained, as an EMA is,
+    takes that model's mask instead, until the copy is trained itself; see `nmcompile.training.origins`.
+
+    Calls that do not train the weight compare its fingerprint, which shows every write; so do calls that train it until
+    an optimizer is seen to step it. From then on, only its version counter and address are compared while it is
+    trained. `sparse_state_dict` saves the mask itself, its step count and whether it is stale.
 
     Args:
         name: the weight's name.
@@ -85,6 +88,7 @@ class WeightMask:
         self.clock = WeightClock()
         self.guards = guards_of(self)
         self.owners: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+        self.origins: Origins = ()
         live_masks.add(self)
 
     @property
@@ -178,7 +182,11 @@ class WeightMask:
             return self.tensor.to(weight.device)
         content = fingerprint(weight)
         staleness = self.clock.staleness
-        if self._is_another(weight, content) or self.clock.is_written(self.weight(), content):
+        if self._is_another(weight, content):
+            return self._own_mask(weight)
+        if self.clock.is_written(self.weight(), content):
+            if (followed := self._followed()) is not None:
+                return followed.to(weight.device)
             staleness = WRITTEN
         if staleness == STEPPED and self.is_steady:
             return self._own_mask(discounted(weight, self.tensor.to(weight.device)))
@@ -192,15 +200,28 @@ class WeightMask:
         self._notice(weight, None if weight is None else fingerprint(weight))
 
     def _notice(self, weight: nn.Parameter | None, content: int | None) -> None:
-        if self.clock.notice(weight, content):
-            if self.backwards and self.found is None:
-                self._warn("its weight changed after backward")
-            self.clock.staleness = WRITTEN
+        if not self.clock.notice(weight, content):
+            return
+        if (followed := self._followed()) is not None:
+            self.tensor.copy_(followed)
+            self.clock.staleness = HOLDS
+            return
+        if self.backwards and self.found is None:
+            self._warn("its weight changed after backward")
+        self.clock.staleness = WRITTEN
+
+    def _followed(self) -> Tensor | None:
+        """Return the mask that a written weight takes from its model if it is a copy, and not trained itself.
+
+        A backward without a step says that it is trained by means that nobody sees.
+        """
+        return None if self.backwards or self.found else followed_mask(self.origins)
 
     def note_assignment(self) -> None:
         """Become stale if another parameter has replaced the weight."""
         weight = self.weight()
         if weight is not None and id(weight) != self.clock.accepted:
+            self.origins = renewed(self.origins)
             self.mark_stale()
 
     def note_backward(self) -> None:
@@ -213,6 +234,7 @@ class WeightMask:
     def note_load(self, steps: int) -> None:
         """Become stale, since `load_state_dict` has written the weight, which `steps` steps of sparse training made."""
         self.is_resumed = self.steps == 0 and steps > 0
+        self.origins = renewed(self.origins)
         self.mark_stale()
 
     def _warn(self, evidence: str) -> None:
@@ -299,6 +321,7 @@ class WeightMask:
         self.backwards = 0
         self.is_decayed = False
         self.notes += 1
+        self.origins = ()
         self.clock.accept(weight)
         self.clock.is_followed = True
         if self.counted.add(found_inf, period_of(self.refresh)):
@@ -323,10 +346,12 @@ class WeightMask:
 
     def __getstate__(self) -> dict[str, object]:
         self.look()
-        return self.__dict__ | {"owners": list(self.owners.items()), "guards": None}
+        state = self.__dict__ | {"owners": list(self.owners.items()), "guards": None}
+        del state["origins"]  # of this process
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"])})
+        self.__dict__.update(state | {"owners": weakref.WeakKeyDictionary(state["owners"]), "origins": ()})
         self.clock.start_anew()
         self.guards = guards_of(self)
         live_masks.add(self)
@@ -336,6 +361,7 @@ class WeightMask:
         replica = type(self).__new__(type(self))
         memo[id(self)] = replica
         replica.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        replica.origins, replica.backwards = origins_of_copy(self), 0
         # The module that owns the copied parameter may not be complete yet.
         replica.clock.accept(copy.deepcopy(self.weight(), memo), replica.clock.content)
         return replica

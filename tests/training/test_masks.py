@@ -208,20 +208,6 @@ def test_a_weight_made_in_inference_mode_has_a_mask() -> None:
         assert torch.equal(mask_of(model), best_mask(model.weight))
 
 
-def test_an_averaged_copy_has_the_mask_of_its_own_weight() -> None:
-    model = compiled_linear(refresh=1)
-    model(X)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
-    optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    for _ in range(5):
-        train(model, optimizer, 1)
-        average.update_parameters(model)
-    average(X)
-    averaged = average.module
-    assert isinstance(averaged, nn.Linear) and not torch.equal(averaged.weight, model.weight)
-    assert torch.equal(mask_of(averaged), best_mask(averaged.weight.detach()))
-
-
 def test_copies_have_masks_of_their_own() -> None:
     model = compiled_linear(refresh=1)
     model(X)
