@@ -1,6 +1,6 @@
 """Transposed convolutions, whose callers may ask for an output size in each call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +12,8 @@ from nmcompile.three_gemm.triple import GemmTriple
 
 class ThreeGemmConvTranspose(ThreeGemmLayer):
     """A transposed convolution module."""
+
+    _output_padding: Callable[..., list[int]]  # torch's own
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         triple = self.three_gemms[""]
@@ -25,8 +27,7 @@ class ThreeGemmConvTranspose(ThreeGemmLayer):
         layer = triple.layer
         assert isinstance(layer, ConvTransposeLayer)
         geometry = layer.stride, layer.padding, layer.weight_shape[2:], layer.spatial_dims, layer.dilation
-        found: list[int] = self._output_padding(input, list(output_size), *geometry)  # type: ignore[attr-defined]
-        return found
+        return self._output_padding(input, list(output_size), *geometry)
 
     def _run_larger(self, triple: GemmTriple, input: Tensor, padding: Sequence[int]) -> Tensor:
         """Run on an input with zeros behind it, and cut the output: the GEMM's own output padding is fixed."""

@@ -315,7 +315,7 @@ def test_layer_that_is_not_in_the_graph_is_named(deploy: Deploy, tmp_path: Path)
         def forward(self, x: Tensor) -> Tensor:
             return x @ (self.linear.weight * 2)
 
-    with pytest.raises(ExportError, match="layer 'linear': no Conv, Gemm or MatMul reads its weight"):
+    with pytest.raises(ExportError, match="layer 'linear': no Conv, ConvTranspose, Gemm or MatMul reads its weight"):
         write(deploy(Outer()), tmp_path / "m.onnx", torch.randn(2, 8))
 
 
