@@ -60,7 +60,7 @@ PERCEPTION: tuple[Architecture, ...] = (
     lm("SwinForImageClassification", "SwinConfig", pictures(), image_size=32, patch_size=4, embed_dim=16,
        depths=[2, 2], num_heads=[2, 4], window_size=4),
     lm("MobileViTForImageClassification", "MobileViTConfig", pictures(64), image_size=64, hidden_sizes=[32, 48, 64],
-       neck_hidden_sizes=[8, 16, 16, 24, 32, 32, 64]),
+       neck_hidden_sizes=[8, 16, 16, 24, 32, 32, 64], initializer_range=0.2),  # smaller ones fade to denormals
     lm("YolosForObjectDetection", "YolosConfig", pictures(), **{**VISION, "image_size": [32, 32]},
        num_detection_tokens=4),
     lm("TimesformerForVideoClassification", "TimesformerConfig", _videos, **VISION, num_frames=2),

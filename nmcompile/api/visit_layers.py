@@ -231,7 +231,7 @@ def _clip(stops: Iterable[Stop]) -> float | None:
         return None
     for stop in (first, *rest):
         seen.observe(stop.pruned_input())
-    return seen.best_clip(first.grid) if seen.is_finite and seen.largest else None
+    return seen.best_clip(first.grid) if seen.has_clip else None
 
 
 def _add(hessian: Hessian, stop: Stop, number: int, clip: float | None, aim: Stop | None) -> None:

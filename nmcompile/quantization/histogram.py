@@ -8,10 +8,11 @@ from torch import Tensor
 
 from nmcompile.checks import check_floating, check_kind, check_number
 from nmcompile.errors import CalibrationError
-from nmcompile.quantization.grid import Grid, integers
+from nmcompile.quantization.grid import TINIEST, Grid, integers
 
 BINS = 4096
 CANDIDATES = 256
+SMALLEST = TINIEST * CANDIDATES * 256  # a 256th of it, in 8-bit steps, is still a normal float32
 
 
 class Histogram:
@@ -75,12 +76,22 @@ class Histogram:
             self.counts = torch.cat([self.counts.view(-1, 2).sum(1), torch.zeros(BINS // 2, dtype=torch.float64)])
             self.top *= 2
 
+    @property
+    def has_clip(self) -> bool:
+        """Return whether a grid of float32 steps reaches some of the elements."""
+        return self.is_finite and self.largest >= SMALLEST
+
     def _check(self) -> None:
         if not self.is_finite:
             raise CalibrationError("the calibration data gives NaN or infinity here; remove such samples")
         if not self.counts.any():
             what = "only zeros" if self.zeros else "nothing"
             raise CalibrationError(f"calibration saw {what} here; give data that reaches it with non-zero values")
+        if not self.has_clip:
+            raise CalibrationError(
+                f"calibration saw no value above {self.largest:.1e} here, and float32 has no grid for such small ones; "
+                "scale the weights before it, or leave the layer dense"
+            )
 
 
 def _error(centres: Tensor, counts: Tensor, scale: float, grid: Grid) -> Tensor:

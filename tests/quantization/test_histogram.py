@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nmcompile.errors import CalibrationError, ConfigError
 from nmcompile.quantization import Grid, Histogram, fake_quantize
-from nmcompile.quantization.histogram import BINS, CANDIDATES
+from nmcompile.quantization.histogram import BINS, CANDIDATES, SMALLEST
 
 GRIDS = [Grid(4, False), Grid(4, True), Grid(8, False), Grid(2, True)]
 
@@ -70,6 +70,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
         ([], "saw nothing"),
         ([torch.empty(0)], "saw nothing"),
         ([torch.zeros(4)], "only zeros"),
+        ([torch.tensor([3e-42, 0.0])], "no value above 3.0e-42"),
         ([torch.tensor([1.0, torch.nan])], "NaN or infinity"),
         ([torch.ones(4), torch.tensor([torch.inf])], "NaN or infinity"),
     ],
@@ -80,6 +81,12 @@ def test_bad_data_is_an_error(batches: list[Tensor], message: str) -> None:
         histogram.best_clip(Grid(4, False))
     with pytest.raises(CalibrationError, match=message):
         histogram.percentile(99.0)
+
+
+@pytest.mark.parametrize("grid", [Grid(4, False), Grid(8, True)], ids=str)
+def test_the_smallest_values_that_have_a_clip(grid: Grid) -> None:
+    histogram = observed([torch.full((8,), SMALLEST)])
+    assert histogram.best_clip(grid) == pytest.approx(SMALLEST, rel=0.02)
 
 
 @pytest.mark.parametrize("percent", [-1.0, 0.0, 100.1, float("nan")])
