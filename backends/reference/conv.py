@@ -19,22 +19,21 @@ def conv_input_gradient(
     grad_output: Tensor, weight: Tensor, input: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Tensor:
     """Compute dX; `input` gives its shape and memory format."""
-    return _backward(grad_output, input, weight, stride, padding, dilation, groups, (True, False, False))[0]
+    return gradients(grad_output, input, weight, (True, False, False), stride, padding, dilation, groups)[0]
 
 
 def conv_weight_gradient(
     grad_output: Tensor, input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Tensor:
     """Compute dW; `weight` gives its shape and memory format."""
-    return _backward(grad_output, input, weight, stride, padding, dilation, groups, (False, True, False))[1]
+    return gradients(grad_output, input, weight, (False, True, False), stride, padding, dilation, groups)[1]
 
 
 def conv_parameter_gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Compute dW and db by one kernel, as eager does if dY is not pruned."""
-    gradients = _backward(grad_output, input, weight, stride, padding, dilation, groups, (False, True, True))
-    return gradients[1], gradients[2]
+    return gradients(grad_output, input, weight, (False, True, True), stride, padding, dilation, groups)[1:]
 
 
 def conv_bias_gradient(grad_output: Tensor) -> Tensor:
@@ -42,27 +41,25 @@ def conv_bias_gradient(grad_output: Tensor) -> Tensor:
     return grad_output.sum([0, *range(2, grad_output.dim())])
 
 
-def _backward(
+def gradients(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
+    wanted: tuple[bool, bool, bool],
     stride: Ints,
     padding: Ints,
     dilation: Ints,
     groups: int,
-    wanted: tuple[bool, bool, bool],
+    output_padding: Ints | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad_output,
-        input,
-        weight,
-        [weight.shape[0]] if wanted[2] else None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        list(wanted),
+    """Compute those of dX, dW and db that are wanted, by one kernel, in the memory formats of `input` and `weight`.
+
+    With an output padding the convolution is a transposed one.
+    """
+    is_transposed = output_padding is not None
+    bias = [weight.shape[1 if is_transposed else 0]] if wanted[2] else None
+    last = output_padding or [0] * len(stride)
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad_output, input, weight, bias, stride, padding, dilation, is_transposed, last, groups, list(wanted)
     )
-    return gradients
+    return result

@@ -1,10 +1,13 @@
-"""The three GEMMs of a transposed convolution, with PyTorch's own convolution kernels."""
+"""The three GEMMs of a transposed convolution of one group, with PyTorch's own convolution kernels.
 
-import torch
+`geometry` is stride, padding, dilation and output padding, each with a number for each spatial dimension.
+"""
+
 from torch import Tensor
 from torch.nn import functional as F
 
-Ints = list[int]
+from nmcompile.backends.reference.conv import Ints, gradients
+
 _FORWARD = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -21,61 +24,25 @@ def conv_transpose_forward(
     return _FORWARD[len(stride)](input, weight, bias, stride, padding, output_padding, 1, dilation)
 
 
-def conv_transpose_input_gradient(
-    grad_output: Tensor,
-    weight: Tensor,
-    input: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    output_padding: Ints,
-) -> Tensor:
+def conv_transpose_input_gradient(grad_output: Tensor, weight: Tensor, input: Tensor, *geometry: Ints) -> Tensor:
     """Compute dX = dY * W; `input` gives its shape and memory format."""
-    wanted = True, False, False
-    return _backward(grad_output, input, weight, stride, padding, dilation, output_padding, wanted)[0]
+    return _gradients(grad_output, input, weight, (True, False, False), *geometry)[0]
 
 
-def conv_transpose_weight_gradient(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    output_padding: Ints,
-) -> Tensor:
+def conv_transpose_weight_gradient(grad_output: Tensor, input: Tensor, weight: Tensor, *geometry: Ints) -> Tensor:
     """Compute dW; `weight` gives its shape and memory format."""
-    wanted = False, True, False
-    return _backward(grad_output, input, weight, stride, padding, dilation, output_padding, wanted)[1]
+    return _gradients(grad_output, input, weight, (False, True, False), *geometry)[1]
 
 
 def conv_transpose_parameter_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    output_padding: Ints,
+    grad_output: Tensor, input: Tensor, weight: Tensor, *geometry: Ints
 ) -> tuple[Tensor, Tensor]:
     """Compute dW and db by one kernel, as eager does if dY is not pruned."""
-    wanted = False, True, True
-    gradients = _backward(grad_output, input, weight, stride, padding, dilation, output_padding, wanted)
-    return gradients[1], gradients[2]
+    return _gradients(grad_output, input, weight, (False, True, True), *geometry)[1:]
 
 
-def _backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    output_padding: Ints,
-    wanted: tuple[bool, bool, bool],
+def _gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool], *geometry: Ints
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bias_sizes, geometry = [weight.shape[1]] if wanted[2] else None, (stride, padding, dilation)
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad_output, input, weight, bias_sizes, *geometry, True, output_padding, 1, list(wanted)
-    )
-    return gradients
+    stride, padding, dilation, output_padding = geometry
+    return gradients(grad_output, input, weight, wanted, stride, padding, dilation, 1, output_padding)

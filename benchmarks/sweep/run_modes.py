@@ -43,7 +43,7 @@ VERDICTS = {
     "failed": "another error after `compile`, such as one of a library",
     "lost": "the process reached a limit on time or memory, or crashed",
 }
-"""What the first word of a verdict says."""
+"""The meaning of the first words of a verdict."""
 
 
 class Wrong(Exception):

@@ -29,7 +29,7 @@ class _Owner(nn.Module):
 
 @dataclass
 class _Kept:
-    """What later graphs take over for a parameter.
+    """State of a parameter that later graphs take over.
 
     Args:
         name: of the layer that its first graph found.

@@ -27,8 +27,8 @@ class ListedExperts(nn.Module):
         return result
 
 
-class StackedExperts(nn.Module):
-    """Experts as 3-d parameters; all run on all tokens by `bmm`, and the router weighs them."""
+class _ExpertParameters(nn.Module):
+    """Experts as 3-d parameters, between a first layer with a router and a head."""
 
     def __init__(self, width: int = 32, experts: int = 4) -> None:
         super().__init__()
@@ -36,6 +36,10 @@ class StackedExperts(nn.Module):
         self.up = nn.Parameter(torch.randn(experts, width, 2 * width) * 0.1)
         self.down = nn.Parameter(torch.randn(experts, 2 * width, width) * 0.1)
         self.head = nn.Linear(width, 8)
+
+
+class StackedExperts(_ExpertParameters):
+    """Experts as 3-d parameters; all run on all tokens by `bmm`, and the router weighs them."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).flatten(0, 1)
@@ -45,15 +49,8 @@ class StackedExperts(nn.Module):
         return result
 
 
-class EinsumExperts(nn.Module):
+class EinsumExperts(_ExpertParameters):
     """Experts as 3-d parameters, multiplied by `einsum` (GShard, arXiv 2006.16668)."""
-
-    def __init__(self, width: int = 32, experts: int = 4) -> None:
-        super().__init__()
-        self.first, self.router = nn.Linear(16, width), nn.Linear(width, experts)
-        self.up = nn.Parameter(torch.randn(experts, width, 2 * width) * 0.1)
-        self.down = nn.Parameter(torch.randn(experts, 2 * width, width) * 0.1)
-        self.head = nn.Linear(width, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
