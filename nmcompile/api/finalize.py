@@ -41,8 +41,8 @@ def finalize(compiled: nn.Module) -> nn.Module:
 
     Args:
         compiled: a model that `compile` made, also inside others (DDP, an average, a parent module), which stay; or one
-            that `torch.compile(backend="nmcompile")` has run: then the module that it wraps. If
-            FSDP2 or tensor parallelism splits the model, every process has to call, and gets the whole plain model.
+            that `torch.compile(backend="nmcompile")` has run: then the module that it wraps. If FSDP2 or tensor
+            parallelism splits the model, every process has to call, and gets the whole plain model.
 
     Raises:
         PassError: a pruned weight is computed in forward and is not a slice of a parameter (a standardized weight,
