@@ -55,8 +55,17 @@ class Row:
 
     @property
     def config(self) -> CompileConfig:
-        layers = FOUR_OF_EIGHT if self.pattern == "4:8" else {}
-        return CompileConfig(layers=layers, masks=self.masks, refit=self.refit, permute=self.permute)
+        """Return how masks are found, once the channels are in their order."""
+        return CompileConfig(layers=self._layers, masks=self.masks, refit=self.refit)
+
+    @property
+    def order(self) -> CompileConfig:
+        """Return how the order of the channels is found."""
+        return CompileConfig(layers=self._layers, permute=self.permute)
+
+    @property
+    def _layers(self) -> dict[str, LayerConfig | None]:
+        return dict(FOUR_OF_EIGHT) if self.pattern == "4:8" else {}
 
 
 ROWS = [

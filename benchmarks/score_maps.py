@@ -5,6 +5,7 @@ Calibration has to hold what the model is used for, text in photographs too: pag
 like photographed ones; or photographs that are written on.
 """
 
+import random
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
@@ -27,8 +28,11 @@ WHITE, FAINT, SLANT = (255, 255, 255), 0.5, 20  # degrees
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in CRAFT's training
 
 
-def load_score_maps() -> Subject:
-    """Return the model with images for calibration: photographs, and pages of another text than the evaluated ones."""
+def load_score_maps(count: int) -> Subject:
+    """Return the model with `count` images for calibration, or all that there are.
+
+    They are photographs, and pages of another text than the evaluated ones.
+    """
     model = load_craft()
     pages = _pages(evaluation_text(), SIZES, [_white(SIDE)])
     images = [_normalized(image) for image in (*_photographs(EVALUATED, SIDE), *pages)]
@@ -36,6 +40,8 @@ def load_score_maps() -> Subject:
     photographs = _photographs(CALIBRATION, CALIBRATED_SIDE)
     pages = _pages("".join(calibration_texts()["reference"]), CALIBRATED_SIZES, _grounds(photographs))
     calibration = [_normalized(image) for image in (*photographs, *pages)]
+    if count < len(calibration):
+        calibration = random.Random(0).sample(calibration, count)
     return Subject(
         model=model,
         calibration=calibration,

@@ -18,7 +18,7 @@ class Subject:
         calibration: batches as `nmcompile.compile` takes them.
         metric: the name of the score.
         score: compares a pruned model with the dense one on data that calibration does not hold.
-        args: example inputs, where the mode needs the whole graph.
+        args: example inputs, where the mode needs the whole graph; the first batch is one where a row needs it.
         dense: figures of the dense model.
     """
 

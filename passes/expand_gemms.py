@@ -37,7 +37,7 @@ class ExpandGemms:
 
 def expand(plan: LayerPlan) -> ThreeGraphs:
     """Return the three dense graphs of one layer."""
-    layer = plan.layer
+    layer = plan.layer.of_call()
     graphs = {Phase.FORWARD: _forward(layer), Phase.BACKWARD: _backward(layer), Phase.UPDATE: _update(layer)}
     return ThreeGraphs(plan, {phase: GeneratedModule(torch.nn.Module(), graph) for phase, graph in graphs.items()})
 

@@ -60,10 +60,12 @@ def test_a_row_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(masks, "LOADERS", dict.fromkeys(masks.LOADERS, load))
     out = tmp_path / "masks.json"
-    for methods in ("sparsegpt", "(sparsegpt|wanda)", "(sparsegpt|wanda)"):
+    for methods in ("sparsegpt", "(sparsegpt|wanda)", "(sparsegpt|wanda)", "permuted, (wanda|sparsegpt)"):
         rows = f"MiniLM-L6-v2, 2:4, {methods}$"
         monkeypatch.setattr(sys, "argv", ["masks.py", "--out", str(out), "--tokens", "16", "--rows", rows])
         masks.main()
     results = json.loads(out.read_text())["results"]
-    assert [result["masks"] for result in results] == ["sparsegpt", "wanda"] and loads == [(128, 16), (128, 16)]
-    assert results[0]["score"] < results[1]["score"]
+    names = ["sparsegpt", "wanda", "permuted, wanda", "permuted, sparsegpt"]
+    assert [result["method"] for result in results] == names and loads == [(128, 16)] * 3
+    scores = {result["method"]: result["score"] for result in results}
+    assert scores["sparsegpt"] < scores["wanda"] and scores["permuted, wanda"] != scores["wanda"]

@@ -20,6 +20,7 @@ from nmcompile.ir.plan import DensePhases, Reverted
 from nmcompile.ir.protocols import Backend
 from nmcompile.ir.step_times import StepTimes
 from nmcompile.planning.plan_phases import UNREACHED
+from nmcompile.three_gemm.record import RECORD
 from nmcompile.three_gemm.rewritten import check_names
 from nmcompile.training.earlier import Earlier, earlier_of
 
@@ -92,7 +93,8 @@ def request_of(
     plain = decompile(source) if is_compiled(source) else source
     check_names(plain)
     earlier = earlier_of(source)
-    captured = _known(capture_model(plain, args, kwargs), earlier)
+    before = source.__dict__[RECORD].program.captured if RECORD in source.__dict__ else None
+    captured = _known(capture_model(plain, args, kwargs, before), earlier)
     return Request(source, plain, mode, args, kwargs, asked, backends, captured, earlier)
 
 

@@ -17,6 +17,7 @@ from nmcompile.errors import ConfigError, FileError
 from nmcompile.files.write_atomically import write_atomically
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.found_mask import FoundMask
+from nmcompile.ir.layers import StackedLinearLayer
 from nmcompile.quantization import Grid
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.three_gemm.grid_steps import ActivationStep
@@ -29,11 +30,13 @@ from nmcompile.training.masks import WeightMask
 
 @dataclass(frozen=True)
 class Part:
-    """A weight, or those of its rows that one call reads: attention projects queries, keys and values by themselves.
+    """A weight, or those of its rows that one call reads.
+
+    Attention projects queries, keys and values by themselves, and each expert multiplies by a matrix of a stack.
 
     Args:
         weight: the full name of the weight.
-        row: the first of the rows.
+        row: the first of the rows; those of a stack count through its matrices.
     """
 
     weight: str
@@ -154,8 +157,10 @@ def settle(trial: nn.Module, parts: Mapping[Part, Solved]) -> None:
     for name in dict.fromkeys(part.weight for part in parts):
         found = {part: solved for part, solved in parts.items() if part.weight == name}
         tensor = masks[name].tensor.clone()
+        is_stack = isinstance(masks[name].layer, StackedLinearLayer)
+        rows = tensor.flatten(0, 1) if is_stack else tensor
         for part, solved in found.items():
-            tensor[part.row : part.row + solved.mask.shape[0]].copy_(solved.mask)
+            rows[part.row : part.row + solved.mask.shape[0]].copy_(solved.mask)
         error = max(solved.error for solved in found.values())
         masks[name].stand(tensor, FoundMask(next(iter(found.values())).method, error))
     for triple in triples_of(trial):
@@ -187,7 +192,10 @@ def _settle_step(triple: GemmTriple, parts: Mapping[Part, Solved]) -> None:
         step if step.dim() else step.expand(len(one.mask), *[1] * (one.mask.dim() - 1))
         for step, one in zip(steps, found, strict=True)
     ]
-    triple.steps.weight = steps[0] if len(steps) == 1 else torch.cat(rows)
+    if isinstance(triple.site.layer, StackedLinearLayer):
+        triple.steps.weight = torch.stack(rows)
+    else:
+        triple.steps.weight = steps[0] if len(steps) == 1 else torch.cat(rows)
 
 
 def holds(grid: Grid | None, solved: Solved) -> bool:

@@ -1,6 +1,7 @@
 """The state for exact resumption beside `state_dict()`: masks, step counts, random streams, clips and dense phases."""
 
 import warnings
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def _state(layers: list[GemmTriple], dense: DensePhases | None) -> dict[str, Ten
 def _weight_step(triple: GemmTriple) -> Tensor:
     """Return the step that each row of a layer's weight was rounded to, `(out,)`; NaN where SAWB finds it."""
     step = torch.tensor(torch.nan) if triple.steps.weight is None else triple.steps.weight.detach()
-    return step.double().reshape(-1).expand(triple.layer.out_features).clone()
+    return step.double().expand(triple.site.layer.rows_shape).reshape(-1).clone()
 
 
 def _with_steps(state: dict[str, Tensor], layers: list[GemmTriple]) -> dict[str, Tensor]:
@@ -111,7 +112,9 @@ def _with_steps(state: dict[str, Tensor], layers: list[GemmTriple]) -> dict[str,
         "weights; save it again with sparse_state_dict",
         stacklevel=3,
     )
-    unknown = {f"{t.layer.name}{STEP}": torch.full((t.layer.out_features,), torch.nan).double() for t in quantized}
+    unknown = {
+        f"{t.layer.name}{STEP}": torch.full((prod(t.site.layer.rows_shape),), torch.nan).double() for t in quantized
+    }
     return state | unknown
 
 
@@ -122,9 +125,7 @@ def _load_weight_step(triple: GemmTriple, step: Tensor) -> None:
     elif triple.steps.weight_dim is None and bool((step == step[0]).all()):
         triple.steps.weight = step[0].clone()
     else:
-        shape = [1] * len(triple.layer.weight_shape)
-        shape[triple.layer.out_dim] = -1
-        triple.steps.weight = step.clone().reshape(shape)
+        triple.steps.weight = step.clone().reshape(triple.site.layer.rows_shape)
 
 
 def _load(layers: list[GemmTriple], state: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from nmcompile.capture.facts import facts_from_graph, facts_without_graph
 from nmcompile.capture.outline import outline
 from nmcompile.capture.regions import Regions, find_regions
 from nmcompile.capture.replay import differing_forwards
+from nmcompile.capture.routes import Routes, find_routes, known_routes
 from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, own_matrices
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
@@ -21,7 +22,9 @@ from nmcompile.ir.storage_key import storage_key
 from nmcompile.sharded import FSDP1, is_flat, is_sharded
 
 
-def capture_model(model: nn.Module, args: Args | None = None, kwargs: Kwargs | None = None) -> Captured:
+def capture_model(
+    model: nn.Module, args: Args | None = None, kwargs: Kwargs | None = None, earlier: Captured | None = None
+) -> Captured:
     """Find every conv and linear of a model, without changing the model or any random state.
 
     Args:
@@ -29,6 +32,7 @@ def capture_model(model: nn.Module, args: Args | None = None, kwargs: Kwargs | N
         args: example inputs. With them `torch.export` finds the whole graph, also of models that fx cannot trace, and
             the number of positions at each layer.
         kwargs: example inputs by name.
+        earlier: the same model, captured before: without an example, what one had shown then is known.
 
     Raises:
         CaptureError: the model has no conv or linear layer, or refuses `args`.
@@ -42,12 +46,14 @@ def capture_model(model: nn.Module, args: Args | None = None, kwargs: Kwargs | N
         if regions.traces and (args is not None or kwargs) and not any(map(is_sharded, model.parameters())):
             differing = differing_forwards(model, regions.traces, args or (), kwargs or {})
             regions = find_regions(model, layers.found, protected, differing) if differing else regions
-        found = _in_module_order(model, [*layers.found, *regions.found])
-        python = _still_python(model, layers, found) | regions.python
+        found = [*layers.found, *regions.found]
+        reads = find_weight_reads(model, layers.found, regions.called)
+        routes = _routes(model, layers, regions, reads, (args, kwargs), earlier)
+        found = _in_module_order(model, [*found, *routes.found])
+        python = _still_python(model, layers, regions, found)
         if not found:
             raise CaptureError(_nothing_found(model, layers, python))
         sites = [one.site for one in found]
-        reads = find_weight_reads(model, layers.found, regions.called)
         example = _example(model, found, args, kwargs)
         whole, reason = _whole(model, found, protected, example)
         positions = example.positions if example else {}
@@ -56,7 +62,7 @@ def capture_model(model: nn.Module, args: Args | None = None, kwargs: Kwargs | N
             facts = facts_from_graph(model, sites, whole, positions, adapters)
         else:
             facts = facts_without_graph(model, sites, outline(model, found, protected), adapters)
-        bypassed, suspected = _judge_reads(layers.found, regions, reads, example)
+        bypassed, suspected = _judge_reads(layers.found, regions, reads, routes, example)
     return Captured(
         sites=tuple(sites),
         facts=facts,
@@ -70,6 +76,8 @@ def capture_model(model: nn.Module, args: Args | None = None, kwargs: Kwargs | N
         tied=_tied(model, found),
         adapters=adapters,
         traces=regions.traces,
+        routes=routes.by_module,
+        untraced=frozenset(routes.indexed if whole and whole.source == "export" else routes.by_module),
         whole=whole,
         whole_reason=reason,
     )
@@ -100,7 +108,7 @@ def _whole(
 
 
 def _judge_reads(
-    layers: list[FoundSite], regions: Regions, reads: WeightReads, example: Exported | None
+    layers: list[FoundSite], regions: Regions, reads: WeightReads, routes: Routes, example: Exported | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the layers that other code reads instead of calling them, and those for which only a run can tell."""
     bypassed, suspected = {**reads.certain, **regions.bypassed}, dict(reads.possible)
@@ -108,8 +116,13 @@ def _judge_reads(
         modules = {one.site.layer.name: one.site.module for one in layers}
         uncalled = {name: why for name, why in reads.possible.items() if modules[name] not in example.called}
         read = {name: f"its weight is read by {reader}.forward" for name, reader in example.reads.items()}
-        bypassed = {**uncalled, **read, **bypassed}
-    return bypassed, {name: why for name, why in suspected.items() if name not in bypassed}
+        # A branch that the example does not take may read it.
+        kept = {name for name in routes.unread if modules.get(name) in example.called}
+        suspected = {name: why for name, why in bypassed.items() if name in kept} | suspected
+        bypassed = {**uncalled, **read, **{name: why for name, why in bypassed.items() if name not in kept}}
+    bypassed = {name: why for name, why in bypassed.items() if name not in routes.layers}
+    hidden = bypassed.keys() | routes.layers
+    return bypassed, {name: why for name, why in suspected.items() if name not in hidden}
 
 
 def _in_module_order(model: nn.Module, found: list[FoundSite]) -> list[FoundSite]:
@@ -124,11 +137,35 @@ def _tied(model: nn.Module, found: Sequence[FoundSite]) -> dict[str, str]:
     }
 
 
-def _still_python(model: nn.Module, layers: ModuleLayers, found: Sequence[FoundSite]) -> dict[str, str]:
-    """Return the modules with their own forward in which no layer was found in the end."""
+def _routes(
+    model: nn.Module,
+    layers: ModuleLayers,
+    regions: Regions,
+    reads: WeightReads,
+    example: tuple[Args | None, Kwargs | None],
+    earlier: Captured | None,
+) -> Routes:
+    """Return the weights that code without layers multiplies by, as a run of an example shows."""
+    args, kwargs = example
+    if (args is None and not kwargs) or any(map(is_sharded, model.parameters())):
+        return Routes() if earlier is None else known_routes(model, earlier)
+    python = [own_matrices(model.get_submodule(name)) for name in (*layers.python, *regions.python)]
+    suspected = {*reads.certain, *reads.possible, *regions.bypassed}
+    read = [one.parameters for one in layers.found if one.site.layer.name in suspected and not one.site.role]
+    found = [*layers.found, *regions.found]
+    return find_routes(
+        model, found, frozenset().union(*python, *read), frozenset(regions.traces), args or (), kwargs or {}
+    )
+
+
+def _still_python(
+    model: nn.Module, layers: ModuleLayers, regions: Regions, found: Sequence[FoundSite]
+) -> dict[str, str]:
+    """Return the modules with code that multiplies by parameters of no layer."""
     captured = frozenset[int]().union(*(one.parameters for one in found))
-    own = {name: own_matrices(model.get_submodule(name)) for name in layers.python}
-    return {name: why for name, why in layers.python.items() if not own[name] or own[name] - captured}
+    own = {name: own_matrices(model.get_submodule(name)) for name in layers.python} | regions.uncaptured
+    python = layers.python | regions.python
+    return {name: why for name, why in python.items() if not own.get(name) or own[name] - captured}
 
 
 def _known_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -179,9 +179,12 @@ def reads_value(weight: fx.Node, user: fx.Node) -> bool:
     name = str(user.args[1]) if is_attribute else operator_name(user)
     if name in HANDED_ON:
         return any(reads_value(user, later) for later in user.users)
-    if name in METADATA | ELSEWHERE or name.startswith("new_") or name.endswith("_like"):
-        return False
-    return not (name in LIKE_SECOND and user.args[:1] != (weight,))
+    return not is_metadata(name) and not (name in LIKE_SECOND and user.args[:1] != (weight,))
+
+
+def is_metadata(name: str) -> bool:
+    """Return whether an operator of that name takes no elements of a weight that it multiplies by."""
+    return name in METADATA | ELSEWHERE or name.startswith("new_") or name.endswith("_like")
 
 
 def _weight_name(call: Call, weight: Weight, is_only: bool) -> str:

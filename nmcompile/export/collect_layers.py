@@ -29,11 +29,16 @@ def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
     root, record = record_of(compiled)
     captured = record.program.captured
     bypassed = {**captured.bypassed, **bypassed_layers(root)}
+    # Products that code makes in its own way stay as they are, unless they are sparse.
+    routed = {layer for layers in captured.routes.values() for layer in layers.values()}
     layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
+    layers = [triple for triple in layers if not (triple.is_dense and triple.layer.name in routed)]
     for triple in layers:
         _check_input(triple, captured.facts[triple.layer.name].nonnegative)
     rewritten = {triple.layer.name: _deployed(root, triple) for triple in layers}
-    left = [site for site in captured.sites if site.layer.name not in bypassed and not site.is_expression]
+    left = [
+        site for site in captured.sites if site.layer.name not in routed | bypassed.keys() and not site.is_expression
+    ]
     return {site.layer.name: _plain(root, site) for site in left} | rewritten
 
 
@@ -57,7 +62,7 @@ def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
     weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))
     steps = triple.steps
     input, output = _activation(triple, "input", steps.input), _activation(triple, "output", steps.output)
-    return DeployedLayer(triple.layer, weight, input, output, triple.graphs.plan.norm)
+    return DeployedLayer(triple.site.layer, weight, input, output, triple.graphs.plan.norm)
 
 
 def _plain(model: nn.Module, site: Site) -> DeployedLayer:

@@ -16,7 +16,8 @@ class Site:
         layer: the node's geometry; its name is the module's, or the weight parameter's for a functional call.
         module: name of the module whose forward runs the node.
         role: `""` if the module itself is the layer; the fx node's name for a functional call in the module's forward;
-            `"in_proj"`, `"q_proj"`, `"k_proj"`, `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`.
+            the attribute of the weight where Python code multiplies by it; `"in_proj"`, `"q_proj"`, `"k_proj"`,
+            `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`.
         weight: full name of the weight. It is the parameter's name; for a computed weight `<module>.weight`, or the
             module's and the fx node's name for a functional call.
         is_expression: whether the weight is computed in forward (a parametrization, a standardized weight).
@@ -102,6 +103,8 @@ class Captured:
         tied: by layer name, the embedding that owns the same weight.
         adapters: the layers that PEFT or similar libraries added to the model's own.
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
+        routes: by name of a module whose Python code multiplies by weights of layers, the layers by name of the weight.
+        untraced: those of these modules whose code no graph takes whole.
         whole: the whole model's graph, or None.
         whole_reason: why there is no whole graph.
         carried: by weight, for layers that carry a mask of an earlier compilation, the fields of `LayerConfig` that it
@@ -120,6 +123,8 @@ class Captured:
     tied: Mapping[str, str] = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()
     traces: Mapping[str, fx.Graph] = field(default_factory=dict)
+    routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    untraced: frozenset[str] = frozenset()
     whole: WholeGraph | None = None
     whole_reason: str = ""
     carried: Mapping[str, frozenset[str]] = field(default_factory=dict)

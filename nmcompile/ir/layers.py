@@ -49,6 +49,16 @@ class Layer:
         return torch.Size(self.weight_shape).numel()
 
     @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Return the shape of one number for each output, which broadcasts to the weight's."""
+        return tuple(size if dim == self.out_dim else 1 for dim, size in enumerate(self.weight_shape))
+
+    @property
+    def multiplied(self) -> int:
+        """Return the number of elements of the weight that each position is multiplied by."""
+        return self.parameters
+
+    @property
     def is_depthwise(self) -> bool:
         return self.groups > 1 and self.in_features == 1
 
@@ -59,6 +69,10 @@ class Layer:
     def fits_backward(self, pattern: NMPattern) -> bool:
         """Return whether blocks of the pattern divide the out-channels of each group."""
         return (self.out_features // self.groups) % pattern.block == 0
+
+    def of_call(self) -> "Layer":
+        """Return the layer that one call runs."""
+        return self
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
         """Return the input as the GEMM takes it, and whether a batch dim was added.
@@ -88,6 +102,33 @@ class LinearLayer(Layer):
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
         return (x.unsqueeze(0), True) if x.dim() == 1 else (x, False)
+
+
+@dataclass(frozen=True)
+class StackedLinearLayer(LinearLayer):
+    """Linear layers that share one parameter, as experts do: (experts, out, in), or (experts, in, out) `transposed`.
+
+    A call multiplies by one of the matrices, and each matrix is pruned by itself.
+    """
+
+    @property
+    def out_dim(self) -> int:  # type: ignore[override]
+        return 2 if self.transposed else 1
+
+    @property
+    def in_dim(self) -> int:  # type: ignore[override]
+        return 1 if self.transposed else 2
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        return (self.weight_shape[0], *super().rows_shape[1:])
+
+    @property
+    def multiplied(self) -> int:
+        return self.in_features * self.out_features
+
+    def of_call(self) -> LinearLayer:
+        return LinearLayer(self.name, self.weight_shape[1:], self.has_bias, self.transposed)
 
 
 @dataclass(frozen=True)

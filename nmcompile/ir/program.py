@@ -34,7 +34,8 @@ class ThreeGraphs:
 
     @property
     def layer(self) -> Layer:
-        return self.plan.layer
+        """Return the layer that one call runs."""
+        return self.plan.layer.of_call()
 
     def __getitem__(self, phase: Phase) -> fx.GraphModule:
         return self.graphs[phase]

@@ -81,7 +81,7 @@ class LayerReport:
 
     @property
     def macs(self) -> int | None:
-        return None if self.positions is None else self.positions * self.layer.parameters
+        return None if self.positions is None else self.positions * self.layer.multiplied
 
     def density(self, phase: Phase) -> float:
         """Return the expected share of the dense MACs: the product of the operands' densities (Equation 26)."""

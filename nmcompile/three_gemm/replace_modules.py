@@ -1,6 +1,7 @@
 """Put the three-GEMM graphs of a program to work in a module tree.
 
 nn.Linear          ->  ThreeGemmLinear, the same object with another class
+F.linear(x, W)     ->  its class's forward, whose products run as layers, where no graph can replace it
 nn.BatchNorm2d     ->  AbsorbedBatchNorm2d, where it alone reads a quantized layer
 y = F.linear(...)  ->  y = run_three_gemm(self.three_gemms, "linear", ...) in a generated forward
 """
@@ -17,6 +18,7 @@ from nmcompile.three_gemm.absorbed_norm import absorb
 from nmcompile.three_gemm.attention import ThreeGemmAttention
 from nmcompile.three_gemm.conv_transpose import ThreeGemmConvTranspose
 from nmcompile.three_gemm.modules import ThreeGemm, ThreeGemmLayer, install, install_graph, run_three_gemm
+from nmcompile.three_gemm.routed import Route, install_routes
 from nmcompile.three_gemm.triple import GemmTriple
 
 
@@ -34,16 +36,32 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
             by_module.setdefault(site.module, {})[site.role] = site
     traces = program.captured.traces
     graphs = {name: rewrite_calls(traces[name], by_module[name]) for name in by_module if name in traces}
+    routed = {name: routes for name in program.captured.routes if (routes := _routes(program, name, triples))}
+    for name in routed:
+        by_module.setdefault(name, {})
     for name, sites in by_module.items():
         module = model.get_submodule(name)
         roles = {role: triples[site.layer.name] for role, site in sites.items()}
         if name in graphs:
             install_graph(module, graphs[name], roles)
+        elif name in routed:
+            install_routes(module, routed[name], roles, name not in program.captured.untraced)
         else:
             install(module, _mixin(module), roles)
     for plan in program.plan:
         if plan.rewritten and plan.norm:
             absorb(model.get_submodule(plan.norm), model.get_submodule(program.site(plan.layer.name).module))
+
+
+def _routes(program: Program, module: str, triples: Mapping[str, GemmTriple]) -> dict[str, Route]:
+    """Return the routes from a module's code to the layers that are rewritten, by the weight's name in the module."""
+    prefix = f"{module}." if module else ""
+    layers = program.captured.routes[module].items()
+    sites = {weight: program.site(layer) for weight, layer in layers if layer in triples}
+    return {
+        weight.removeprefix(prefix): (f"{site.module}.".removeprefix(prefix).rstrip("."), site.role)
+        for weight, site in sites.items()
+    }
 
 
 def _mixin(module: nn.Module) -> type[ThreeGemm]:

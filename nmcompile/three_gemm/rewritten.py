@@ -12,7 +12,7 @@ from nmcompile.errors import ConfigError
 from nmcompile.ir.generated_code import GeneratedModule
 from nmcompile.three_gemm.instance_forward import GENERATED, change_class
 
-RESERVED = ("three_gemms", "three_gemm_graph", "absorbing_layer")
+RESERVED = ("three_gemms", "three_gemm_graph", "three_gemm_routes", "absorbing_layer")
 """Names under which rewritten modules keep additional state in their `__dict__`."""
 
 

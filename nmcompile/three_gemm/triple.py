@@ -3,6 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, cast
 
@@ -31,6 +32,20 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a weight that is a stack of them.
+
+    Args:
+        index: which one.
+        values: its elements, as the parameter stores them.
+    """
+
+    index: int
+    values: Tensor
+
+
+Rows = slice | Matrix | None
 _serials = itertools.count()
 _alive: "weakref.WeakValueDictionary[str, GemmTriple]" = weakref.WeakValueDictionary()
 
@@ -85,14 +100,15 @@ class GemmTriple:
         wanted.update(self.placeholders[Phase.UPDATE] if needs_update else ())
         return tuple(name for name in (*OPERANDS, *self.graphs.saved) if name in wanted)
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, rows: Rows = None) -> Tensor:
         """Return the layer's output.
 
         Args:
             input: the input of the layer's module, floating point.
-            weight: the dense weight, of the layer's shape.
+            weight: the dense weight, as its parameter stores it.
             bias: `(out,)`, given exactly if the layer has one.
-            rows: run only these rows of weight, mask and bias (attention projects queries, keys and values separately).
+            rows: run only these rows of weight, mask and bias (attention projects queries, keys and values separately),
+                or this matrix of a stack.
         """
         is_trained = torch.is_grad_enabled() and weight.requires_grad
         is_compiling = torch.compiler.is_compiling()
@@ -110,14 +126,18 @@ class GemmTriple:
         else:
             with weights_at_rest(content):
                 output, unbatched = self._output(run, input, weight, bias, mask, rows)
-        if is_compiling and torch.compiler.is_dynamo_compiling():
-            note_call(self.serial)
-        else:
-            self.called = True
+        self.note_call()
         if not is_compiling:
             self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
         output = own(output, output.shape[1:]) if unbatched else output
         return output if shards is None else shards.give(output)
+
+    def note_call(self) -> None:
+        """Note that the layer is called."""
+        if torch.compiler.is_dynamo_compiling():
+            note_traced_call(self.serial)
+        else:
+            self.called = True
 
     def _output(
         self,
@@ -126,11 +146,13 @@ class GemmTriple:
         weight: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        rows: slice | None,
+        rows: Rows,
     ) -> tuple[Tensor, bool]:
         """Return the output, and whether it has a batch dim that the input had not."""
         weight_step, *steps = self.steps.current(weight)
-        if rows is not None:
+        if isinstance(rows, Matrix):
+            weight, mask, weight_step = rows.values, _matrix(mask, rows.index), _matrix(weight_step, rows.index)
+        elif rows is not None:
             weight = weight[rows]
             mask, bias, weight_step = (_rows(t, rows) for t in (mask, bias, weight_step))
         if torch._C._is_any_autocast_enabled():
@@ -182,10 +204,11 @@ class GemmTriple:
             self.stream.move(device)
         self.steps.move(device)
 
-    def _shards(self, input: Tensor, weight: "DTensor", rows: slice | None) -> Shards:
+    def _shards(self, input: Tensor, weight: "DTensor", rows: Rows) -> Shards:
         if rows is not None:
+            packs = "is a stack of matrices" if isinstance(rows, Matrix) else "packs three projections"
             raise ConfigError(
-                f"layer {self.layer.name!r}: its weight packs three projections, and is split among processes; leave "
+                f"layer {self.layer.name!r}: its weight {packs}, and is split among processes; leave "
                 f"it dense with CompileConfig(layers={{{self.layer.name!r}: None}}), or do not parallelize it"
             )
         shards = Shards(self.graphs.plan, input, weight)
@@ -248,7 +271,7 @@ class GemmTriple:
         return output if torch.compiler.is_compiling() or not output._is_view() else own(output, output.shape), *saved
 
 
-def note_call(serial: str) -> bool:
+def note_traced_call(serial: str) -> bool:
     """Note that a layer is called, while a graph that calls it is traced."""
     # Dynamo refuses to set an attribute inside an operator such as activation checkpointing.
     _alive[serial].called = True
@@ -256,7 +279,7 @@ def note_call(serial: str) -> bool:
 
 
 # Dynamo calls it, and traces nothing. `torch.compiler.assume_constant_result` sets this mark too, but imports Dynamo.
-setattr(note_call, "_dynamo_marked_constant", True)  # noqa: B010 - functions declare no attributes
+setattr(note_traced_call, "_dynamo_marked_constant", True)  # noqa: B010 - functions declare no attributes
 
 
 def _run_forward(triple: GemmTriple, *operands: Tensor | None) -> Tensor:
@@ -272,6 +295,11 @@ def is_at_rest(content: Content, weight: Tensor, is_trained: bool, is_compiling:
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
     """Return these rows of an operand; a scalar holds for all."""
     return x if x is None or x.dim() == 0 else x[rows]
+
+
+def _matrix(x: Tensor | None, index: int) -> Tensor | None:
+    """Return a matrix of a stacked operand; one that all matrices share holds for each."""
+    return x if x is None or x.dim() == 0 else x[index if len(x) > 1 else 0]
 
 
 def _placeholders(graph: fx.GraphModule) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile.capture import capture_model, tracer, watch_calls
 from nmcompile.capture.replay import differences
+from nmcompile.capture.routes import Routes
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -56,7 +57,13 @@ def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracer, "PLAIN_CONTAINERS", (*tracer.PLAIN_CONTAINERS, OrderedDict))
 
 
-@pytest.mark.usefixtures("unproven")
+@pytest.fixture
+def unrouted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave products in Python code dense."""
+    monkeypatch.setattr("nmcompile.capture.model.find_routes", lambda *_: Routes())
+
+
+@pytest.mark.usefixtures("unproven", "unrouted")
 @pytest.mark.parametrize(
     ("kind", "difference"),
     [(Branches, "its output has other values"), (Named, "its output is of class dict, not OrderedDict")],

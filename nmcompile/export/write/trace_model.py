@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.errors import ExportError
 from nmcompile.export.outputs import left_out, output_names, outputs_of
+from nmcompile.export.write.open_products import open_products
 from nmcompile.export.write.open_shapes import Shapes, enlarged, names_of, open_as_asked, open_batch
-from nmcompile.ir.einsum import linear_einsum
 from nmcompile.own_thread import exporting_alone
 from nmcompile.printable import first_line
 
@@ -84,7 +84,7 @@ def trace_model(
         args, kwargs = enlarged(plain, args, kwargs, shapes)
     program, left, outputs = _exported(plain, args, kwargs, shapes)
     _check_outputs(program, type(plain).__name__)
-    _open_einsums(program)
+    open_products(program)
     try:
         # With gradients on, the decomposition of attention would take a kernel with other strides than the trace.
         with exporting_alone(), torch.no_grad(), _without_advice():
@@ -164,20 +164,6 @@ def _explained(error: Exception) -> str:
     lines = [line.strip() for line in fixes.strip().splitlines()]
     suggested = [line for line in lines[: lines.index("") if "" in lines else None] if line]
     return first_line(error) + (f" (suggested: {'; '.join(suggested)})" if suggested else "")
-
-
-def _open_einsums(program: torch.export.ExportedProgram) -> None:
-    """Rewrite each einsum that is a linear layer as linear or matmul, in place: runtimes have no sparse Einsum."""
-    for node in program.graph.nodes:
-        if node.target is not torch.ops.aten.einsum.default or len(node.args[1]) != 2:
-            continue
-        equation, operands = node.args[:2]
-        weight = next((i for i in (1, 0) if operands[i].name in program.graph_signature.inputs_to_parameters), None)
-        is_out_in = None if weight is None else linear_einsum(equation, weight)
-        if weight is not None and is_out_in is not None:
-            node.target = torch.ops.aten.linear.default if is_out_in else torch.ops.aten.matmul.default
-            node.args = operands[1 - weight], operands[weight]
-    program.graph_module.recompile()
 
 
 def _unread(program: torch.export.ExportedProgram) -> frozenset[str]:

@@ -1,0 +1,168 @@
+"""Products with a weight as Python code calls them: which function, and which part of a parameter it reads.
+
+F.linear(x, W), x @ W, W @ x               one matrix
+F.linear(x, W[i]), x @ W[i]                a matrix of a stack (experts, rows, columns)
+torch.bmm(x, W), F.grouped_mm(x, W, ends)  every matrix of a stack, each with inputs of its own
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmcompile.arguments import Args, Kwargs
+from nmcompile.ir.einsum import weight_einsum
+from nmcompile.ir.storage_key import storage_key
+
+Function = Callable[..., object]
+MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+BATCHED = (torch.bmm, Tensor.bmm)
+GROUPED = (getattr(torch, "_grouped_mm", None),)  # what F.grouped_mm calls
+OF_TRANSFORMERS = "transformers::grouped_mm_fallback"
+"""The operator that Hugging Face's experts take where torch has no grouped product."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a weight.
+
+    Args:
+        weight: the operand that may be a weight: a matrix, or a stack of matrices.
+        inputs: gives the input of each matrix, (..., in).
+        join: makes the product's result of the outputs, (..., out).
+        is_out_first: whether the matrices are (out, in).
+        bias: (out,), or None.
+    """
+
+    weight: Tensor
+    inputs: Callable[[], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor]], Tensor]
+    is_out_first: bool = False
+    bias: Tensor | None = None
+
+
+def products(function: Function, args: Args, kwargs: Kwargs) -> Iterator[Product]:
+    """Yield how a call of torch can be read as a product with a weight: once for each operand that may be one."""
+    for read in _readers(function):
+        try:
+            yield from read(*args, **kwargs)
+        except (TypeError, AttributeError):  # another form of the call, with out= say
+            continue
+
+
+def _readers(function: Function) -> tuple[Callable[..., Iterator[Product]], ...]:
+    if function is F.linear:
+        return (_linear,)
+    if function in MATMULS:
+        return _matmul, _left_matmul, _batched
+    if function in BATCHED:
+        return (_batched,)
+    if function is torch.einsum:
+        return (_einsum,)
+    is_grouped = function in GROUPED or getattr(function, "_qualified_op_name", "") == OF_TRANSFORMERS
+    return (_grouped,) if is_grouped else ()
+
+
+def _only(outputs: Sequence[Tensor]) -> Tensor:
+    (output,) = outputs
+    return output
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Product]:
+    yield Product(weight, lambda: [input], _only, is_out_first=True, bias=bias)
+
+
+def _matmul(input: Tensor, other: Tensor) -> Iterator[Product]:
+    if other.dim() == 2:
+        yield Product(other, lambda: [input], _only)
+
+
+def _left_matmul(input: Tensor, other: Tensor) -> Iterator[Product]:
+    if input.dim() == 2 and other.dim() > 1:
+        yield Product(input, lambda: [other.mT], lambda outputs: _only(outputs).mT, is_out_first=True)
+
+
+def _batched(input: Tensor, mat2: Tensor) -> Iterator[Product]:
+    if input.dim() == mat2.dim() == 3 and len(input) == len(mat2):
+        yield Product(mat2, lambda: input.unbind(0), lambda outputs: torch.stack(list(outputs)))
+
+
+def _grouped(
+    input: Tensor,
+    weight: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Iterator[Product]:
+    if offs is None or bias is not None or out_dtype is not None or (input.dim(), weight.dim()) != (2, 3):
+        return
+
+    def inputs() -> Sequence[Tensor]:
+        ends = offs.tolist()
+        return [input[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def join(outputs: Sequence[Tensor]) -> Tensor:
+        behind = len(input) - sum(map(len, outputs))
+        return torch.cat([*outputs, outputs[0].new_zeros(behind, outputs[0].shape[1])])
+
+    yield Product(weight, inputs, join)
+
+
+def _einsum(equation: str, *operands: Tensor) -> Iterator[Product]:
+    input, weight = operands
+    for number, (x, w) in ((1, (input, weight)), (0, (weight, input))):
+        found = weight_einsum(equation, number)
+        if found is not None:
+            inputs, join = (lambda x=x, f=found, w=w: f.inputs(x, len(w))), found.join
+            yield Product(w, inputs, join, found.is_out_first)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a parameter that a product reads.
+
+    Args:
+        is_stored_in_out: whether the parameter's matrices are (in, out).
+        index: which matrix of a stack; None for all of the parameter.
+    """
+
+    is_stored_in_out: bool
+    index: int | None = None
+
+
+def part_of(parameter: Tensor, product: Product) -> Part | None:
+    """Return the part of a parameter that a product reads; None if it reads another tensor, or other parts."""
+    view, dims = product.weight, parameter.dim()
+    if (dims, view.dim()) not in ((2, 2), (3, 3), (3, 2)) or not _shares_memory(view, parameter):
+        return None
+    is_turned = _is_turned(parameter, view)
+    if is_turned is None or view.shape[:-2] not in (parameter.shape[:-2], ()) or not parameter.is_contiguous():
+        return None
+    is_stored_in_out = product.is_out_first == is_turned
+    if dims == view.dim():
+        return Part(is_stored_in_out) if _is_whole(view, parameter) else None
+    # Dynamo knows no offsets: it leaves such code to Python.
+    return Part(is_stored_in_out, int(view.storage_offset() - parameter.storage_offset()) // int(parameter.stride(0)))
+
+
+def _shares_memory(view: Tensor, parameter: Tensor) -> bool:
+    if view is parameter:
+        return True
+    if torch.compiler.is_dynamo_compiling():  # which knows no storages
+        return view._base is parameter
+    return storage_key(view) == storage_key(parameter)
+
+
+def _is_whole(view: Tensor, parameter: Tensor) -> bool:
+    """Return whether a view of as many elements starts where the parameter does; one storage may hold several."""
+    return torch.compiler.is_dynamo_compiling() or view.storage_offset() == parameter.storage_offset()
+
+
+def _is_turned(parameter: Tensor, view: Tensor) -> bool | None:
+    """Return whether the matrices of a view are the parameter's transposed; None if they are others."""
+    sizes, strides = parameter.shape[-2:], parameter.stride()[-2:]
+    if view.shape[-2:] == sizes and view.stride()[-2:] == strides:
+        return False
+    return True if view.shape[-2:] == sizes[::-1] and view.stride()[-2:] == strides[::-1] else None
