@@ -33,7 +33,11 @@ from torch import nn
 import nmcompile
 
 RESULT = Path(__file__).parent / "results" / "masks.json"
-LOADERS = {LANGUAGE_MODEL: load_language_model, EMBEDDINGS: load_embeddings, SCORE_MAPS: lambda count, _: load_score_maps(count)}
+LOADERS = {
+    LANGUAGE_MODEL: load_language_model,
+    EMBEDDINGS: load_embeddings,
+    SCORE_MAPS: lambda count, _: load_score_maps(count),
+}
 Result = dict[str, Any]
 
 

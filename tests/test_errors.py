@@ -71,9 +71,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[errors.NMCompileError], tuple[str, 
         ("'decoder'", "(10, 8)", "8 in-features are not a multiple of 5", "another pattern or None"),
     ),
     "nothing to compile": (
-        lambda: nmcompile.compile(nn.Sequential(nn.ReLU(), nn.LSTM(4, 4))),
+        lambda: nmcompile.compile(nn.Sequential(nn.ReLU(), nn.Bilinear(4, 4, 4))),
         errors.CaptureError,
-        ("Sequential", "no conv or linear", "1: recurrent layer"),
+        ("Sequential", "no conv or linear", "1: bilinear layer"),
     ),
     "lazy layer": (
         lambda: nmcompile.compile(nn.LazyLinear(4)),

@@ -73,13 +73,13 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, module in {"in": nn.Linear(8, 8), "mid": nn.Linear(8, 8), "rnn": nn.LSTM(8, 8)}.items():
+        for name, module in {"in": nn.Linear(8, 8), "mid": nn.Linear(8, 8), "two": nn.Bilinear(8, 8, 8)}.items():
             self.add_module(NAME + name, module)
         self.first, self.second, self.third = self.children()
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.second(self.first(x).relu())
-        return self.third(hidden)[0] if hidden.sum() > 0 else hidden
+        return self.third(hidden, hidden) if hidden.sum() > 0 else hidden
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_shares_count_every_parameter_in_each_gemm() -> None:
         ("need", "first layer"): 128,
         ("need", "last linear"): 64,
         ("need", "indivisible"): (240 * 1 + 240 * 2) / 3,
-        ("python", "recurrent"): 512,
+        ("need", "recurrent"): 512,
     }
     assert shares.shares == {group: pytest.approx(count / total) for group, count in expected.items()}
 

@@ -5,7 +5,7 @@ Code that multiplies by a parameter and is not a layer has a kind without need t
 
 from typing import NamedTuple
 
-from nmcompile.planning.plan_phases import FIRST, LAST, TIED
+from nmcompile.planning.plan_phases import FIRST, LAST, RECURRENT, TIED
 
 
 class Need(NamedTuple):
@@ -20,6 +20,7 @@ NEEDS = {
     "first layer": Need(FIRST, "the paper leaves it dense (§6.1)"),
     "last linear": Need(LAST, "the paper leaves it dense (§6.4)"),
     "tied": Need(TIED, "its weight is an embedding's too, whose rows are looked up"),
+    "recurrent": Need(RECURRENT, "one fused kernel runs its GEMMs; a layer that the config names is pruned"),
     "indivisible": Need("are not a multiple of", "the block does not divide its channels"),
 }
 """Every other reason why a layer is dense is without need."""
@@ -27,7 +28,6 @@ WITHOUT = {
     "bypassed": "bypassed",
     "two axes": "multiplied along its other axis",
     "transposed convolution": "transposed convolution",
-    "recurrent": "recurrent layer",
     "bilinear": "bilinear",
     "own forward": "has its own forward",
     "weight dims": "its weight has",

@@ -19,16 +19,16 @@ IN_ROLES = ("in_proj", "q_proj", "k_proj", "v_proj")
 
 
 def facts_without_graph(
-    model: nn.Module, sites: Sequence[Site], outline: WholeGraph | None, adapters: frozenset[str] = frozenset()
+    model: nn.Module, sites: Sequence[Site], outline: WholeGraph | None, aside: frozenset[str] = frozenset()
 ) -> dict[str, Facts]:
     """Return facts by layer name without a whole graph: only the ends, from an outline or the order of modules.
 
-    The layers in `adapters` are not part of the model proper and are never its ends.
+    The layers in `aside` (aside, recurrent ones) are never its ends.
     """
     if outline is not None:
-        seen = facts_from_graph(model, sites, outline, {}, adapters)
+        seen = facts_from_graph(model, sites, outline, {}, aside)
         return {name: Facts(first=facts.first, last=facts.last) for name, facts in seen.items()}
-    first, last = guessed_ends([site for site in sites if site.layer.name not in adapters])
+    first, last = guessed_ends([site for site in sites if site.layer.name not in aside])
     return {s.layer.name: Facts(first=s.layer.name == first, last=s.layer.name == last) for s in sites}
 
 

@@ -12,12 +12,12 @@ from nmcompile.capture.outline import outline
 from nmcompile.capture.regions import Regions, find_regions
 from nmcompile.capture.replay import differing_forwards
 from nmcompile.capture.routes import Routes, find_routes, known_routes
-from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, own_matrices
+from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, is_recurrent, own_matrices
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
 from nmcompile.capture.weight_reads import WeightReads, find_weight_reads
 from nmcompile.errors import CaptureError
-from nmcompile.ir.captured import Captured, WholeGraph
+from nmcompile.ir.captured import Captured, Site, WholeGraph
 from nmcompile.ir.storage_key import storage_key
 from nmcompile.sharded import FSDP1, is_flat, is_sharded
 
@@ -57,11 +57,12 @@ def capture_model(
         example = _example(model, found, args, kwargs)
         whole, reason = _whole(model, found, protected, example)
         positions = example.positions if example else {}
-        adapters = find_adapters(model, found)
+        adapters, recurrent = find_adapters(model, found), _recurrent(model, sites)
+        aside = adapters | recurrent
         if whole is not None:
-            facts = facts_from_graph(model, sites, whole, positions, adapters)
+            facts = facts_from_graph(model, sites, whole, positions, aside)
         else:
-            facts = facts_without_graph(model, sites, outline(model, found, protected), adapters)
+            facts = facts_without_graph(model, sites, outline(model, found, protected), aside)
         bypassed, suspected = _judge_reads(layers.found, regions, reads, routes, example)
     return Captured(
         sites=tuple(sites),
@@ -75,6 +76,7 @@ def capture_model(
         suspected=suspected,
         tied=_tied(model, found),
         adapters=adapters,
+        recurrent=recurrent,
         traces=regions.traces,
         routes=routes.by_module,
         untraced=frozenset(routes.indexed if whole and whole.source == "export" else routes.by_module),
@@ -156,6 +158,10 @@ def _routes(
     return find_routes(
         model, found, frozenset().union(*python, *read), frozenset(regions.traces), args or (), kwargs or {}
     )
+
+
+def _recurrent(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
+    return frozenset(site.layer.name for site in sites if is_recurrent(model.get_submodule(site.module)))
 
 
 def _still_python(

@@ -22,6 +22,7 @@ def rename_layers(captured: Captured, sites: Mapping[str, Site]) -> Captured:
         suspected={names.get(name, name): one for name, one in captured.suspected.items()},
         tied={names[name]: one for name, one in captured.tied.items()},
         adapters=frozenset(names[name] for name in captured.adapters),
+        recurrent=frozenset(names[name] for name in captured.recurrent),
         whole=whole,
     )
 

@@ -18,12 +18,8 @@ ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-RECURRENT = "recurrent layer: its GEMMs run inside one fused kernel"
-NOT_GEMMS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Bilinear, "bilinear layer: its weight meets two inputs"),
-    (nn.RNNBase, RECURRENT),
-    (nn.RNNCellBase, RECURRENT),
-)
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+BILINEAR = "bilinear layer: its weight meets two inputs"
 UNINITIALISED = "run the model once to initialise lazy layers"
 
 
@@ -57,6 +53,8 @@ def find_module_layers(model: nn.Module) -> ModuleLayers:
             result.python[name] = foreign_forward(module) or own
         elif id(module) in inside:
             continue
+        elif is_recurrent(module):
+            result.found.extend(_recurrent_sites(name, module))
         elif reason := _skip_reason(module):
             result.skipped[name] = reason
         elif is_layer(module):
@@ -90,15 +88,29 @@ def is_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) and _inherits(module, nn.MultiheadAttention, "forward")
 
 
+def is_recurrent(module: nn.Module) -> bool:
+    """Return whether the module is one of torch's recurrent layers, inherits its forward, and holds its weights."""
+    base = next((base for base in RECURRENT if isinstance(module, base)), None)
+    is_own = base is not None and _inherits(module, base, "forward")
+    return is_own and all(isinstance(module._parameters.get(name), Tensor) for name in _gates(module))
+
+
+def _gates(module: nn.Module) -> list[str]:
+    """Return the attributes of a recurrent layer's weights."""
+    names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ["weight_ih", "weight_hh"]
+    return [name for name in names if name.startswith("weight_")]
+
+
 def _inherits(module: nn.Module, base: type[nn.Module], method: str) -> bool:
     is_own = not foreign_forward(module) if method == "forward" else method not in module.__dict__
     return is_own and getattr(type(module), method) is getattr(base, method)
 
 
 def _skip_reason(module: nn.Module) -> str:
-    for kind, reason in NOT_GEMMS:
-        if isinstance(module, kind):
-            return reason
+    if isinstance(module, nn.Bilinear):
+        return BILINEAR
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return foreign_forward(module) or "recurrent layer with its own forward or computed weights"
     if isinstance(module, TRANSPOSED_CONVS) and module.groups > 1:
         is_depthwise = module.groups == module.in_channels
         return f"{'depthwise' if is_depthwise else 'grouped'} transposed convolution"
@@ -196,6 +208,14 @@ def _has(module: nn.Module, attribute: str) -> bool:
     if attribute in getattr(module, "parametrizations", {}):
         return True
     return module._parameters.get(attribute) is not None or module.__dict__.get(attribute) is not None
+
+
+def _recurrent_sites(name: str, module: nn.Module) -> Iterator[FoundSite]:
+    for attribute in _gates(module):
+        weight = module.get_parameter(attribute)
+        has_bias = bool(module.bias) and not attribute.startswith("weight_hr")
+        layer = LinearLayer(join(name, attribute), tuple(weight.shape), has_bias)
+        yield FoundSite(Site(layer, name, attribute, join(name, attribute)), frozenset({id(weight)}))
 
 
 def _attention_sites(name: str, module: nn.MultiheadAttention) -> Iterator[FoundSite]:

@@ -29,16 +29,15 @@ def deployed_layers(compiled: nn.Module) -> dict[str, DeployedLayer]:
     root, record = record_of(compiled)
     captured = record.program.captured
     bypassed = {**captured.bypassed, **bypassed_layers(root)}
-    # Products that code makes in its own way stay as they are, unless they are sparse.
+    # Dense products that code makes in its own way stay as they are, and so do fused recurrent layers.
     routed = {layer for layers in captured.routes.values() for layer in layers.values()}
     layers = [triple for triple in triples_of(root) if triple.layer.name not in bypassed]
     layers = [triple for triple in layers if not (triple.is_dense and triple.layer.name in routed)]
     for triple in layers:
         _check_input(triple, captured.facts[triple.layer.name].nonnegative)
     rewritten = {triple.layer.name: _deployed(root, triple) for triple in layers}
-    left = [
-        site for site in captured.sites if site.layer.name not in routed | bypassed.keys() and not site.is_expression
-    ]
+    aside = routed | captured.recurrent | bypassed.keys()
+    left = [site for site in captured.sites if site.layer.name not in aside and not site.is_expression]
     return {site.layer.name: _plain(root, site) for site in left} | rewritten
 
 

@@ -17,7 +17,7 @@ class Site:
         module: name of the module whose forward runs the node.
         role: `""` if the module itself is the layer; the fx node's name for a functional call in the module's forward;
             the attribute of the weight where Python code multiplies by it; `"in_proj"`, `"q_proj"`, `"k_proj"`,
-            `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`.
+            `"v_proj"` or `"out_proj"` in `nn.MultiheadAttention`; the weight's attribute in a recurrent module.
         weight: full name of the weight. It is the parameter's name; for a computed weight `<module>.weight`, or the
             module's and the fx node's name for a functional call.
         is_expression: whether the weight is computed in forward (a parametrization, a standardized weight).
@@ -102,6 +102,7 @@ class Captured:
         suspected: by layer name, code that may read the layer's weight without calling it; a run shows whether it does.
         tied: by layer name, the embedding that owns the same weight.
         adapters: the layers that PEFT or similar libraries added to the model's own.
+        recurrent: the layers that are weights of torch's recurrent modules.
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
         routes: by name of a module whose Python code multiplies by weights of layers, the layers by name of the weight.
         untraced: those of these modules whose code no graph takes whole.
@@ -122,6 +123,7 @@ class Captured:
     suspected: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     adapters: frozenset[str] = frozenset()
+    recurrent: frozenset[str] = frozenset()
     traces: Mapping[str, fx.Graph] = field(default_factory=dict)
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     untraced: frozenset[str] = frozenset()

@@ -23,6 +23,10 @@ FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') cha
 LAST = "last linear, not pruned (paper §6.4); CompileConfig(ends='sparse') changes that"
 TIED = "its weight is tied to the embedding"
 ADAPTER = "adapter, not pruned; CompileConfig(layers=...) with its name changes that"
+RECURRENT = (
+    "recurrent layer: its GEMMs run in one fused kernel; CompileConfig(layers=...) with its name prunes them and runs "
+    "each step by itself"
+)
 UNREACHED = "calibration ran the model without calling it"
 CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it again"
 DROPPED = "the mask that an earlier compilation gave it is dropped"
@@ -138,7 +142,7 @@ class _LayerPlanner:
             return "left dense by CompileConfig.layers"
         if name in self.captured.bypassed:
             return f"bypassed: {self.captured.bypassed[name]}"
-        if asked == LayerConfig():
+        if asked == LayerConfig() and name not in self.captured.recurrent:
             return ""
         if asked.weight is not None and (other := self._other_axis()) and not self._fits_both_axes(asked.weight):
             return (
@@ -149,6 +153,8 @@ class _LayerPlanner:
             return f"{TIED} {self.captured.tied[name]!r}"
         if name in self.captured.adapters and not is_named:
             return ADAPTER
+        if name in self.captured.recurrent and not is_named:
+            return RECURRENT
         if self.layer.is_depthwise:
             return "depthwise convolution: one in-channel per group leaves nothing to prune along"
         if self.config.ends != "sparse" and not is_named:

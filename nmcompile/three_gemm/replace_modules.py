@@ -18,6 +18,8 @@ from nmcompile.three_gemm.absorbed_norm import absorb
 from nmcompile.three_gemm.attention import ThreeGemmAttention
 from nmcompile.three_gemm.conv_transpose import ThreeGemmConvTranspose
 from nmcompile.three_gemm.modules import ThreeGemm, ThreeGemmLayer, install, install_graph, run_three_gemm
+from nmcompile.three_gemm.recurrent import ThreeGemmRecurrent
+from nmcompile.three_gemm.recurrent_cells import ThreeGemmCell
 from nmcompile.three_gemm.routed import Route, install_routes
 from nmcompile.three_gemm.triple import GemmTriple
 
@@ -65,9 +67,13 @@ def _routes(program: Program, module: str, triples: Mapping[str, GemmTriple]) ->
 
 
 def _mixin(module: nn.Module) -> type[ThreeGemm]:
-    """Return the mixin whose forward fits a module that is a layer, or attention."""
+    """Return the mixin whose forward fits a module that is a layer, attention, or recurrent."""
     if isinstance(module, nn.MultiheadAttention):
         return ThreeGemmAttention
+    if isinstance(module, nn.RNNBase):
+        return ThreeGemmRecurrent
+    if isinstance(module, nn.RNNCellBase):
+        return ThreeGemmCell
     return ThreeGemmConvTranspose if isinstance(module, nn.modules.conv._ConvTransposeNd) else ThreeGemmLayer
 
 

@@ -146,8 +146,10 @@ def test_subclass_that_inherits_forward_is_a_layer_and_one_with_conv_forward_is_
     [
         (nn.ConvTranspose2d(4, 4, 2, groups=2), "grouped transposed"),
         (nn.Bilinear(4, 4, 4), "two inputs"),
-        (nn.LSTM(4, 4), "recurrent"),
-        (nn.GRUCell(4, 4), "recurrent"),
+        (
+            parametrizations.weight_norm(nn.GRUCell(4, 4), "weight_hh"),
+            "recurrent layer with its own forward or computed weights",
+        ),
         (nn.LazyLinear(4), "run the model once to initialise lazy layers"),
         (nn.Linear(4, 4, dtype=torch.complex64), "its weight is complex64"),
     ],
@@ -183,5 +185,5 @@ def test_weight_tied_to_an_embedding() -> None:
 def test_a_model_without_layers_is_an_error_that_names_it() -> None:
     with pytest.raises(CaptureError, match="ReLU has no conv or linear layer to compile"):
         capture_model(nn.ReLU())
-    with pytest.raises(CaptureError, match="recurrent"):
-        capture_model(nn.LSTM(4, 4))
+    with pytest.raises(CaptureError, match="bilinear"):
+        capture_model(nn.Bilinear(4, 4, 4))
