@@ -4,6 +4,7 @@ torch's own forward is one fused kernel, which knows no masks.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
