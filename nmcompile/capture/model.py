@@ -8,14 +8,15 @@ from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture.adapters import find_adapters, read_by_adapters
 from nmcompile.capture.exported import Exported, export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
+from nmcompile.capture.judge_code import judge_reads, multiplied_by_code, still_python
 from nmcompile.capture.outline import outline
-from nmcompile.capture.regions import Regions, find_regions
+from nmcompile.capture.regions import find_regions
 from nmcompile.capture.replay import differing_forwards
 from nmcompile.capture.routes import Routes, find_routes, known_routes
 from nmcompile.capture.sites import FoundSite, ModuleLayers, find_module_layers, is_recurrent, own_matrices
 from nmcompile.capture.state import unchanged
 from nmcompile.capture.stitch import stitch
-from nmcompile.capture.weight_reads import WeightReads, find_weight_reads
+from nmcompile.capture.weight_reads import find_weight_reads
 from nmcompile.errors import CaptureError
 from nmcompile.ir.captured import Captured, Site, WholeGraph
 from nmcompile.ir.storage_key import storage_key
@@ -48,9 +49,10 @@ def capture_model(
             regions = find_regions(model, layers.found, protected, differing) if differing else regions
         found = [*layers.found, *regions.found]
         reads = find_weight_reads(model, layers.found, regions.called)
-        routes = _routes(model, layers, regions, reads, (args, kwargs), earlier)
+        code = multiplied_by_code(model, layers, regions, reads)
+        routes = _routes(model, found, code, frozenset(regions.traces), (args, kwargs), earlier)
         found = _in_module_order(model, [*found, *routes.found])
-        python = _still_python(model, layers, regions, found)
+        python = still_python(model, layers, regions, found)
         if not found:
             raise CaptureError(_nothing_found(model, layers, python))
         sites = [one.site for one in found]
@@ -63,7 +65,7 @@ def capture_model(
             facts = facts_from_graph(model, sites, whole, positions, aside)
         else:
             facts = facts_without_graph(model, sites, outline(model, found, protected), aside)
-        bypassed, suspected = _judge_reads(layers.found, regions, reads, routes, example)
+        bypassed, suspected = judge_reads(layers.found, regions, reads, routes, example)
     return Captured(
         sites=tuple(sites),
         facts=facts,
@@ -109,22 +111,19 @@ def _whole(
     return whole, "; ".join(filter(None, (failure, reason)))
 
 
-def _judge_reads(
-    layers: list[FoundSite], regions: Regions, reads: WeightReads, routes: Routes, example: Exported | None
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the layers that other code reads instead of calling them, and those for which only a run can tell."""
-    bypassed, suspected = {**reads.certain, **regions.bypassed}, dict(reads.possible)
-    if example is not None and example.called is not None:
-        modules = {one.site.layer.name: one.site.module for one in layers}
-        uncalled = {name: why for name, why in reads.possible.items() if modules[name] not in example.called}
-        read = {name: f"its weight is read by {reader}.forward" for name, reader in example.reads.items()}
-        # A branch that the example does not take may read it.
-        kept = {name for name in routes.unread if modules.get(name) in example.called}
-        suspected = {name: why for name, why in bypassed.items() if name in kept} | suspected
-        bypassed = {**uncalled, **read, **{name: why for name, why in bypassed.items() if name not in kept}}
-    bypassed = {name: why for name, why in bypassed.items() if name not in routes.layers}
-    hidden = bypassed.keys() | routes.layers
-    return bypassed, {name: why for name, why in suspected.items() if name not in hidden}
+def _routes(
+    model: nn.Module,
+    found: Sequence[FoundSite],
+    code: frozenset[int],
+    generated: frozenset[str],
+    example: tuple[Args | None, Kwargs | None],
+    earlier: Captured | None,
+) -> Routes:
+    """Return how code multiplies by these parameters, as a run of an example shows now or showed before."""
+    args, kwargs = example
+    if (args is None and not kwargs) or any(map(is_sharded, model.parameters())):
+        return Routes() if earlier is None else known_routes(model, earlier)
+    return find_routes(model, found, code, generated, args or (), kwargs or {})
 
 
 def _in_module_order(model: nn.Module, found: list[FoundSite]) -> list[FoundSite]:
@@ -139,39 +138,8 @@ def _tied(model: nn.Module, found: Sequence[FoundSite]) -> dict[str, str]:
     }
 
 
-def _routes(
-    model: nn.Module,
-    layers: ModuleLayers,
-    regions: Regions,
-    reads: WeightReads,
-    example: tuple[Args | None, Kwargs | None],
-    earlier: Captured | None,
-) -> Routes:
-    """Return the weights that code without layers multiplies by, as a run of an example shows."""
-    args, kwargs = example
-    if (args is None and not kwargs) or any(map(is_sharded, model.parameters())):
-        return Routes() if earlier is None else known_routes(model, earlier)
-    python = [own_matrices(model.get_submodule(name)) for name in (*layers.python, *regions.python)]
-    suspected = {*reads.certain, *reads.possible, *regions.bypassed}
-    read = [one.parameters for one in layers.found if one.site.layer.name in suspected and not one.site.role]
-    found = [*layers.found, *regions.found]
-    return find_routes(
-        model, found, frozenset().union(*python, *read), frozenset(regions.traces), args or (), kwargs or {}
-    )
-
-
 def _recurrent(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
     return frozenset(site.layer.name for site in sites if is_recurrent(model.get_submodule(site.module)))
-
-
-def _still_python(
-    model: nn.Module, layers: ModuleLayers, regions: Regions, found: Sequence[FoundSite]
-) -> dict[str, str]:
-    """Return the modules with code that multiplies by parameters of no layer."""
-    captured = frozenset[int]().union(*(one.parameters for one in found))
-    own = {name: own_matrices(model.get_submodule(name)) for name in layers.python} | regions.uncaptured
-    python = layers.python | regions.python
-    return {name: why for name, why in python.items() if not own.get(name) or own[name] - captured}
 
 
 def _known_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,20 +6,19 @@ torch.bmm(x, W), F.grouped_mm(x, W, ends)  every matrix of a stack, each with in
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.ir.einsum import weight_einsum
 from nmcompile.ir.storage_key import storage_key
 
 Function = Callable[..., object]
-MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-BATCHED = (torch.bmm, Tensor.bmm)
-GROUPED = (getattr(torch, "_grouped_mm", None),)  # what F.grouped_mm calls
 OF_TRANSFORMERS = "transformers::grouped_mm_fallback"
 """The operator that Hugging Face's experts take where torch has no grouped product."""
 
@@ -41,28 +40,6 @@ class Product:
     join: Callable[[Sequence[Tensor]], Tensor]
     is_out_first: bool = False
     bias: Tensor | None = None
-
-
-def products(function: Function, args: Args, kwargs: Kwargs) -> Iterator[Product]:
-    """Yield how a call of torch can be read as a product with a weight: once for each operand that may be one."""
-    for read in _readers(function):
-        try:
-            yield from read(*args, **kwargs)
-        except (TypeError, AttributeError):  # another form of the call, with out= say
-            continue
-
-
-def _readers(function: Function) -> tuple[Callable[..., Iterator[Product]], ...]:
-    if function is F.linear:
-        return (_linear,)
-    if function in MATMULS:
-        return _matmul, _left_matmul, _batched
-    if function in BATCHED:
-        return (_batched,)
-    if function is torch.einsum:
-        return (_einsum,)
-    is_grouped = function in GROUPED or getattr(function, "_qualified_op_name", "") == OF_TRANSFORMERS
-    return (_grouped,) if is_grouped else ()
 
 
 def _only(outputs: Sequence[Tensor]) -> Tensor:
@@ -117,6 +94,30 @@ def _einsum(equation: str, *operands: Tensor) -> Iterator[Product]:
         if found is not None:
             inputs, join = (lambda x=x, f=found, w=w: f.inputs(x, len(w))), found.join
             yield Product(w, inputs, join, found.is_out_first)
+
+
+READERS: dict[Function, tuple[Callable[..., Iterator[Product]], ...]] = {
+    F.linear: (_linear,),
+    torch.einsum: (_einsum,),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), (_batched,)),
+    **dict.fromkeys(
+        (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), (_matmul, _left_matmul, _batched)
+    ),
+    **({torch._grouped_mm: (_grouped,)} if hasattr(torch, "_grouped_mm") else {}),  # what F.grouped_mm calls
+}
+
+
+def products(function: Function, args: Args, kwargs: Kwargs) -> Sequence[Product]:
+    """Return how a call of torch can be read as a product with a weight: once for each operand that may be one."""
+    readers = READERS.get(function)
+    if readers is None:
+        is_grouped = isinstance(function, OpOverloadPacket) and function._qualified_op_name == OF_TRANSFORMERS
+        readers = (_grouped,) if is_grouped else ()
+    found: list[Product] = []
+    for read in readers:
+        with suppress(TypeError, AttributeError):  # another form of the call, with out= say
+            found += read(*args, **kwargs)
+    return found
 
 
 @dataclass(frozen=True)

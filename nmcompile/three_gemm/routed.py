@@ -96,7 +96,8 @@ class Router(TorchFunctionMode):
         self, function: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
-        for product, (weight, triple) in itertools.product(products(function, args, kwargs), self.layers):
+        found = products(function, args, kwargs)
+        for product, (weight, triple) in itertools.product(found, self.layers) if found else ():
             part = part_of(weight, product)
             if part is not None and triple.is_dense:
                 triple.note_call()  # the very function that eager code calls runs it
