@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.errors import ExportError
 from nmcompile.export.outputs import left_out, output_names, outputs_of
+from nmcompile.export.write.flatten_attention import flatten_attention
 from nmcompile.export.write.open_products import open_products
 from nmcompile.export.write.open_shapes import Shapes, enlarged, names_of, open_as_asked, open_batch
 from nmcompile.own_thread import exporting_alone
@@ -85,6 +86,7 @@ def trace_model(
     program, left, outputs = _exported(plain, args, kwargs, shapes)
     _check_outputs(program, type(plain).__name__)
     open_products(program)
+    flatten_attention(program)
     try:
         # With gradients on, the decomposition of attention would take a kernel with other strides than the trace.
         with exporting_alone(), torch.no_grad(), _without_advice():
