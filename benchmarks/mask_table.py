@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 RESULT = Path(__file__).parent / "results" / "masks.json"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-MARK = re.compile(r"(<!-- masks: (.+), (\d+) x (\d+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- masks: (\S+), (\d+) x (\d+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table_of(results: Sequence[dict[str, Any]], model: str, calibration: Sequence[int]) -> str:
@@ -27,12 +27,15 @@ def table_of(results: Sequence[dict[str, Any]], model: str, calibration: Sequenc
 
 
 def _score(result: dict[str, Any] | None) -> str:
-    return "" if result is None else f"{result['score']:.3g}"
+    if result is None:
+        return ""
+    score = result["score"]
+    return f"{score:.3f}" if score < 1 else f"{score:.3g}"
 
 
 def with_tables(page: str, results: Sequence[dict[str, Any]]) -> str:
     """Return the page with the tables of these results between its marks."""
-    return MARK.sub(lambda mark: mark[1] + table_of(results, mark[2], [int(mark[3]), int(mark[4])]) + mark[6], page)
+    return MARK.sub(lambda mark: mark[1] + table_of(results, mark[2], [int(mark[3]), int(mark[4])]) + "\n" + mark[6], page)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-NAMES = "craft", "mask_rows", "masks", "subjects", "texts"
+NAMES = "craft", "mask_rows", "mask_table", "masks", "subjects", "texts"
 with mock.patch.object(sys, "path", [str(BENCHMARKS), *sys.path]):  # as when the script runs
-    craft, mask_rows, masks, subjects, texts = map(importlib.import_module, NAMES)
+    craft, mask_rows, mask_table, masks, subjects, texts = map(importlib.import_module, NAMES)
 
 WORDS = 8
 
@@ -69,3 +69,31 @@ def test_a_row_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [result["method"] for result in results] == names and loads == [(128, 16)] * 3
     scores = {result["method"]: result["score"] for result in results}
     assert scores["sparsegpt"] < scores["wanda"] and scores["permuted, wanda"] != scores["wanda"]
+
+
+def test_the_page_holds_the_tables_of_the_results() -> None:
+    page = mask_table.PAGE.read_text()
+    assert page.count("<!-- masks:") == page.count("<!-- end -->") > 0
+    assert mask_table.with_tables(page, json.loads(mask_table.RESULT.read_text())["results"]) == page
+
+
+def test_a_table_has_a_row_for_each_method() -> None:
+    results = [
+        {
+            "model": "net",
+            "pattern": pattern,
+            "method": method,
+            "masks": method,
+            "refit": False,
+            "calibration": amount,
+            "score": score,
+        }
+        for pattern, method, amount, score in [
+            ("2:4", "magnitude", [1, 1], 61.59),
+            ("4:8", "magnitude", [1, 1], 31.8),
+            ("2:4", "wanda", [2, 8], 0.9571),
+            ("2:4", "wanda", [4, 8], 7.0),
+        ]
+    ]
+    lines = mask_table.table_of(results, "net", [2, 8]).splitlines()
+    assert [line.replace(" ", "") for line in lines[2:]] == ["|magnitude|61.6|31.8|", "|wanda|0.957||"]
