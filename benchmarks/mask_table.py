@@ -35,7 +35,9 @@ def _score(result: dict[str, Any] | None) -> str:
 
 def with_tables(page: str, results: Sequence[dict[str, Any]]) -> str:
     """Return the page with the tables of these results between its marks."""
-    return MARK.sub(lambda mark: mark[1] + table_of(results, mark[2], [int(mark[3]), int(mark[4])]) + "\n" + mark[6], page)
+    return MARK.sub(
+        lambda mark: mark[1] + table_of(results, mark[2], [int(mark[3]), int(mark[4])]) + "\n" + mark[6], page
+    )
 
 
 if __name__ == "__main__":

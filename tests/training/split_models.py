@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -132,6 +132,28 @@ def _sharded(mode: str, checkpointed: bool) -> tuple[nn.Module, Optimizer]:
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     weights, moments = get_state_dict(model, optimizer)
     return {"weights": weights, "moments": moments, "sparse": nmcompile.sparse_state_dict(model)}
+
+
+def accelerate(mode: str, refresh: Any = "steady") -> Job:
+    """Split the model by FSDP2 as Accelerate does; it does so on accelerators only, unless its state says otherwise."""
+
+    def job(rank: int, folder: Path) -> dict[str, Any]:
+        from accelerate import Accelerator, FullyShardedDataParallelPlugin
+        from accelerate.utils import DistributedType
+
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Sequential"]
+        )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        model = compiled(mode, refresh)
+        model, optimizer = accelerator.prepare(model, SGD(model.parameters(), 0.1))
+        assert isinstance(model, FSDPModule)
+        train(model, optimizer, range(STEPS), rank, dist.get_world_size())
+        return found(model)
+
+    return job
 
 
 def two_dims(mode: str, refresh: Any = "steady") -> Job:

@@ -24,6 +24,7 @@ TWO = {
     "pipeline": ("pipeline", Schedule1F1B, "t-weights"),
     "drawn pipeline": ("pipeline", Schedule1F1B, "training"),
     "saved": ("saved", "training"),
+    "accelerate": ("accelerate", "t-weights"),
 }
 SCHEDULES = [Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble]
 SWEPT = {
@@ -83,6 +84,10 @@ def test_zero_counts_each_step_once(two: list[dict[str, Any]]) -> None:
     check_as_one_process([rank["zero"] for rank in two], "t-weights", "steady")
     clocks = {name: clock for name, clock in two[0]["zero"]["sparse"].items() if name.endswith(".clock")}
     assert len(clocks) == 4 and all(clock[0] == STEPS for clock in clocks.values())
+
+
+def test_fsdp2_of_accelerate_trains_as_one_process_does(two: list[dict[str, Any]]) -> None:
+    check_as_one_process([rank["accelerate"] for rank in two], "t-weights", "steady")
 
 
 def test_a_pipeline_trains_as_one_process_does(two: list[dict[str, Any]]) -> None:
