@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from nmcompile.arguments import Kwargs
 from nmcompile.sharded import gathered, is_sharded
@@ -46,8 +47,9 @@ def unsharded_copy(model: nn.Module) -> nn.Module:
 
 
 def _computed(module: nn.Module) -> list[Tensor]:
-    """Return attributes with a history, which torch refuses to copy: weights that hooks computed for the last call."""
-    return [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    """Return tensors with a history, which torch refuses to copy: weights that hooks computed, values in caches."""
+    leaves = pytree.tree_leaves(vars(module))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_leaf]
 
 
 def _fully_sharded(model: nn.Module) -> list[Any]:

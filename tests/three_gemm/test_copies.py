@@ -113,3 +113,24 @@ def test_averaged_model_runs_averaged_weights_under_the_masks_of_the_model(x: Te
     plain, averaged = MODELS["layers"]().eval(), average.module.state_dict()
     plain.load_state_dict({key: value * masks.get(f"{key}.mask", 1) for key, value in averaged.items()})
     torch.testing.assert_close(average.eval()(x), nmcompile.compile(plain, config=ALL)(x))
+
+
+def test_values_with_a_history_that_a_module_keeps_do_not_hinder_finalize() -> None:
+    """LeViT keeps its attention biases in a dict when it runs in eval()."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.bias, self.cache = nn.Linear(8, 8), nn.Parameter(torch.randn(8)), dict[str, Tensor]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache["bias"] = self.bias * 2
+            result: Tensor = self.body(x) + self.cache["bias"]
+            return result
+
+    x = torch.randn(4, 8)
+    model = nmcompile.compile(Cached(), "weights", config=CompileConfig(ends="sparse"))
+    expected = model(x)
+    final = nmcompile.finalize(model)
+    assert isinstance(final, Cached) and final.cache["bias"].is_leaf and model.cache["bias"] is not final.cache["bias"]
+    torch.testing.assert_close(final(x), expected)
