@@ -205,6 +205,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "half of it": lambda x, w: F.linear(x[..., :4], w[:, :4]),
     "copy": lambda x, w: F.linear(x, w.clone()),
     "both layouts": lambda x, w: F.linear(x, w) @ w,
+    "gram matrix": lambda x, w: x @ (w @ w.T),
     "norm": lambda x, w: F.linear(x, F.normalize(w)),
 }
 

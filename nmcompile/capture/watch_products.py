@@ -52,7 +52,8 @@ def watch_products(
     found, modes = Watched(), {module: module.training for module in model.modules()}
     try:
         for training in (False, True):
-            model.train(training)
+            for module in modes:
+                module.training = training  # an own train() may merge weights
             with suppress(Exception):
                 _run(model, _Watch(names, own, found), args, kwargs)
                 found.has_run = True
@@ -112,15 +113,20 @@ class _Watch(TorchFunctionMode):
                 self._note(parameter, reader, function, args, kwargs or {}, result)
         return result
 
+    def _weights(self, operands: object, biases: Sequence[Tensor]) -> int:
+        """Return how many operands but biases are watched weights: a product of two is no layer."""
+        others = [one for one in _tensors(operands) if all(one is not bias for bias in biases)]
+        return sum(id(one) in self.names or id(one._base) in self.names for one in others)
+
     def _note(
         self, parameter: Tensor, reader: str, function: Function, args: Args, kwargs: Kwargs, result: object
     ) -> None:
         name, called = self.names[id(parameter)], getattr(function, "__name__", str(function))
-        parts = [
-            (part_of(parameter, product), product.bias is not None) for product in products(function, args, kwargs)
-        ]
+        found = products(function, args, kwargs)
+        biases = [product.bias for product in found if product.bias is not None]
+        parts = [(part_of(parameter, product), product.bias is not None) for product in found]
         uses = {(part, has_bias) for part, has_bias in parts if part is not None}
-        if uses:
+        if uses and self._weights((args, kwargs), biases) == 1:
             self.found.products.setdefault((name, reader), set()).update(uses)
         elif called == "detach" or not (_shares(result, parameter) or is_metadata(called)):
             self.found.others.setdefault(name, called)

@@ -143,9 +143,11 @@ def part_of(parameter: Tensor, product: Product) -> Part | None:
         return None
     is_stored_in_out = product.is_out_first == is_turned
     if dims == view.dim():
-        return Part(is_stored_in_out) if _is_whole(view, parameter) else None
+        is_whole = view.stride()[:-2] == parameter.stride()[:-2] and _is_whole(view, parameter)
+        return Part(is_stored_in_out) if is_whole else None
     # Dynamo knows no offsets: it leaves such code to Python.
-    return Part(is_stored_in_out, int(view.storage_offset() - parameter.storage_offset()) // int(parameter.stride(0)))
+    index, rest = divmod(int(view.storage_offset() - parameter.storage_offset()), int(parameter.stride(0)))
+    return Part(is_stored_in_out, index) if not rest and 0 <= index < len(parameter) else None
 
 
 def _shares_memory(view: Tensor, parameter: Tensor) -> bool:
