@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import nmcompile
 from nmcompile import CompileConfig
 from nmcompile.capture import capture_model
+from nmcompile.capture.watch_products import watch_products
 from nmcompile.pruning import mask, transposable_mask
 
 ALL = CompileConfig(ends="sparse")
@@ -198,6 +200,25 @@ class Reads(nn.Module):
         return result
 
 
+class Own(torch.autograd.Function):
+    """A product whose backward is its own: no router sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (x, w) = grads, ctx.saved_tensors
+        return grad @ w, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+@torch.no_grad()
+def constant(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w)
+
+
 OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda x, w: F.linear(x, w) + w.sum(),
     "detach": lambda x, w: F.linear(x, w.detach()),
@@ -206,6 +227,13 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "copy": lambda x, w: F.linear(x, w.clone()),
     "both layouts": lambda x, w: F.linear(x, w) @ w,
     "gram matrix": lambda x, w: x @ (w @ w.T),
+    "low rank": lambda x, w: x @ (w[:, :4] @ w[:4]),
+    "cast": lambda x, w: F.linear(x, w.float()),
+    "cast to the input": lambda x, w: F.linear(x, w.to(x)),
+    "own backward": lambda x, w: Own.apply(x, w),
+    "checkpoint": lambda x, w: checkpoint(F.linear, x, w, use_reentrant=False),
+    "reentrant checkpoint": lambda x, w: checkpoint(F.linear, x, w, use_reentrant=True),
+    "no gradients": lambda x, w: x + constant(x, w),
     "norm": lambda x, w: F.linear(x, F.normalize(w)),
 }
 
@@ -216,15 +244,117 @@ def test_a_weight_that_is_read_in_another_way_stays_python(name: str, x: Tensor)
     captured = capture_model(model, (x,))
     assert not captured.routes and captured.uncaptured[""] == ("w",)
     compiled = nmcompile.compile(model, "t-weights", args=(x,), config=ALL)
-    assert torch.equal(nmcompile.finalize(compiled).get_parameter("w"), model.w)
+    final = nmcompile.finalize(compiled)
+    assert torch.equal(final.get_parameter("w"), model.w)
+    assert_close(gradients(compiled, x), gradients(final, x))
 
 
-def test_a_run_that_writes_a_parameter_is_given_up_before_it_does(x: Tensor) -> None:
-    model = Reads(lambda x, w: F.linear(x, w.mul_(2)))
-    with torch.no_grad():
-        before = model.w.clone()
-        nmcompile.compile(model, "t-weights", args=(x,), config=ALL)
-    assert torch.equal(model.w, before) or torch.equal(model.w, before * 2)  # the example itself runs once
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda w: w.mul_(2),
+    "data": lambda w: w.data.mul_(2),
+    "a view": lambda w: w[0].mul_(2),
+    "a list": lambda w: torch._foreach_mul_([w], 2),
+    "out": lambda w: torch.mul(w, 2, out=w),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_run_that_writes_a_parameter_is_given_up_before_it_does(name: str, x: Tensor) -> None:
+    def read(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            WRITES[name](w)
+        return F.linear(x, w)
+
+    model = Reads(read)
+    before = model.w.detach().clone()
+    watched = watch_products(model, {id(model.w): "w"}, set(), (x,), {})
+    assert torch.equal(model.w, before) and not watched.has_run and not watched.products
+
+
+class Merging(nn.Linear):
+    """LoRA's layer in loralib, which merges in `eval()` and takes the sum apart again in `train()`."""
+
+    is_merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        if mode == self.is_merged:
+            self.weight.data += -1.0 if mode else 1.0
+            self.is_merged = not mode
+        super().train(mode)
+        return self
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_example_and_the_state_of_the_model_stay_as_they_are(training: bool, x: Tensor) -> None:
+    class Net(Reads):
+        def __init__(self) -> None:
+            super().__init__(F.linear)
+            self.merging = Merging(IN, IN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.merging(x.add_(1)))
+
+    model = Net().train(training)
+    before, given = [p.clone() for p in model.parameters()], x.clone()
+    watched = watch_products(model, {id(model.w): "w"}, set(), (x,), {})
+    assert watched.readers("w") == [""] and torch.equal(x, given) and model.training is training
+    assert all(torch.equal(p, other) for p, other in zip(model.parameters(), before, strict=True))
+    nmcompile.compile(model, "t-weights", args=(x,), config=ALL)
+    assert torch.equal(x, given)
+
+
+def test_hooks_of_others_are_not_the_code_of_the_module(x: Tensor) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = Reads(F.linear), nn.Linear(IN, IN)
+            self.inner.register_forward_hook(lambda module, args, output: output + F.linear(args[0], module.w))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.inner(x))
+            return result
+
+    model = Outer()
+    assert not capture_model(model, (x,)).routes
+    compiled = nmcompile.compile(model, "t-weights", args=(x,), config=ALL)
+    torch.testing.assert_close(nmcompile.finalize(compiled)(x), compiled(x))
+
+
+def test_one_matrix_that_is_spread_over_a_batch_is_not_the_stack(x: Tensor) -> None:
+    model = Experts(lambda m, x: torch.bmm(x[:EXPERTS], m.w[:1].transpose(1, 2).expand(EXPERTS, -1, -1)))
+    compiled = nmcompile.compile(model, "t-weights", args=(x,), config=ALL)
+    torch.testing.assert_close(nmcompile.finalize(compiled)(x), compiled(x))
+
+
+def test_stacks_in_one_storage_are_told_apart(x: Tensor) -> None:
+    both = torch.randn(2, EXPERTS, OUT, IN)
+    model = Experts(lambda m, x: F.linear(x, m.w[0]) + F.linear(x, m.get_parameter("v")[1]))
+    model.w, model.v = nn.Parameter(both[0]), nn.Parameter(both[1])
+    compiled = nmcompile.compile(model, "t-weights", args=(x,), config=ALL)
+    assert {layer.name for layer in nmcompile.inspect(compiled).layers} == {"w", "v", "head"}
+    torch.testing.assert_close(nmcompile.finalize(compiled)(x), compiled(x))
+
+
+@pytest.mark.parametrize("name", ["batched", "by_einsum_of_each", "batched_in_out", "in_a_loop"])
+def test_no_tokens_at_all(name: str, x: Tensor) -> None:
+    model = made(name)
+    compiled = nmcompile.compile(model, "t-weights", args=(x,), config=ALL)
+    found, expected = gradients(compiled, x[:, :0]), gradients(model, x[:, :0])
+    assert [one.shape for one in found] == [one.shape for one in expected] and not any(one.any() for one in found)
+
+
+def test_a_bias_that_is_added_apart_keeps_the_type_of_autocast(x: Tensor) -> None:
+    types = list[torch.dtype]()
+
+    def multiply(m: Experts, x: Tensor) -> Tensor:
+        y = torch.stack([F.linear(one, m.w[i % EXPERTS], m.bias) for i, one in enumerate(x)])
+        types.append(y.dtype)
+        return y
+
+    compiled = nmcompile.compile(Experts(multiply), "t-weights", args=(x,), config=ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(x)
+    assert types[-1] is torch.bfloat16
 
 
 def test_modes_that_read_differently_stay_python(x: Tensor) -> None:

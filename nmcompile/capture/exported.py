@@ -3,14 +3,14 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from nmcompile.arguments import Args
+from nmcompile.arguments import Args, copies_of, tensors_in
 from nmcompile.capture.clones import own_copy
 from nmcompile.capture.names import operator_name, summary
 from nmcompile.capture.products import rewrite_products
@@ -70,28 +70,17 @@ class _TensorOutputs(nn.Module):
         self.model = model
 
     def forward(self, *args: object, **kwargs: object) -> list[Tensor]:
-        return list(_tensors_in(self.model(*args, **kwargs)))
+        return list(tensors_in(self.model(*args, **kwargs)))
 
 
 PREFIX = "model."
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors_in(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors_in([getattr(value, one.name) for one in fields(value)])
 
 
 def _called_in_run(model: nn.Module, args: Args, kwargs: dict[str, object]) -> frozenset[str]:
     """Run the model once unchanged and return the modules that it calls; undo its writes to buffers."""
     called: set[str] = set()
     hooks = [module.register_forward_pre_hook(_noting(called, name)) for name, module in model.named_modules()]
+    args, kwargs = copies_of(args, kwargs)
     try:
         with contents_unchanged(Memory(model)), torch.no_grad():
             model(*args, **kwargs)
@@ -227,7 +216,7 @@ class _Reader:
 
 def _shapes(node: fx.Node) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a node's tensors; a size that depends on data is -1."""
-    sizes = (tensor.shape for tensor in _tensors_in(node.meta.get("val")))
+    sizes = (tensor.shape for tensor in tensors_in(node.meta.get("val")))
     return tuple(tuple(size if isinstance(size, int) else -1 for size in shape) for shape in sizes)
 
 

@@ -23,7 +23,7 @@ def facts_without_graph(
 ) -> dict[str, Facts]:
     """Return facts by layer name without a whole graph: only the ends, from an outline or the order of modules.
 
-    The layers in `aside` (aside, recurrent ones) are never its ends.
+    The layers in `aside` (adapters, recurrent ones) are never its ends.
     """
     if outline is not None:
         seen = facts_from_graph(model, sites, outline, {}, aside)

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from nmcompile.arguments import Args
-from nmcompile.capture.regions import names_in
 from nmcompile.capture.sites import FoundSite
 from nmcompile.capture.watch_products import Watched, watch_products
-from nmcompile.capture.weight_reads import reachable_functions
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.layers import Layer, LinearLayer, StackedLinearLayer
 from nmcompile.three_gemm.instance_forward import forward_slot
@@ -119,14 +117,8 @@ def _new_layer(name: str, parameter: Tensor, has_bias: bool, is_transposed: bool
 
 
 def _keeps_forward(model: nn.Module, reader: str, generated: frozenset[str]) -> bool:
-    """Return whether a module runs its class's own forward, which can be put into the router.
-
-    Activation checkpointing runs code again in the backward pass, outside of any router.
-    """
-    module = model.get_submodule(reader)
-    if reader in generated or forward_slot(module) is None:
-        return False
-    return not any("checkpoint" in names_in(function.__code__) for function in reachable_functions(module))
+    """Return whether a module runs its class's own forward, which can be put into the router."""
+    return reader not in generated and forward_slot(model.get_submodule(reader)) is not None
 
 
 def _is_inside(name: str, module: str) -> bool:

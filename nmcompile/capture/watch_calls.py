@@ -4,22 +4,19 @@ import gc
 import inspect
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture.frames import is_aside, is_model_code
 from nmcompile.capture.unseen import unseen_tests
 from nmcompile.capture.watched_proxy import CarefulTracer
-from nmcompile.capture.writes import written_arguments
-from nmcompile.ir.storage_key import storage_key
+from nmcompile.capture.write_guard import WriteGuard
 
 CHECKPOINT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 READS = {
@@ -62,24 +59,16 @@ def watch_calls(tracer: CarefulTracer, tested_for_none: set[str]) -> Iterator[No
             gc.enable()
 
 
-class Guard(TorchDispatchMode):
+class Guard(WriteGuard):
     """A watch over the real operators in a trace: they may not write the model's tensors or draw random numbers."""
 
     def __init__(self, tracer: CarefulTracer, protected: frozenset[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(protected, RuntimeError("it changes a tensor of the model in place"))
         self.tracer = tracer
-        self.protected = protected
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.tracer.complain("it draws random numbers")
-        if func._schema.is_mutable and self._writes_protected(written_arguments(func, args, kwargs)):
-            raise RuntimeError("it changes a tensor of the model in place")
-        result: object = func(*args, **kwargs)
-        return result
-
-    def _writes_protected(self, written: Iterable[object]) -> bool:
-        return any(isinstance(tensor, Tensor) and storage_key(tensor) in self.protected for tensor in written)
+        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -4,18 +4,28 @@ Code that no trace covers (loops over experts, branches on data) or that reads t
 it can still run as layers, if all that it does with a weight is to multiply by it.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from nmcompile.arguments import Args, Kwargs
-from nmcompile.capture.regions import is_metadata
+from nmcompile.arguments import Args, Kwargs, copies_of, tensors_in
+from nmcompile.capture.regions import LIKE_SECOND, is_metadata
 from nmcompile.capture.state import Memory, contents_unchanged
-from nmcompile.ir.weight_products import Function, Part, part_of, products
+from nmcompile.capture.watch_calls import CHECKPOINT
+from nmcompile.capture.write_guard import WriteGuard
+from nmcompile.ir.storage_key import storage_key
+from nmcompile.ir.weight_products import Function, Part, Product, part_of, products
+
+OUTSIDE = "outside of the model's forward"
+MODULE_CALL = nn.Module._call_impl.__code__
+CASTS = {"to", "float", "double", "half", "bfloat16", "type_as", "detach"}
 
 
 @dataclass
@@ -70,13 +80,22 @@ class _Writes(BaseException):
 
 
 def _run(model: nn.Module, watch: "_Watch", args: Args, kwargs: Mapping[str, object]) -> None:
+    """Run copies of the example, with gradients on: they are off only inside code that computes its own."""
     hooks = [hook for name, module in model.named_modules() for hook in _follow(module, name, watch.running)]
+    args, kwargs = copies_of(args, kwargs)
+    guard = WriteGuard(frozenset(map(storage_key, model.parameters())), _Writes())
     try:
-        with contents_unchanged(Memory(model)), torch.no_grad(), watch:
+        nothing_saved = saved_tensors_hooks(_forget, _forget)
+        with contents_unchanged(Memory(model)), torch.enable_grad(), nothing_saved, guard, watch:
             model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _forget(saved: Tensor) -> Tensor:
+    """Keep nothing for a backward pass, which never comes."""
+    return saved.new_empty(0)
 
 
 def _follow(module: nn.Module, name: str, running: list[str]) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -89,7 +108,7 @@ def _follow(module: nn.Module, name: str, running: list[str]) -> Iterator[torch.
         running.pop()
 
     yield module.register_forward_pre_hook(enter)
-    yield module.register_forward_hook(leave, always_call=True)
+    yield module.register_forward_hook(leave, prepend=True, always_call=True)  # before hooks of others
 
 
 class _Watch(TorchFunctionMode):
@@ -103,50 +122,51 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        if args and isinstance(args[0], nn.Parameter) and _is_in_place(function):
-            raise _Writes
         result = function(*args, **(kwargs or {}))
-        reader = self.running[-1] if self.running else ""
-        for tensor in _tensors((args, kwargs)):
+        reader = self.running[-1] if self.running else OUTSIDE
+        for tensor in tensors_in((args, kwargs)):
             parameter = next((one for one in (tensor, tensor._base) if id(one) in self.names), None)
             if parameter is not None and (reader, id(parameter)) not in self.own:
                 self._note(parameter, reader, function, args, kwargs or {}, result)
         return result
-
-    def _weights(self, operands: object, biases: Sequence[Tensor]) -> int:
-        """Return how many operands but biases are watched weights: a product of two is no layer."""
-        others = [one for one in _tensors(operands) if all(one is not bias for bias in biases)]
-        return sum(id(one) in self.names or id(one._base) in self.names for one in others)
 
     def _note(
         self, parameter: Tensor, reader: str, function: Function, args: Args, kwargs: Kwargs, result: object
     ) -> None:
         name, called = self.names[id(parameter)], getattr(function, "__name__", str(function))
         found = products(function, args, kwargs)
-        biases = [product.bias for product in found if product.bias is not None]
         parts = [(part_of(parameter, product), product.bias is not None) for product in found]
         uses = {(part, has_bias) for part, has_bias in parts if part is not None}
-        if uses and self._weights((args, kwargs), biases) == 1:
+        is_routable = reader != OUTSIDE and torch.is_grad_enabled() and not _is_run_again()
+        if uses and is_routable and self._weights((args, kwargs), found) == 1:
             self.found.products.setdefault((name, reader), set()).update(uses)
-        elif called == "detach" or not (_shares(result, parameter) or is_metadata(called)):
+        elif _reads(called, args, parameter, result):
             self.found.others.setdefault(name, called)
 
-
-def _is_in_place(function: Function) -> bool:
-    name = getattr(function, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for one in value:
-            yield from _tensors(one)
+    def _weights(self, operands: object, found: Sequence[Product]) -> int:
+        """Return how many operands but biases are watched weights: a product of two is no layer."""
+        biases = [product.bias for product in found]
+        others = [one for one in tensors_in(operands) if all(one is not bias for bias in biases)]
+        return sum(id(one) in self.names or id(one._base) in self.names for one in others)
 
 
-def _shares(result: object, parameter: Tensor) -> bool:
-    """Return whether a result holds no other elements than the parameter's own: a view, or no tensor at all."""
-    return all(tensor is parameter or tensor._base is parameter for tensor in _tensors(result))
+def _is_run_again() -> bool:
+    """Return whether code checkpoints activations by itself: backward runs it again, outside of any router."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not MODULE_CALL:
+        if frame.f_code is CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _reads(called: str, args: Args, parameter: Tensor, result: object) -> bool:
+    """Return whether an operator takes elements of a parameter, and not only its type, its shape or a view of it.
+
+    A cast counts, even to the type that the parameter has: after another cast of the model it would make a new tensor.
+    """
+    if is_metadata(called):
+        return False
+    is_second = called in LIKE_SECOND and args[:1] != () and args[0] is not parameter
+    is_view = all(one is parameter or one._base is parameter for one in tensors_in(result))
+    return not is_second and (called in CASTS or not is_view)

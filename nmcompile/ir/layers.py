@@ -20,8 +20,16 @@ class Layer:
     has_bias: bool
 
     groups = 1
-    out_dim = 0
-    in_dim = 1
+
+    @property
+    def out_dim(self) -> int:
+        """Return the dim of the weight that holds out-features or out-channels."""
+        return 0
+
+    @property
+    def in_dim(self) -> int:
+        """Return the dim of the weight that holds in-features or in-channels."""
+        return 1
 
     @property
     def kind(self) -> str:
@@ -93,11 +101,11 @@ class LinearLayer(Layer):
     channel_dim = -1
 
     @property
-    def out_dim(self) -> int:  # type: ignore[override]
+    def out_dim(self) -> int:
         return 1 if self.transposed else 0
 
     @property
-    def in_dim(self) -> int:  # type: ignore[override]
+    def in_dim(self) -> int:
         return 0 if self.transposed else 1
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
@@ -112,11 +120,11 @@ class StackedLinearLayer(LinearLayer):
     """
 
     @property
-    def out_dim(self) -> int:  # type: ignore[override]
+    def out_dim(self) -> int:
         return 2 if self.transposed else 1
 
     @property
-    def in_dim(self) -> int:  # type: ignore[override]
+    def in_dim(self) -> int:
         return 1 if self.transposed else 2
 
     @property
@@ -191,8 +199,13 @@ class ConvTransposeLayer(SpatialLayer):
 
     output_padding: tuple[int, ...] = ()
 
-    out_dim = 1
-    in_dim = 0
+    @property
+    def out_dim(self) -> int:
+        return 1
+
+    @property
+    def in_dim(self) -> int:
+        return 0
 
     @property
     def kind(self) -> str:

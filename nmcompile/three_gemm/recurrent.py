@@ -3,7 +3,7 @@
 torch's own forward is one fused kernel, which knows no masks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ class ThreeGemmRecurrent(ThreeGemm):
     proj_size: int
     dropout: float
     training: bool
+    check_forward_args: Callable[..., None]  # torch's own
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | State | None = None
@@ -46,7 +47,7 @@ class ThreeGemmRecurrent(ThreeGemm):
         sequences, is_batched = self._sequences(input)
         first = self._first_states(hx, sequences, is_batched)
         state = tuple(first) if self.mode == "LSTM" else first[0]
-        self.check_forward_args(sequences.data, state, torch.tensor(sequences.sizes))  # type: ignore[attr-defined]
+        self.check_forward_args(sequences.data, state, torch.tensor(sequences.sizes))
         if isinstance(input, PackedSequence):
             first = [_select(one, input.sorted_indices) for one in first]
         data, last = sequences.data, list[State]()

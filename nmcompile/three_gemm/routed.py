@@ -29,12 +29,13 @@ class ThreeGemmRouted(ThreeGemm):
     """
 
     three_gemm_routes: Mapping[str, Route]
+    forward: Callable[..., object]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         *_, own = cls.__bases__
         if not issubclass(own, ThreeGemm):
-            cls.forward = _routing(own.forward)  # type: ignore[attr-defined]
+            cls.forward = _routing(cast(type[nn.Module], own).forward)
 
 
 class ThreeGemmUntraced(ThreeGemmRouted):
@@ -42,7 +43,7 @@ class ThreeGemmUntraced(ThreeGemmRouted):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.forward = torch.compiler.disable(cls.forward)  # type: ignore[attr-defined]
+        cls.forward = torch.compiler.disable(cls.forward)
 
 
 def _routing(forward: Callable[..., object]) -> Callable[..., object]:
@@ -123,17 +124,19 @@ def _run(triple: GemmTriple, weight: Tensor, product: Product, part: Part) -> Te
     output = product.join([triple(input, weight, bias if has_bias else None, rows)])
     if rows is not None:
         triple.positions = None  # those of the other matrices are not known
-    return output if bias is None or has_bias else output + bias
+    return output if bias is None or has_bias else output + bias.to(output.dtype)
 
 
 def _run_all(triple: GemmTriple, weight: Tensor, product: Product) -> Tensor:
-    """Run every matrix of a stack on its input."""
-    outputs, width = [], triple.layer.out_features
-    for index, (x, matrix) in enumerate(zip(product.inputs(), weight.unbind(0), strict=True)):
-        empty = None if x.numel() else x.new_zeros(*x.shape[:-1], width)
-        outputs.append(triple(x, weight, None, Matrix(index, matrix)) if empty is None else empty)
-    triple.positions = sum(output.numel() for output in outputs) // width
-    return product.join(outputs)
+    """Run every matrix of a stack on its input, but those without any; one runs in any case, for gradients and type."""
+    inputs, matrices = product.inputs(), weight.unbind(0)
+    taken = [index for index, x in enumerate(inputs) if x.numel()] or [0]
+    outputs = {index: triple(inputs[index], weight, None, Matrix(index, matrices[index])) for index in taken}
+    triple.positions = sum(output.numel() for output in outputs.values()) // triple.layer.out_features
+    first, width = outputs[taken[0]], triple.layer.out_features
+    return product.join(
+        [outputs[i] if i in outputs else first.new_zeros(*x.shape[:-1], width) for i, x in enumerate(inputs)]
+    )
 
 
 def _stored(product: Product, part: Part) -> Tensor:

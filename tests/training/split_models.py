@@ -14,9 +14,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
@@ -149,7 +150,7 @@ def accelerate(mode: str, refresh: Any = "steady") -> Job:
         accelerator.state.fsdp_plugin = plugin
         model = compiled(mode, refresh)
         model, optimizer = accelerator.prepare(model, SGD(model.parameters(), 0.1))
-        assert isinstance(model, FSDPModule)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         train(model, optimizer, range(STEPS), rank, dist.get_world_size())
         return found(model)
 
