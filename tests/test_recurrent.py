@@ -160,8 +160,23 @@ def test_a_wrong_input_is_an_error_as_in_torch() -> None:
     compiled = nmcompile.compile(made("LSTM"), "weights", config=named("weights"))
     with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
         compiled(torch.randn(STEPS, BATCH, IN + 1))
+    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
+        compiled(torch.randn(0, BATCH, IN))
     with pytest.raises(RuntimeError, match="Expected hidden"):
         compiled(torch.randn(STEPS, BATCH, IN), (torch.randn(1, BATCH, HIDDEN), torch.randn(4, BATCH, HIDDEN)))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_autocast_gives_results_of_the_type_that_torch_gives(name: str) -> None:
+    net = made(name)
+    if net.mode == "LSTM" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN, which runs LSTMs under autocast, has no bfloat16 on this processor")
+    compiled, (x,) = nmcompile.compile(net, "dense", config=named("dense")), inputs(net)["padded"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = flat(compiled(x)), flat(net(x))
+    assert [one.dtype for one in found] == [one.dtype for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.1)
 
 
 def test_a_recurrent_layer_leaves_the_ends_of_a_model_where_they_were() -> None:

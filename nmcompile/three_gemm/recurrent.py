@@ -50,7 +50,8 @@ class ThreeGemmRecurrent(ThreeGemm):
         self.check_forward_args(sequences.data, state, torch.tensor(sequences.sizes))
         if isinstance(input, PackedSequence):
             first = [_select(one, input.sorted_indices) for one in first]
-        data, last = sequences.data, list[State]()
+        dtype = self._dtype_of(sequences.data)
+        data, first, last = sequences.data.to(dtype), [one.to(dtype) for one in first], list[State]()
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(1 + self.bidirectional):
@@ -72,7 +73,15 @@ class ThreeGemmRecurrent(ThreeGemm):
         is_batched = input.dim() == 3
         x = input if is_batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if self.batch_first and is_batched else x
+        if not x.shape[0]:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as torch's kernel says
         return _Sequences(x.flatten(0, 1), [x.shape[1]] * x.shape[0]), is_batched
+
+    def _dtype_of(self, x: Tensor) -> torch.dtype:
+        """Return the type of the results: autocast casts all for cuDNN's kernels, and for oneDNN's LSTM."""
+        device = x.device.type
+        is_cast = device != "cpu" or (self.mode == "LSTM" and not self.proj_size)
+        return torch.get_autocast_dtype(device) if is_cast and torch.is_autocast_enabled(device) else x.dtype
 
     def _first_states(self, hx: Tensor | State | None, sequences: _Sequences, is_batched: bool) -> list[Tensor]:
         """Return the first states of all layers and directions, (layers, batch, features) each."""
