@@ -58,13 +58,12 @@ def capture_model(
         sites = [one.site for one in found]
         example = _example(model, found, args, kwargs)
         whole, reason = _whole(model, found, protected, example)
-        positions = example.positions if example else {}
         adapters, recurrent = find_adapters(model, found), _recurrent(model, sites)
         aside = adapters | recurrent
-        if whole is not None:
-            facts = facts_from_graph(model, sites, whole, positions, aside)
-        else:
+        if whole is None:
             facts = facts_without_graph(model, sites, outline(model, found, protected), aside)
+        else:
+            facts = facts_from_graph(model, sites, whole, example.positions if example else {}, aside)
         bypassed, suspected = judge_reads(layers.found, regions, reads, routes, example)
     return Captured(
         sites=tuple(sites),

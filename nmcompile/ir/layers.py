@@ -121,11 +121,11 @@ class StackedLinearLayer(LinearLayer):
 
     @property
     def out_dim(self) -> int:
-        return 2 if self.transposed else 1
+        return super().out_dim + 1
 
     @property
     def in_dim(self) -> int:
-        return 1 if self.transposed else 2
+        return super().in_dim + 1
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
