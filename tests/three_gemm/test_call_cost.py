@@ -1,5 +1,6 @@
 """A budget of Python calls for a layer: on small layers they take longer than the GEMMs."""
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -22,12 +23,15 @@ def python_calls(run: Callable[[], object]) -> int:
         nonlocal count
         count += event == "call"
 
+    gc.collect()
+    gc.disable()  # a collection in the midst would count the finalizers of other tests' objects
     with torch.autograd.set_multithreading_enabled(False):  # a profile sees its own thread only
         sys.setprofile(profile)
         try:
             run()
         finally:
             sys.setprofile(None)
+            gc.enable()
     return count
 
 
