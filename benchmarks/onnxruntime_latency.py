@@ -1,4 +1,4 @@
-"""ResNet-18 in ONNX Runtime on one core, as nmcompile exports it, beside ONNX Runtime's own static INT8 quantization.
+"""Whole networks in ONNX Runtime on one core, as nmcompile exports them, over its own static INT8 of all layers.
 
 Sessions take turns, so a busy machine slows all of them. Ratios are those of medians.
 
@@ -19,15 +19,22 @@ import onnxruntime as ort
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from tabulate import tabulate
-from timing import in_turns, processor
+from timing import cpu_setting, in_turns
 from torch import Tensor, nn
 from vision import models
 
 import nmcompile
 from nmcompile import CompileConfig, presets
 
-PEER = "ONNX Runtime static INT8, ends in fp32"
-ENDS = ["conv1", "fc"]
+PEER = "ONNX Runtime static INT8, all layers"
+UNPRUNED = {"_default": replace(presets["inference"], input=None)}
+OURS = {
+    "nmcompile 2:4, 4-bit": CompileConfig(layers=UNPRUNED, outputs="int8", ends="int8"),
+    "nmcompile 2:4, 4-bit, 4:8 inputs": CompileConfig(outputs="int8", ends="int8"),
+    "nmcompile 2:4, 4-bit, ends and results in fp32": CompileConfig(layers=UNPRUNED),
+}
+NETWORKS = ("resnet18", "mobilenet_v2", "vgg16")
+IMAGE = (3, 224, 224)
 
 
 class Batches(CalibrationDataReader):
@@ -44,24 +51,18 @@ def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> d
     """Write a file of every variant, all with absorbed norms."""
     written = {"fp32, dense": folder / "dense.onnx"}
     nmcompile.export(nmcompile.compile(model, "dense", args=(x,)).eval(), written["fp32, dense"], (x,))
-    unpruned = {"_default": replace(presets["inference"], input=None)}
-    for name, config in (
-        ("nmcompile 2:4, 4-bit", CompileConfig(layers=unpruned, outputs="int8")),
-        ("nmcompile 2:4, 4-bit, results in fp32", CompileConfig(layers=unpruned)),
-        ("nmcompile 2:4, 4-bit, 4:8 inputs", CompileConfig(outputs="int8")),
-    ):
+    for name, config in OURS.items():
         compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=batches).eval()
         written[name] = folder / f"{len(written)}.onnx"
         # With pruning by value, the output of a network with random weights changes by several percent in torch itself
         # if x is scaled by 1 + 1e-6. That cannot be compared end to end.
         nmcompile.export(compiled, written[name], (x,), verify="4:8" not in name)
     source = ort.InferenceSession(written["fp32, dense"], providers=["CPUExecutionProvider"]).get_inputs()[0].name
-    for name, excluded in ((PEER, ENDS), ("ONNX Runtime static INT8, all layers", [])):
-        written[name] = folder / f"{len(written)}.onnx"
-        quantize_static(
-            written["fp32, dense"], written[name], Batches(source, batches), quant_format=QuantFormat.QDQ,
-            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=excluded,
-        )  # fmt: skip
+    written[PEER] = folder / "peer.onnx"
+    quantize_static(
+        written["fp32, dense"], written[PEER], Batches(source, batches), quant_format=QuantFormat.QDQ,
+        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
     return written
 
 
@@ -72,32 +73,40 @@ def session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def rows(name: str, batch: int, repeats: int) -> list[dict[str, object]]:
+    """Time all variants of one network."""
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None).eval()
+    batches = [torch.randn(4, *IMAGE) for _ in range(2)]
+    x = torch.randn(batch, *IMAGE)
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {variant: session(path) for variant, path in files(model, x, batches, Path(folder)).items()}
+        feeds = {variant: {one.get_inputs()[0].name: x.numpy()} for variant, one in sessions.items()}
+        calls = {variant: partial(one.run, None, feeds[variant]) for variant, one in sessions.items()}
+        if not all(np.isfinite(call()[0]).all() for call in calls.values()):
+            raise SystemExit(f"{name}: an output is not finite")
+        found = in_turns(calls, repeats)
+    medians = {variant: statistics.median(values) for variant, values in found.items()}
+    return [
+        {
+            "network": name, "batch": batch, "variant": variant, "median ms": median, "least ms": min(found[variant]),
+            "speed, static INT8 = 1": medians[PEER] / median,
+        }
+        for variant, median in medians.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "onnxruntime_latency.json")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    model = models.resnet18(weights=None).eval()
-    batches = [torch.randn(4, 3, 224, 224) for _ in range(4)]
-    x = torch.randn(1, 3, 224, 224)
-    with tempfile.TemporaryDirectory() as folder:
-        sessions = {name: session(path) for name, path in files(model, x, batches, Path(folder)).items()}
-        feeds = {name: {one.get_inputs()[0].name: x.numpy()} for name, one in sessions.items()}
-        calls = {name: partial(one.run, None, feeds[name]) for name, one in sessions.items()}
-        found = in_turns(calls, options.repeats)
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    rows = [[name, median, min(found[name]), medians[PEER] / median] for name, median in medians.items()]
-    headers = ["ResNet-18, 224², batch 1, one core", "median ms", "least ms", "speed, static INT8 = 1"]
-    print(tabulate(rows, headers=headers, floatfmt=".2f"))
-    setting = {
-        "onnxruntime": ort.__version__,
-        "torch": torch.__version__,
-        "machine": processor(),
-        "repeats": options.repeats,
-    }
+    results = [row for name in options.networks for row in rows(name, options.batch, options.repeats)]
+    print(tabulate(results, headers="keys", floatfmt=".2f"))
+    setting = {"onnxruntime": ort.__version__, "repeats": options.repeats} | cpu_setting()
     options.out.parent.mkdir(exist_ok=True)
-    results = [dict(zip(("variant", "median ms", "least ms", "relative speed"), row, strict=True)) for row in rows]
     options.out.write_text(json.dumps(setting | {"results": results}, indent=2) + "\n")
 
 

@@ -82,7 +82,8 @@ class CompileConfig:
             the weight alone after so many (40 in Hubara et al. 2021, 1 in SR-STE); `None` freezes the first one.
         sr_ste: SR-STE's λ, which adds λ (1 - mask) ∘ w to the gradient of pruned weights; 0 turns it off.
         ends: `"dense"` keeps the first layer and the last linear dense unless `layers` names them; `"sparse"` treats
-            them like any other; `"int8"` stores their weights with 8 bits where the mode quantizes.
+            them like any other; `"int8"` lets them, and depthwise convolutions, compute in
+            8 bits where the mode quantizes, with a step of the weight for each out-channel.
         clip: how the input grids find their clip: `"mse"` or `"percentile"` over the calibration data, or `"pact"`,
             learned from the `"mse"` clip on (`nmcompile.training.clips` are the parameters to give to the optimizer).
         granularity: one weight scale for each `"tensor"` or for each out-`"channel"`.
@@ -90,7 +91,8 @@ class CompileConfig:
             ReLU follows directly, at that `"activation"`. Then everything after it (batch norm, pooling, a residual
             branch) reads the pruned values, and the next GEMMs take them unchanged. Needs the whole graph.
         outputs: `"int8"` puts the result of a quantized layer on a calibrated 8-bit grid if anything other than a
-            quantized layer reads it (a residual addition, a softmax, pruning): integer kernels write integers.
+            quantized layer reads it (a residual addition, a softmax): integer kernels write integers. Results that are
+            added or concatenated share one step, so that their sums are integers too.
             `"float"` leaves results alone, and runtimes compute such layers in floating point. For deployment: training
             does not update these clips. Needs the whole graph; without it results stay as they are.
         where: `"all"` prunes everything in the plan. `"pays"` times each layer alone, pruned and dense, and leaves the

@@ -1,6 +1,7 @@
 """Put the input of the forward GEMM on its grid, after its pruning.
 
 gemm_forward(input, weight)      ->  gemm_forward(to_grid(input, input_step, bits), weight)
+input_mask = prune_mask(input)   ->  input_mask = prune_mask(to_grid(input, input_step, bits))
 gemm_update(grad_output, input)  ->  gemm_update(grad_output, input_quantized)
 dX = gemm_backward(...)          ->  inside_grid(gemm_backward(...), input_beyond), and the gradient of input_step
 """
@@ -17,7 +18,7 @@ from nmcompile.ir.graph_results import results_of, set_results
 from nmcompile.ir.node_meta import NodeMeta
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.passes.rewriting import gemm_node, placeholder, quantize_operand
+from nmcompile.passes.rewriting import gemm_node, placeholder, quantize_operand, rank_on_grid
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class QuantizeInputs:
 def _quantize_forward(three: ThreeGraphs, row: PlanRow) -> None:
     graph, gemm = three[Phase.FORWARD].graph, gemm_node(three, Phase.FORWARD)
     before, quantized = quantize_operand(three, Phase.FORWARD, "input", row)
+    rank_on_grid(three, before, "input", row)
     with graph.inserting_before(gemm):
         beyond = _view(three, Phase.FORWARD, "input_beyond", ops.beyond_grid, (before, *_grid_args(graph, row)))
     output, *saved = results_of(graph)

@@ -1,6 +1,7 @@
 """Prune and quantize the output of a layer: after its ReLU if that is pruned or its grid unsigned, else directly.
 
 Y = add_bias(...)                   ->  to_grid(apply_mask(relu(Y), output_mask), output_step, bits)
+                                        with output_mask = prune_mask(to_grid(relu(Y), output_step, bits))
                                         to_grid(Y, output_step, bits)
 gemm_update(grad_output, input)     ->  gemm_update(inside_grid(apply_mask(grad_output, output_mask), beyond), input)
 gemm_backward(grad_output, weight)  ->  the same, and the gradient of output_step
@@ -20,7 +21,7 @@ from nmcompile.ir.graph_results import results_of, set_results
 from nmcompile.ir.node_meta import Kind, NodeMeta, row_of
 from nmcompile.ir.plan import PlanRow
 from nmcompile.ir.program import Program, ThreeGraphs
-from nmcompile.passes.rewriting import gemm_node, placeholder
+from nmcompile.passes.rewriting import gemm_node, placeholder, rank_on_grid
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ def _rewrite_forward(three: ThreeGraphs, prune: PlanRow | None, grid: PlanRow | 
         if grid is not None:
             on_grid = output, *_grid_args(graph, grid)
             saved["output_beyond"] = _add(three, Phase.FORWARD, "view", "output_beyond", ops.beyond_grid, on_grid)
-            output = _add(three, Phase.FORWARD, "quantize", "output_quantized", ops.to_grid, on_grid, grid)
+            quantized = _add(three, Phase.FORWARD, "quantize", "output_quantized", ops.to_grid, on_grid, grid)
+    if grid is not None:
+        rank_on_grid(three, output, "output", grid)
+        output = quantized
     set_results(graph, [output, *results[1:], *saved.values()])
     three.saved = (*three.saved, *saved)
     three[Phase.FORWARD].recompile()

@@ -70,3 +70,16 @@ def quantize_operand(three: ThreeGraphs, phase: Phase, operand: Operand, row: Pl
         after = ops.add_node(graph, meta, f"{operand}_quantized", ops.to_grid, args)
     gemm.update_arg(position, after)
     return before, after
+
+
+def rank_on_grid(three: ThreeGraphs, pruned: fx.Node, operand: Operand, row: PlanRow) -> None:
+    """Let the mask of a pruned activation be that of its integers: a runtime prunes these, and has nothing else."""
+    if pruned.target is not ops.apply_mask:
+        return
+    graph, (dense, mask) = pruned.graph, pruned.args
+    assert isinstance(mask, fx.Node) and row.grid is not None
+    args = dense, placeholder(graph, f"{operand}_step"), row.grid.bits, row.grid.signed
+    with graph.inserting_before(mask):
+        meta = NodeMeta("view", three.layer, Phase.FORWARD, row)
+        ranked = ops.add_node(graph, meta, f"{operand}_ranked", ops.to_grid, args)
+    mask.update_arg(0, ranked)

@@ -119,7 +119,7 @@ def test_forward_equals_the_same_in_plain_torch(net: nn.Module, x: Tensor) -> No
     def activation(y: Tensor, layer: str) -> Tensor:
         grid = Grid(4, signed=False)
         step = clip_of(model, layer) / grid.high
-        return integers(greedy_by_value(F.relu(y), "4:8", dim=1), step, grid) * step
+        return greedy_by_value(integers(F.relu(y), step, grid) * step, "4:8", dim=1)
 
     def weight(conv: nn.Conv2d) -> Tensor:
         return sawb_quantize(conv.weight, 4, mask=nmcompile.pruning.mask(conv.weight, "2:4", dim=1))

@@ -9,6 +9,7 @@ from nmcompile.capture.names import is_torch_nn, operator_name, own_class
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
 from nmcompile.capture.readers import norm_behind, readers_behind
 from nmcompile.capture.regions import METADATA
+from nmcompile.capture.streams import streams_of
 from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import Facts, Site, WholeGraph
 from nmcompile.ir.layers import SpatialLayer
@@ -56,6 +57,8 @@ def facts_from_graph(
         for name in names:
             nodes[name].append(node)
     proven = nonnegative_nodes(model, whole.graph)
+    alone = {name: calls for name, calls in nodes.items() if len(calls) == 1 and len(whole.layers[calls[0]]) == 1}
+    streams = streams_of(model, whole, {_result(whole, calls, calls[0]): name for name, calls in alone.items()})
     return {
         name: Facts(
             first=any(flow.is_first(site, node, by_name) for node in nodes[name]),
@@ -66,6 +69,7 @@ def facts_from_graph(
             sources=frozenset().union(*(flow.sources[node] for node in nodes[name])),
             norm=norm_behind(whole, nodes[name]),
             readers=_readers(model, whole, nodes[name]),
+            stream=streams.get(name),
         )
         for name, site in by_name.items()
     }
@@ -73,9 +77,13 @@ def facts_from_graph(
 
 def _readers(model: nn.Module, whole: WholeGraph, nodes: Sequence[fx.Node]) -> frozenset[str]:
     """Return the readers of the results of all calls of a layer; none if the model returns one of these results."""
-    ends = [next(iter(node.users)) if norm_behind(whole, nodes) else node for node in nodes]
-    found = [readers_behind(model, whole, node) for node in ends]
+    found = [readers_behind(model, whole, _result(whole, nodes, node)) for node in nodes]
     return frozenset().union(*found) if all(found) else frozenset()
+
+
+def _result(whole: WholeGraph, nodes: Sequence[fx.Node], node: fx.Node) -> fx.Node:
+    """Return the result of a call of a layer: that of the norm after it, if export absorbs it."""
+    return next(iter(node.users)) if norm_behind(whole, nodes) else node
 
 
 def _reads_nonnegative(site: Site, node: fx.Node, proven: set[fx.Node]) -> bool:

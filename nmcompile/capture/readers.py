@@ -8,10 +8,12 @@ from nmcompile.capture.ranges import plain_name
 from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import WholeGraph
 
+# Export makes bounds of integers out of their bounds.
+BOUNDED = {"relu6", "hardtanh"}
 # Operators that leave integers on their grid: zero stays zero, order is preserved, elements only move.
 TRANSPARENT = {
-    "relu", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "featuredropout", "flatten", "unflatten",
-    "view", "reshape", "permute", "transpose", "t", "contiguous", "squeeze", "unsqueeze", "clone", "alias", "detach",
+    *BOUNDED, "relu", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "featuredropout", "flatten",
+    "unflatten", "view", "reshape", "permute", "transpose", "t", "contiguous", "squeeze", "unsqueeze", "clone", "alias", "detach",
     *(f"maxpool{dims}d" for dims in (1, 2, 3)),
 }  # fmt: skip
 

@@ -31,6 +31,19 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Layers whose results are added or concatenated.
+
+    Args:
+        layers: their names.
+        room: the steps that each result may reach, if all have the same step and every sum is to fit into 8 bits.
+    """
+
+    layers: tuple[str, ...]
+    room: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """Results of the data-flow analysis of one layer.
 
@@ -44,6 +57,7 @@ class Facts:
         norm: the batch norm, called once, that alone reads its output; `""` if there is none.
         readers: the layers that its output (after the norm) reaches only through ReLUs, max-pooling and views, and `""`
             for any other operator; empty if nothing is known, or if the model returns it.
+        stream: the layers to whose results its output (after the norm) is added or concatenated, if there are any.
     """
 
     first: bool = False
@@ -54,6 +68,7 @@ class Facts:
     sources: frozenset[str] = frozenset()
     norm: str = ""
     readers: frozenset[str] = frozenset()
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)

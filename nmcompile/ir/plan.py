@@ -15,6 +15,9 @@ Operand = Literal["weight", "input", "grad_output", "output"]
 READ: tuple[Operand, ...] = ("weight", "input", "grad_output")
 """Operands that a GEMM reads."""
 
+EIGHT = 8
+"""Bits of operands that are quantized and not pruned: they need no learned clip, but a step for each out-channel."""
+
 Axis = Literal["in", "out", "batch", "flat", "auto"]
 """Axis along which blocks run: channels or features (in, out), the batch, or the flattened tokens or positions."""
 
@@ -23,7 +26,8 @@ Axis = Literal["in", "out", "batch", "flat", "auto"]
 class PlanRow:
     """One operator on one operand of a GEMM, or the reason why that GEMM runs dense (`operand` is then None).
 
-    A pruning row has a `pattern` and an `axis`, a quantization row has a `grid`.
+    A pruning row has a `pattern` and an `axis`. A quantization row has a `grid`, and an `axis` if every channel along
+    it has a step of its own. `stream` is the layers whose results share one step, so that they add up in integers.
     """
 
     layer: str
@@ -34,6 +38,7 @@ class PlanRow:
     axis: Axis | None = None
     grid: Grid | None = None
     reason: str = ""
+    stream: tuple[str, ...] = ()
 
     @property
     def is_sparse(self) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from nmcompile.config import Phase
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.plan import Axis, Operand, PlanRow
+from nmcompile.ir.plan import EIGHT, Axis, Operand, PlanRow
 from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.quantization import Grid
 
@@ -31,14 +31,16 @@ class OperandPlanner:
         rows = {Phase.FORWARD: self._forward_rows, Phase.BACKWARD: self._backward_rows, Phase.UPDATE: self._update_rows}
         return rows[phase](asked)
 
-    def grid_rows(self, asked: LayerConfig, clip: str) -> Iterator[PlanRow]:
+    def grid_rows(self, asked: LayerConfig, clip: str, granularity: str) -> Iterator[PlanRow]:
         """Plan the grids of weight and input; `clip` is the operator that finds the input's."""
-        name = self.layer.name
-        if asked.weight_bits is not None:
-            yield PlanRow(name, Phase.FORWARD, "weight", "sawb", grid=Grid(asked.weight_bits, signed=True))
+        name, bits = self.layer.name, asked.weight_bits
+        if bits is not None:
+            axis: Axis | None = "out" if granularity == "channel" or bits == EIGHT else None
+            operator = "largest" if bits == EIGHT else "sawb"
+            yield PlanRow(name, Phase.FORWARD, "weight", operator, axis=axis, grid=Grid(bits, signed=True))
         if asked.input_bits is not None and not self.arrives:
             grid = Grid(asked.input_bits, signed=not self.is_nonnegative)
-            yield PlanRow(name, Phase.FORWARD, "input", clip, grid=grid)
+            yield PlanRow(name, Phase.FORWARD, "input", clip_operator(clip, grid), grid=grid)
 
     def _forward_rows(self, asked: LayerConfig) -> Iterator[PlanRow]:
         operands: tuple[tuple[Operand, Pruning | None], ...] = ("weight", asked.weight), ("input", asked.input)
@@ -87,6 +89,11 @@ class OperandPlanner:
 
     def _dense(self, phase: Phase, reason: str) -> PlanRow:
         return dense_row(self.layer, phase, reason)
+
+
+def clip_operator(clip: str, grid: Grid) -> str:
+    """Return the operator that finds the clip of a grid."""
+    return "mse" if clip == "pact" and grid.bits >= EIGHT else clip
 
 
 def dense_row(layer: Layer, phase: Phase, reason: str) -> PlanRow:

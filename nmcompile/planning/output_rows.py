@@ -1,14 +1,16 @@
 """Decisions on how a result is pruned and quantized where it is computed: at the ReLU or the norm after a layer."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 
 from nmcompile.config import CompileConfig, Phase
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.layers import Layer
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.plan import EIGHT, PlanRow
 from nmcompile.layer_config import LayerConfig
 from nmcompile.quantization import Grid
+
+FEWEST = 5  # bits of results that are added in integers; with fewer, rounding would cost more than the float addition
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,20 @@ class OutputPlanner:
             return False
         return all(any(row.operand == "output" for row in self.rows(site)) for site in sites)
 
-    def result_rows(self, layer: Layer, planned: list[PlanRow]) -> Iterator[PlanRow]:
+    def result_rows(self, layer: Layer, planned: list[PlanRow], integers: Container[str]) -> Iterator[PlanRow]:
         """Plan the 8-bit grid of a quantized layer whose result is also read by anything other than quantized layers.
 
         It comes after the ReLU that directly follows, where it takes half of a signed grid, so one grid serves runtimes
-        with and without unsigned integers; else it comes after the norm.
+        with and without unsigned integers; else it comes after the norm. Results that are added or concatenated share
+        one step, if the layers in `integers` compute all of them, and have so few bits that the sums fit into 8.
         """
         if any(row.operand == "output" for row in planned):
             return
-        grid = Grid(7, signed=False) if self.captured.facts[layer.name].rectified else Grid(8, signed=True)
+        facts = self.captured.facts[layer.name]
         operator = "mse" if self.config.clip == "pact" else self.config.clip  # 8 bits need no learned clip
-        yield PlanRow(layer.name, Phase.FORWARD, "output", operator, grid=grid)
+        row = PlanRow(layer.name, Phase.FORWARD, "output", operator)
+        bits = 0 if facts.stream is None else min(EIGHT, (facts.stream.room + 1).bit_length())
+        if facts.stream is not None and bits >= FEWEST and all(name in integers for name in facts.stream.layers):
+            yield replace(row, grid=Grid(bits, signed=True), stream=facts.stream.layers)
+        else:
+            yield replace(row, grid=Grid(7, signed=False) if facts.rectified else Grid(8, signed=True))

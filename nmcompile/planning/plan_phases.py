@@ -12,11 +12,10 @@ from nmcompile.config import DEFAULT, CompileConfig, Phase
 from nmcompile.errors import PreconditionError
 from nmcompile.ir.captured import Captured, Site
 from nmcompile.ir.layers import ConvTransposeLayer, Layer
-from nmcompile.ir.plan import LayerPlan, Plan, PlanRow
+from nmcompile.ir.plan import EIGHT, LayerPlan, Plan, PlanRow
 from nmcompile.layer_config import LayerConfig, Pruning
 from nmcompile.planning.operand_rows import OperandPlanner, dense_row
 from nmcompile.planning.output_rows import OutputPlanner
-from nmcompile.quantization import Grid
 
 NOT_ASKED = "the mode leaves this GEMM dense"
 FIRST = "first layer, not pruned (paper §6.1); CompileConfig(ends='sparse') changes that"
@@ -27,10 +26,10 @@ RECURRENT = (
     "recurrent layer: its GEMMs run in one fused kernel; CompileConfig(layers=...) with its name prunes them and runs "
     "each step by itself"
 )
+DEPTHWISE = "depthwise convolution: one in-channel per group leaves nothing to prune along"
 UNREACHED = "calibration ran the model without calling it"
 CARRIES = "but an earlier compilation gave it a mask, which it keeps; decompile first to plan it again"
 DROPPED = "the mask that an earlier compilation gave it is dropped"
-STORED = Grid(8, signed=True)
 
 
 def plan_phases(captured: Captured, default: LayerConfig, config: CompileConfig) -> Plan:
@@ -78,24 +77,17 @@ class _LayerPlanner:
     def plan(self) -> LayerPlan:
         key, given = self.outputs.asked(self.site)
         asked, reason = self._judge(key, given)
-        # Only modes that quantize have something to store.
-        is_stored = self.config.ends == "int8" and reason in (FIRST, LAST) and given is not None and given.weight_bits
-        stored = PlanRow(self.layer.name, Phase.FORWARD, "weight", "sawb", grid=STORED, reason=reason)
         if asked is None:
             rows = [dense_row(self.layer, phase, reason) for phase in Phase]
-            if is_stored:
-                rows[0] = stored
         else:
             assert given is not None
             rows = [row for phase in Phase for row in self._phase_rows(phase, asked, given, reason)]
-            rows += self.operands.grid_rows(asked, self.config.clip)
-            if is_stored and asked.weight_bits is None:
-                rows.append(stored)
+            rows += self.operands.grid_rows(asked, self.config.clip, self.config.granularity)
         rows = self._mention_mask(given, asked, reason, rows) + list(self.outputs.rows(self.site))
         self._check_exact(key, asked or given, rows)
         is_integer = {"weight", "input"} <= {row.operand for row in rows if row.is_quantized}
         if is_integer and self.config.outputs == "int8" and not self._is_read_as_integers():
-            rows += self.outputs.result_rows(self.layer, rows)
+            rows += self.outputs.result_rows(self.layer, rows, self._integer_layers)
         rewrites_all = asked == LayerConfig()
         changed = any(row.is_sparse or row.is_quantized for row in rows)
         # Export finds integer kernels for modules only; a functional call or attention keeps its bias and norm. So does
@@ -109,13 +101,19 @@ class _LayerPlanner:
         reason = self._dense_reason(given, key not in (None, DEFAULT))
         if not reason or given is None:
             return given, reason
+        asked = self._carried_config(given, reason)
+        is_stored = self.config.ends == "int8" and reason in (FIRST, LAST, DEPTHWISE) and given.weight_bits is not None
+        return _in_eight_bits(asked, given) if is_stored else asked, reason
+
+    def _carried_config(self, given: LayerConfig, reason: str) -> LayerConfig | None:
+        """Return what is left of a config that does not apply: the part whose mask the layer carries, or None."""
         is_unreached = reason == f"bypassed: {UNREACHED}"
         stays = reason in (FIRST, LAST, ADAPTER) or reason.startswith(TIED) or is_unreached
         if not (stays and self._carries_mask(given)):
-            return None, reason
+            return None
         # Without data there are no clips for quantizing activations.
         carried = self.captured.carried[self.site.weight] - ({"input", "input_bits"} if is_unreached else set())
-        return replace(given, **{one.name: None for one in fields(given) if one.name not in carried}), reason
+        return replace(given, **{one.name: None for one in fields(given) if one.name not in carried})
 
     def _carries_mask(self, given: LayerConfig | None) -> bool:
         """Return whether the layer has a mask from an earlier compilation that the mode does not drop."""
@@ -156,7 +154,7 @@ class _LayerPlanner:
         if name in self.captured.recurrent and not is_named:
             return RECURRENT
         if self.layer.is_depthwise:
-            return "depthwise convolution: one in-channel per group leaves nothing to prune along"
+            return DEPTHWISE
         if self.config.ends != "sparse" and not is_named:
             if facts.first:
                 return FIRST
@@ -186,16 +184,20 @@ class _LayerPlanner:
         """Return whether only quantized layers are known to read the result."""
         return all(self._takes_integers(name) for name in self.captured.facts[self.layer.name].readers)
 
+    @property
+    def _integer_layers(self) -> frozenset[str]:
+        """Return the layers whose weight and input are quantized."""
+        planners = [replace(self, site=site) for site in self.captured.sites]
+        asked = {planner.layer.name: planner._judge(*self.outputs.asked(planner.site))[0] for planner in planners}
+        return frozenset(name for name, one in asked.items() if one is not None and one.weight_bits and one.input_bits)
+
     def _takes_integers(self, name: str) -> bool:
-        """Return whether the layer of that name puts its input on a grid directly, with no pruning in between."""
+        """Return whether the layer of that name puts its input on a grid."""
         site = next((site for site in self.captured.sites if site.layer.name == name), None)
         if site is None:
             return False
-        reader = replace(self, site=site)
-        asked, _ = reader._judge(*self.outputs.asked(site))
-        if asked is None or asked.input_bits is None:
-            return False
-        return not any(row.operand == "input" for row in reader.operands.rows(Phase.FORWARD, asked))
+        asked, _ = replace(self, site=site)._judge(*self.outputs.asked(site))
+        return asked is not None and asked.input_bits is not None
 
     def _check_exact(self, key: str | None, asked: LayerConfig | None, rows: list[PlanRow]) -> None:
         """Raise if a layer that is named exactly does not get its config: no silent dense."""
@@ -218,3 +220,10 @@ class _LayerPlanner:
                 f"layer {self.layer.name!r} (weight {self.layer.weight_shape}) cannot be pruned as CompileConfig"
                 f".layers[{key!r}] asks in the {phase.value} GEMM: {reason}; give another pattern or None"
             )
+
+
+def _in_eight_bits(asked: LayerConfig | None, given: LayerConfig) -> LayerConfig:
+    """Return a config with 8 bits for the operands that `given` quantizes and `asked` does not."""
+    asked = asked or LayerConfig()
+    bits = {name: EIGHT for name in ("weight_bits", "input_bits") if getattr(given, name) is not None}
+    return replace(asked, **{name: getattr(asked, name) or eight for name, eight in bits.items()})

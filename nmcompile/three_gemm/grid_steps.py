@@ -1,7 +1,7 @@
 """The steps of a layer's grids: SAWB's of the weight, and calibrated or learned ones of the input and the output.
 
-SAWB's step is not state: it follows the dense weight. A weight that was rounded while it was pruned is dense no more,
-and its moments say nothing about its grid, so the step of that grid is state and stands.
+SAWB's step is not state: it follows the dense weight, and so does the step of 8-bit weights. A weight that was rounded
+while it was pruned is dense no more, and its moments say nothing about its grid, so the step of that grid is state.
 """
 
 from dataclasses import dataclass, field
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.errors import CalibrationError
-from nmcompile.ir.plan import PlanRow
+from nmcompile.ir.plan import EIGHT, PlanRow
 from nmcompile.quantization import Grid, positive_clip, sawb_scale
 from nmcompile.weight_cache import WeightCache, is_cacheable
 
+DIGITS = 2**10
 _weight_steps: WeightCache[Tensor] = WeightCache()
 
 
@@ -21,7 +22,7 @@ class ActivationStep:
     """The clip of one layer, kept out of `parameters()` and `state_dict()`: dense checkpoints keep their keys.
 
     Args:
-        layer: the layer's name, for messages.
+        layer: the layer's name, for messages; of a stream, the first one.
         row: the plan's row, with the grid, and `pact` as operator if the clip is learned.
         device: device of the layer's weight.
     """
@@ -50,8 +51,14 @@ class ActivationStep:
 
     @torch.no_grad()
     def calibrate(self, clip: float | Tensor) -> None:
-        """Set the clip: the largest magnitude that the grid holds."""
+        """Set the clip: the largest magnitude that the grid holds.
+
+        The step of a stream gets so few digits that its multiples, and their sums, are exact in float32.
+        """
         self.clip.fill_(clip)
+        if self.row.stream:
+            mantissa, exponent = torch.frexp(positive_clip(self.clip) / self.grid.high)
+            self.clip.copy_(torch.ldexp((mantissa * DIGITS).round() / DIGITS, exponent) * self.grid.high)
         self.is_calibrated = True
 
     def move(self, device: torch.device) -> None:
@@ -67,7 +74,7 @@ class GridSteps:
     Args:
         weight_grid: grid of the weight.
         weight_dim: the weight's out dim if every out-channel has its own step, None for one step.
-        weight: step of a weight whose values are on its grid already; None for SAWB's step.
+        weight: step of a weight whose values are on its grid already; None for one that follows the weight.
         input: step of the input.
         output: step of the output, after its ReLU if that grid is unsigned.
         unused: another grid, with its step, that the weight was rounded to before; a later compilation may ask for it.
@@ -93,7 +100,7 @@ class GridSteps:
         return self.of_weight(weight), self.of_input(), self.of_output()
 
     def of_weight(self, weight: Tensor) -> Tensor | None:
-        """Return the step of the weight: SAWB's of the dense weight, unless the weight was rounded to another."""
+        """Return the step of the weight: that of the dense weight, unless the weight was rounded to another."""
         if self.weight is not None:
             return self.weight.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         return None if self.weight_grid is None else self._of_weight(weight, self.weight_grid.bits)
@@ -110,8 +117,8 @@ class GridSteps:
     def _of_weight(self, weight: Tensor, bits: int) -> Tensor:
         dim = self.weight_dim
         if not is_cacheable(weight):
-            return sawb_scale(weight, bits, dim=dim)
-        return _weight_steps.get(weight, (), (bits, dim), lambda: sawb_scale(weight, bits, dim=dim))
+            return _step(weight, bits, dim)
+        return _weight_steps.get(weight, (), (bits, dim), lambda: _step(weight, bits, dim))
 
     @torch.no_grad()
     def of_accumulator(self, weight: Tensor) -> Tensor | None:
@@ -129,3 +136,13 @@ class GridSteps:
 
     def of_output(self) -> Tensor | None:
         return None if self.output is None else self.output.current()
+
+
+def _step(weight: Tensor, bits: int, dim: int | None) -> Tensor:
+    """Return SAWB's step of a dense weight; for 8 bits the largest magnitude's, since nothing is won by clipping."""
+    if bits < EIGHT:
+        return sawb_scale(weight, bits, dim=dim)
+    others = [d for d in range(weight.dim()) if dim is None or d != dim % weight.dim()]
+    largest = weight.to(torch.promote_types(weight.dtype, torch.float32)).abs().amax(others, keepdim=dim is not None)
+    step = largest / Grid(bits, signed=True).high
+    return torch.where(step == 0, 1.0, step)

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from nmcompile.config import Phase
 from nmcompile.ir import operations as ops
-from nmcompile.ir.node_meta import row_of
+from nmcompile.ir.node_meta import kind_of, row_of
 from nmcompile.ir.plan import Operand
 from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.three_gemm.grid_steps import ActivationStep
@@ -56,5 +56,6 @@ class _UnquantizedNodes(fx.Interpreter):
         if row is None or not row.is_quantized or row.operand not in self.steps:
             return super().run_node(n)
         x = self.env[n.all_input_nodes[0]]
-        self.observer.show(self.steps[row.operand], x)
+        if kind_of(n) == "quantize":
+            self.observer.show(self.steps[row.operand], x)
         return x

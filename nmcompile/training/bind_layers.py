@@ -39,6 +39,7 @@ class TripleFactory:
         self.earlier = earlier
         self.masks: dict[int | str, WeightMask] = {}
         self.replicas = Replicas()
+        self.streams: dict[tuple[str, ...], ActivationStep] = {}
 
     def rewritten_sites(self) -> Iterator[Site]:
         """Return the sites that the plan rewrites."""
@@ -64,7 +65,7 @@ class TripleFactory:
         is_same = rounded is not None and rounded[0] == grid
         return GridSteps(
             grid,
-            site.layer.out_dim if self.config.granularity == "channel" else None,
+            site.layer.out_dim if weight is not None and weight.axis == "out" else None,
             rounded[1] if rounded is not None and is_same else None,
             self._activation_step(site, plan.grid_row("input")),
             self._activation_step(site, plan.grid_row("output")),
@@ -74,7 +75,11 @@ class TripleFactory:
     def _activation_step(self, site: Site, row: PlanRow | None) -> ActivationStep | None:
         if row is None:
             return None
+        if row.stream in self.streams:
+            return self.streams[row.stream]
         step = ActivationStep(site.layer.name, row, self._device(site))
+        if row.stream:
+            self.streams[row.stream] = step
         earlier = self.earlier.steps.get((site.layer.name, row.operand))
         if earlier is not None and earlier.is_calibrated and earlier.grid == step.grid:
             step.calibrate(earlier.clip)

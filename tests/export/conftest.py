@@ -87,11 +87,11 @@ def _weight(
 def _prepared(layer: DeployedLayer) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         x, wanted = args[0], layer.input
-        if wanted.pattern is not None:
-            x = greedy_by_value(x, wanted.pattern, dim=layer.layer.channel_dim)
         if wanted.grid is not None:
             assert wanted.scale is not None
             x = fake_quantize(x, wanted.scale, wanted.grid)
+        if wanted.pattern is not None:
+            x = greedy_by_value(x, wanted.pattern, dim=layer.layer.channel_dim)
         return (x,)
 
     return hook

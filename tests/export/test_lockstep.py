@@ -17,6 +17,7 @@ from nmcompile.export.check.lockstep import Lockstep
 from nmcompile.export.check.run_file import onnxruntime_runner
 from nmcompile.three_gemm.find_triples import triples_of
 
+TOP = 135  # 7 steps above the zero point
 Found = list[np.ndarray[Any, Any]]
 
 
@@ -40,7 +41,7 @@ def found(lockstep: Lockstep, images: Tensor) -> Found:
 def test_the_integers_of_all_quantized_layers_are_exposed(report: Any, lockstep: Lockstep, found: Found) -> None:
     model, _ = report
     assert len(found) == 1 + len(model.layers)
-    assert all(x.dtype == np.int8 for x in found[1:])
+    assert all(x.dtype == np.uint8 for x in found[1:])
 
 
 def test_runtime_that_agrees_changes_nothing(report: Any, lockstep: Lockstep, found: Found, images: Tensor) -> None:
@@ -56,8 +57,8 @@ def test_torch_goes_on_from_what_was_rounded_otherwise(
     model, _ = report
     with torch.no_grad():
         before = lockstep.run(Example((images,)), found)
-        sign = 1 if found[-1][0, 3] < 7 else -1
-        found[-1][0, 3] += sign  # of the last layer, so no other one is affected
+        sign = 1 if found[-1][0, 3] < TOP else -1
+        found[-1][0, 3] += np.int16(sign).astype(np.uint8)  # of the last layer, so no other one is affected
         after = lockstep.run(Example((images,)), found)
     step = sign * model.layers["head"].input.scale * model.layers["head"].weight.values[:, 3]
     assert isinstance(before, Tensor) and isinstance(after, Tensor)
@@ -69,7 +70,7 @@ def test_torch_goes_on_from_what_was_rounded_otherwise(
 
 
 def test_two_steps_are_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
-    found[1].reshape(-1)[0] += 2 if found[1].reshape(-1)[0] < 6 else -2
+    found[1].reshape(-1)[0] += np.int16(2 if found[1].reshape(-1)[0] < TOP - 1 else -2).astype(np.uint8)
     with torch.no_grad(), pytest.raises(ExportError, match="layer 'stem' reads other values in the file"):
         lockstep.run(Example((images,)), found)
 
@@ -77,7 +78,7 @@ def test_two_steps_are_no_rounding(lockstep: Lockstep, found: Found, images: Ten
 def test_more_than_one_in_a_thousand_is_no_rounding(lockstep: Lockstep, found: Found, images: Tensor) -> None:
     integers = found[1].reshape(-1)
     changed = integers[: integers.size // 500]
-    changed += np.where(changed < 7, 1, -1).astype(np.int8)
+    changed += np.where(changed < TOP, 1, -1).astype(np.uint8)
     with (
         torch.no_grad(),
         pytest.raises(ExportError, match=r"'stem' .* up to 1 quantization steps apart, 99.8\d% equal"),

@@ -7,6 +7,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from nmcompile.export.write.prune_activations import DOMAIN, prune_activation
+from nmcompile.export.write.prune_integers import prune_integers
 from nmcompile.export.write.trace_model import OPSET
 from nmcompile.pruning import NMPattern, greedy_by_value
 
@@ -39,6 +40,44 @@ def test_function_prunes_as_the_operator_does(op_type: str, shape: tuple[int, ..
     for run in (session.run, ReferenceEvaluator(proto).run):
         [result] = run(None, {"x": x.numpy()})
         assert torch.equal(torch.tensor(result), expected)
+
+
+@pytest.mark.parametrize("high", [15, 255])
+@pytest.mark.parametrize("pattern", ["4:8", "2:4", "1:4", "2:6", "1:2", "7:8"])
+@pytest.mark.parametrize("shape", [(2, 24, 3, 5), (2, 24, 7), (1, 24, 2, 3, 2)])
+def test_integers_are_pruned_as_the_operator_does(shape: tuple[int, ...], pattern: str, high: int) -> None:
+    """Along channels and along features; most blocks have ties, and some have them between the largest integers."""
+    generator = torch.Generator().manual_seed(0)
+    q = high - torch.randint(0, 6, shape, generator=generator) * torch.randint(0, 4, shape, generator=generator)
+    for layout, dim in (("Channels", 1), ("Features", -1)):
+        x = q.clamp(0, high).movedim(1, dim).contiguous().to(torch.uint8)
+        proto = integer_model(x, high, pattern, layout)
+        onnx.checker.check_model(proto, full_check=True)
+        expected = greedy_by_value(x.float(), pattern, dim=dim).to(torch.uint8)
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        for run in (session.run, ReferenceEvaluator(proto).run):
+            [result] = run(None, {"x": x.numpy()})
+            assert torch.equal(torch.tensor(result), expected)
+
+
+def integer_model(x: Tensor, high: int, pattern: str, layout: str) -> onnx.ModelProto:
+    """Make a model that only prunes integers."""
+    value = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.UINT8))
+    node = ir.Node("", "Identity", [value])
+    graph = ir.Graph([value], [], nodes=[node], opset_imports={"": OPSET}, name="pruning")
+    model = ir.Model(graph, ir_version=10)
+    graph.outputs.append(prune_integers(model, node, value, high, NMPattern.parse(pattern), layout, "pruned"))
+    graph.remove(node, safe=True)
+    return ir.to_proto(model)
+
+
+def test_every_order_within_a_block() -> None:
+    """All blocks of three different integers: every order, with every kind of tie."""
+    blocks = torch.cartesian_prod(*[torch.arange(3)] * 8).to(torch.uint8)
+    proto = integer_model(blocks, 15, "4:8", "Features")
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    [result] = session.run(None, {"x": blocks.numpy()})
+    assert torch.equal(torch.tensor(result), greedy_by_value(blocks.float(), "4:8").to(torch.uint8))
 
 
 def test_signs_and_halves() -> None:

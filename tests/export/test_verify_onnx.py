@@ -43,7 +43,7 @@ def written(net: nn.Module, images: Tensor, deploy: Callable[..., Any], tmp_path
         ),
         ("token.weight_scale", lambda scale: scale * np.float32(1.5), "layer 'token' does not compute the same"),
         ("stem.input_scale", lambda scale: scale * np.float32(1.1), "layer 'stem' does not compute the same"),
-        ("stem.input_high", lambda high: high - np.int8(4), "layer 'stem' does not compute the same"),
+        ("stem.input_high", lambda high: high - np.uint8(4), "layer 'stem' does not compute the same"),
         ("head.weight_quantized", np.ones_like, "layer 'head': .* blocks of 'head.weight_quantized' break 2:4"),
     ],
 )

@@ -146,13 +146,12 @@ def test_int4_halves_the_weights(net: nn.Module, images: Tensor, deploy: Deploy,
 
 
 @pytest.mark.parametrize(
-    ("target", "signed", "kind"),
-    [("onnxruntime", False, np.uint8), ("onnxruntime", True, np.int8), ("tensorrt", False, np.int8)],
+    ("target", "kind", "ends"), [("onnxruntime", np.uint8, (128, 121, 135)), ("tensorrt", np.int8, (0, -7, 7))]
 )
 def test_inputs_are_quantized_then_clipped_as_integers(
-    net: nn.Module, images: Tensor, deploy: Deploy, tmp_path: Path, target: str, signed: bool, kind: type
+    net: nn.Module, images: Tensor, deploy: Deploy, tmp_path: Path, target: str, kind: type, ends: tuple[int, ...]
 ) -> None:
-    model = deploy(net, prune_inputs=not signed)
+    model = deploy(net)
     path = write(model, tmp_path / "m.onnx", images, target=target).path
     graph = onnx.load(path).graph
     stored = initializers(path)
@@ -164,7 +163,31 @@ def test_inputs_are_quantized_then_clipped_as_integers(
     assert (dequantize.op_type, clip.op_type, quantize.op_type) == ("DequantizeLinear", "Clip", "QuantizeLinear")
     zero, low, high = (stored[name] for name in (quantize.input[2], *clip.input[1:]))
     assert {zero.dtype, low.dtype, high.dtype} == {np.dtype(kind)}
-    assert (int(zero), int(low), int(high)) == ((0, -7, 7) if signed else (0, 0, 15))
+    assert (int(zero), int(low), int(high)) == ends
+
+
+@pytest.mark.parametrize(
+    ("target", "chain"),
+    [
+        ("onnxruntime", ["QuantizeLinear", "Clip", "PruneIntegers_4_8_Channels", "DequantizeLinear"]),
+        (
+            "tensorrt",
+            ["Div", "Round", "Clip", "Mul", "PruneByValue_4_8_Channels", "QuantizeLinear", "DequantizeLinear"],
+        ),
+    ],
+)
+def test_inputs_are_pruned_after_they_are_rounded(
+    net: nn.Module, images: Tensor, deploy: Deploy, tmp_path: Path, target: str, chain: list[str]
+) -> None:
+    path = write(deploy(net, prune_inputs=True), tmp_path / "m.onnx", images, target=target).path
+    graph = onnx.load(path).graph
+    producers = {name: node for node in graph.node for name in node.output}
+    [node] = [node for node in graph.node if node.name == "conv"]
+    found = []
+    for _ in chain:
+        node = producers[node.input[0]]
+        found.append(node.op_type)
+    assert found == chain[::-1]
 
 
 def test_nodes_are_named_after_layers(net: nn.Module, images: Tensor, deploy: Deploy, tmp_path: Path) -> None:

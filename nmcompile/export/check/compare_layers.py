@@ -109,6 +109,7 @@ def _check(
         prepared = prepared.flatten(0, -2)
     part = LayerPart(proto, node.name, layer.layer.has_bias)
     got = onnxruntime_runner(part.model, target)({part.input: prepared.to(part.dtype).numpy()})[0]
+    expected = expected.relu() if part.is_rectified else expected
     want = (expected.unsqueeze(0) if is_unbatched else expected).double().numpy()
     result = got.astype(np.float64).reshape(want.shape)
     apart = np.abs(difference(result, want))

@@ -28,6 +28,7 @@ class LayerPart:
         step: the step of the accumulator, a number or one for each out-channel, or of the quantized output; None if
             neither is quantized.
         is_pruned: whether the output is pruned.
+        is_rectified: whether a ReLU is part of it.
         dtype: dtype of its floats.
         integers: the tensor that quantizes its input, before the DequantizeLinear; `""` if there is none.
         input_scale, input_zero: scale and zero point of that tensor.
@@ -45,6 +46,7 @@ class LayerPart:
         behind = self._behind(graph.node, gemm)
         nodes = [*reversed(front), *weight, gemm, *behind]
         self.is_pruned = any(_kind(node) == "output_prune" for node in behind)
+        self.is_rectified = any(node.op_type == "Relu" for node in behind)
         last = behind[-1] if behind else gemm
         is_quantized_behind = _kind(last) in OUTPUT_SIDE and last.op_type in STEPPED
         self.step = self._scale(last) if is_quantized_behind else self._step(gemm)
@@ -70,13 +72,13 @@ class LayerPart:
         )
 
     def _unpruned(self, front: Sequence[NodeProto]) -> list[NodeProto]:
-        """Return copies of the nodes without those that prune."""
-        nodes = []
+        """Return copies of the nodes, a chain from the input on, without those that prune."""
+        nodes, before = [], self.input
         for node in front:
             if _kind(node) != "prune":
                 nodes.append(copy := NodeProto())
                 copy.CopyFrom(node)
-        nodes[0].input[0] = self.input
+                copy.input[0], before = before, node.output[0]
         return nodes
 
     def _front(self, name: str) -> list[NodeProto]:

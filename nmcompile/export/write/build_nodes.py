@@ -45,3 +45,26 @@ def insert_behind(node: ir.Node, op_type: str, others: Sequence[ir.Value], name:
     for index, one in enumerate(outputs):
         if one is output:
             outputs[index] = result
+
+
+def insert_pair(value: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
+    """Insert a Quantize and a Dequantize between a value and its readers; return the result."""
+    users = list(value.uses())
+    quantize = ir.Node("", "QuantizeLinear", [value, scale, zero], name=f"{value.name}.quantize")
+    dequantize = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{value.name}.dequantize")
+    for node in (quantize, dequantize):
+        node.outputs[0].name = node.name
+    result = dequantize.outputs[0]
+    result.shape, result.type = value.shape, value.type
+    producer = value.producer()
+    assert producer is not None
+    producer.append([quantize, dequantize])
+    for user, operand in users:
+        user.replace_input_with(operand, result)
+    return result
+
+
+def only_rectified(value: ir.Value) -> bool:
+    """Return whether ReLUs alone read a value."""
+    readers = list(value.consumers())
+    return bool(readers) and not value.is_graph_output() and all(reader.op_type == "Relu" for reader in readers)

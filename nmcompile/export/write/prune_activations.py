@@ -1,4 +1,4 @@
-"""Activations with a pattern -> a call of a model-local function before a layer, or after its ReLU.
+"""Activations with a pattern, in floats -> a call of a model-local function before a layer, or after its ReLU.
 
     Conv(x, w)  ->  Conv(nmcompile.PruneByValue_4_8_Channels(x), w)
 
@@ -11,8 +11,10 @@ it is the cheaper one (ONNX Runtime 1.32, one core, 4:8, milliseconds):
 | (1, 197, 3072)   | 19              | 8.8  |
 
 Channels before pixels are compared as whole slices; channels in the last dim are short rows, which TopK takes directly.
-Ties go to the lowest index in both.
+Ties go to the lowest index in both. Activations on a grid are pruned as integers (`prune_integers.py`).
 """
+
+from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
@@ -28,10 +30,16 @@ def prune_activation(
     model: ir.Model, node: ir.Node, x: ir.Value, pattern: NMPattern, layout: str, name: str
 ) -> ir.Value:
     """Prune a value before a node along `"Channels"` (dim 1) or `"Features"` (last dim); return the pruned value."""
-    operator = f"PruneByValue_{pattern.n_keep}_{pattern.block}_{layout}"
+    body = _by_rank(pattern) if layout == "Channels" else _by_top_k(pattern)
+    return call_function(model, node, f"PruneByValue_{pattern.n_keep}_{pattern.block}_{layout}", body, x, name)
+
+
+def call_function(
+    model: ir.Model, node: ir.Node, operator: str, body: Sequence[str], x: ir.Value, name: str
+) -> ir.Value:
+    """Call a model-local function y = f(x) before a node, where y has the shape and type of x; add a missing one."""
     key = (DOMAIN, operator, "")
     if key not in model.functions:
-        body = _by_rank(pattern) if layout == "Channels" else _by_top_k(pattern)
         model.functions[key] = _function(operator, body)
         model.opset_imports[DOMAIN] = 1
     pruned = insert_before(node, operator, [x], name, domain=DOMAIN)
@@ -39,7 +47,7 @@ def prune_activation(
     return pruned
 
 
-def _function(operator: str, body: list[str]) -> ir.Function:
+def _function(operator: str, body: Sequence[str]) -> ir.Function:
     text = "\n".join(body)
     header = f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">'
     return ir.serde.deserialize_function(onnx.parser.parse_function(f"{header}\n{operator} (x) => (y)\n{{\n{text}\n}}"))

@@ -4,11 +4,12 @@
     Relu(Conv(x, w))  ->  Dequantize(Clip(Quantize(Relu(Conv(x, w)), scale, 0), low, high))
     Conv(x, w)        ->  Dequantize(Clip(Quantize(Conv(x, w), scale, zero), low, high))
 
-The Clip is one of integers: a Clip of floats before the Quantize would rule out ONNX Runtime's integer kernels.
+The Clip is one of integers: a Clip of floats before the Quantize would rule out ONNX Runtime's integer kernels. So the
+bounds of a Clip that a model has there, as a ReLU6 does, become bounds of the integers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,12 +17,12 @@ import onnx_ir.passes.common as common
 
 from nmcompile.errors import ExportError
 from nmcompile.export.deployed_layer import DeployedActivation
-from nmcompile.export.write.build_nodes import add_initializer, insert_before
+from nmcompile.export.write.build_nodes import add_initializer, insert_before, only_rectified
 from nmcompile.export.write.find_layers import CONVS, LayerNode
 from nmcompile.export.write.prune_activations import prune_activation
+from nmcompile.export.write.prune_integers import prune_integers
+from nmcompile.pruning.pattern import NMPattern
 from nmcompile.quantization import Grid
-
-MOVES = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice"})
 
 
 def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: str) -> None:
@@ -51,6 +52,9 @@ def is_emulated(grid: Grid, target: str) -> bool:
 
 def _quantize_behind(model: ir.Model, site: LayerNode, target: str) -> None:
     wanted, result = site.deployed.output, _result(site)
+    if target == "onnxruntime" and wanted.grid is not None and wanted.grid.signed and only_rectified(result):
+        # Half of the grid is not used. After the ReLU its rest fits the operator that ONNX Runtime makes of both.
+        wanted = replace(wanted, grid=Grid(wanted.grid.bits - 1, signed=False))
     is_rectified = wanted.pattern is not None or (wanted.grid is not None and not wanted.grid.signed)
     for activation in _rectified(site, result) if is_rectified else (result,):
         # A node to insert the new nodes before, and to carry the name that the graph's output needs.
@@ -84,13 +88,12 @@ def _result(site: LayerNode) -> ir.Value:
 
 
 def _rectified(site: LayerNode, result: ir.Value) -> list[ir.Value]:
-    readers = list(result.consumers())
-    if result.is_graph_output() or any(reader.op_type != "Relu" for reader in readers):
+    if not only_rectified(result):
         raise ExportError(
             f"layer {site.name!r}: its output is to be pruned and quantized after a ReLU, but the graph reads it "
             "elsewhere too; leave the layer out with CompileConfig.layers, or take placement='operand'"
         )
-    return [relu.outputs[0] for relu in readers]
+    return [relu.outputs[0] for relu in result.consumers()]
 
 
 @dataclass(frozen=True)
@@ -103,43 +106,51 @@ class _Place:
     kind: str
 
     def put(self, x: ir.Value, wanted: DeployedActivation, target: str) -> ir.Value:
-        if wanted.pattern is not None:
-            layout = "Channels" if self.site.node.op_type in CONVS else "Features"
-            x = prune_activation(self.model, self.node, x, wanted.pattern, layout, self._name("prune"))
         if wanted.grid is None:
-            return x
+            return self._pruned(x, wanted.pattern)
         assert wanted.scale is not None
         scale = self._constant("scale", np.float32(wanted.scale))
         if is_emulated(wanted.grid, target):
-            return self._emulated(x, scale, wanted.grid)
-        dtype = np.dtype(np.uint8 if target == "onnxruntime" and self._is_unsigned(wanted.grid) else np.int8)
-        offset = 128 if dtype == np.uint8 and wanted.grid.signed else 0
+            return self._pruned(self._emulated(x, scale, wanted.grid), wanted.pattern)
+        if wanted.pattern is None or target == "onnxruntime":
+            return self._on_grid(x, scale, wanted.grid, wanted.pattern, target)
+        # TensorRT has integers between a Quantize and a Dequantize only, so it prunes rounded floats.
+        return self._quantized(self._pruned(self._emulated(x, scale, wanted.grid), wanted.pattern), scale)
+
+    def _pruned(self, x: ir.Value, pattern: NMPattern | None) -> ir.Value:
+        if pattern is None:
+            return x
+        return prune_activation(self.model, self.node, x, pattern, self._layout, self._name("prune"))
+
+    @property
+    def _layout(self) -> str:
+        return "Channels" if self.site.node.op_type in CONVS else "Features"
+
+    def _on_grid(self, x: ir.Value, scale: ir.Value, grid: Grid, pattern: NMPattern | None, target: str) -> ir.Value:
+        dtype = np.dtype(np.uint8 if target == "onnxruntime" else np.int8)
+        offset = 128 if dtype == np.uint8 and grid.signed else 0
         zero = self._constant("zero_point", dtype.type(offset))
+        x, low, high = _unclipped(x, scale, grid)
         x = self._insert("QuantizeLinear", [x, scale, zero], "quantize")
-        x = self._clipped(x, wanted.grid, dtype, offset)
+        x = self._clipped(x, low + offset, high + offset, dtype)
+        if pattern is not None:
+            x = prune_integers(self.model, self.node, x, grid.high, pattern, self._layout, self._name("prune"))
         return self._insert("DequantizeLinear", [x, scale, zero], "dequantize")
 
-    def _is_unsigned(self, grid: Grid) -> bool:
-        """Return whether ONNX Runtime gets unsigned integers: for an unsigned grid, and at outputs.
+    def _quantized(self, x: ir.Value, scale: ir.Value) -> ir.Value:
+        """Return floats that are on their grid already between a Quantize and a Dequantize."""
+        zero = self._constant("zero_point", np.int8(0))
+        x = self._insert("QuantizeLinear", [x, scale, zero], "quantize")
+        return self._insert("DequantizeLinear", [x, scale, zero], "dequantize")
 
-        As an exception, a convolution writes the type that it reads. But signed outputs before a Reshape or its like do
-        not load in ONNX Runtime 1.32, which moves the quantization after it: "output_dtype INT8 does not match
-        y_zero_point type UINT8".
-        """
-        input = self.site.deployed.input.grid
-        reads_signed = self.site.node.op_type == "Conv" and input is not None and input.signed
-        is_moved = any(reader.op_type in MOVES for reader in self.node.outputs[0].consumers())
-        return not grid.signed or (self.kind == "output_" and (is_moved or not reads_signed))
-
-    def _clipped(self, x: ir.Value, grid: Grid, dtype: np.dtype[np.generic], offset: int = 0) -> ir.Value:
-        ends = ("low", grid.low + offset), ("high", grid.high + offset)
-        low, high = (self._constant(end, dtype.type(n)) for end, n in ends)
-        return self._insert("Clip", [x, low, high], "clip")
+    def _clipped(self, x: ir.Value, low: int, high: int, dtype: np.dtype[np.generic]) -> ir.Value:
+        ends = [self._constant(end, dtype.type(number)) for end, number in (("low", low), ("high", high))]
+        return self._insert("Clip", [x, *ends], "clip")
 
     def _emulated(self, x: ir.Value, scale: ir.Value, grid: Grid) -> ir.Value:
         x = self._insert("Div", [x, scale], "divide")
         x = self._insert("Round", [x], "round")
-        x = self._clipped(x, grid, np.dtype(np.float32))
+        x = self._clipped(x, grid.low, grid.high, np.dtype(np.float32))
         return self._insert("Mul", [x, scale], "multiply")
 
     def _name(self, step: str) -> str:
@@ -150,3 +161,17 @@ class _Place:
 
     def _insert(self, op_type: str, inputs: Sequence[ir.Value], step: str) -> ir.Value:
         return insert_before(self.node, op_type, inputs, self._name(step))
+
+
+def _unclipped(x: ir.Value, scale: ir.Value, grid: Grid) -> tuple[ir.Value, int, int]:
+    """Return what a Clip before a Quantize reads, and the grid's ends within its bounds: rounding keeps the order."""
+    clip, step = x.producer(), scale.const_value
+    if clip is None or clip.op_type != "Clip" or len(clip.inputs) != 3 or step is None:
+        return x, grid.low, grid.high
+    source, *bounds = clip.inputs
+    constants = [None if bound is None else bound.const_value for bound in bounds]
+    numbers = [one.numpy() / step.numpy() for one in constants if one is not None]
+    if source is None or len(numbers) < 2:
+        return x, grid.low, grid.high
+    low, high = (int(np.clip(np.round(number), grid.low, grid.high)) for number in numbers)
+    return source, low, high

@@ -15,6 +15,7 @@ from nmcompile.errors import ExportError
 from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.export.planned_patterns import PLANNED
 from nmcompile.export.write.absorb_norms import Affine, absorb_norm
+from nmcompile.export.write.add_integers import add_integers
 from nmcompile.export.write.bake_weights import bake_weights
 from nmcompile.export.write.clean_graph import clean_graph, drop_unused, strip_origin
 from nmcompile.export.write.find_layers import LayerNode, find_layers
@@ -116,6 +117,7 @@ def write_onnx(
     bake_weights(model, sites, affines, container)
     quantize_activations(model, sites, target)
     if target == "onnxruntime":
+        add_integers(model)
         for site in sites:
             keep_bias(model, site)
             keep_weight(site)
