@@ -86,15 +86,15 @@ class CompileConfig:
             8 bits where the mode quantizes, with a step of the weight for each out-channel.
         clip: how the input grids find their clip: `"mse"` or `"percentile"` over the calibration data, or `"pact"`,
             learned from the `"mse"` clip on (`nmcompile.training.clips` are the parameters to give to the optimizer).
-        granularity: one weight scale for each `"tensor"` or for each out-`"channel"`.
+        granularity: one weight scale for each `"tensor"` or for each out-`"channel"`; 8-bit weights have the latter.
         placement: where activations are pruned and quantized: at the `"operand"` of each GEMM, or, for layers that a
             ReLU follows directly, at that `"activation"`. Then everything after it (batch norm, pooling, a residual
             branch) reads the pruned values, and the next GEMMs take them unchanged. Needs the whole graph.
         outputs: `"int8"` puts the result of a quantized layer on a calibrated 8-bit grid if anything other than a
             quantized layer reads it (a residual addition, a softmax): integer kernels write integers. Results that are
-            added or concatenated share one step, so that their sums are integers too.
-            `"float"` leaves results alone, and runtimes compute such layers in floating point. For deployment: training
-            does not update these clips. Needs the whole graph; without it results stay as they are.
+            added or concatenated share one step, so that their sums are integers too. `"float"` leaves results alone,
+            and runtimes compute such layers in floating point. For deployment: training does not update these clips.
+            Needs the whole graph; without it results stay as they are.
         where: `"all"` prunes everything in the plan. `"pays"` times each layer alone, pruned and dense, and leaves the
             phases dense that pruning does not make faster. Inputs are random, with the shape and layout that `args`
             give the layer. If a step of the whole model with `args` is slower than dense all the same, everything is

@@ -13,7 +13,8 @@ BOUNDED = {"relu6", "hardtanh"}
 # Operators that leave integers on their grid: zero stays zero, order is preserved, elements only move.
 TRANSPARENT = {
     *BOUNDED, "relu", "identity", "dropout", "dropout1d", "dropout2d", "dropout3d", "featuredropout", "flatten",
-    "unflatten", "view", "reshape", "permute", "transpose", "t", "contiguous", "squeeze", "unsqueeze", "clone", "alias", "detach",
+    "unflatten", "view", "reshape", "permute", "transpose", "t", "contiguous", "squeeze", "unsqueeze", "clone",
+    "alias", "detach",
     *(f"maxpool{dims}d" for dims in (1, 2, 3)),
 }  # fmt: skip
 

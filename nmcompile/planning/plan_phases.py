@@ -225,5 +225,5 @@ class _LayerPlanner:
 def _in_eight_bits(asked: LayerConfig | None, given: LayerConfig) -> LayerConfig:
     """Return a config with 8 bits for the operands that `given` quantizes and `asked` does not."""
     asked = asked or LayerConfig()
-    bits = {name: EIGHT for name in ("weight_bits", "input_bits") if getattr(given, name) is not None}
-    return replace(asked, **{name: getattr(asked, name) or eight for name, eight in bits.items()})
+    weight, input = (None if bits is None else EIGHT for bits in (given.weight_bits, given.input_bits))
+    return replace(asked, weight_bits=asked.weight_bits or weight, input_bits=asked.input_bits or input)

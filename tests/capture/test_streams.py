@@ -12,7 +12,9 @@ from nmcompile.capture import capture_model
 class Chain(nn.Module):
     """A first result to which those of other layers are added, each sum followed by `between`."""
 
-    def __init__(self, added: int, between: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, added: int, between: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(added + 1))
         self.between, self.join = between, join

@@ -145,8 +145,8 @@ def test_sums_are_whole_steps_and_fit_into_a_byte(config: CompileConfig) -> None
 
 @torch.no_grad()
 def test_a_shared_step_survives_saving(tmp_path: Path) -> None:
-    model, other = compiled("residual", UNPRUNED), network("residual")
-    other = nmcompile.compile(other, "inference", args=(X,), config=UNPRUNED, calibration=[X + 1])
+    model = compiled("residual", UNPRUNED)
+    other = nmcompile.compile(network("residual"), "inference", args=(X,), config=UNPRUNED, calibration=[X + 1])
     other.load_state_dict(model.state_dict())
     nmcompile.load_sparse_state_dict(other, nmcompile.sparse_state_dict(model))
     assert torch.equal(other.eval()(X), model(X))
