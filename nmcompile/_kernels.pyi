@@ -139,6 +139,9 @@ class PackedIntegers:
 def pack_integers(integers: Tensor, threads: int) -> PackedIntegers | None:
     """Pack int8 `(rows, depth)`; return None if some four keep more than two, or one has more than four bits."""
 
+def code_integers(values: Tensor, step: float, low: int, high: int, codes: Tensor) -> bool:
+    """Write values / step - low (tokens, depth) to wider codes; False if a value is no whole step in [low, high]."""
+
 def multiply_integers(
     packed: PackedIntegers,
     input: Tensor,

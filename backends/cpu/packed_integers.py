@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nmcompile.backends.cpu.gemm import masked
 from nmcompile.ir.operations import to_grid
@@ -55,11 +54,11 @@ class GridInput(NamedTuple):
 
         None if a value, such as a NaN, is not on the grid.
         """
-        found = integers(self.values, self.step, self.grid)
-        if not torch.equal(found * self.step, self.values):
-            return None
-        codes = (found - self.grid.low).to(torch.uint8).reshape(-1, self.values.shape[-1])
-        return F.pad(codes, (0, -codes.shape[1] % kernels.INTEGERS_DEPTH)).contiguous()
+        depth, block = self.values.shape[-1], kernels.INTEGERS_DEPTH
+        values = self.values.detach().reshape(-1, depth).contiguous()
+        codes = values.new_empty(len(values), -(-depth // block) * block, dtype=torch.uint8)
+        fits = kernels.code_integers(values, float(self.step), self.grid.low, self.grid.high, codes)
+        return codes if fits else None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
 from nmcompile.ir.operations import apply_mask, to_grid
 from nmcompile.native import INSTRUCTION_SETS, kernels
-from nmcompile.quantization import Grid
+from nmcompile.quantization import Grid, integers
 from tests.conformance.gemms import UNIT
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
@@ -169,3 +169,26 @@ def test_operands_that_do_not_fit_are_refused() -> None:
             kernels.multiply_integers(packed, **good | {name: tensor})
     with pytest.raises(ValueError, match="multiple of four"):
         kernels.pack_integers(torch.zeros(5, 6, dtype=torch.int8), 1)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 127), (2, 5, 300)])
+def test_codes_are_the_integers_of_the_grid(shape: tuple[int, ...], signed: bool) -> None:
+    for exponent in (-30, -3, 0, 20):
+        step, grid = torch.rand(()).add(0.5) * 2.0**exponent, Grid(4, signed)
+        values = to_grid(8 * step * torch.randn(shape), step, 4, signed)
+        codes = GridInput(values, step, grid).codes()
+        assert codes is not None and codes.shape[1] % kernels.INTEGERS_DEPTH == 0
+        expected = (integers(values, step, grid) - grid.low).to(torch.uint8).reshape(-1, shape[-1])
+        assert torch.equal(codes[:, : shape[-1]], expected) and not codes[:, shape[-1] :].any()
+
+
+@pytest.mark.parametrize("change", ["nan", "inf", "-inf", "half", "ulp", "high", "low", "huge"])
+def test_values_that_are_no_steps_have_no_codes(change: str) -> None:
+    step, grid = torch.tensor(0.31), Grid(4, signed=False)
+    values = torch.arange(16).float().repeat(20) * step
+    assert GridInput(values, step, grid).codes() is not None
+    stranger = {"half": 0.5 * 0.31, "ulp": float(torch.nextafter(values[3], values[4])), "high": float(16 * step)}
+    stranger |= {"low": -0.31, "huge": 1e30}
+    values[123] = stranger.get(change) if change in stranger else float(change)
+    assert GridInput(values, step, grid).codes() is None

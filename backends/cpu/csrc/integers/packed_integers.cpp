@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 
 #include "integers/packed_integers_isa.h"
 #include "machine/parallel.h"
@@ -12,9 +11,8 @@
 namespace nmcompile {
 namespace {
 
-constexpr std::align_val_t kLine{64};
-constexpr std::int64_t kRowsOfATask = 32;  // tens of kilobytes, which a cache holds for all tokens
-
+constexpr std::int64_t kRowsOfATask = 32;    // tens of kilobytes, which a cache holds for all tokens
+constexpr std::int64_t kRowsOfAStream = 128;  // for a token that reads them once: long enough to be prefetched
 
 auto kernel_of(InstructionSet isa) {
 #if defined(__x86_64__)
@@ -60,10 +58,8 @@ bool pack_rows(const std::int8_t* integers, std::int64_t depth, std::int64_t row
 
 }  // namespace
 
-void PackedIntegers::Free::operator()(std::uint8_t* data) const { ::operator delete(data, kLine); }
-
 PackedIntegers::PackedIntegers(std::int64_t rows, std::int64_t depth)
-    : rows_(rows), depth_(depth), data_(static_cast<std::uint8_t*>(::operator new(bytes(), kLine))), sums_(rows) {}
+    : rows_(rows), depth_(depth), data_(bytes()), sums_(rows) {}
 
 std::int64_t PackedIntegers::bytes() const { return pieces(rows_, kBlockRows) * blocks() * kBlockBytes; }
 
@@ -80,9 +76,29 @@ std::unique_ptr<PackedIntegers> pack_integers(const std::int8_t* integers, std::
     return fits ? std::move(packed) : nullptr;
 }
 
+bool code_integers(const float* x, std::int64_t tokens, std::int64_t depth, float step, int low, int high,
+                   std::uint8_t* codes, std::int64_t stride) {
+    constexpr float kRound = 3 << 22;  // a sum with it has no place for a fraction, and is rounded to even
+    const float least = static_cast<float>(low), most = static_cast<float>(high);
+    bool fits = true;
+    for (std::int64_t t = 0; t < tokens; ++t, x += depth, codes += stride) {
+        int strangers = 0;
+        for (std::int64_t i = 0; i < depth; ++i) {
+            float steps = x[i] / step + kRound - kRound;
+            steps = steps >= least ? steps : least;  // a NaN too
+            steps = steps <= most ? steps : most;
+            strangers += steps * step != x[i];
+            codes[i] = static_cast<std::uint8_t>(static_cast<int>(steps) - low);
+        }
+        std::fill(codes + depth, codes + stride, std::uint8_t{0});
+        fits = fits && strangers == 0;
+    }
+    return fits;
+}
+
 void multiply_integers(const IntegersJob& job, InstructionSet isa, unsigned threads) {
     const auto multiply = kernel_of(isa);
-    in_parallel(job.rows, kRowsOfATask, threads,
+    in_parallel(job.rows, job.tokens == 1 ? kRowsOfAStream : kRowsOfATask, threads,
                 [&](std::int64_t first, std::int64_t last) { multiply(job, first, last); });
 }
 

@@ -17,6 +17,7 @@
 #include <memory>
 #include <vector>
 
+#include "machine/aligned_memory.h"
 #include "machine/instruction_sets.h"
 
 namespace nmcompile {
@@ -30,7 +31,7 @@ constexpr std::int64_t kMostDepth = 1 << 20;  // far from where sums would overf
 class PackedIntegers {
 public:
     PackedIntegers(std::int64_t rows, std::int64_t depth);
-    std::uint8_t* data() const { return data_.get(); }  // the blocks of the same rows, one after the other
+    std::uint8_t* data() const { return data_.data(); }  // the blocks of the same rows, one after the other
     std::vector<std::int32_t>& sums() { return sums_; }  // sum of each row's integers
     const std::vector<std::int32_t>& sums() const { return sums_; }
     std::int64_t rows() const { return rows_; }
@@ -38,11 +39,8 @@ public:
     std::int64_t bytes() const;
 
 private:
-    struct Free {
-        void operator()(std::uint8_t* data) const;
-    };
     std::int64_t rows_, depth_;
-    std::unique_ptr<std::uint8_t, Free> data_;
+    AlignedMemory<std::uint8_t> data_;
     std::vector<std::int32_t> sums_;
 };
 
@@ -61,6 +59,11 @@ struct IntegersJob {
 // Packs rows x depth, depth a multiple of four. Null if some four keep more than two, or an integer is outside [-7, 7].
 std::unique_ptr<PackedIntegers> pack_integers(const std::int8_t* integers, std::int64_t rows, std::int64_t depth,
                                               unsigned threads);
+
+// Writes x / step - low, for values that are whole steps from low to high, to rows of `stride` codes, and zeros behind
+// them. Returns false if a value, such as a NaN, is anything else.
+bool code_integers(const float* x, std::int64_t tokens, std::int64_t depth, float step, int low, int high,
+                   std::uint8_t* codes, std::int64_t stride);
 
 void multiply_integers(const IntegersJob& job, InstructionSet isa, unsigned threads);
 
