@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from nmcompile.arguments import Args, Kwargs, copies_of, tensors_in
-from nmcompile.capture.regions import LIKE_SECOND, is_metadata
 from nmcompile.capture.state import Memory, contents_unchanged
 from nmcompile.capture.watch_calls import CHECKPOINT
 from nmcompile.capture.write_guard import WriteGuard
+from nmcompile.ir.element_reads import LIKE_SECOND, is_metadata
 from nmcompile.ir.storage_key import storage_key
 from nmcompile.ir.weight_products import Function, Part, Product, part_of, products
 
