@@ -25,8 +25,12 @@ class Rewritten:
     def __reduce_ex__(self, protocol: SupportsIndex) -> Args:
         # The class is made at run time, so its ingredients are pickled (and copied) instead.
         mixin, base = type(self).__bases__
-        methods = tuple(self.__dict__.get(BY_HAND, ()))
-        return rebuild, (mixin, base, self.__dict__.get("three_gemm_graph"), methods), self.__dict__
+        return rebuild, (mixin, base, *made_from(self)), self.__dict__
+
+
+def made_from(module: object) -> tuple[fx.Graph | None, tuple[str, ...]]:
+    """Return the graph and the names of the routed methods from which the class of a rewritten module is made."""
+    return module.__dict__.get("three_gemm_graph"), tuple(module.__dict__.get(BY_HAND, ()))
 
 
 def put_class(module: nn.Module, mixin: type[Rewritten]) -> None:
