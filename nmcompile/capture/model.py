@@ -82,7 +82,7 @@ def capture_model(
         traces=regions.traces,
         routes=routes.by_module,
         by_hand=find_by_hand(model, sites, {*regions.traces, *routes.by_module}),
-        untraced=frozenset(routes.indexed if whole and whole.source == "export" else routes.by_module),
+        untraced=frozenset(routes.untraced if whole and whole.source == "export" else routes.by_module),
         whole=whole,
         whole_reason=reason,
     )

@@ -24,14 +24,15 @@ class Routes:
     Args:
         found: new layers, of the code's own parameters.
         by_module: by name of the module with the code, the layer of each weight by its name.
-        indexed: the modules whose code takes one matrix of a stack.
+        untraced: the modules whose code Dynamo does not take: it takes one matrix of a stack, or calls a function that
+            multiplies by several weights.
         unread: the layers whose weight was not read by code outside of them.
         read: by layer, the code outside of it that reads its weight, if that is not routed.
     """
 
     found: list[FoundSite] = field(default_factory=list)
     by_module: dict[str, dict[str, str]] = field(default_factory=dict)
-    indexed: set[str] = field(default_factory=set)
+    untraced: set[str] = field(default_factory=set)
     unread: frozenset[str] = frozenset()
     read: dict[str, str] = field(default_factory=dict)
 
@@ -114,8 +115,8 @@ def _route(
         return
     for reader in readers:
         routes.by_module.setdefault(reader, {})[name] = layer.name
-        if any(part.index is not None for part, _ in watched.products[name, reader]):
-            routes.indexed.add(reader)
+        if reader in watched.composed or any(part.index is not None for part, _ in watched.products[name, reader]):
+            routes.untraced.add(reader)
 
 
 def _new_layer(name: str, parameter: Tensor, has_bias: bool, is_transposed: bool) -> LinearLayer:

@@ -21,7 +21,7 @@ from nmcompile.arguments import Args, Kwargs, tensors_in
 from nmcompile.ir.element_reads import LIKE_SECOND, is_metadata
 from nmcompile.ir.layers import LinearLayer
 from nmcompile.ir.storage_key import storage_key
-from nmcompile.ir.weight_products import Function, Part, Product, part_of, products
+from nmcompile.ir.weight_products import COMPOSED, Function, Part, Product, part_of, products
 from nmcompile.three_gemm.triple import GemmTriple, Matrix
 
 Route = tuple[str, str]
@@ -86,6 +86,9 @@ class Router(TorchFunctionMode):
         self, function: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
+        if opened := COMPOSED.get(function):
+            with self:
+                return opened(*args, **kwargs)
         found = products(function, args, kwargs)
         for product, (weight, triple) in itertools.product(found, self.routed) if found else ():
             part = part_of(weight, product)
