@@ -239,6 +239,18 @@ def test_a_layer_that_is_called_and_read_needs_an_example(x: Tensor, tmp_path: P
     }
 
 
+def test_files_hold_a_layer_that_is_called_and_whose_weight_is_another_layer(x: Tensor, tmp_path: Path) -> None:
+    class Both(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.c(self.b(x) + F.linear(self.a(x), self.b.weight))
+            return result
+
+    config = CompileConfig(ends="sparse")
+    model = nmcompile.compile(Both(), "inference", args=(x,), calibration=[x], config=config).eval()
+    report = nmcompile.export(model, tmp_path / "model.onnx", (x,))  # verified against ONNX Runtime
+    assert {node.layer for node in report.onnx.nodes} == {"a", "b", "b.weight", "c"}
+
+
 def test_a_layer_whose_weight_is_cast_is_dense_beside_its_calls(x: Tensor) -> None:
     class Casts(Net):
         def forward(self, x: Tensor) -> Tensor:
