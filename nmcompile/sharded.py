@@ -42,6 +42,20 @@ def is_flat(parameter: Tensor) -> bool:
     return getattr(parameter, "_fsdp_flattened", False)
 
 
+def refuse_partitioned(model: nn.Module) -> None:
+    """Refuse a model of whose parameters DeepSpeed's ZeRO stage 3 holds parts.
+
+    Raises:
+        ConfigError: a parameter is not gathered.
+    """
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel():
+            raise ConfigError(
+                f"{name}: DeepSpeed's ZeRO stage 3 holds a part of it on each process; call this on every process, "
+                "inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+
+
 def refuse_flat(name: str, weight: Tensor) -> None:
     """Refuse the view of a flat parameter that FSDP1 puts in a layer in place of its weight.
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import signal
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,20 @@ def steps_of(write: Callable[[], object]) -> int:
         _count(patch, calls, -1, full_disk)
         write()
     return len(calls)
+
+
+def killed_at(step: int, write: Callable[[], object]) -> bool:
+    """Run a write in a child process, kill it at the call of that number, and return whether that was reached."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads: the child only writes files
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that hangs ends
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            write()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 def _count(patch: pytest.MonkeyPatch, calls: list[str], step: int, fault: Callable[[], object]) -> None:

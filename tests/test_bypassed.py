@@ -113,7 +113,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "inner function": (InAnInnerFunction, {"b"}),
     "called and read": (CalledAndRead, {"b"}),
 }
-ROUTED = {"flag", "method", "inner function", "helper", "index", "other branch"}
+ROUTED = {"attention", "flag", "method", "inner function", "helper", "index", "other branch"}
 """The models whose code only multiplies by the weights, which a run of an example shows: there they are layers."""
 RUN_SHOWS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "helper": (ThroughAHelper, {"b"}),

@@ -169,6 +169,17 @@ def test_a_standardized_weight_is_an_error_that_says_what_to_do() -> None:
         nmcompile.finalize(model)
 
 
+def test_a_computed_weight_is_in_one_graph_of_torch_compile(x: Tensor) -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(16, 16), weight_norm(nn.Linear(16, 16)), nn.Linear(16, 4))
+    model = nmcompile.compile(net, "t-weights")
+    optimizer, run = torch.optim.SGD(model.parameters(), 0.1), torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(run(x), model(x))
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
 def compiled_by_torch(net: nn.Module, how: str) -> nn.Module:
     if how == "wrapped":
         return torch.compile(net, backend="eager")  # type: ignore[return-value]

@@ -417,6 +417,38 @@ def test_training_on_a_stack_is_resumed_bit_for_bit(x: Tensor) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
 
 
+class Attends(nn.Module):
+    """Attention by torch's function, with the weights of layers or with a packed one (WavLM's code)."""
+
+    def __init__(self, is_packed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (nn.Linear(IN, IN) for _ in range(4))
+        self.packed = nn.Parameter(torch.randn(3 * IN, IN)) if is_packed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = {"use_separate_proj_weight": True, "q_proj_weight": self.q.weight, "k_proj_weight": self.k.weight}
+        biases = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        rest = None, None, False, 0.0, self.out.weight, self.out.bias
+        given: Any = {} if self.packed is not None else apart | {"v_proj_weight": self.v.weight}
+        y, _ = F.multi_head_attention_forward(x, x, x, IN, 2, self.packed, biases, *rest, **given)
+        return y
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_projections_of_torchs_attention_function_are_layers(is_packed: bool, x: Tensor) -> None:
+    plain, names = Attends(is_packed), {"packed", "out"} if is_packed else {"q", "k", "v", "out"}
+    dense = nmcompile.compile(plain, "dense", args=(x,))
+    for found, expected in zip(gradients(dense, x), gradients(plain, x), strict=True):
+        assert torch.equal(found, expected)
+    compiled = nmcompile.compile(plain, "t-weights", args=(x,), config=ALL)
+    report = nmcompile.verify(compiled)
+    assert report.ok and {check.name.removesuffix(".weight") for check in report.checks} == names
+    assert_close(gradients(compiled, x), gradients(nmcompile.finalize(compiled), x))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(compiled, backend="eager")(x), compiled(x))
+
+
 @pytest.mark.parametrize("masks", ["wanda", "sparsegpt", "admm"])
 def test_masks_of_experts_are_found_from_their_own_inputs(masks: Any, x: Tensor) -> None:
     """Two in-features of one expert's inputs are zero: methods that look at data drop their weights."""

@@ -240,6 +240,22 @@ def test_names_in_the_config_are_those_of_the_module() -> None:
     assert rows["a.up"] == "dense" and rows["a.down"] == "W 2:4 transposable" and rows["b.up"] == "W 2:4 greedy"
 
 
+@pytest.mark.parametrize("make", [Checkpointed, Convolutional])
+def test_reports_count_what_graphs_of_fixed_shapes_multiply(make: type[nn.Module]) -> None:
+    model, x = make(), torch.randn(4, 48 if make is Convolutional else 8)
+    whole = nmcompile.analyze(model, args=(x,))
+    backend(model, "training")(x)
+    report = nmcompile.inspect(model)
+    assert {layer.name: layer.macs for layer in report.layers} == {layer.name: layer.macs for layer in whole.layers}
+    assert report.summary["uncounted_layers"] == 0
+
+
+def test_reports_on_open_shapes_say_how_to_fix_them() -> None:
+    model = Block()
+    torch.compile(model, backend=torch_backend, options={"then": "eager"}, dynamic=True)(torch.randn(4, 8))
+    assert "dynamic=False of torch.compile" in str(nmcompile.inspect(model))
+
+
 def test_nothing_keeps_a_model_alive() -> None:
     model = Network()
     backend(model, "training", then="aot_eager")(torch.randn(4, 8)).sum().backward()

@@ -72,6 +72,7 @@ def settled(graph: DynamoGraph, captured: Captured, masks: ParameterMasks) -> Ca
         parameter = graph.model.get_parameter(site.weight)
         weight, seen = graph.names[id(parameter)], captured.facts[old]
         seen = seen if graph.is_whole else replace(seen, first=False, last=False)
+        seen = replace(seen, positions=graph.parts[site.module].positions(site))
         name, seen = masks.settle(parameter, weight.removesuffix(".weight"), seen)
         calls[name] += 1
         name = name if calls[name] == 1 else f"{name}.{calls[name] - 1}"

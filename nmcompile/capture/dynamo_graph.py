@@ -1,5 +1,6 @@
 """A graph of torch.compile as a model: Dynamo passes parameters as inputs, here they are attributes again."""
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch._ops import HigherOrderOperator
 from nmcompile.capture.names import join
 from nmcompile.errors import CaptureError
 from nmcompile.ir.calls import match_call
+from nmcompile.ir.captured import Site
 
 STEPS = re.compile(r"\['([^']*)'\]|\.(\w+)|\[(\d+)\]")
 """One step of a path such as `L['self']._modules['fc']._parameters['weight']`."""
@@ -45,6 +47,12 @@ class Part:
             else:
                 copies[node] = result.node_copy(node, copies.__getitem__)
         return result
+
+    def positions(self, site: Site) -> int | None:
+        """Return the output positions of a layer; None if its shape is open."""
+        shapes = (node.meta["example_value"].shape for node in self.graph.nodes if node.name == site.role)
+        sizes = next(shapes)
+        return math.prod(sizes) // max(1, site.layer.out_features) if all(type(one) is int for one in sizes) else None
 
 
 @dataclass(frozen=True)

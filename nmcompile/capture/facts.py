@@ -8,10 +8,10 @@ from torch.fx.node import Argument
 from nmcompile.capture.names import is_torch_nn, operator_name, own_class
 from nmcompile.capture.ranges import is_nonnegative, nonnegative_nodes
 from nmcompile.capture.readers import norm_behind, readers_behind
-from nmcompile.capture.regions import METADATA
 from nmcompile.capture.streams import streams_of
 from nmcompile.ir.calls import match_call
 from nmcompile.ir.captured import Facts, Site, WholeGraph
+from nmcompile.ir.element_reads import METADATA
 from nmcompile.ir.layers import SpatialLayer
 
 FEW_CHANNELS = 4

@@ -32,7 +32,7 @@ def judge_reads(
         kept = {name for name in routes.unread if modules.get(name) in example.called}
         suspected = {name: why for name, why in bypassed.items() if name in kept} | suspected
         bypassed = {**uncalled, **read, **{name: why for name, why in bypassed.items() if name not in kept}}
-    bypassed = {name: why for name, why in bypassed.items() if name not in routes.layers}
+    bypassed = {name: why for name, why in (routes.read | bypassed).items() if name not in routes.layers}
     hidden = bypassed.keys() | routes.layers
     return bypassed, {name: why for name, why in suspected.items() if name not in hidden}
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from nmcompile.arguments import Args, Kwargs
 from nmcompile.capture.adapters import find_adapters, read_by_adapters
+from nmcompile.capture.by_hand import find_by_hand
 from nmcompile.capture.exported import Exported, export_whole
 from nmcompile.capture.facts import facts_from_graph, facts_without_graph
 from nmcompile.capture.judge_code import judge_reads, multiplied_by_code, still_python
@@ -80,7 +81,8 @@ def capture_model(
         recurrent=recurrent,
         traces=regions.traces,
         routes=routes.by_module,
-        untraced=frozenset(routes.indexed if whole and whole.source == "export" else routes.by_module),
+        by_hand=find_by_hand(model, sites, {*regions.traces, *routes.by_module}),
+        untraced=frozenset(routes.untraced if whole and whole.source == "export" else routes.by_module),
         whole=whole,
         whole_reason=reason,
     )

@@ -16,6 +16,7 @@ from nmcompile.capture.sites import FoundSite, is_attention, is_layer, layer_bas
 from nmcompile.capture.weights import Weight, adds_bias, find_weight, matrix_dims, weight_at
 from nmcompile.ir.calls import Call, match_call
 from nmcompile.ir.captured import Site
+from nmcompile.ir.element_reads import LIKE_SECOND, is_metadata
 from nmcompile.ir.expression import expression_of
 from nmcompile.three_gemm.instance_forward import foreign_forward
 
@@ -23,11 +24,7 @@ GEMM_NAMES = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm",
     "convolution",
 }  # fmt: skip
-# Operators that do not compute with a layer's weight: an embedding owns it, the others take its type or its shape.
-ELSEWHERE = {"embedding"}
-LIKE_SECOND = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 HANDED_ON = {"data", "detach", "alias"}
-METADATA = {"dtype", "device", "shape", "ndim", "requires_grad", "size", "dim", "numel", "is_cuda", "layout", "type"}
 
 
 @dataclass
@@ -180,11 +177,6 @@ def reads_value(weight: fx.Node, user: fx.Node) -> bool:
     if name in HANDED_ON:
         return any(reads_value(user, later) for later in user.users)
     return not is_metadata(name) and not (name in LIKE_SECOND and user.args[:1] != (weight,))
-
-
-def is_metadata(name: str) -> bool:
-    """Return whether an operator of that name takes no elements of a weight that it multiplies by."""
-    return name in METADATA | ELSEWHERE or name.startswith("new_") or name.endswith("_like")
 
 
 def _weight_name(call: Call, weight: Weight, is_only: bool) -> str:

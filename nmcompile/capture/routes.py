@@ -24,14 +24,17 @@ class Routes:
     Args:
         found: new layers, of the code's own parameters.
         by_module: by name of the module with the code, the layer of each weight by its name.
-        indexed: the modules whose code takes one matrix of a stack.
+        untraced: the modules whose code Dynamo does not take: it takes one matrix of a stack, or calls a function that
+            multiplies by several weights.
         unread: the layers whose weight was not read by code outside of them.
+        read: by layer, the code outside of it that reads its weight, if that is not routed.
     """
 
     found: list[FoundSite] = field(default_factory=list)
     by_module: dict[str, dict[str, str]] = field(default_factory=dict)
-    indexed: set[str] = field(default_factory=set)
+    untraced: set[str] = field(default_factory=set)
     unread: frozenset[str] = frozenset()
+    read: dict[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> frozenset[str]:
@@ -71,8 +74,8 @@ def find_routes(
     own = {(one.site.module, parameter) for one in found for parameter in one.parameters}
     watched = watch_products(model, names, own, args, kwargs)
     owners = {one.site.weight: one.site for one in found if not one.site.is_expression}
+    touched = {*watched.others, *(name for name, _ in watched.products)}
     if watched.has_run:
-        touched = {*watched.others, *(name for name, _ in watched.products)}
         routes.unread = frozenset(
             owners[name].layer.name for name in names.values() if name in owners and name not in touched
         )
@@ -82,6 +85,11 @@ def find_routes(
             _keeps_forward(model, reader, generated) and _is_inside(name, reader) for reader in readers
         ):
             _route(model, name, readers, watched, owners.get(name), routes)
+    for name in touched & owners.keys():
+        layer = owners[name].layer.name
+        if layer not in routes.layers and not owners[name].role:
+            how = watched.others.get(name, "a product")
+            routes.read[layer] = f"code outside of it reads its weight ({how})"
     return routes
 
 
@@ -107,8 +115,8 @@ def _route(
         return
     for reader in readers:
         routes.by_module.setdefault(reader, {})[name] = layer.name
-        if any(part.index is not None for part, _ in watched.products[name, reader]):
-            routes.indexed.add(reader)
+        if reader in watched.composed or any(part.index is not None for part, _ in watched.products[name, reader]):
+            routes.untraced.add(reader)
 
 
 def _new_layer(name: str, parameter: Tensor, has_bias: bool, is_transposed: bool) -> LinearLayer:

@@ -16,12 +16,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from nmcompile.arguments import Args, Kwargs, copies_of, tensors_in
-from nmcompile.capture.regions import LIKE_SECOND, is_metadata
 from nmcompile.capture.state import Memory, contents_unchanged
 from nmcompile.capture.watch_calls import CHECKPOINT
 from nmcompile.capture.write_guard import WriteGuard
+from nmcompile.ir.element_reads import LIKE_SECOND, is_metadata
 from nmcompile.ir.storage_key import storage_key
-from nmcompile.ir.weight_products import Function, Part, Product, part_of, products
+from nmcompile.ir.weight_products import COMPOSED, Function, Part, Product, part_of, products
 
 OUTSIDE = "outside of the model's forward"
 MODULE_CALL = nn.Module._call_impl.__code__
@@ -36,11 +36,13 @@ class Watched:
         products: by name of the parameter and of the module whose code it is, the parts that products read, each with
             whether a bias was added.
         others: by name of the parameter, another function that read its elements.
+        composed: the modules whose code calls functions of `COMPOSED`.
         has_run: whether the model took the example.
     """
 
     products: dict[tuple[str, str], set[tuple[Part, bool]]] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
+    composed: set[str] = field(default_factory=set)
     has_run: bool = False
 
     def readers(self, parameter: str) -> list[str]:
@@ -122,8 +124,12 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        result = function(*args, **(kwargs or {}))
         reader = self.running[-1] if self.running else OUTSIDE
+        if opened := COMPOSED.get(function):
+            self.found.composed.add(reader)
+            with self:
+                return opened(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         for tensor in tensors_in((args, kwargs)):
             parameter = next((one for one in (tensor, tensor._base) if id(one) in self.names), None)
             if parameter is not None and (reader, id(parameter)) not in self.own:

@@ -61,13 +61,13 @@ def _deployed(model: nn.Module, triple: GemmTriple) -> DeployedLayer:
     weight = DeployedWeight(triple.site.weight, pattern, values, grid, triple.steps.of_weight(dense))
     steps = triple.steps
     input, output = _activation(triple, "input", steps.input), _activation(triple, "output", steps.output)
-    return DeployedLayer(triple.site.layer, weight, input, output, triple.graphs.plan.norm)
+    return DeployedLayer(triple.site.layer, weight, input, output, triple.graphs.plan.norm, triple.site.module)
 
 
 def _plain(model: nn.Module, site: Site) -> DeployedLayer:
     weight = named_weight(model, site.weight)
     assert weight is not None
-    return DeployedLayer(site.layer, DeployedWeight(site.weight, None, weight.detach()))
+    return DeployedLayer(site.layer, DeployedWeight(site.weight, None, weight.detach()), module=site.module)
 
 
 def _activation(triple: GemmTriple, operand: Operand, step: ActivationStep | None) -> DeployedActivation:

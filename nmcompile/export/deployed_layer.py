@@ -49,6 +49,7 @@ class DeployedLayer:
         layer: its geometry and name.
         weight, input, output: the weight and the activations as deployed.
         norm: the batch norm that the layer absorbs, and whose shift is whole steps of its accumulator; `""` if none.
+        module: the module whose code makes its nodes.
     """
 
     layer: Layer
@@ -56,3 +57,4 @@ class DeployedLayer:
     input: DeployedActivation = DeployedActivation()
     output: DeployedActivation = DeployedActivation()
     norm: str = ""
+    module: str = ""

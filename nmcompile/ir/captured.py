@@ -121,6 +121,8 @@ class Captured:
         traces: by module name, the graph from which forward is generated (modules with functional sites only).
         routes: by name of a module whose Python code multiplies by weights of layers, the layers by name of the weight.
         untraced: those of these modules whose code no graph takes whole.
+        by_hand: by name of a module, its methods that may multiply by weights of layers as no graph or route shows; for
+            each the layers, by name of the weight in the module.
         whole: the whole model's graph, or None.
         whole_reason: why there is no whole graph.
         carried: by weight, for layers that carry a mask of an earlier compilation, the fields of `LayerConfig` that it
@@ -142,6 +144,7 @@ class Captured:
     traces: Mapping[str, fx.Graph] = field(default_factory=dict)
     routes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     untraced: frozenset[str] = frozenset()
+    by_hand: Mapping[str, Mapping[str, Mapping[str, str]]] = field(default_factory=dict)
     whole: WholeGraph | None = None
     whole_reason: str = ""
     carried: Mapping[str, frozenset[str]] = field(default_factory=dict)

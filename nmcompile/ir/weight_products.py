@@ -8,6 +8,7 @@ torch.bmm(x, W), F.grouped_mm(x, W, ends)  every matrix of a stack, each with in
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,19 @@ READERS: dict[Function, tuple[Callable[..., Iterator[Product]], ...]] = {
     ),
     **({torch._grouped_mm: (_grouped,)} if hasattr(torch, "_grouped_mm") else {}),  # what F.grouped_mm calls
 }
+
+
+def _opened(function: Function) -> Function:
+    """Return a copy of a Python function of torch that runs its code where a mode would be given the whole call."""
+    assert isinstance(function, FunctionType)
+    own = function.__globals__ | {"has_torch_function": lambda tensors: False}
+    return FunctionType(function.__code__, own, function.__name__, function.__defaults__)
+
+
+COMPOSED: dict[Function, Function] = {
+    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+}
+"""Functions of torch that multiply by several weights, with functions that do so by calls that a mode sees."""
 
 
 def products(function: Function, args: Args, kwargs: Kwargs) -> Sequence[Product]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 PREDICTED = "Predictions are of all GEMMs of a step with their pruning; other operators gain nothing."
+UNCOUNTED = "no example showed their shapes (args= of nmcompile, dynamic=False of torch.compile)"
 
 
 def title(report: "Report") -> str:
@@ -34,7 +35,7 @@ def total_lines(report: "Report") -> list[str]:
             phases.setdefault(_phase(values), []).append(phase)
     lines += [f"{', '.join(names)}: {text}" for text, names in phases.items()]
     if totals["uncounted_layers"]:
-        lines.append(f"MACs of {totals['uncounted_layers']} layers are unknown and not counted: pass args=")
+        lines.append(f"MACs of {totals['uncounted_layers']} layers are unknown and not counted: {UNCOUNTED}")
     step = [] if report.step_times is None else [f"{str(report.step_times).capitalize()}."]
     return [*lines, _gain(report), *step, *_predicted(report)]
 

@@ -15,6 +15,7 @@ from nmcompile.arguments import Kwargs
 from nmcompile.config import Phase
 from nmcompile.errors import ConfigError, PassError
 from nmcompile.three_gemm.adapter_merging import allow_merging
+from nmcompile.three_gemm.by_hand import BY_HAND
 from nmcompile.three_gemm.fast_paths import open_fast_path
 from nmcompile.three_gemm.instance_forward import change_class, wrapper_of_own
 from nmcompile.three_gemm.mask_source import MaskSource
@@ -150,7 +151,7 @@ def install_graph(module: nn.Module, graph: fx.Graph, triples: dict[str, GemmTri
     """Make `module` run `triples` through a forward generated from its own graph."""
     module.__dict__.update(three_gemms=triples, three_gemm_graph=graph)
     mixin = ThreeGemmGraph if isinstance(module, fx.GraphModule) else ThreeGemmRegion
-    change_class(module, region_class(mixin, type(module), graph))
+    change_class(module, region_class(mixin, type(module), graph, module.__dict__.get(BY_HAND, ())))
 
 
 def restore(module: nn.Module) -> None:

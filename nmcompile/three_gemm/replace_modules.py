@@ -16,11 +16,13 @@ from nmcompile.ir.captured import Site
 from nmcompile.ir.program import Program
 from nmcompile.three_gemm.absorbed_norm import absorb
 from nmcompile.three_gemm.attention import ThreeGemmAttention
+from nmcompile.three_gemm.by_hand import BY_HAND
 from nmcompile.three_gemm.conv_transpose import ThreeGemmConvTranspose
 from nmcompile.three_gemm.modules import ThreeGemm, ThreeGemmLayer, install, install_graph, run_three_gemm
 from nmcompile.three_gemm.recurrent import ThreeGemmRecurrent
 from nmcompile.three_gemm.recurrent_cells import ThreeGemmCell
-from nmcompile.three_gemm.routed import Route, install_routes
+from nmcompile.three_gemm.routed import install_routes
+from nmcompile.three_gemm.router import Route
 from nmcompile.three_gemm.triple import GemmTriple
 
 
@@ -38,9 +40,15 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
             by_module.setdefault(site.module, {})[site.role] = site
     traces = program.captured.traces
     graphs = {name: rewrite_calls(traces[name], by_module[name]) for name in by_module if name in traces}
-    routed = {name: routes for name in program.captured.routes if (routes := _routes(program, name, triples))}
-    for name in routed:
+    captured = program.captured
+    routed = {
+        name: routes for name in captured.routes if (routes := _routes(program, name, captured.routes[name], triples))
+    }
+    by_hand = {name: methods for name in captured.by_hand if (methods := _methods(program, name, triples))}
+    for name in (*routed, *by_hand):
         by_module.setdefault(name, {})
+    for name, methods in by_hand.items():
+        model.get_submodule(name).__dict__[BY_HAND] = methods
     for name, sites in by_module.items():
         module = model.get_submodule(name)
         roles = {role: triples[site.layer.name] for role, site in sites.items()}
@@ -49,17 +57,25 @@ def replace_modules(model: nn.Module, program: Program, triples: Mapping[str, Ge
         elif name in routed:
             install_routes(module, routed[name], roles, name not in program.captured.untraced)
         else:
-            install(module, _mixin(module), roles)
+            install(module, _mixin(module) if roles else ThreeGemm, roles)
     for plan in program.plan:
         if plan.rewritten and plan.norm:
             absorb(model.get_submodule(plan.norm), model.get_submodule(program.site(plan.layer.name).module))
 
 
-def _routes(program: Program, module: str, triples: Mapping[str, GemmTriple]) -> dict[str, Route]:
+def _methods(program: Program, module: str, triples: Mapping[str, GemmTriple]) -> dict[str, dict[str, Route]]:
+    """Return the routes of the methods that may multiply by the weights of layers that are not dense."""
+    sparse = {name: triple for name, triple in triples.items() if not triple.is_dense}
+    methods = program.captured.by_hand[module].items()
+    return {name: routes for name, layers in methods if (routes := _routes(program, module, layers, sparse))}
+
+
+def _routes(
+    program: Program, module: str, layers: Mapping[str, str], triples: Mapping[str, GemmTriple]
+) -> dict[str, Route]:
     """Return the routes from a module's code to the layers that are rewritten, by the weight's name in the module."""
     prefix = f"{module}." if module else ""
-    layers = program.captured.routes[module].items()
-    sites = {weight: program.site(layer) for weight, layer in layers if layer in triples}
+    sites = {weight: program.site(layer) for weight, layer in layers.items() if layer in triples}
     return {
         weight.removeprefix(prefix): (f"{site.module}.".removeprefix(prefix).rstrip("."), site.role)
         for weight, site in sites.items()

@@ -3,14 +3,15 @@
 import copy
 import sys
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nmcompile.arguments import Kwargs
-from nmcompile.sharded import gathered, is_sharded
-from nmcompile.three_gemm.rewritten import Rewritten, rebuild
+from nmcompile.sharded import gathered, is_sharded, refuse_partitioned
+from nmcompile.three_gemm.rewritten import Rewritten, made_from, rebuild
 
 SPLITTERS = "torch.distributed.fsdp.", "torch.distributed.tensor."
 MARKS = "__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_distribute_module_applied"
@@ -24,6 +25,7 @@ def without_hooks(attributes: Kwargs) -> dict[str, object]:
 
 def unsharded_copy(model: nn.Module) -> nn.Module:
     """Copy a model as a single process would hold it. Every process of a split model has to call."""
+    refuse_partitioned(model)
     fully_sharded = _fully_sharded(model)
     for module in fully_sharded:
         module.reshard()  # tensors gathered for a call may have another dtype
@@ -66,7 +68,7 @@ def _shell(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """Return an empty module of the class that `kind` was before `fully_shard`."""
     first, *rest = kind.__bases__
     if issubclass(first, Rewritten):
-        return rebuild(first, type(_shell(module, rest[0])), module.__dict__.get("three_gemm_graph"))
+        return rebuild(first, type(_shell(module, rest[0])), *made_from(module))
     if rest and issubclass(first, sys.modules["torch.distributed.fsdp"].FSDPModule):
         return _shell(module, rest[0])
     empty: nn.Module = kind.__new__(kind)
@@ -75,7 +77,13 @@ def _shell(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 def _own(module: nn.Module) -> dict[str, object]:
     attributes = without_hooks(module.__dict__)
-    return {name: value for name, value in attributes.items() if not name.startswith(MARKS)}
+    return {n: value for n, value in attributes.items() if not (n.startswith(MARKS) or _is_gathering(value))}
+
+
+def _is_gathering(value: object) -> bool:
+    """Return whether a value is a method that `register_fsdp_forward_method` put around the class's own."""
+    function = value.__func__ if isinstance(value, MethodType) else None
+    return isinstance(function, FunctionType) and function.__globals__["__name__"].startswith(SPLITTERS)
 
 
 def _own_hooks(hooks: object) -> object:

@@ -125,7 +125,8 @@ class WeightMask:
 
     def _in_graph(self, weight: Tensor, compares: int) -> Tensor:
         """Return the mask inside a graph that is being made, which will rebuild it only if no guard can."""
-        is_own = torch.compiler.is_dynamo_compiling() and self._is_registered(weight)
+        is_parameter = torch.compiler.is_dynamo_compiling() and isinstance(weight, nn.Parameter)
+        is_own = is_parameter and self._is_registered(weight)  # Dynamo compares no ids of computed tensors
         if is_own and weight.device == self.tensor.device and self.guards is not None:
             # Dynamo asks an object once the traced code has looked at it; the truth of a tuple would look at each.
             assert self.guards[compares] is not None

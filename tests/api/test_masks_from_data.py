@@ -9,6 +9,7 @@ import weakref
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -24,7 +25,7 @@ from nmcompile import CompileConfig, NMPattern
 from nmcompile.api import solve_layers, solved_parts
 from nmcompile.api.compile import rewrite
 from nmcompile.api.request import Request
-from nmcompile.api.solved_parts import identify_run
+from nmcompile.api.solved_parts import SolvedParts, _read_part, identify_run
 from nmcompile.api.visit_layers import TO_DENSE
 from nmcompile.backends.shared import choose_kernel
 from nmcompile.backends.shared.choose_kernel import is_small
@@ -35,6 +36,7 @@ from nmcompile.one_shot.solve import solve
 from nmcompile.quantization import Histogram
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.training.find_masks import masks_of
+from tests.faults import killed_at, steps_of
 
 compile_module = importlib.import_module("nmcompile.api.compile")  # its function hides it in the package
 METHODS = ("wanda", "sparsegpt", "admm")
@@ -540,6 +542,31 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     assert solved == ["0", "2", "4", "4"]
     assert is_same(compiled.state_dict(), expected.state_dict())
     assert is_same(nmcompile.sparse_state_dict(compiled), nmcompile.sparse_state_dict(expected))
+
+
+def test_a_kill_at_any_step_of_a_checkpoint_leaves_whole_parts(tmp_path: Path) -> None:
+    """What a killed run has saved is used, and the finished run equals one that was not killed."""
+    expected = compiled_by("sparsegpt", checkpoint=tmp_path / "whole")
+    whole = [_read_part(file) for file in (tmp_path / "whole").glob("*.pt")]
+    found = whole[:2]
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        parts = SolvedParts(folder, found[0][2])
+        for part, solved, _ in found:
+            parts.add(part, solved)
+
+    killed, unfinished = 0, {}
+    for step in range(steps_of(lambda: write(tmp_path / "counted"))):
+        folder = tmp_path / str(step)
+        killed += killed_at(step, partial(write, folder))
+        saved = SolvedParts(folder, found[0][2]).parts
+        assert all(torch.equal(saved[part].mask, solved.mask) for part, solved, _ in found if part in saved)
+        unfinished[len(saved)] = folder
+    for folder in unfinished.values():
+        assert is_same(compiled_by("sparsegpt", checkpoint=folder).state_dict(), expected.state_dict())
+        assert len(list(folder.glob("*.pt"))) == len(whole)
+    assert killed > 10 and unfinished.keys() >= {0, 1}
 
 
 @pytest.mark.parametrize(

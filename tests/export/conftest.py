@@ -63,7 +63,7 @@ def deploy_model(
             inputs = DeployedActivation(FOUR_OF_EIGHT if prune_inputs else None)
             if input_bits is not None:
                 inputs = DeployedActivation(inputs.pattern, Grid(input_bits, signed=not prune_inputs), 0.125)
-            layers[name] = DeployedLayer(layer, weight, inputs)
+            layers[name] = DeployedLayer(layer, weight, inputs, module=name)
     reference = copy.deepcopy(plain)
     for name, deployed in layers.items():
         reference.get_submodule(name).register_forward_pre_hook(_prepared(deployed))

@@ -36,12 +36,39 @@ def test_heads_that_run_in_training_only_are_not_in_the_file(args: Any, tmp_path
     model = nmcompile.compile(Auxiliary(), "weights", args=args).eval()
     report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
     assert {node.layer for node in report.onnx.nodes} == {"body", "middle", "head"}
-    note = "not in the file, since eval mode does not run them with these args: auxiliary.0, auxiliary.2"
+    note = "not in the file, since no output needs them in eval mode with these args: auxiliary.0, auxiliary.2"
     assert report.onnx.notes == (note,) and note in str(report)
     assert not any("auxiliary" in tensor.name for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer)
     torch.testing.assert_close(
         OnnxRuntimeModel(tmp_path / "m.onnx")(X[:2]), model(X[:2]).detach(), rtol=1e-4, atol=1e-5
     )
+
+
+class Unused(Auxiliary):
+    """A head whose result nothing reads, as BigBird's pooler without a classifier."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.middle(self.body(x).relu()).relu()
+        self.auxiliary(y)
+        return self.head(y)
+
+
+def test_layers_whose_result_nothing_reads_are_not_in_the_file(tmp_path: Path) -> None:
+    model = nmcompile.compile(Unused(), "weights", args=(X,)).eval()
+    report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
+    assert {node.layer for node in report.onnx.nodes} == {"body", "middle", "head"}
+    assert report.onnx.notes[0].endswith("auxiliary.0, auxiliary.2")
+
+
+def test_loops_whose_bodies_hand_out_what_was_there_before(tmp_path: Path) -> None:
+    """torch.onnx writes an `EmbeddingBag` as a loop over the bags."""
+    model = nn.Sequential(nn.EmbeddingBag(16, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+    ids = torch.randint(16, (4, 6))
+    compiled = nmcompile.compile(model, "weights", args=(ids,)).eval()
+    nmcompile.export(compiled, tmp_path / "m.onnx", (ids,))
+    onnx.checker.check_model(tmp_path / "m.onnx")
+    found = OnnxRuntimeModel(tmp_path / "m.onnx")(ids[:2])
+    torch.testing.assert_close(found, compiled(ids[:2]).detach(), rtol=1e-4, atol=1e-5)
 
 
 class Cache:

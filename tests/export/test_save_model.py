@@ -2,9 +2,7 @@ import errno
 import os
 import re
 import shutil
-import signal
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from nmcompile.export.write.save_model import save_model as save
 from nmcompile.export.write.save_model import staged_model
 from nmcompile.files.open_onnx import open_onnx
 from nmcompile.files.write_atomically import sha256
-from tests.faults import fail_at, steps_of
+from tests.faults import fail_at, killed_at, steps_of
 
 Write = Callable[[], Any]
 
@@ -180,15 +178,7 @@ def test_a_kill_at_any_step_leaves_a_whole_model_and_the_next_export_clears_up(p
     killed = 0
     for step in range(steps_of(lambda: save(numbered(2), path))):
         save(numbered(1), path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forks beside threads: the child only writes files
-            child = os.fork()
-        if child == 0:
-            with pytest.MonkeyPatch.context() as patch:
-                fail_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-                save(numbered(2), path)
-            os._exit(0)
-        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        killed += killed_at(step, lambda: save(numbered(2), path))
         assert number_of(path) in (1, 2)
         save(numbered(3), path)
         assert number_of(path) == 3 and len(names(path.parent)) == 2

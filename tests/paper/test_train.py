@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nmcompile
 from nmcompile.config import CompileConfig
 from nmcompile.errors import FileError
 from nmcompile.paper import comparison, train
-from nmcompile.paper.checkpoint import read_position
+from nmcompile.paper.checkpoint import Position, load_checkpoint, read_position, save_checkpoint
 from nmcompile.paper.comparison import Comparison, Row, Setting
 from nmcompile.paper.data import Data, TensorSource, orders_of_epoch
 from nmcompile.paper.experiment import Options
 from nmcompile.paper.methods import Compiled, Method, plain, scheme_b
 from nmcompile.paper.recipe import Recipe
 from nmcompile.paper.train import Outcome, Phase, Run, train_run
+from tests.faults import killed_at, steps_of
 
 RECIPE = Recipe(epochs=3, batch=16, rate=0.05, decay=1e-4)
 
@@ -76,6 +78,30 @@ def test_a_killed_run_continues_bit_for_bit(
     resumed = train_run(run(name, recipe), data(), file)
     assert len(whole.curve) == 3 and resumed.curve == whole.curve
     assert resumed.configuration == whole.configuration
+
+
+def test_a_kill_at_any_step_of_a_checkpoint_leaves_the_last_whole_one(tmp_path: Path) -> None:
+    model = nmcompile.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "training")
+    optimizer, file = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), tmp_path / "run"
+
+    def save(epoch: int) -> None:
+        with torch.no_grad():
+            model.get_parameter("0.weight").fill_(epoch)
+        save_checkpoint(file, Position({}, 0, epoch, [], 0.0), model, optimizer)
+
+    model(torch.ones(4, 8)).sum().backward()
+    optimizer.step()
+    killed = 0
+    for step in range(steps_of(lambda: save(2))):
+        save(1)
+        killed += killed_at(step, lambda: save(2))
+        position = read_position(file)
+        assert position is not None and position.epoch in (1, 2)
+        load_checkpoint(file, model, optimizer)
+        assert bool((model.get_parameter("0.weight") == position.epoch).all())
+        save(3)
+        assert [one.name for one in tmp_path.iterdir()] == ["run"]
+    assert killed > 5
 
 
 def test_a_checkpoint_of_another_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.distributed.tensor import DTensor
@@ -153,6 +153,27 @@ def accelerate(mode: str, refresh: Any = "steady") -> Job:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
         train(model, optimizer, range(STEPS), rank, dist.get_world_size())
         return found(model)
+
+    return job
+
+
+def methods(mode: str) -> Job:
+    """Call a method of a model under FSDP2, beside its forward."""
+
+    class Encoder(nn.Sequential):
+        def encode(self, x: Tensor) -> Tensor:
+            return x @ self.get_parameter("0.weight").T
+
+    def job(rank: int, folder: Path) -> dict[str, Any]:
+        config = CompileConfig(ends="sparse")
+        torch.manual_seed(0)
+        model: Any = nmcompile.compile(Encoder(nn.Linear(8, 16), nn.Linear(16, 8)), mode, config=config, inplace=True)
+        alone = model.encode(part(0, 0)).detach()
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        register_fsdp_forward_method(model, "encode")
+        split = model.encode(part(0, 0)).detach()
+        final: Any = nmcompile.finalize(model)
+        return {"alone": alone, "split": split, "final": final.encode(part(0, 0)).detach()}
 
     return job
 

@@ -25,6 +25,7 @@ TWO = {
     "drawn pipeline": ("pipeline", Schedule1F1B, "training"),
     "saved": ("saved", "training"),
     "accelerate": ("accelerate", "t-weights"),
+    "methods": ("methods", "t-weights"),
 }
 SCHEDULES = [Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble]
 SWEPT = {
@@ -88,6 +89,13 @@ def test_zero_counts_each_step_once(two: list[dict[str, Any]]) -> None:
 
 def test_fsdp2_of_accelerate_trains_as_one_process_does(two: list[dict[str, Any]]) -> None:
     check_as_one_process([rank["accelerate"] for rank in two], "t-weights", "steady")
+
+
+def test_methods_beside_forward_multiply_by_gathered_weights(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        outputs = rank["methods"]
+        assert torch.equal(outputs["alone"], outputs["split"])
+        torch.testing.assert_close(outputs["final"], outputs["split"])
 
 
 def test_a_pipeline_trains_as_one_process_does(two: list[dict[str, Any]]) -> None:
@@ -158,3 +166,14 @@ def test_every_schedule_of_a_pipeline(tmp_path: Path) -> None:
     two = run_jobs(2, tmp_path, PIPELINES)
     for name in PIPELINES:
         check_pipeline([rank[name] for rank in two], 2)
+
+
+def test_weights_that_deepspeed_holds_in_parts_are_refused_by_name() -> None:
+    """ZeRO stage 3 leaves parameters empty, and marks each with its full size."""
+    model = nmcompile.compile(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), "t-weights")
+    weight = model.get_parameter("1.weight")
+    setattr(weight, "ds_numel", weight.numel())  # noqa: B010 - parameters declare no such attribute
+    nmcompile.finalize(model)  # gathered
+    weight.data = torch.empty(0)
+    with pytest.raises(nmcompile.NMCompileError, match=r"^1\.weight: DeepSpeed's ZeRO stage 3 .*GatheredParameters"):
+        nmcompile.finalize(model)

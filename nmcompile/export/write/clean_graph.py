@@ -22,12 +22,23 @@ def clean_graph(model: ir.Model, weights: Collection[str]) -> None:
         return False if reads_weight and node.op_type != "Shape" else None
 
     optimizer.fold_constants(model, should_fold=should_fold)
-    common.IdentityEliminationPass()(model)
+    drop_identities(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.CommonSubexpressionEliminationPass()(model)
     for node in model.graph:
         _drop_zero_bias(node)
     drop_unused(model)
+
+
+def drop_identities(model: ir.Model) -> None:
+    """Remove identities, except those that make an output of a loop's or a branch's body."""
+    inner = (node for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.graph is not model.graph)
+    held = [node for node in inner if node.op_type == "Identity" and node.outputs[0].is_graph_output()]
+    for node in held:
+        node.op_type = "Held"  # else a value of the graph around a body could become its output, which is not valid
+    common.IdentityEliminationPass()(model)
+    for node in held:
+        node.op_type = "Identity"
 
 
 def drop_unused(model: ir.Model) -> None:

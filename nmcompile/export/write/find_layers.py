@@ -71,7 +71,7 @@ def find_layers(
     """
     order = {node: index for index, node in enumerate(model.graph)}
     weights = {name: _weight(model, name, layer.weight.name, aliases) for name, layer in layers.items()}
-    found = [site for name, layer in layers.items() for site in _sites(name, layer, weights)]
+    found = [site for name in layers for site in _sites(name, layers, weights)]
     return sorted(found, key=lambda site: order[site.node])
 
 
@@ -94,18 +94,23 @@ def _weight(model: ir.Model, layer: str, weight: str, aliases: Mapping[str, Coll
     raise ExportError(f"layer {layer!r}: the graph has no weight {weight!r}; {known}")
 
 
-def _sites(name: str, layer: DeployedLayer, weights: Mapping[str, ir.Value]) -> Iterator[LayerNode]:
-    weight = weights[name]
+def _sites(name: str, layers: Mapping[str, DeployedLayer], weights: Mapping[str, ir.Value]) -> Iterator[LayerNode]:
+    layer, weight = layers[name], weights[name]
     reads = list(_reads(weight, ()))
-    if list(weights.values()).count(weight) > 1:
-        reads = [(node, layout) for node, layout in reads if module_of(node) == name]
+    modules = [one.module for other, one in layers.items() if weights[other] is weight]
+    if len(modules) > 1:
+        is_known = modules.count(layer.module) == 1
+        reads = [(node, layout) for node, layout in reads if is_known and module_of(node) == layer.module]
     if not reads:
         raise ExportError(
             f"layer {name!r}: no Conv, ConvTranspose, Gemm or MatMul reads its weight {layer.weight.name!r}; the model "
             f"computes with it in another way, so leave the layer out with CompileConfig(layers={{{name!r}: None}})"
         )
+    is_taken = (
+        name.endswith(".weight") and name.removesuffix(".weight") in layers
+    )  # by what that layer's weight becomes
+    label = f"{name}#1" if is_taken else name or WHOLE
     for count, (node, layout) in enumerate(reads, start=1):
-        label = name or WHOLE
         yield LayerNode(label if count == 1 else f"{label}#{count}", layer, node, weight, layout)
 
 

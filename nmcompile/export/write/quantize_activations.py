@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from nmcompile.errors import ExportError
 from nmcompile.export.deployed_layer import DeployedActivation
 from nmcompile.export.write.build_nodes import add_initializer, insert_before, only_rectified
+from nmcompile.export.write.clean_graph import drop_identities
 from nmcompile.export.write.find_layers import CONVS, LayerNode
 from nmcompile.export.write.prune_activations import prune_activation
 from nmcompile.export.write.prune_integers import prune_integers
@@ -42,7 +42,7 @@ def quantize_activations(model: ir.Model, sites: Sequence[LayerNode], target: st
     for site in sites:
         if site.deployed.output != DeployedActivation():
             _quantize_behind(model, site, target)
-    common.IdentityEliminationPass()(model)
+    drop_identities(model)
 
 
 def is_emulated(grid: Grid, target: str) -> bool:

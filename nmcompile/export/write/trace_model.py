@@ -33,7 +33,7 @@ class Traced:
 
     Attributes:
         model: the graph.
-        unread: parameters that forward does not read, in eval mode and for these inputs.
+        unread: parameters that no output is computed from, in eval mode and for these inputs.
         left_out: the results of forward that are not tensors, by place and class.
         outputs: the names of the outputs; "" for one that has none.
         ranges: the smallest and the largest size of each open dim, by name.
@@ -169,9 +169,11 @@ def _explained(error: Exception) -> str:
 
 
 def _unread(program: torch.export.ExportedProgram) -> frozenset[str]:
-    users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
-    parameters = program.graph_signature.inputs_to_parameters
-    return frozenset(name for node, name in parameters.items() if not users[node])
+    read = {program.graph.output_node()}
+    for node in reversed(program.graph.nodes):
+        read.update(node.all_input_nodes if node in read else ())
+    names = {node.name for node in read}
+    return frozenset(name for node, name in program.graph_signature.inputs_to_parameters.items() if node not in names)
 
 
 def _ranges(program: torch.export.ExportedProgram, shapes: Shapes | None) -> dict[str, tuple[float, float]]:

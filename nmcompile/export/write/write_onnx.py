@@ -137,7 +137,7 @@ def write_onnx(
 def _notes(idle: Sequence[str], left_out: Sequence[str]) -> tuple[str, ...]:
     notes = []
     if idle:
-        notes.append(f"not in the file, since eval mode does not run them with these args: {', '.join(idle)}")
+        notes.append(f"not in the file, since no output needs them in eval mode with these args: {', '.join(idle)}")
     if left_out:
         notes.append(f"outputs that are not tensors are left out of the file: {', '.join(left_out)}")
     return tuple(notes)
