@@ -233,7 +233,6 @@ def test_a_layer_that_is_called_and_read_needs_an_example(x: Tensor, tmp_path: P
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model(x)
-        model(x)
     assert {str(one.message).partition(" (")[0] for one in caught} == {
         "CalledAndRead.forward reads the weight of layer 'b'"
     }

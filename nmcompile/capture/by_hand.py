@@ -84,6 +84,7 @@ def _read(module: nn.Module, chains: tuple[Chain, ...], inside: Mapping[str, str
     for chain in chains:
         paths = {".".join(chain.names[: end + 1]) for end in range(len(chain.names))} if chain.of_self else set()
         named = paths & parameters
-        possible = (one for one in inside if one in named or not named)
-        read.update(one for one in possible if reads_elements(one.rpartition(".")[2], chain.names))
+        possible = [one for one in inside if one in named or not named]
+        asks = "get_parameter" in chain.names
+        read.update(one for one in possible if asks or reads_elements(one.rpartition(".")[2], chain.names))
     return {weight: layer for weight, layer in inside.items() if weight in read}

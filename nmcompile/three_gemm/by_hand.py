@@ -28,6 +28,4 @@ def routed_methods(base: type[nn.Module], names: Iterable[str]) -> dict[str, Met
 def _layers(name: str, module: nn.Module) -> Layers:
     if name == "forward" and torch.compiler.is_compiling():
         return ()
-    layers = layers_at(module, module.__dict__[BY_HAND][name])
-    # A layer that is only read is dense everywhere.
-    return [one for one in layers if one[1].called] if name == "forward" else layers
+    return layers_at(module, module.__dict__[BY_HAND][name])

@@ -9,7 +9,7 @@ import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import cast
 
@@ -58,8 +58,12 @@ def routing(method: Method, layers_of: Callable[[nn.Module], Layers], is_routed:
         layers = layers_of(self)
         if not layers:
             return method(self, *args, **kwargs)
-        with Router(layers if is_routed else (), layers, method.__qualname__):
-            return method(self, *args, **kwargs)
+        router = Router(layers if is_routed else (), layers, method.__qualname__)
+        with router:
+            result = method(self, *args, **kwargs)
+        if router.reads:
+            router.tell()
+        return result
 
     return routed
 
@@ -81,6 +85,7 @@ class Router(TorchFunctionMode):
         self.routed = routed
         self.watched = watched
         self.code = code
+        self.reads: dict[str, tuple[str, GemmTriple]] = {}
 
     def __torch_function__(
         self, function: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
@@ -98,8 +103,9 @@ class Router(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():  # Dynamo lets a layer's own products come here again
                     return _run(triple, weight, product, part)
         result = function(*args, **kwargs)
-        if self.watched and not torch.compiler.is_dynamo_compiling():  # which knows no storages
-            self._tell(function, args, kwargs, result)
+        # Dynamo knows no storages.
+        if self.watched and not torch.compiler.is_dynamo_compiling() and self._is_given((*args, *kwargs.values())):
+            self._note(function, args, kwargs, result)
         return result
 
     def _is_layer(self, triple: GemmTriple, part: Part, operands: object) -> bool:
@@ -111,6 +117,21 @@ class Router(TorchFunctionMode):
             return True
         # Backward would run activation checkpointing again, outside of any router.
         return len(self._weights(operands)) == 1 and CHECKPOINT not in _callers(sys._getframe(2))
+
+    @functools.cached_property
+    def _views(self) -> dict[int, Tensor]:
+        """The weights, and what the code has made of them without a copy, by id."""
+        return {id(weight): weight for weight, _ in self.watched}
+
+    def _is_given(self, operands: Iterable[object]) -> bool:
+        """Return whether operands may be parts of weights; each call of torch asks, so storages are not compared."""
+        views = self._views
+        return any(
+            id(one) in views or id(one._base) in views
+            if isinstance(one, Tensor)
+            else isinstance(one, tuple | list) and self._is_given(one)
+            for one in operands
+        )
 
     @functools.cached_property
     def _places(self) -> list[tuple[int, int, int, GemmTriple]]:
@@ -127,24 +148,30 @@ class Router(TorchFunctionMode):
             if key == storage and 0 <= one.storage_offset() - offset < size
         ]
 
-    def _tell(self, function: Function, args: Args, kwargs: Kwargs, result: object) -> None:
-        """Warn if an operator took elements of a pruned weight: it gave new tensors, no views, and wrote nothing."""
-        name = getattr(function, "__name__", str(function))
-        made = list(tensors_in(result))
-        if not made or name == "__get__" or is_metadata(name) or (args and result is args[0]):
+    def _note(self, function: Function, args: Args, kwargs: Kwargs, result: object) -> None:
+        """Note an operator that took elements of a pruned weight, and what one made of it without a copy."""
+        name, made = getattr(function, "__name__", str(function)), list(tensors_in(result))
+        if self._weights(made):
+            self._views.update({id(one): one for one in made})
+            return
+        writes = bool(args) and result is args[0]
+        if not made or writes or name == "__get__" or is_metadata(name):
             return
         read = self._weights(args[:1] if name in LIKE_SECOND else (args, kwargs))
-        pruned = [one.layer.name for one in read if one.mask is not None or one.steps.weight_grid is not None]
-        if pruned and not self._weights(made) and not any(map(_is_aside, _callers(sys._getframe(2)))):
-            warnings.warn(_advice(self.code, name, pruned[0]), stacklevel=3)
+        pruned = [one for one in read if one.mask is not None or one.steps.weight_grid is not None]
+        if pruned and not any(map(_is_aside, _callers(sys._getframe(2)))):
+            self.reads.update((one.layer.name, (name, one)) for one in pruned)
 
-
-def _advice(code: str, function: str, layer: str) -> str:
-    return (
-        f"{code} reads the weight of layer {layer!r} ({function}): it sees the dense weight, not the pruned one that "
-        f"the layer multiplies by; call the layer, or pass args= to compile if it is forward that reads it, or leave "
-        f"the layer dense with CompileConfig(layers={{{layer!r}: None}})"
-    )
+    def tell(self) -> None:
+        """Warn of reads; a forward without routes reads the very weight of a layer that nobody calls."""
+        for layer, (function, triple) in self.reads.items():
+            if self.routed or triple.called:
+                warnings.warn(
+                    f"{self.code} reads the weight of layer {layer!r} ({function}): it sees the dense weight, not the "
+                    "pruned one that the layer multiplies by; call the layer, or pass args= to compile if forward "
+                    f"reads it, or leave the layer dense with CompileConfig(layers={{{layer!r}: None}})",
+                    stacklevel=3,
+                )
 
 
 def _callers(frame: FrameType | None) -> Iterator[str]:
