@@ -5,8 +5,8 @@ forms: `F.linear` on the dense fp32 weight, the sparse kernel for fp32 values, a
 same integers in blocks of 32, which computes in fp32 (accuracy level 0) or in int8 (level 4). Every form exists in more
 copies, read in rotation, than a cache holds. Outputs are compared first.
 
-`layer` is what a user calls: a chain of layers compiled with mode "inference" beside dense ones in eager mode. One
-thread is timed by its processor time, several by wall-clock time.
+`layer` is what a user calls: a chain of layers compiled with mode "inference" beside dense ones in eager mode, before
+and after `nmcompile.freeze`. One thread is timed by its processor time, several by wall-clock time.
 
 python benchmarks/packed_integers.py   # writes benchmarks/results/packed_integers.json
 """
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -180,18 +181,20 @@ def row_of(
     return Row(name, tokens, threads, medians, speedup, taken, rate)
 
 
-def layer_row(features: int, layers: int, tokens: int, threads: int, repeats: int) -> Row:
+def layer_row(features: int, layers: int, tokens: int, threads: int, repeats: int, is_frozen: bool) -> Row:
     """Time a chain of compiled layers beside dense ones; its weights exceed the cache."""
     net = nn.Sequential(*(nn.Linear(features, features) for _ in range(layers))).eval()
     dense, x = copy.deepcopy(net), torch.randn(tokens, features)
     config = CompileConfig(layers={"_default": presets["inference"]}, ends="sparse")
     compiled = nmcompile.compile(net, "inference", args=(x,), config=config, calibration=[x], backend="cpu").eval()
+    if is_frozen:
+        nmcompile.freeze(compiled)
     with torch.no_grad():
         compiled(x)
         times = in_turns({OURS: lambda: compiled(x), "eager": lambda: dense(x)}, repeats, clock=clock_of(threads))
     kernels = {layer.choices[Phase.FORWARD].kernel for layer in nmcompile.inspect(compiled).layers}
     medians = {name: statistics.median(values) / layers for name, values in times.items()}
-    name = f"layer {features} x {features}, kernel: {', '.join(sorted(kernels))}"
+    name = f"layer {features} x {features}{', frozen' * is_frozen}, kernel: {', '.join(sorted(kernels))}"
     return row_of(name, tokens, threads, medians, features**2, {})
 
 
@@ -201,8 +204,8 @@ def measure(reach: int, repeats: int, threads: tuple[int, ...]) -> Iterator[Row]
         for shape in SHAPES:
             for tokens in TOKENS if shape == SHAPES[0] else TOKENS[:1]:
                 yield product_row(shape, tokens, reach, count, repeats)
-        for tokens in LAYER_TOKENS:
-            yield layer_row(4096, 4, tokens, count, repeats)
+        for tokens, is_frozen in product(LAYER_TOKENS, (False, True)):
+            yield layer_row(4096, 4, tokens, count, repeats, is_frozen)
 
 
 def table(rows: list[Row]) -> str:
