@@ -73,12 +73,18 @@ def test_results_side_by_side_have_room_for_all_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "between", [torch.sigmoid, nn.ReLU6(), lambda x: x * 2, lambda x: x + 1, nn.AvgPool2d(1)], ids=str
+    "between",
+    [torch.sigmoid, nn.ReLU6(), lambda x: x * 2, lambda x: x + 1, nn.AvgPool2d(1)],
+    ids=["sigmoid", "relu6", "scaled", "shifted", "pooled"],
 )
 def test_anything_else_between_ends_a_stream(between: Callable[[Tensor], Tensor]) -> None:
     assert room(Chain(2, between, torch.add)) is None
 
 
-@pytest.mark.parametrize("join", [lambda a, b: torch.add(a, b, alpha=2), torch.sub, torch.mul, lambda a, b: a + a])
+@pytest.mark.parametrize(
+    "join",
+    [lambda a, b: torch.add(a, b, alpha=2), torch.sub, torch.mul, lambda a, b: a + a],
+    ids=["weighted", "sub", "mul", "twice"],
+)
 def test_only_sums_join(join: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert room(Chain(1, torch.relu, join)) is None
