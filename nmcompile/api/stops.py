@@ -66,18 +66,21 @@ class Stop:
 
     def pruned_input(self) -> Tensor:
         """Return the input pruned, if the plan prunes it."""
-        row, x = self._pruning(), self.dense_input
+        return self._pruned(self.dense_input)
+
+    def _pruned(self, x: Tensor) -> Tensor:
+        row = self._pruning()
         if row is None or row.pattern is None or row.operator is None:
             return x
         mask = ops.prune_mask(x, row.operator, row.pattern.n_keep, row.pattern.block, self.triple.layer.channel_dim)
         return ops.apply_mask(x, mask)
 
     def input(self, clip: float | None) -> Tensor:
-        """Return the input as the GEMM reads it: pruned if the plan prunes it, and rounded if there is a clip."""
-        x, grid = self.pruned_input(), self.grid
-        if grid is None or not clip:
-            return x
-        return ops.to_grid(x, torch.tensor(clip / grid.high, device=x.device), grid.bits, grid.signed)
+        """Return the input as the GEMM reads it: rounded if there is a clip, and then pruned if the plan prunes it."""
+        x, grid = self.dense_input, self.grid
+        if grid is not None and clip:
+            x = ops.to_grid(x, torch.tensor(clip / grid.high, device=x.device), grid.bits, grid.signed)
+        return self._pruned(x)
 
     @property
     def grid(self) -> Grid | None:
