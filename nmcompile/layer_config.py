@@ -52,7 +52,8 @@ class LayerConfig:
 
     `weight` acts on the forward GEMM, and on the backward GEMM too if its operator is transposable; `input` on the
     forward GEMM; `backward_gradient` (SDGP) and `update_gradient` (MVUE) on the gradient of those GEMMs. `weight_bits`
-    (SAWB) and `input_bits` are 2, 3, 4 or 8; an input that is proven non-negative gets an unsigned grid.
+    and `input_bits` are 2, 3, 4 or 8. Weights are clipped by SAWB; those of 8 bits have a step for each out-channel, up
+    to its largest magnitude. An input that is proven non-negative gets an unsigned grid; it is rounded, then pruned.
     """
 
     weight: Pruning | None = None

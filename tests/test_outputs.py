@@ -20,6 +20,7 @@ from nmcompile.quantization import Grid, fake_quantize, sawb_scale
 from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 from nmcompile.three_gemm.find_triples import triples_of
 from nmcompile.training import clips
+from tests.optimized_graphs import optimized
 
 WIDE = {"layers": {"_default": replace(nmcompile.presets["inference"], input=None)}, "outputs": "int8"}
 
@@ -202,19 +203,8 @@ def test_the_file_equals_the_model_and_its_kernels_are_integer(
     report = nmcompile.export(model, tmp_path / "model.onnx", (x,))
     assert report.verification is not None and max(check.relative_l2 for check in report.verification.runtimes) < 1e-5
     assert "s8" in str(report) and "u7" in str(report)
-    kernels = optimized_kernels(tmp_path)
-    assert kernels.count("QLinearConv") == 3 and kernels.count("Conv") + kernels.count("FusedConv") == 1
-
-
-def optimized_kernels(folder: Path) -> list[str]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]
+    kernels = optimized(tmp_path / "model.onnx")
+    assert kernels["QLinearConv"] == 3 and kernels["Conv"] + kernels["FusedConv"] == 1
 
 
 def test_tensorrt_files_hold_signed_integers_only(net: nn.Module, x: Tensor, tmp_path: Path) -> None:

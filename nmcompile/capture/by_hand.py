@@ -30,7 +30,7 @@ INFRASTRUCTURE = (
 )  # fmt: skip
 """Modules whose classes save, load, train and generate: none multiplies by a weight in a model's stead."""
 ByHand = dict[str, dict[str, str]]
-"""By method, the weights that it may multiply by, with their layers; weights are named as in the module."""
+"""The weights that each method may multiply by, with their layers; weights are named as in the module."""
 
 
 def find_by_hand(model: nn.Module, sites: Sequence[Site], shown: Collection[str]) -> dict[str, ByHand]:

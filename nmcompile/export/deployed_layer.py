@@ -30,7 +30,7 @@ class DeployedWeight:
 
 @dataclass(frozen=True)
 class DeployedActivation:
-    """Steps on an activation: pruned by value along channels, per sample, then quantized.
+    """Steps on an activation: quantized, then pruned by value along channels, per sample.
 
     At the input they come before the GEMM. At the output they come after the ReLU that reads it if it is pruned or its
     grid is unsigned, else after the GEMM, its bias and its norm.

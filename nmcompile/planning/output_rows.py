@@ -1,6 +1,6 @@
 """Decisions on how a result is pruned and quantized where it is computed: at the ReLU or the norm after a layer."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from nmcompile.config import CompileConfig, Phase
@@ -52,12 +52,12 @@ class OutputPlanner:
             return False
         return all(any(row.operand == "output" for row in self.rows(site)) for site in sites)
 
-    def result_rows(self, layer: Layer, planned: list[PlanRow], integers: Container[str]) -> Iterator[PlanRow]:
+    def result_rows(self, layer: Layer, planned: list[PlanRow], is_integer: Callable[[str], bool]) -> Iterator[PlanRow]:
         """Plan the 8-bit grid of a quantized layer whose result is also read by anything other than quantized layers.
 
         It comes after the ReLU that directly follows, where it takes half of a signed grid, so one grid serves runtimes
         with and without unsigned integers; else it comes after the norm. Results that are added or concatenated share
-        one step, if the layers in `integers` compute all of them, and have so few bits that the sums fit into 8.
+        one step, if all of them are quantized layers' (`is_integer`), and have so few bits that the sums fit into 8.
         """
         if any(row.operand == "output" for row in planned):
             return
@@ -65,7 +65,7 @@ class OutputPlanner:
         operator = "mse" if self.config.clip == "pact" else self.config.clip  # 8 bits need no learned clip
         row = PlanRow(layer.name, Phase.FORWARD, "output", operator)
         bits = 0 if facts.stream is None else min(EIGHT, (facts.stream.room + 1).bit_length())
-        if facts.stream is not None and bits >= FEWEST and all(name in integers for name in facts.stream.layers):
+        if facts.stream is not None and bits >= FEWEST and all(map(is_integer, facts.stream.layers)):
             yield replace(row, grid=Grid(bits, signed=True), stream=facts.stream.layers)
         else:
             yield replace(row, grid=Grid(7, signed=False) if facts.rectified else Grid(8, signed=True))

@@ -87,7 +87,7 @@ class _LayerPlanner:
         self._check_exact(key, asked or given, rows)
         is_integer = {"weight", "input"} <= {row.operand for row in rows if row.is_quantized}
         if is_integer and self.config.outputs == "int8" and not self._is_read_as_integers():
-            rows += self.outputs.result_rows(self.layer, rows, self._integer_layers)
+            rows += self.outputs.result_rows(self.layer, rows, self._is_integer)
         rewrites_all = asked == LayerConfig()
         changed = any(row.is_sparse or row.is_quantized for row in rows)
         # Export finds integer kernels for modules only; a functional call or attention keeps its bias and norm. So does
@@ -184,20 +184,20 @@ class _LayerPlanner:
         """Return whether only quantized layers are known to read the result."""
         return all(self._takes_integers(name) for name in self.captured.facts[self.layer.name].readers)
 
-    @property
-    def _integer_layers(self) -> frozenset[str]:
-        """Return the layers whose weight and input are quantized."""
-        planners = [replace(self, site=site) for site in self.captured.sites]
-        asked = {planner.layer.name: planner._judge(*self.outputs.asked(planner.site))[0] for planner in planners}
-        return frozenset(name for name, one in asked.items() if one is not None and one.weight_bits and one.input_bits)
-
     def _takes_integers(self, name: str) -> bool:
         """Return whether the layer of that name puts its input on a grid."""
-        site = next((site for site in self.captured.sites if site.layer.name == name), None)
-        if site is None:
-            return False
-        asked, _ = replace(self, site=site)._judge(*self.outputs.asked(site))
+        asked = self._asked_of(name)
         return asked is not None and asked.input_bits is not None
+
+    def _is_integer(self, name: str) -> bool:
+        """Return whether the weight and the input of the layer of that name are quantized."""
+        asked = self._asked_of(name)
+        return asked is not None and None not in (asked.weight_bits, asked.input_bits)
+
+    def _asked_of(self, name: str) -> LayerConfig | None:
+        """Return the config that the layer of that name really gets; None if it stays unchanged or is none of ours."""
+        site = next((site for site in self.captured.sites if site.layer.name == name), None)
+        return None if site is None else replace(self, site=site)._judge(*self.outputs.asked(site))[0]
 
     def _check_exact(self, key: str | None, asked: LayerConfig | None, rows: list[PlanRow]) -> None:
         """Raise if a layer that is named exactly does not get its config: no silent dense."""

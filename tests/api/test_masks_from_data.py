@@ -545,7 +545,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
 
 
 def test_a_kill_at_any_step_of_a_checkpoint_leaves_whole_parts(tmp_path: Path) -> None:
-    """What a killed run has saved is used, and the finished run equals one that was not killed."""
+    """The files of a killed run are used, and the finished run equals one that was not killed."""
     expected = compiled_by("sparsegpt", checkpoint=tmp_path / "whole")
     whole = [_read_part(file) for file in (tmp_path / "whole").glob("*.pt")]
     found = whole[:2]

@@ -1,6 +1,5 @@
 """Execution of files in ONNX Runtime: integer kernels where numbers allow it, the same numbers everywhere."""
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nmcompile.export import write_onnx
+from tests.optimized_graphs import optimized
 
 Deploy = Callable[..., Any]
-
-
-def optimized(path: Path) -> Counter[str]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(path) + ".optimized"
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def run(path: Path, x: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
 """Whole networks in integers: residual sums, concatenations and pooling between the layers of a file."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile import CompileConfig, presets
 from nmcompile.three_gemm.find_triples import triples_of
+from tests.optimized_graphs import optimized
 
 FLOATS = {"Conv", "FusedConv", "NhwcFusedConv", "Add", "Relu", "MaxPool", "Mul", "Sum"}
 UNPRUNED = CompileConfig(layers={"_default": replace(presets["inference"], input=None)}, outputs="int8", ends="int8")
@@ -92,17 +90,9 @@ def compiled(name: str, config: CompileConfig) -> nn.Module:
     return nmcompile.compile(network(name), "inference", args=(X,), config=config, calibration=[X]).eval()
 
 
-def optimized(path: Path) -> Counter[str]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(path) + ".optimized"
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-
-
 @pytest.mark.parametrize("name", ["residual", "inverted", "plain", "growing"])
 def test_no_float_is_computed_between_the_layers(name: str, tmp_path: Path) -> None:
-    """What is left in floats: the rounding from 8 to 4 bits where a sum is read, and the mean before the last layer."""
+    """Two things stay in floats: rounding from 8 to 4 bits where a sum is read, and the mean before the last layer."""
     model = compiled(name, UNPRUNED)
     report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
     assert report.verification is not None
