@@ -157,3 +157,86 @@ def multiply_integers(
     `input` is K + `input_zero`, uint8 of at most 15, filled up to a depth that `INTEGERS_DEPTH` divides; the others are
     float32. All are contiguous.
     """
+
+Image = tuple[int, int, int, int, int, int, int, int]
+"""Offset in the arena, samples, height, width, channels, halo, fill, and bytes from a pixel to the next."""
+
+class IntegerLayer:
+    """The integers of a convolution, packed."""
+
+    form: str
+    bytes: int
+
+def integer_layer(
+    weights: Tensor, groups: int, stride: tuple[int, int], dilation: tuple[int, int], most: int
+) -> IntegerLayer:
+    """Pack integers `(out, height, width, in / groups)` for codes up to `most`."""
+
+class IntegerProgram:
+    """A network in integers: steps on images in one arena."""
+
+    def __init__(self, bytes: int) -> None: ...
+    def encode(self, slot: int, output: Image, step: float, low: int, high: int) -> None:
+        """Add: codes are clamp(round(x / step), low, high) - low."""
+
+    def layer(
+        self,
+        layer: IntegerLayer,
+        input: Image,
+        output: Image,
+        zero: int,
+        padding: tuple[int, int],
+        steps: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        out_step: float,
+        low: int,
+        high: int,
+        table: Tensor | None,
+        prune: bool,
+    ) -> None:
+        """Add: y = (sums * steps + bias) * gain + shift, in codes, mapped by a table and pruned 4:8."""
+
+    def layer_to_floats(
+        self,
+        layer: IntegerLayer,
+        input: Image,
+        slot: int,
+        zero: int,
+        padding: tuple[int, int],
+        steps: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        shift: Tensor | None,
+    ) -> None:
+        """Add: y in floats, channels first."""
+
+    def recode(self, input: Image, output: Image, table: Tensor | None, prune: bool) -> None:
+        """Add: codes mapped by a table and pruned."""
+
+    def add(self, a: Image, b: Image, output: Image, offset: int, low: int, high: int) -> None:
+        """Add: codes are clamp(a + b + offset, low, high)."""
+
+    def max_pool(
+        self,
+        input: Image,
+        output: Image,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> None:
+        """Add: the largest code of each window, clipped at the borders."""
+
+    def flatten(self, input: Image, output: Image, table: Tensor | None, prune: bool) -> None:
+        """Add: codes in the order of channels, height and width, in one pixel."""
+
+    def decode(self, input: Image, slot: int, values: Tensor) -> None:
+        """Add: the values of codes, channels first."""
+
+    def run(self, first: int, last: int, slots: list[int], isa: str, threads: int) -> int:
+        """Run steps `[first, last)` on the floats at these addresses.
+
+        Return the number of a step that read a NaN, or -1.
+        """

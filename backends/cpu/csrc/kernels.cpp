@@ -9,6 +9,7 @@
 #include "machine/instruction_sets.h"
 #include "machine/spare_memory.h"
 #include "masked.h"
+#include "network/program_module.h"
 #include "prune/prune_module.h"
 #include "transposable/transposable_module.h"
 
@@ -52,6 +53,7 @@ NB_MODULE(_kernels, m) {
     m.def("write_masked", &write_masked_at, "x"_a, "mask"_a, "out"_a, "count"_a, "size"_a, "threads"_a,
           "Write the elements at address `x`, of `size` bytes each, to `out`: zero where the mask does not hold.");
     bind_gemm(m);
+    bind_network(m);
     bind_packed_integers(m);
     bind_prune(m);
     bind_transposable(m);

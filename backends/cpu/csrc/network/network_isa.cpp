@@ -1,0 +1,147 @@
+// Compiled once for each instruction set, with NMCOMPILE_ISA as its name.
+
+#include "network/network_isa.h"
+
+#include "machine/lanes.h"
+#include "network/code_maps.h"
+#include "network/depthwise.h"
+#include "network/epilogue.h"
+#include "network/gather.h"
+#include "network/products.h"
+
+namespace nmcompile::NMCOMPILE_ISA {
+namespace {
+
+constexpr Index kMostPixels[] = {2 * kMostPairs, kMostDense, 16};
+
+inline Index smaller(Index a, Index b) { return a < b ? a : b; }
+
+// Writes the results of some pixels for one block of out-channels.
+void write_line(const Line& line, const Extent& extent, const std::int32_t (*sums)[kOuts]) {
+    const LayerJob& job = line.job;
+    const Index area = job.height * job.width;
+    for (Index p = 0; p < extent.pixels; ++p) {
+        const Index pixel = extent.pixel + p;
+        if (job.floats) {
+            float* const to = job.floats + (pixel / area * job.layer->outs() + line.out) * area + pixel % area;
+            line.to_floats(sums[p], to, area);
+        } else {
+            line.to_codes(sums[p], job.output + job.to.at(pixel) + line.out);
+        }
+    }
+}
+
+void finish_pixels(const LayerJob& job, const Extent& extent, Index out, Index count) {
+    if (job.floats || !(job.finish.table || job.finish.prunes)) return;
+    for (Index p = 0; p < extent.pixels; ++p) {
+        finish_codes(job.output + job.to.at(extent.pixel + p) + out, count, job.finish);
+    }
+}
+
+void gather_group(const LayerJob& job, const Extent& extent, Index group, Index stride, std::uint8_t* scratch) {
+    const Gather gather(job, group);
+    if (job.layer->form() == Form::dense) {
+        for (Index p = 0; p < extent.pixels; ++p) gather.pixel(extent.pixel + p, scratch + p * stride);
+        return;
+    }
+    for (Index p = 0; p < extent.pixels; p += 2) {
+        const Index other = smaller(p + 1, extent.pixels - 1);  // a last one without a partner is its own
+        gather.pair(extent.pixel + p, extent.pixel + other, scratch + p / 2 * stride);
+    }
+}
+
+// Lines count on over the groups; the range of an extent lies in one group, or starts and ends with groups.
+void products_layer(const LayerJob& job, const Extent& extent, std::uint8_t* scratch) {
+    const IntegerLayer& layer = *job.layer;
+    const Index lines = layer.group_lines(), stride = layer.blocks() * kDepthOf[static_cast<int>(layer.form())];
+    std::int32_t sums[kTilePixels][kOuts];
+    for (Index number = extent.line; number < extent.line + extent.lines; ++number) {
+        const Index group = number / lines, in_group = number % lines * kOuts;
+        if (number == extent.line || in_group == 0) gather_group(job, extent, group, stride, scratch);
+        sums_of(layer.form(), extent.pixels, scratch, stride, layer.packed() + number * layer.blocks() * kBlock,
+                layer.blocks(), sums, std::make_integer_sequence<int, kMostDense>{});
+        const Index out = group * layer.group_outs() + in_group;
+        write_line(Line(job, out, smaller(kOuts, layer.group_outs() - in_group)), extent, sums);
+    }
+}
+
+void depthwise_layer(const LayerJob& job, const Extent& extent) {
+    const IntegerLayer& layer = *job.layer;
+    std::int32_t sums[kTilePixels][kOuts];
+    const Gather gather(job, 0);
+    for (Index number = extent.line; number < extent.line + extent.lines; ++number) {
+        const Index out = number * kOuts, count = smaller(kOuts, layer.outs() - out);
+        for (Index p = 0; p < extent.pixels; ++p) {
+            depthwise_sums(job, gather.first(extent.pixel + p) + out, out, count, sums[p]);
+        }
+        write_line(Line(job, out, count), extent, sums);
+    }
+}
+
+// Returns the first out-channel of a line; of the line behind the last, how many there are.
+Index out_of(const IntegerLayer& layer, Index line) {
+    const Index lines = layer.group_lines();
+    return line / lines * layer.group_outs() + smaller(line % lines * kOuts, layer.group_outs());
+}
+
+void layer(const LayerJob& job, const Extent& extent, std::uint8_t* scratch) {
+    if (job.layer->form() == Form::depthwise) {
+        depthwise_layer(job, extent);
+    } else {
+        products_layer(job, extent, scratch);
+    }
+    const Index first = out_of(*job.layer, extent.line), last = out_of(*job.layer, extent.line + extent.lines);
+    finish_pixels(job, extent, first, last - first);
+}
+
+bool encode(const float* x, std::int64_t count, float step, std::int32_t low, std::int32_t high, std::uint8_t* codes,
+            std::int64_t stride) {
+    const float least = static_cast<float>(low), most = static_cast<float>(high);
+    int strangers = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        float steps = x[i] / step;
+        strangers += steps != steps;
+        steps = steps > least ? steps : least;
+        steps = steps < most ? steps : most;
+        codes[i * stride] = static_cast<std::uint8_t>(static_cast<int>(steps + kRound - kRound) - low);
+    }
+    return strangers == 0;
+}
+
+void add(const std::uint8_t* a, const std::uint8_t* b, std::int64_t count, int offset, int low, int high,
+         std::uint8_t* sums) {
+    const auto least = static_cast<std::int16_t>(low), most = static_cast<std::int16_t>(high);
+    for (std::int64_t i = 0; i < count; ++i) {
+        auto sum = static_cast<std::int16_t>(a[i] + b[i] + offset);
+        sum = sum > least ? sum : least;
+        sums[i] = static_cast<std::uint8_t>(sum < most ? sum : most);
+    }
+}
+
+void pool(const PoolJob& job, std::int64_t sample, std::int64_t y) {
+    const Window& window = job.window;
+    const Image &from = job.from, &to = job.to;
+    for (Index x = 0; x < to.width; ++x) {
+        std::uint8_t* const result = job.output + to.at(sample, y, x);
+        bool is_first = true;
+        for (Index i = 0; i < window.taps(); ++i) {
+            const Index row = y * window.stride_y - job.pad_y + i / window.width * window.dilation_y;
+            const Index column = x * window.stride_x - job.pad_x + i % window.width * window.dilation_x;
+            if (row < 0 || row >= from.height || column < 0 || column >= from.width) continue;
+            const std::uint8_t* const codes = job.input + from.at(sample, row, column);
+            if (is_first) {
+                for (Index c = 0; c < to.channels; ++c) result[c] = codes[c];
+            } else {
+                for (Index c = 0; c < to.channels; ++c) result[c] = codes[c] > result[c] ? codes[c] : result[c];
+            }
+            is_first = false;
+        }
+    }
+}
+
+}  // namespace
+
+const Kernels network_kernels = {
+    {kMostPixels[0], kMostPixels[1], kMostPixels[2]}, layer, encode, finish_codes, add, pool};
+
+}  // namespace nmcompile::NMCOMPILE_ISA

@@ -1,0 +1,168 @@
+#include "network/steps.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "machine/parallel.h"
+
+namespace nmcompile {
+namespace {
+
+void fill_halo(std::uint8_t* arena, const Image& image) {
+    if (image.halo == 0) return;
+    const std::int64_t edge = image.halo * image.stride, band = image.halo * image.row();
+    const int code = static_cast<int>(image.fill);
+    for (std::int64_t n = 0; n < image.samples; ++n) {
+        std::uint8_t* const sample = arena + image.offset + n * image.sample();
+        std::fill_n(sample, band, static_cast<std::uint8_t>(code));
+        std::fill_n(sample + image.sample() - band, band, static_cast<std::uint8_t>(code));
+        for (std::int64_t y = 0; y < image.height; ++y) {
+            std::uint8_t* const row = sample + band + y * image.row();
+            std::fill_n(row, edge, static_cast<std::uint8_t>(code));
+            std::fill_n(row + image.row() - edge, edge, static_cast<std::uint8_t>(code));
+        }
+    }
+}
+
+// Calls `work(sample, y)` for the rows of an image, some for each task.
+template <class Work>
+void for_rows(const Image& image, const Run& run, const Work& work) {
+    const std::int64_t piece = 1 + kRowsOfATask / std::max<std::int64_t>(1, image.width * image.channels);
+    in_parallel(image.samples * image.height, piece, run.threads, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t row = first; row < last; ++row) work(row / image.height, row % image.height);
+    });
+}
+
+const std::uint8_t* pointer(const Table& table) { return table.empty() ? nullptr : table.data(); }
+
+std::uint8_t* scratch_of(std::int64_t bytes) {
+    thread_local std::vector<std::uint8_t> scratch;
+    if (static_cast<std::int64_t>(scratch.size()) < bytes) scratch.resize(bytes);
+    return scratch.data();
+}
+
+}  // namespace
+
+bool Encode::run(const Run& run) const {
+    const float* const x = run.slots[slot];
+    const std::int64_t area = to.height * to.width;
+    std::atomic<bool> fits = true;
+    for_rows(to, run, [&](std::int64_t n, std::int64_t y) {
+        for (std::int64_t c = 0; c < to.channels; ++c) {
+            const float* const row = x + (n * to.channels + c) * area + y * to.width;
+            if (!run.kernels.encode(row, to.width, step, low, high, run.arena + to.at(n, y, 0) + c, to.stride)) fits = false;
+        }
+    });
+    fill_halo(run.arena, to);
+    return fits;
+}
+
+LayerJob Layer::job(const Run& run) const {
+    return {.layer = layer.get(), .input = run.arena, .from = from, .zero = zero, .pad_y = pad_y, .pad_x = pad_x,
+            .affine = {steps.data(), bias.data(), gain.data(), shift.data()}, .height = height, .width = width,
+            .output = nullptr, .to = {}, .step = 1, .low = 0, .high = 0, .finish = {nullptr, false}, .floats = nullptr};
+}
+
+// A task is a tile of pixels, and a part of the out-channels if there are too few tiles for the threads.
+void Layer::run_job(const LayerJob& job, const Run& run) {
+    const IntegerLayer& layer = *job.layer;
+    const int form = static_cast<int>(layer.form());
+    const std::int64_t tiles = pieces(job.pixels(), run.kernels.tile_pixels[form]);
+    const std::int64_t pixels = pieces(pieces(job.pixels(), tiles), 2) * 2;
+    const std::int64_t lines = layer.lines();
+    const bool splits = layer.groups() == 1 || layer.form() == Form::depthwise;
+    const std::int64_t parts = splits ? std::min<std::int64_t>(lines, pieces(run.threads, tiles)) : 1;
+    const std::int64_t part = pieces(lines, parts);
+    const std::int64_t scratch = kTilePixels * layer.blocks() * kDepthOf[form] + kSlack;
+    in_parallel(pieces(job.pixels(), pixels) * parts, 1, run.threads, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t task = first; task < last; ++task) {
+            const std::int64_t pixel = task / parts * pixels, line = task % parts * part;
+            if (line >= lines) continue;
+            const Extent extent{pixel, std::min(pixels, job.pixels() - pixel), line, std::min(part, lines - line)};
+            run.kernels.layer(job, extent, layer.form() == Form::depthwise ? nullptr : scratch_of(scratch));
+        }
+    });
+}
+
+bool CodedLayer::run(const Run& run) const {
+    LayerJob all = job(run);
+    all.output = run.arena;
+    all.to = to;
+    all.step = step;
+    all.low = low;
+    all.high = high;
+    all.finish = {pointer(table), prunes};
+    run_job(all, run);
+    fill_halo(run.arena, to);
+    return true;
+}
+
+bool FloatLayer::run(const Run& run) const {
+    LayerJob all = job(run);
+    all.floats = run.slots[slot];
+    run_job(all, run);
+    return true;
+}
+
+bool Recode::run(const Run& run) const {
+    const bool is_dense = from.stride == from.channels && to.stride == to.channels;
+    const std::int64_t count = is_dense ? 1 : to.width, length = is_dense ? to.width * to.channels : to.channels;
+    for_rows(to, run, [&](std::int64_t n, std::int64_t y) {
+        for (std::int64_t x = 0; x < count; ++x) {
+            std::uint8_t* const codes = run.arena + to.at(n, y, x);
+            std::copy_n(run.arena + from.at(n, y, x), length, codes);
+            run.kernels.finish(codes, length, {pointer(table), prunes});
+        }
+    });
+    fill_halo(run.arena, to);
+    return true;
+}
+
+bool Flatten::run(const Run& run) const {
+    const std::int64_t area = from.height * from.width;
+    for (std::int64_t n = 0; n < from.samples; ++n) {
+        std::uint8_t* const codes = run.arena + to.at(n, 0, 0);
+        for (std::int64_t pixel = 0; pixel < area; ++pixel) {
+            const std::uint8_t* const source = run.arena + from.at(n * area + pixel);
+            for (std::int64_t c = 0; c < from.channels; ++c) codes[c * area + pixel] = source[c];
+        }
+        run.kernels.finish(codes, to.channels, {pointer(table), prunes});
+    }
+    fill_halo(run.arena, to);
+    return true;
+}
+
+bool Add::run(const Run& run) const {
+    const bool is_dense = a.stride == a.channels && b.stride == b.channels && to.stride == to.channels;
+    const std::int64_t count = is_dense ? 1 : to.width, length = is_dense ? to.width * to.channels : to.channels;
+    for_rows(to, run, [&](std::int64_t n, std::int64_t y) {
+        for (std::int64_t x = 0; x < count; ++x) {
+            run.kernels.add(run.arena + a.at(n, y, x), run.arena + b.at(n, y, x), length, offset, low, high,
+                            run.arena + to.at(n, y, x));
+        }
+    });
+    fill_halo(run.arena, to);
+    return true;
+}
+
+bool MaxPool::run(const Run& run) const {
+    const PoolJob job{run.arena, from, run.arena, to, window, pad_y, pad_x};
+    for_rows(to, run, [&](std::int64_t n, std::int64_t y) { run.kernels.pool(job, n, y); });
+    fill_halo(run.arena, to);
+    return true;
+}
+
+bool Decode::run(const Run& run) const {
+    float* const result = run.slots[slot];
+    const std::int64_t area = from.height * from.width;
+    for_rows(from, run, [&](std::int64_t n, std::int64_t y) {
+        for (std::int64_t c = 0; c < from.channels; ++c) {
+            float* const row = result + (n * from.channels + c) * area + y * from.width;
+            const std::uint8_t* const codes = run.arena + from.at(n, y, 0) + c;
+            for (std::int64_t x = 0; x < from.width; ++x) row[x] = values[codes[x * from.stride]];
+        }
+    });
+    return true;
+}
+
+}  // namespace nmcompile
