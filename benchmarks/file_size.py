@@ -1,4 +1,4 @@
-"""The size of exported ResNet-18 files (1000 classes), relative to the fp32 ONNX file of the dense model.
+"""The size of exported ResNet-18 files (1000 classes), relative to the dense fp32 file and to INT8 weights.
 
 python benchmarks/file_size.py        # writes benchmarks/results/file_size.json
 """
@@ -28,14 +28,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         dense = nmcompile.export(nmcompile.compile(model, "dense", args=(x,)).eval(), path, (x,), verify=False)
-        rows.append(["dense", "fp32", "dense", dense.onnx.bytes, 1.0])
+        rows.append(["dense", "fp32", "dense", dense.onnx.bytes, 1.0, None])
         for ends in ("dense", "int8"):
             config = CompileConfig(ends=ends)
             compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=[x]).eval()
-            for container in ("int8", "int4"):
-                size = nmcompile.export(compiled, path, (x,), container=container, verify=False).onnx.bytes
-                rows.append(["2:4, 4-bit", container, ends, size, size / dense.onnx.bytes])
-    headers = ["weights", "container", "ends", "bytes", "of dense fp32"]
+            int8, int4 = (
+                nmcompile.export(compiled, path, (x,), container=container, verify=False).onnx.bytes
+                for container in ("int8", "int4")
+            )
+            for container, size in (("int8", int8), ("int4", int4)):
+                rows.append(["2:4, 4-bit", container, ends, size, size / dense.onnx.bytes, size / int8])
+    headers = ["weights", "container", "ends", "bytes", "of dense fp32", "of INT8"]
     print(tabulate(rows, headers=headers, floatfmt=".3f"))
     versions = {"torch": torch.__version__, "onnx": onnx.__version__}
     options.out.parent.mkdir(exist_ok=True)

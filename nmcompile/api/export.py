@@ -70,7 +70,8 @@ def export(
             show more there than zeros.
         target: the runtime of the file, `"onnxruntime"` (default of `.onnx`) or `"tensorrt"`: it decides how inputs
             are quantized.
-        container: `"int8"`, or `"int4"` for the smallest file.
+        container: `"int8"`, or `"int4"` for the smallest file: 2:4 weights of 4 bits take 2⅔ bits each, which runtimes
+            make INT8 of when they load the file, and others 4; for TensorRT only where inputs are in floating point.
         precision: `"fp32"`, or `"fp16"` for models whose layers are not quantized; models in float16 stay so.
         dynamic_batch: leave the batch size open.
         dynamic_shapes: the dims to leave open, in the form that `torch.export.export` takes, in place of

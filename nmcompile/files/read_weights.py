@@ -1,7 +1,7 @@
 """Constant weights that an ONNX file multiplies by, read as its runtimes see them, whoever wrote the file."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import AttributeProto, NodeProto, TensorProto
 
+from nmcompile.errors import FileError
+from nmcompile.files import packed_pairs
 from nmcompile.files.open_onnx import OnnxFile, read_tensor
 from nmcompile.pruning.pattern import NMPattern
 
@@ -18,10 +20,13 @@ WEIGHT_OPERANDS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul"
 IN_CHANNELS = {"Conv": 1, "ConvTranspose": 0}
 TRANSPARENT = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "Identity"})  # sparsity is seen through these
 SHAPE_ONLY = frozenset({"Transpose", "Reshape", "Flatten", "Identity"})
+UNPACK = f"{packed_pairs.DOMAIN}.{packed_pairs.OPERATOR}"
+PACKED = "INT4 pairs"
 PATTERNS = tuple(NMPattern.parse(text) for text in ("1:4", "2:4", "2:8", "4:8"))
 
-_Layout = tuple[int, tuple[int, ...], int]
-"""How a node reads a tensor: the tensor's identity, its axes in their order, and the axis that is summed over."""
+_Identity = tuple[int, int]
+_Layout = tuple[_Identity, tuple[int, ...], int]
+"""How a node reads a weight: its identity, its axes in their order, and the axis that is summed over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +130,31 @@ def read_weights(file: OnnxFile) -> Iterator[OnnxWeight]:
 
 @dataclass(frozen=True)
 class _Constant:
-    """A value computed from stored tensors alone: the first of these tensors, and the operators applied to it."""
+    """A value computed from stored tensors alone: the first of these tensors, and the operators applied to it.
+
+    With `triples` it is a packed weight: the tensor holds what was kept of it.
+    """
 
     tensor: TensorProto
-    axes: tuple[int, ...]  # the tensor's axes, in their present order
+    axes: tuple[int, ...]  # the weight's axes, in their present order
     hidden_by: str = ""
+    triples: TensorProto | None = None
+
+    @property
+    def identity(self) -> _Identity:
+        """Return what tells the stored weight from others of the file."""
+        return id(self.tensor), id(self.triples)
 
     @property
     def dtype(self) -> str:
-        return str(TensorProto.DataType.Name(self.tensor.data_type))
+        return PACKED if self.triples is not None else str(TensorProto.DataType.Name(self.tensor.data_type))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the stored weight."""
+        if self.triples is None:
+            return tuple(self.tensor.dims)
+        return (*self.tensor.dims[:-1], packed_pairs.BLOCK * self.tensor.dims[-1])
 
     def behind(self, node: NodeProto) -> "_Constant":
         """Return the value after the node."""
@@ -153,8 +174,9 @@ class _Reader:
         self.file = file
         self.constants = {tensor.name: _stored(tensor) for tensor in file.proto.graph.initializer}
         self.dequantize: dict[str, NodeProto] = {}  # DequantizeLinear by the value it produces
-        self.arrays: WeakValueDictionary[int, Array] = WeakValueDictionary()  # by the identity of a tensor
+        self.arrays: WeakValueDictionary[_Identity, Array] = WeakValueDictionary()
         self.rows: WeakValueDictionary[_Layout, Rows] = WeakValueDictionary()
+        self.has_pairs = packed_pairs.unpacks_pairs(file.proto.functions)
         self.counts: dict[_Layout, dict[NMPattern | None, int]] = {}
 
     def weights(self) -> Iterator[OnnxWeight]:
@@ -167,7 +189,7 @@ class _Reader:
 
     def _weight(self, node: NodeProto, operand: int) -> OnnxWeight:
         constant = self.constants[node.input[operand]]
-        shape = tuple(constant.tensor.dims)
+        shape = constant.shape
         return OnnxWeight(
             node=node.name or node.output[0],
             op=node.op_type,
@@ -183,19 +205,28 @@ class _Reader:
     def _content(self, node: NodeProto, constant: _Constant, operand: int) -> Rows:
         """Return the constant in the layout in which the node reads it."""
         contraction = _contraction(node, operand)
-        layout = id(constant.tensor), constant.axes, contraction
+        layout = constant.identity, constant.axes, contraction
         found = self.rows.get(layout)
         if found is None:
-            values = _rows(np.transpose(self._array(constant.tensor), constant.axes), contraction)
+            values = _rows(np.transpose(self._array(constant), constant.axes), contraction)
             found = self.rows[layout] = Rows(values, self.counts.setdefault(layout, {}))
         return found
 
-    def _array(self, tensor: TensorProto) -> Array:
-        found = self.arrays.get(id(tensor))
+    def _array(self, constant: _Constant) -> Array:
+        found = self.arrays.get(constant.identity)
         if found is None:
             # A copy owns its memory, so a view of it keeps its entry in the dictionary alive.
-            found = self.arrays[id(tensor)] = read_tensor(self.file, tensor).copy()
+            found = self.arrays[constant.identity] = self._read(constant).copy()
         return found
+
+    def _read(self, constant: _Constant) -> Array:
+        content = read_tensor(self.file, constant.tensor)
+        if constant.triples is None:
+            return content
+        try:
+            return packed_pairs.unpack(content, read_tensor(self.file, constant.triples))
+        except ValueError as error:
+            raise FileError(f"{self.file.name}: tensor {constant.tensor.name!r} cannot be read ({error})") from error
 
     def _precision(self, node: NodeProto, operand: int) -> str:
         """Return the integer type if both operands are quantized, else the type that the weight is dequantized to."""
@@ -211,12 +242,20 @@ class _Reader:
         operator, sources = _operator(node), [name for name in node.input if name]
         if operator == "Constant":
             self.constants[node.output[0]] = _stored(_attribute(node, "value").t)
+        elif operator == UNPACK and self.has_pairs and self._is_stored(sources):
+            kept, triples = (self.constants[name].tensor for name in sources)
+            self.constants[node.output[0]] = _Constant(kept, tuple(range(len(kept.dims))), triples=triples)
         elif sources and self.constants.keys() >= set(sources):
             self.constants |= dict.fromkeys(node.output, self.constants[sources[0]].behind(node))
         if operator == "DequantizeLinear":
             self.dequantize[node.output[0]] = node
         elif operator in SHAPE_ONLY and sources[0] in self.dequantize:
             self.dequantize[node.output[0]] = self.dequantize[sources[0]]
+
+    def _is_stored(self, names: Sequence[str]) -> bool:
+        """Return whether values are two tensors as they are stored."""
+        found = [self.constants.get(name) for name in names]
+        return len(found) == 2 and all(one is not None and one == _stored(one.tensor) for one in found)
 
 
 def _stored(tensor: TensorProto) -> _Constant:

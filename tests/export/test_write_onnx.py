@@ -135,8 +135,10 @@ def test_layers_without_norm_keep_one_scale(net: nn.Module, images: Tensor, depl
     assert float(stored["token.weight_scale"]) == float(model.layers["token"].weight.scale)
 
 
-def test_int4_halves_the_weights(net: nn.Module, images: Tensor, deploy: Deploy, tmp_path: Path) -> None:
-    model = deploy(net)
+def test_int4_halves_the_weights_of_other_patterns(
+    net: nn.Module, images: Tensor, deploy: Deploy, tmp_path: Path
+) -> None:
+    model = deploy(net, pattern=NMPattern(4, 8))
     for container, elements_per_byte in (("int8", 1), ("int4", 2)):
         path = write(model, tmp_path / f"{container}.onnx", images, container=container).path
         weights = [t for t in onnx.load(path).graph.initializer if t.name.endswith("weight_quantized")]

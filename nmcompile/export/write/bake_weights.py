@@ -7,7 +7,6 @@ A mask is never a node: runtimes look for zeros in initializers only.
 
 from collections.abc import Sequence
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -22,13 +21,12 @@ from nmcompile.quantization import absorbed_step
 OFF_GRID = 1e-3  # steps; float32 rounding of an integer times a step is below 1e-5
 
 
-def bake_weights(model: ir.Model, sites: Sequence[LayerNode], affines: Sequence[Affine | None], container: str) -> None:
+def bake_weights(model: ir.Model, sites: Sequence[LayerNode], affines: Sequence[Affine | None]) -> None:
     """Write every layer's weight, and the norm after it, into the graph, in place.
 
     Args:
         sites: in the graph's order.
         affines: the norm that each site absorbed.
-        container: "int4" packs grids of at most 4 bits in INT4; others are INT8.
 
     Raises:
         ExportError: a weight that breaks its pattern or lies off its grid.
@@ -40,7 +38,7 @@ def bake_weights(model: ir.Model, sites: Sequence[LayerNode], affines: Sequence[
         key = site.node.inputs[1], _rank(site.node.inputs[0])  # by rank: a 3-d input may give the weight a dim
         operand = None if affine is not None else shared.get(key)
         if operand is None:
-            operand = _baked(model, site, affine, container)
+            operand = _baked(model, site, affine)
             if affine is None:
                 shared[key] = operand
         site.node.replace_input_with(1, operand)
@@ -49,18 +47,18 @@ def bake_weights(model: ir.Model, sites: Sequence[LayerNode], affines: Sequence[
             _set_bias(site.node, add_initializer(model, f"{site.name}.bias", shift))
 
 
-def _baked(model: ir.Model, site: LayerNode, affine: Affine | None, container: str) -> ir.Value:
+def _baked(model: ir.Model, site: LayerNode, affine: Affine | None) -> ir.Value:
     weight = site.deployed.weight
     _check_pattern(site)
     values = site.lay_out(_doubles(weight.values))
     if weight.grid is not None:
-        return _quantized(model, site, values, affine, container)
+        return _quantized(model, site, values, affine)
     if affine is not None:
         values = values * _along(site, affine.gain)
     return add_initializer(model, f"{site.name}.weight", values.astype(_dtype(site)))
 
 
-def _quantized(model: ir.Model, site: LayerNode, values: Doubles, affine: Affine | None, container: str) -> ir.Value:
+def _quantized(model: ir.Model, site: LayerNode, values: Doubles, affine: Affine | None) -> ir.Value:
     """Return integers and a step: one step if the layer has one and absorbed nothing, else one for each out-channel."""
     scale = site.deployed.weight.scale
     assert scale is not None
@@ -72,13 +70,13 @@ def _quantized(model: ir.Model, site: LayerNode, values: Doubles, affine: Affine
     )
     integers = _integers(site, values / steps)
     if affine is None and is_single:
-        return _dequantized(model, site, integers, steps, container)
+        return _dequantized(model, site, integers, steps)
     gain = np.ones(values.shape[site.out_dim]) if affine is None else affine.gain
     rows = np.moveaxis(np.broadcast_to(steps, values.shape), site.out_dim, 0).reshape(len(gain), -1)[:, 0]
     absorbed = _absorbed(rows, gain)
     alive = absorbed == rows * np.abs(gain)  # a norm with gamma 0 leaves its shift only
     integers = integers * _along(site, np.where(alive, np.sign(gain), 0.0))
-    return _dequantized(model, site, integers, absorbed, container)
+    return _dequantized(model, site, integers, absorbed)
 
 
 def _absorbed(steps: Doubles, gain: Doubles) -> Doubles:
@@ -96,13 +94,10 @@ def _rounded_shift(site: LayerNode, affine: Affine) -> Doubles:
     return rounded
 
 
-def _dequantized(model: ir.Model, site: LayerNode, integers: Doubles, scale: Doubles, container: str) -> ir.Value:
-    grid = site.deployed.weight.grid
-    assert grid is not None
-    dtype = ml_dtypes.int4 if container == "int4" and grid.bits <= 4 else np.int8
-    content = add_initializer(model, f"{site.name}.weight_quantized", integers.astype(np.int8).astype(dtype))
+def _dequantized(model: ir.Model, site: LayerNode, integers: Doubles, scale: Doubles) -> ir.Value:
+    content = add_initializer(model, f"{site.name}.weight_quantized", integers.astype(np.int8))
     step = add_initializer(model, f"{site.name}.weight_scale", np.asarray(scale, np.float32))
-    zero = add_initializer(model, f"{site.name}.weight_zero_point", np.zeros(scale.shape, dtype))
+    zero = add_initializer(model, f"{site.name}.weight_zero_point", np.zeros(scale.shape, np.int8))
     axis = site.out_dim % integers.ndim if scale.ndim else None
     return insert_before(site.node, "DequantizeLinear", [content, step, zero], f"{site.name}.weight", axis=axis)
 

@@ -24,6 +24,7 @@ from nmcompile.export.write.keep_float_weights import keep_weight
 from nmcompile.export.write.lift_weight_rank import lift_weight
 from nmcompile.export.write.mask_attention import mask_attention
 from nmcompile.export.write.name_values import describe_layers, name_outputs
+from nmcompile.export.write.pack_weights import pack_weights
 from nmcompile.export.write.quantize_activations import is_emulated, quantize_activations
 from nmcompile.export.write.save_model import save_model
 from nmcompile.export.write.trace_model import trace_model
@@ -92,7 +93,7 @@ def write_onnx(
         path: path of the file.
         args, kwargs: an example of the inputs.
         target: the runtime, "onnxruntime" or "tensorrt": it decides how inputs are quantized.
-        container: "int8", or "int4" for the smallest file.
+        container: "int8", or "int4" for the smallest file, see `pack_weights`.
         precision: "fp32", or "fp16" for models without quantized layers.
         dynamic_batch: leave the batch size open.
         dynamic_shapes: the dims to leave open instead, in torch.export's form.
@@ -114,7 +115,7 @@ def write_onnx(
     mask_attention(model)
     sites = find_layers(model, layers, aliases)
     affines = [absorb_norm(site) for site in sites]
-    bake_weights(model, sites, affines, container)
+    bake_weights(model, sites, affines)
     quantize_activations(model, sites, target)
     if target == "onnxruntime":
         add_integers(model)
@@ -122,6 +123,8 @@ def write_onnx(
             keep_bias(model, site)
             keep_weight(site)
             lift_weight(model, site)
+    if container == "int4":
+        pack_weights(model, sites, target)
     drop_unused(model)
     strip_origin(model)
     name_outputs(model, traced.outputs)
