@@ -15,6 +15,7 @@ from nmcompile.api.fatrelu import fatrelu as fatrelu
 from nmcompile.api.finalize import finalize as finalize
 from nmcompile.api.freeze import freeze as freeze
 from nmcompile.api.inspect import inspect as inspect
+from nmcompile.api.runtime import runtime as runtime
 from nmcompile.api.sparse_state import load_sparse_state_dict as load_sparse_state_dict
 from nmcompile.api.sparse_state import sparse_state_dict as sparse_state_dict
 from nmcompile.api.verify import verify as verify
@@ -27,6 +28,7 @@ from nmcompile.errors import NMCompileError as NMCompileError
 from nmcompile.layer_config import LayerConfig as LayerConfig
 from nmcompile.layer_config import Pruning as Pruning
 from nmcompile.pruning.pattern import NMPattern as NMPattern
+from nmcompile.runtime.runtime import Runtime as Runtime
 from nmcompile.three_gemm.modules import ThreeGemm as ThreeGemm
 
 __version__ = "0.1.0"

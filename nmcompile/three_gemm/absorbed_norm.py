@@ -56,15 +56,24 @@ class AbsorbedNorm(Rewritten):
         """Return whether the norm's dim 1 is the layer's channel dim; a linear layer's features are the last dim."""
         return self.absorbing_layer.three_gemms[""].layer.channel_dim % input.dim() == 1
 
-    def _in_eval(self, input: Tensor, is_rounded: bool) -> Tensor:
+    def gain_and_shift(self, dtype: torch.dtype, is_rounded: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the gain and the shift of each channel in eval(), `(channels,)`; the shift in whole steps if rounded.
+
+        Args:
+            dtype: dtype of the arithmetic, to which both are rounded.
+            is_rounded: whether the shift is added to integers.
+        """
         gain = (self.running_var.double() + self.eps).rsqrt()
         gain = gain if self.weight is None else gain * self.weight.double()
         shift = -gain * self.running_mean.double()
         shift = shift if self.bias is None else shift + self.bias.double()
         shift = self._to_accumulator(shift, gain.detach()) if is_rounded else shift
+        return gain.to(dtype), shift.to(dtype)
+
+    def _in_eval(self, input: Tensor, is_rounded: bool) -> Tensor:
+        gain, shift = self.gain_and_shift(torch.promote_types(input.dtype, torch.float32), is_rounded)
         shape = -1, *(1,) * (input.dim() - 2)
-        wide = torch.promote_types(input.dtype, torch.float32)
-        return (input * gain.to(wide).view(shape) + shift.to(wide).view(shape)).to(input.dtype)
+        return (input * gain.view(shape) + shift.view(shape)).to(input.dtype)
 
 
 def absorb(norm: nn.Module, layer: nn.Module) -> None:

@@ -1,0 +1,123 @@
+"""A program under construction: the steps so far, and what each node of the graph has become."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from nmcompile.export.deployed_layer import DeployedActivation
+from nmcompile.runtime.codes import Codes, full, image_of, is_identity, step_of, values_on
+from nmcompile.runtime.steps import Add, Call, Decode, Encode, Image, Layer, Recode, Step, Value
+from nmcompile.runtime.trace import shape_of
+
+
+class Builder:
+    """A list of steps, and by node codes, a value of torch, or a constant.
+
+    Attributes:
+        steps: in order.
+        results: by node; those of nodes that a layer takes along are there before their turn.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.results: dict[fx.Node, object] = {}
+        self._floats: dict[fx.Node, object] = {}
+        self._read: dict[tuple[fx.Node, DeployedActivation, int], Image] = {}
+        self._shared: set[Image] = set()
+
+    def add(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def codes_of(self, node: object) -> Codes | None:
+        """Return the codes that a node has become; None if it is anything else."""
+        found = self.results.get(node) if isinstance(node, fx.Node) else None
+        return found if isinstance(found, Codes) else None
+
+    def floats(self, node: fx.Node) -> object:
+        """Return a node as torch has it: a value, or a constant."""
+        codes = self.codes_of(node)
+        if codes is None:
+            return self.results[node]
+        if node not in self._floats:
+            result = self._floats[node] = Value(codes.shape)
+            self.add(Decode(codes.image, result, full(codes.values)))
+        return self._floats[node]
+
+    def call(self, node: fx.Node) -> object:
+        """Let torch compute a node; of constants, now."""
+        args, kwargs = (map_aggregate(part, self._as_floats) for part in (node.args, node.kwargs))
+        assert callable(node.target) and isinstance(args, tuple) and isinstance(kwargs, dict)
+        inputs = [self.floats(one) for one in node.all_input_nodes]
+        if inputs and not any(isinstance(one, Value) for one in inputs) and not _is_random(node):
+            return node.target(*args, **kwargs)
+        result = Value(shape_of(node))
+        self.add(Call(name_of(node), node.target, args, dict(kwargs), result))
+        return result
+
+    def _as_floats(self, one: Any) -> Any:
+        return self.floats(one) if isinstance(one, fx.Node) else one
+
+    def read(self, node: fx.Node, wanted: DeployedActivation, channel_dim: int) -> Image:
+        """Return the codes of a node on a grid, pruned if that is wanted."""
+        key = node, wanted, channel_dim
+        if key not in self._read:
+            codes = self.codes_of(node)
+            if codes is None or codes.channel_dim != channel_dim:
+                codes = self.encoded(self.floats(node), wanted, shape_of(node), channel_dim)
+            self._read[key] = self.recoded(codes, codes.table(wanted), wanted.pattern is not None)
+        return self._read[key]
+
+    def encoded(self, value: object, wanted: DeployedActivation, shape: tuple[int, ...], channel_dim: int) -> Codes:
+        """Put a value on a grid."""
+        image, grid = image_of(shape, channel_dim), wanted.grid
+        assert isinstance(value, Value) and image is not None and grid is not None
+        step = step_of(wanted)
+        self.add(Encode(value, image, float(step), grid.low, grid.high))
+        return Codes(image, values_on(wanted), shape, channel_dim, step)
+
+    def recoded(self, codes: Codes, table: Tensor, prune: bool = False) -> Image:
+        """Return the image after a table, uint8, and pruning; the same one if neither changes it."""
+        if is_identity(table) and not prune:
+            return codes.image
+        image = codes.image
+        output = Image(image.samples, image.height, image.width, image.channels)
+        self.add(Recode(image, output, None if is_identity(table) else full(table), prune))
+        return output
+
+    def bounded(self, codes: Codes, source: fx.Node) -> Codes:
+        """Leave out codes at both ends that stand for one value, if nothing but `codes` reads the source's image."""
+        if len(source.users) > 1:
+            self._shared.add(codes.image)
+        short, below = codes.trimmed()
+        if codes.image in self._shared or len(short.values) == len(codes.values):
+            return codes
+        for index, step in enumerate(self.steps):
+            if step.written is codes.image:
+                bounded = _within(step, below, len(short.values))
+                if bounded is not None:
+                    self.steps[index] = bounded
+                    return short
+        return codes
+
+
+def _within(step: Step, below: int, count: int) -> Step | None:
+    """Return a step that writes `count` of its codes, from the one at `below` on; None if it cannot."""
+    if isinstance(step, Encode) or (isinstance(step, Layer) and step.table is None and not step.prune):
+        low = step.low + below
+        return replace(step, low=low, high=low + count - 1)
+    if isinstance(step, Add):
+        return replace(step, offset=step.offset - below, low=0, high=count - 1)
+    return None
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of an operator: `aten::relu` is `relu`."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return name.removesuffix(".default")
