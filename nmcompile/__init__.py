@@ -1,5 +1,6 @@
 """N:M fine-grained sparsity for PyTorch: every conv and linear node as three explicit, pruned GEMMs."""
 
+from nmcompile import onnxruntime as onnxruntime
 from nmcompile.api.analyze import analyze as analyze
 from nmcompile.api.bench import bench as bench
 from nmcompile.api.bisect import bisect as bisect

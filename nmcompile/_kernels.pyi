@@ -17,6 +17,12 @@ def fingerprint(address: int, bytes: int, threads: int) -> int:
 def write_masked(x: int, mask: int, out: int, count: int, size: int, threads: int) -> None:
     """Write the elements at address `x`, of `size` bytes each, to `out`: zero where the mask does not hold."""
 
+def prune_bytes(x: int, pruned: int, blocks: int, wide: bool, isa: str) -> None:
+    """Write the four largest of each eight bytes at address `x` to `pruned`, and zeros between them.
+
+    Without `wide`, bytes are below 32. `pruned` may be `x`.
+    """
+
 def prune(
     op: str,
     x: Tensor | CapsuleType,

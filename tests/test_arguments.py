@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnxruntime import SessionOptions
 from torch import nn
 
 import nmcompile
@@ -18,7 +19,6 @@ from nmcompile import NMPattern, Phase, pruning, quantization, training
 from nmcompile.api import recipes
 from nmcompile.api.callbacks import lightning_callback, trainer_callback
 from nmcompile.api.distill import output_error
-from nmcompile.backends.onnxruntime import OnnxRuntimeModel
 from nmcompile.backends.shared.saved_choices import load_choices, save_choices
 from nmcompile.backends.tensorrt import load_engine
 from nmcompile.errors import ConfigError, ExportError, NMCompileError
@@ -225,6 +225,8 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "asp": (lambda **kwargs: list(recipes.asp(**kwargs)), lambda: {"model": net(), **RECIPE}),
     "lightning_callback": (lightning_callback, lambda: {"recipe": iter([net()]), "begins": [0, 1]}),
     "trainer_callback": (trainer_callback, lambda: {"recipe": iter([net()]), "begins": [0, 1]}),
+    "register": (nmcompile.onnxruntime.register, lambda: {"session_options": SessionOptions()}),
+    "Limits": (nmcompile.onnxruntime.Limits, lambda: {"seconds": 1.0, "memory": 2**30}),
 }
 CASES = [(name, argument) for name, (_, good) in SURFACE.items() for argument in good()]
 OPTIONAL = {("compile", "args"), ("compile", "calibration"), ("analyze", "args"), ("scheme_a", "calibration")}
@@ -291,6 +293,8 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("scheme_b", "inplace"): {"True"},
     ("scheme_b", "calibration"): {"list", "list of a list"},  # for the second phase
     ("asp", "inplace"): {"True"},
+    ("Limits", "seconds"): {"5", "2.5"},
+    ("Limits", "memory"): {"5"},
 }
 """Values that turn out to be valid, besides None if that is the default."""
 NAMES = {
@@ -345,7 +349,7 @@ TYPES = (
 )
 
 
-@pytest.mark.parametrize("module", [nmcompile, pruning, quantization, training])
+@pytest.mark.parametrize("module", [nmcompile, pruning, quantization, training, nmcompile.onnxruntime])
 def test_every_public_function_is_tried(module: ModuleType) -> None:
     tried = [nmcompile.export, *(act for act, _ in SURFACE.values()), *PATHS.values(), *TYPES]
     public = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
@@ -356,7 +360,7 @@ def test_every_public_function_is_tried(module: ModuleType) -> None:
 PATHS: dict[str, Callable[[Any], object]] = {
     "verify": nmcompile.verify,
     "export": lambda path: nmcompile.export(compiled(), path, (X,)),
-    "ONNX Runtime": OnnxRuntimeModel,
+    "ONNX Runtime": nmcompile.onnxruntime.OnnxRuntimeModel,
     "load_engine": load_engine,
     "save_choices": save_choices,
     "load_choices": load_choices,

@@ -22,6 +22,7 @@ from nmcompile.backends.onnxruntime.values import Value
 from nmcompile.checks import check_number
 from nmcompile.errors import BackendUnavailable, FileError, LoweringError, NMCompileError
 from nmcompile.files.open_onnx import OnnxFile
+from nmcompile.native import kernels
 
 GRACE = 5  # seconds after which the process ends itself if this one is gone
 
@@ -53,7 +54,7 @@ class IsolatedSession:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: OnnxFile, threads: int | None, limits: Limits) -> None:
+    def __init__(self, model: OnnxFile, threads: int | None, limits: Limits, native: bool) -> None:
         initialized = {tensor.name for tensor in model.proto.graph.initializer}
         given = [value for value in model.proto.graph.input if value.name not in initialized]
         self.inputs = tuple(Value.declared(value) for value in given)
@@ -66,10 +67,11 @@ class IsolatedSession:
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self.close = weakref.finalize(self, _stop, self._process)
         settings = struct.pack("<QqQ", limits.memory, threads or 0, math.ceil(limits.seconds) + GRACE)
+        library = os.fsencode(kernels.__file__) if native else b""
         source: list[worker.Part] = (
             [b"content", model.content] if model.path is None else [b"path", os.fsencode(model.path.absolute())]
         )
-        self._ask([settings, *source], FileError, "open")
+        self._ask([settings, library, *source], FileError, "open")
 
     def run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Run the model on contiguous tensors.

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from nmcompile.backends.onnxruntime.custom_operators import CPU, replaced_functions
 from nmcompile.backends.onnxruntime.isolation import IsolatedSession, Limits
 from nmcompile.backends.onnxruntime.session import Session
 from nmcompile.backends.onnxruntime.values import checked_inputs
@@ -17,8 +18,6 @@ from nmcompile.checks import check_kind
 from nmcompile.errors import ConfigError
 from nmcompile.files.onnx_rules import check_runnable
 from nmcompile.files.open_onnx import open_onnx
-
-CPU = ("CPUExecutionProvider",)
 
 
 class OnnxRuntimeModel:
@@ -28,6 +27,7 @@ class OnnxRuntimeModel:
         inputs: name, dtype and shape of each; a dimension given by a name may have any size, the same everywhere.
         outputs: likewise.
         device: device of the inputs and the outputs.
+        native_functions: functions in the file that native operators replace; empty if standard operators run.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class OnnxRuntimeModel:
         isolated: bool | Limits = False,
     ) -> None:
         """Check the model as untrusted, and open a session on it.
+
+        On the CPU, 4:8 pruning runs as a native operator where nmcompile's kernels are installed (see `register`).
 
         Args:
             model: a file or its bytes.
@@ -57,11 +59,13 @@ class OnnxRuntimeModel:
             raise ConfigError(f"isolated=True runs on the CPU, not with {', '.join(providers)}; leave one of them out")
         file = open_onnx(model)
         check_runnable(file)
+        self.native_functions = replaced_functions(file, providers)
+        native = bool(self.native_functions)
         if isolated:
             limits = isolated if isinstance(isolated, Limits) else Limits()
-            self._session: Session | IsolatedSession = IsolatedSession(file, threads, limits)
+            self._session: Session | IsolatedSession = IsolatedSession(file, threads, limits, native)
         else:
-            self._session = Session(file, providers, threads)
+            self._session = Session(file, providers, threads, native)
         self.inputs, self.outputs, self.device = self._session.inputs, self._session.outputs, self._session.device
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from nmcompile.backends.onnxruntime.custom_operators import register
 from nmcompile.backends.onnxruntime.values import Value
 from nmcompile.errors import BackendUnavailable, FileError, LoweringError, nearest
 from nmcompile.files.open_onnx import OnnxFile
@@ -25,8 +26,8 @@ class Session:
         device: device of the inputs and the outputs.
     """
 
-    def __init__(self, model: OnnxFile, providers: Sequence[str], threads: int | None) -> None:
-        self._session = _open(model, providers, threads)
+    def __init__(self, model: OnnxFile, providers: Sequence[str], threads: int | None, native: bool) -> None:
+        self._session = _open(model, providers, threads, native)
         self.inputs = tuple(Value.of(argument) for argument in self._session.get_inputs())
         self.outputs = tuple(Value.of(argument) for argument in self._session.get_outputs())
         on_gpu = self._session.get_providers()[0] in INSTALL
@@ -66,8 +67,8 @@ def _shared(value: onnxruntime.OrtValue, declared: Value) -> Tensor:
     return from_dlpack(value).view(declared.dtype)  # DLPack has bool as uint8
 
 
-def _open(model: OnnxFile, providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
-    """Open a session of a checked model.
+def _open(model: OnnxFile, providers: Sequence[str], threads: int | None, native: bool) -> onnxruntime.InferenceSession:
+    """Open a session of a checked model, with native operators if wanted.
 
     Raises:
         BackendUnavailable: a provider that is not in this ONNX Runtime, or that did not start.
@@ -78,6 +79,8 @@ def _open(model: OnnxFile, providers: Sequence[str], threads: int | None) -> onn
     options.log_severity_level = 3  # errors are raised anyway
     if threads is not None:
         options.intra_op_num_threads = threads
+    if native:
+        register(options)
     source = model.content if model.path is None else str(model.path)
     chosen = [(name, _options(name)) for name in providers]
     try:

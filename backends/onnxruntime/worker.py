@@ -99,14 +99,14 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # output that native code prints is not a message
     import onnxruntime
 
-    settings, kind, model = receive(requests, MOST_BYTES)
+    settings, library, kind, model = receive(requests, MOST_BYTES)
     memory, threads, seconds = struct.unpack("<QqQ", settings)
     _limit(memory)
     session: list[InferenceSession] = []
 
     def open_model(_: Sequence[bytearray]) -> list[Part]:
         source = bytes(model) if kind == b"content" else os.fsdecode(bytes(model))
-        session.append(_open(onnxruntime, source, threads))
+        session.append(_open(onnxruntime, source, threads, os.fsdecode(bytes(library))))
         return []
 
     _answer(answers, open_model, [], seconds)
@@ -128,11 +128,14 @@ def _answer(
     send(answers, answer)
 
 
-def _open(onnxruntime: ModuleType, source: bytes | str, threads: int) -> "InferenceSession":
+def _open(onnxruntime: ModuleType, source: bytes | str, threads: int, library: str) -> "InferenceSession":
+    """Open a model, with the operators of a library unless its name is empty."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if threads > 0:
         options.intra_op_num_threads = threads
+    if library:
+        options.register_custom_ops_library(library)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 

@@ -7,9 +7,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from nmcompile.export.write.prune_activations import DOMAIN, prune_activation
-from nmcompile.export.write.prune_integers import prune_integers
 from nmcompile.export.write.trace_model import OPSET
 from nmcompile.pruning import NMPattern, greedy_by_value
+from tests.optimized_graphs import integer_model
 
 
 def model_of(op_type: str, shape: tuple[int, ...], pattern: str, dtype: ir.DataType) -> onnx.ModelProto:
@@ -60,17 +60,6 @@ def test_integers_are_pruned_as_the_operator_does(shape: tuple[int, ...], patter
             assert torch.equal(torch.tensor(result), expected)
 
 
-def integer_model(x: Tensor, high: int, pattern: str, layout: str) -> onnx.ModelProto:
-    """Make a model that only prunes integers."""
-    value = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.UINT8))
-    node = ir.Node("", "Identity", [value])
-    graph = ir.Graph([value], [], nodes=[node], opset_imports={"": OPSET}, name="pruning")
-    model = ir.Model(graph, ir_version=10)
-    graph.outputs.append(prune_integers(model, node, value, high, NMPattern.parse(pattern), layout, "pruned"))
-    graph.remove(node, safe=True)
-    return ir.to_proto(model)
-
-
 def test_every_order_within_a_block() -> None:
     """All blocks of three different integers: every order, with every kind of tie."""
     blocks = torch.cartesian_prod(*[torch.arange(3)] * 8).to(torch.uint8)
@@ -89,7 +78,11 @@ def test_signs_and_halves() -> None:
 
 
 def test_functions_are_made_of_standard_operators() -> None:
-    for op_type, shape in (("Conv", (2, 16, 3)), ("MatMul", (2, 3, 16))):
-        [function] = model_of(op_type, shape, "4:8", ir.DataType.FLOAT).functions
-        assert function.domain == DOMAIN
-        assert {node.domain for node in function.node} == {""}
+    """Of those and of each other."""
+    x = torch.zeros(2, 16, 3, dtype=torch.uint8)
+    models = [model_of(op_type, (2, 16, 16), "4:8", ir.DataType.FLOAT) for op_type in ("Conv", "MatMul")]
+    for model in (*models, integer_model(x, 15, "4:8", "Channels")):
+        assert {function.domain for function in model.functions} == {DOMAIN}
+        named = {(DOMAIN, function.name) for function in model.functions}
+        nodes = [node for function in model.functions for node in function.node]
+        assert all(node.domain == "" or (node.domain, node.op_type) in named for node in nodes)

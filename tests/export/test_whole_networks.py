@@ -91,28 +91,27 @@ def compiled(name: str, config: CompileConfig) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["residual", "inverted", "plain", "growing"])
-def test_no_float_is_computed_between_the_layers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [UNPRUNED, PRUNED], ids=["dense inputs", "4:8 inputs"])
+def test_no_float_is_computed_between_the_layers(name: str, config: CompileConfig, tmp_path: Path) -> None:
     """Two things stay in floats: rounding from 8 to 4 bits where a sum is read, and the mean before the last layer."""
-    model = compiled(name, UNPRUNED)
-    report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
+    report = nmcompile.export(compiled(name, config), tmp_path / "m.onnx", (X,))
     assert report.verification is not None
-    found = optimized(tmp_path / "m.onnx")
+    found = optimized(tmp_path / "m.onnx", native=True)
     convs = sum(isinstance(module, nn.Conv2d) for module in network(name).modules())
     assert found["QLinearConv"] == convs and not FLOATS & set(found)
     assert found["QLinearAdd"] == {"residual": 3, "inverted": 2}.get(name, 0)
     assert found["QLinearConcat"] == (2 if name == "growing" else 0) and found["Concat"] == 1  # of a shape
+    assert found["NhwcMaxPool"] == (1 if name in ("residual", "plain") else 0)
 
 
-@pytest.mark.parametrize("name", ["residual", "plain", "growing"])
-def test_pruned_activations_are_integers_too(name: str, tmp_path: Path) -> None:
-    """Max-pooling before a pruned activation computes floats, which ONNX Runtime does faster there."""
-    model = compiled(name, PRUNED)
-    report = nmcompile.export(model, tmp_path / "m.onnx", (X,))
-    assert report.verification is not None
-    found = optimized(tmp_path / "m.onnx")
-    assert found["QLinearConv"] == sum(isinstance(module, nn.Conv2d) for module in network(name).modules())
-    assert not {"Conv", "FusedConv", "Relu", "NhwcMaxPool"} & set(found)
-    assert found["MaxPool"] == sum(isinstance(module, nn.MaxPool2d) for module in network(name).modules())
+@pytest.mark.parametrize("name", ["residual", "plain"])
+def test_standard_operators_prune_integers_channels_last(name: str, tmp_path: Path) -> None:
+    """Rows of places are all that is transposed, besides the ends of the network."""
+    nmcompile.export(compiled(name, PRUNED), tmp_path / "m.onnx", (X,), verify=False)
+    plain, native = optimized(tmp_path / "m.onnx"), optimized(tmp_path / "m.onnx", native=True)
+    pruned = native["PruneIntegers_4_8_Features"]
+    assert pruned > 0 and plain["Transpose"] == native["Transpose"] + 2 * pruned
+    assert plain["NhwcMaxPool"] == 1 and plain["Split"] == plain["GreaterOrEqual"] == pruned
 
 
 @torch.no_grad()

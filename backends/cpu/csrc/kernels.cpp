@@ -10,6 +10,7 @@
 #include "machine/spare_memory.h"
 #include "masked.h"
 #include "network/program_module.h"
+#include "onnxruntime/prune_bytes.h"
 #include "prune/prune_module.h"
 #include "transposable/transposable_module.h"
 
@@ -37,6 +38,12 @@ void write_masked_at(std::uintptr_t x, std::uintptr_t mask, std::uintptr_t out, 
                  reinterpret_cast<void*>(out), count, size, threads);
 }
 
+void prune_bytes_at(std::uintptr_t x, std::uintptr_t pruned, std::int64_t blocks, bool wide, const char* isa) {
+    nb::gil_scoped_release release;
+    prune_bytes_kernel(instruction_set(isa))(reinterpret_cast<const std::uint8_t*>(x),
+                                             reinterpret_cast<std::uint8_t*>(pruned), blocks, wide);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -52,6 +59,9 @@ NB_MODULE(_kernels, m) {
           " longer than a small weight.");
     m.def("write_masked", &write_masked_at, "x"_a, "mask"_a, "out"_a, "count"_a, "size"_a, "threads"_a,
           "Write the elements at address `x`, of `size` bytes each, to `out`: zero where the mask does not hold.");
+    m.def("prune_bytes", &prune_bytes_at, "x"_a, "pruned"_a, "blocks"_a, "wide"_a, "isa"_a,
+          "Write the four largest of each eight bytes at address `x` to `pruned`, which may be `x`, and zeros between them;"
+          " without `wide`, of bytes below 32. ONNX Runtime calls this by the library's RegisterCustomOps.");
     bind_gemm(m);
     bind_network(m);
     bind_packed_integers(m);

@@ -13,10 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nmcompile.export.write.build_nodes import add_initializer, insert_pair, only_rectified
-from nmcompile.export.write.pool_floats import leads_to_pruning, round_before
 
 STORED = frozenset({"Add", "Concat", "MaxPool"})
-MOST = 254  # steps that leave room for another zero point
 MOVED = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"})
 
 
@@ -40,23 +38,12 @@ def add_integers(model: ir.Model) -> None:
     """Quantize what is computed from integers of one scale and consists of whole steps itself, in place."""
     steps: dict[ir.Value, _Steps] = {}
     for node in list(model.graph):
-        found = _rounded_before(model, node) if node.op_type == "MaxPool" else None
-        found = found or _steps(node, steps)
+        found = _steps(node, steps)
         if found is None:
             continue
         steps[node.outputs[0]] = found
         if _is_stored(node) and found.zero is not None:
             steps[_store(model, node, found, found.zero)] = found
-
-
-def _rounded_before(model: ir.Model, pool: ir.Node) -> _Steps | None:
-    """Round the input of a MaxPool that is read by a pruned activation; return the steps of the result."""
-    x, result = pool.inputs[0], pool.outputs[0]
-    before = None if x is None else x.producer()
-    is_positive = before is not None and before.op_type == "Relu"
-    scale = round_before(model, pool) if is_positive and leads_to_pruning(result) else None
-    numbers = _numbers([scale])
-    return None if numbers is None else _Steps(numbers[0], 0, MOST)
 
 
 def _is_stored(node: ir.Node) -> bool:
@@ -68,8 +55,6 @@ def _is_stored(node: ir.Node) -> bool:
 
 def _store(model: ir.Model, node: ir.Node, steps: _Steps, zero: int) -> ir.Value:
     result = node.outputs[0]
-    if node.op_type == "MaxPool" and steps.high <= MOST and leads_to_pruning(result):
-        zero += 1
     scale = add_initializer(model, f"{result.name}.scale", np.float32(steps.scale))
     return insert_pair(result, scale, add_initializer(model, f"{result.name}.zero_point", np.uint8(zero)))
 

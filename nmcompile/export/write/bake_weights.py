@@ -98,8 +98,8 @@ def _dequantized(model: ir.Model, site: LayerNode, integers: Doubles, scale: Dou
     content = add_initializer(model, f"{site.name}.weight_quantized", integers.astype(np.int8))
     step = add_initializer(model, f"{site.name}.weight_scale", np.asarray(scale, np.float32))
     zero = add_initializer(model, f"{site.name}.weight_zero_point", np.zeros(scale.shape, np.int8))
-    axis = site.out_dim % integers.ndim if scale.ndim else None
-    return insert_before(site.node, "DequantizeLinear", [content, step, zero], f"{site.name}.weight", axis=axis)
+    axes = [ir.AttrInt64("axis", site.out_dim % integers.ndim)] if scale.ndim else []
+    return insert_before(site.node, "DequantizeLinear", [content, step, zero], f"{site.name}.weight", attributes=axes)
 
 
 def _integers(site: LayerNode, ratio: Doubles) -> Doubles:

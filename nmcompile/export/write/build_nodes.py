@@ -20,10 +20,16 @@ def add_initializer(model: ir.Model, name: str, content: npt.NDArray[np.generic]
 
 
 def insert_before(
-    node: ir.Node, op_type: str, inputs: Sequence[ir.Value], name: str, *, domain: str = "", axis: int | None = None
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value],
+    name: str,
+    *,
+    domain: str = "",
+    attributes: Sequence[ir.Attr] = (),
 ) -> ir.Value:
     """Insert a new node before another one and return its output."""
-    new = ir.Node(domain, op_type, inputs, [] if axis is None else [ir.AttrInt64("axis", axis)], name=name)
+    new = ir.Node(domain, op_type, inputs, attributes, name=name)
     new.outputs[0].name = name
     node.prepend(new)
     return new.outputs[0]

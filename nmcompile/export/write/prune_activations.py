@@ -31,26 +31,29 @@ def prune_activation(
 ) -> ir.Value:
     """Prune a value before a node along `"Channels"` (dim 1) or `"Features"` (last dim); return the pruned value."""
     body = _by_rank(pattern) if layout == "Channels" else _by_top_k(pattern)
-    return call_function(model, node, f"PruneByValue_{pattern.n_keep}_{pattern.block}_{layout}", body, x, name)
+    operator = f"PruneByValue_{pattern.n_keep}_{pattern.block}_{layout}"
+    add_function(model, operator, body)
+    return call_function(node, operator, x, name)
 
 
-def call_function(
-    model: ir.Model, node: ir.Node, operator: str, body: Sequence[str], x: ir.Value, name: str
-) -> ir.Value:
-    """Call a model-local function y = f(x) before a node, where y has the shape and type of x; add a missing one."""
+def add_function(model: ir.Model, operator: str, body: Sequence[str], attributes: Sequence[str] = ()) -> None:
+    """Add a model-local function y = f(x), with the names of its attributes, unless the model has it."""
     key = (DOMAIN, operator, "")
-    if key not in model.functions:
-        model.functions[key] = _function(operator, body)
-        model.opset_imports[DOMAIN] = 1
-    pruned = insert_before(node, operator, [x], name, domain=DOMAIN)
+    if key in model.functions:
+        return
+    text = "\n".join(body)
+    header = f'<opset_import: ["" : {OPSET}, "{DOMAIN}" : 1], domain: "{DOMAIN}">'
+    named = f" <{', '.join(attributes)}>" if attributes else ""
+    proto = onnx.parser.parse_function(f"{header}\n{operator}{named} (x) => (y)\n{{\n{text}\n}}")
+    model.functions[key] = ir.serde.deserialize_function(proto)
+    model.opset_imports[DOMAIN] = 1
+
+
+def call_function(node: ir.Node, operator: str, x: ir.Value, name: str, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+    """Call a model-local function before a node; the result has the shape and type of x."""
+    pruned = insert_before(node, operator, [x], name, domain=DOMAIN, attributes=attributes)
     pruned.shape, pruned.type = x.shape, x.type
     return pruned
-
-
-def _function(operator: str, body: Sequence[str]) -> ir.Function:
-    text = "\n".join(body)
-    header = f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">'
-    return ir.serde.deserialize_function(onnx.parser.parse_function(f"{header}\n{operator} (x) => (y)\n{{\n{text}\n}}"))
 
 
 def _by_rank(pattern: NMPattern) -> list[str]:

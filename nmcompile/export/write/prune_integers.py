@@ -4,7 +4,12 @@
 
 An integer q at place i of a block makes the key M q + (M - 1 - i). No two keys of a block are equal, and of equal
 integers the first has the largest key. So an element stays if its key is at least the N-th largest, which a network of
-Min and Max finds from the M slices of the tensor. Keys of 4-bit integers fit into a byte.
+Min and Max finds from M rows, one for each place. Keys of 4-bit integers fit into a byte.
+
+Blocks lie along the last dim in the function that does this, `..._Features`. The one for channels calls it between two
+Transposes. ONNX Runtime's integer convolutions work channels-last, and the Transposes before and after them cancel
+these. A native operator can have the name of `..._Features` (see nmcompile.onnxruntime.register): ONNX Runtime then
+runs it, and not the function.
 """
 
 from collections.abc import Sequence
@@ -12,7 +17,7 @@ from collections.abc import Sequence
 import onnx
 import onnx_ir as ir
 
-from nmcompile.export.write.prune_activations import call_function
+from nmcompile.export.write.prune_activations import DOMAIN, add_function, call_function
 from nmcompile.pruning.pattern import NMPattern
 
 UINT8, INT32 = onnx.TensorProto.UINT8, onnx.TensorProto.INT32
@@ -23,40 +28,62 @@ def prune_integers(
 ) -> ir.Value:
     """Prune uint8 in [0, high] before a node, along `"Channels"` (dim 1) or `"Features"` (last dim)."""
     is_small = (high + 1) * pattern.block <= 2**8
-    operator = f"Prune{'' if is_small else 'Large'}Integers_{pattern.n_keep}_{pattern.block}_{layout}"
-    body = _body(pattern, layout, UINT8 if is_small else INT32)
-    return call_function(model, node, operator, body, x, name)
-
-
-def _body(pattern: NMPattern, layout: str, key_type: int) -> list[str]:
-    block = pattern.block
-    inner = ["extents = Shape <start = 2> (x)", "pixels = ReduceProd <keepdims = 1> (extents)"]
+    operator = f"Prune{'' if is_small else 'Large'}Integers_{pattern.n_keep}_{pattern.block}"
+    features, channels = f"{operator}_Features", f"{operator}_Channels"
+    add_function(model, features, _body(pattern, UINT8 if is_small else INT32))
     if layout == "Features":
-        inner = ["pixels = Constant <value_ints = [1]> ()"]
-    network = _Network()
-    slices = [f"k{place}" for place in range(block)]
-    threshold = network.largest(slices[: block // 2], slices[block // 2 :], pattern.n_keep)
+        return call_function(node, features, x, name)
+    assert x.shape is not None  # every activation of a convolution has a known rank
+    rank = len(x.shape)
+    last, first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
+    add_function(model, channels, _between_transposes(features), ("last", "first"))
+    orders = [ir.AttrInt64s("last", last), ir.AttrInt64s("first", first)]
+    return call_function(node, channels, x, name, orders)
+
+
+def _between_transposes(features: str) -> list[str]:
     return [
-        *inner,
+        "channels_last = Transpose <perm: ints = @last> (x)",
+        f"pruned = {DOMAIN}.{features} (channels_last)",
+        "y = Transpose <perm: ints = @first> (pruned)",
+    ]
+
+
+def _body(pattern: NMPattern, key_type: int) -> list[str]:
+    """Return the lines of the function along the last dim.
+
+    The Reshapes next to the Transposes keep ONNX Runtime from moving these: elements of a row have to lie together.
+    The last dim has to be the long one: with a last dim of 1, its Mul by a number takes 200 times as long.
+    """
+    block = pattern.block
+    network = _Network()
+    rows = [f"k{place}" for place in range(block)]
+    threshold = network.largest(rows[: block // 2], rows[block // 2 :], pattern.n_keep)
+    return [
         f"blocks = Constant <value_ints = [-1, {block}]> ()",
-        "grouped = Concat <axis = 0> (blocks, pixels)",
-        "q = Reshape (x, grouped)",
+        "standing = Reshape (x, blocks)",
+        "lying = Transpose <perm = [1, 0]> (standing)",
+        f"places_first = Constant <value_ints = [1, {block}, -1]> ()",
+        "q = Reshape (lying, places_first)",
         f"wide = Cast <to = {key_type}> (q)",
         f"size = Constant <value_int = {block}> ()",
         "factor = CastLike (size, wide)",
         f"places = Constant <value_ints = [{', '.join(str(block - 1 - place) for place in range(block))}]> ()",
         "column = Constant <value_ints = [-1, 1]> ()",
-        "standing = Reshape (places, column)",
-        "order = CastLike (standing, wide)",
+        "order = Reshape (places, column)",
+        "added = CastLike (order, wide)",
         "scaled = Mul (wide, factor)",
-        "keys = Add (scaled, order)",
-        f"{', '.join(slices)} = Split <axis = 1, num_outputs = {block}> (keys)",
+        "keys = Add (scaled, added)",
+        f"{', '.join(rows)} = Split <axis = 1, num_outputs = {block}> (keys)",
         *network.lines,
         f"keep = GreaterOrEqual (keys, {threshold})",
         "flags = CastLike (keep, q)",
         "kept = Mul (q, flags)",
+        f"flat = Constant <value_ints = [{block}, -1]> ()",
+        "pruned_lying = Reshape (kept, flat)",
+        "pruned_standing = Transpose <perm = [1, 0]> (pruned_lying)",
         "shape = Shape (x)",
-        "y = Reshape (kept, shape)",
+        "y = Reshape (pruned_standing, shape)",
     ]
 
 

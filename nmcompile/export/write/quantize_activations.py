@@ -130,10 +130,12 @@ class _Place:
         dtype = np.dtype(np.uint8 if target == "onnxruntime" else np.int8)
         offset = 128 if dtype == np.uint8 and grid.signed else 0
         zero = self._constant("zero_point", dtype.type(offset))
+        shape = x.shape
         x, low, high = _unclipped(x, scale, grid)
         x = self._insert("QuantizeLinear", [x, scale, zero], "quantize")
         x = self._clipped(x, low + offset, high + offset, dtype)
         if pattern is not None:
+            x.shape, x.type = shape, ir.TensorType(ir.DataType.UINT8)
             x = prune_integers(self.model, self.node, x, grid.high, pattern, self._layout, self._name("prune"))
         return self._insert("DequantizeLinear", [x, scale, zero], "dequantize")
 

@@ -20,6 +20,7 @@ struct ShapeContext;
 
 enum class Code { fail = 1, invalid_argument = 2 };
 constexpr int kUint8 = 2;  // among the types of elements
+constexpr int kLastVersion = 0x7FFFFFFF;  // of an operator that no later one replaces
 
 using Function = void (*)();
 

@@ -3,32 +3,31 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <mutex>
-#include <numeric>
 #include <vector>
 
+#include "machine/parallel.h"
 #include "onnxruntime/api.h"
 #include "onnxruntime/prune_bytes.h"
 
 namespace nmcompile::onnxruntime {
 namespace {
 
-constexpr std::int64_t kBytesOfAPiece = 1 << 16;  // a few microseconds
+constexpr std::int64_t kBlocksOfAPiece = 1 << 13;  // a few microseconds
 
-// A function of exported files. Channels are dim 1, features the last dim.
+// A function of exported files that prunes bytes 4:8 along the last dim.
 struct PruneOperator : CustomOperator {
     const char* name_in_files;
-    bool channels, wide;
+    bool wide;
 };
 
 struct Kernel {
     Api api;
-    const PruneOperator* prune;
-    PruneBytes run;
+    PruneBytes prune;
+    bool wide;
 };
 
-// Frees a shape at the end of a scope.
+// A shape that is freed at the end of a scope.
 struct OwnedShape {
     const Api& api;
     Shape* shape = nullptr;
@@ -36,30 +35,6 @@ struct OwnedShape {
         if (shape) api.release(shape);
     }
 };
-
-struct Pieces {
-    const BytesJob& job;
-    PruneBytes run;
-    std::int64_t groups, size;
-
-    static void prune(void* data, std::size_t piece) {
-        const Pieces& p = *static_cast<const Pieces*>(data);
-        const std::int64_t first = static_cast<std::int64_t>(piece) * p.size;
-        p.run(p.job, first, std::min(first + p.size, p.groups));
-    }
-};
-
-Status* run_pieces(const Kernel& kernel, Context* context, const BytesJob& job, std::int64_t groups) {
-    Pieces pieces{job, kernel.run, groups, std::max<std::int64_t>(1, kBytesOfAPiece / (kBytesBlock * job.pixels))};
-    const std::int64_t count = (groups + pieces.size - 1) / pieces.size;
-    if (count > 1) return kernel.api.in_parallel(context, Pieces::prune, static_cast<std::size_t>(count), &pieces);
-    if (groups > 0) kernel.run(job, 0, groups);
-    return nullptr;
-}
-
-std::int64_t product(std::vector<std::int64_t>::const_iterator first, std::vector<std::int64_t>::const_iterator last) {
-    return std::accumulate(first, last, std::int64_t{1}, std::multiplies<>());
-}
 
 Status* sizes_of(const Api& api, const Value* value, std::vector<std::int64_t>& sizes) {
     OwnedShape owned{api};
@@ -70,7 +45,27 @@ Status* sizes_of(const Api& api, const Value* value, std::vector<std::int64_t>& 
     return api.sizes(owned.shape, sizes.data(), rank);
 }
 
-Status* prune(const Kernel& kernel, Context* context) {
+struct Job {
+    const Kernel& kernel;
+    const std::uint8_t* x;
+    std::uint8_t* pruned;
+    std::int64_t blocks;
+
+    static void piece(void* job, std::size_t number) {
+        const auto& [kernel, x, pruned, blocks] = *static_cast<const Job*>(job);
+        const std::int64_t first = static_cast<std::int64_t>(number) * kBlocksOfAPiece, at = first * kBytesBlock;
+        kernel.prune(x + at, pruned + at, std::min(kBlocksOfAPiece, blocks - first), kernel.wide);
+    }
+};
+
+Status* run(Job job, Context* context) {
+    const std::int64_t count = pieces(job.blocks, kBlocksOfAPiece);
+    if (count > 1) return job.kernel.api.in_parallel(context, Job::piece, static_cast<std::size_t>(count), &job);
+    if (count == 1) Job::piece(&job, 0);
+    return nullptr;
+}
+
+Status* compute(const Kernel& kernel, Context* context) {
     const Api& api = kernel.api;
     const Value* x = nullptr;
     Value* pruned = nullptr;
@@ -81,17 +76,17 @@ Status* prune(const Kernel& kernel, Context* context) {
     if (Status* status = api.output(context, 0, sizes.data(), sizes.size(), &pruned)) return status;
     if (Status* status = api.data(x, &from)) return status;
     if (Status* status = api.data(pruned, &to)) return status;
-    const bool has_pixels = kernel.prune->channels && sizes.size() > 2;
-    const std::int64_t pixels = has_pixels ? product(sizes.begin() + 2, sizes.end()) : 1;
-    const std::int64_t rows = product(sizes.begin(), sizes.end()) / std::max<std::int64_t>(pixels, 1);
-    if (rows % kBytesBlock != 0) {
-        return api.status(Code::invalid_argument, "4:8 pruning: the channels of all samples are no multiple of 8");
+    std::int64_t count = 1;
+    for (const std::int64_t size : sizes) count *= size;
+    if (count % kBytesBlock != 0) {
+        return api.status(Code::invalid_argument, "4:8 pruning: the number of elements is not a multiple of 8");
     }
-    return run_pieces(kernel, context, {from, to, pixels, kernel.prune->wide}, pixels ? rows / kBytesBlock : 0);
+    return run({kernel, from, to, count / kBytesBlock}, context);
 }
 
 Status* create(CustomOperator::Self self, const Function* table, const void*, void** kernel) {
-    *kernel = new Kernel{Api(table), static_cast<const PruneOperator*>(self), prune_bytes(instruction_sets().front())};
+    const bool wide = static_cast<const PruneOperator*>(self)->wide;
+    *kernel = new Kernel{Api(table), prune_bytes_kernel(instruction_sets().front()), wide};
     return nullptr;
 }
 
@@ -101,10 +96,14 @@ std::size_t in_place(int** inputs, int** outputs) {
     return 1;
 }
 
-PruneOperator prune_operator(const char* name, bool channels, bool wide) {
+void release_in_place(int* inputs, int* outputs) {
+    delete[] inputs;
+    delete[] outputs;
+}
+
+PruneOperator prune_operator(const char* name, bool wide) {
     PruneOperator result{};
     result.name_in_files = name;
-    result.channels = channels;
     result.wide = wide;
     result.version = kApiVersion;
     result.name = [](CustomOperator::Self self) { return static_cast<const PruneOperator*>(self)->name_in_files; };
@@ -114,35 +113,37 @@ PruneOperator prune_operator(const char* name, bool channels, bool wide) {
     result.input_kind = result.output_kind = result.input_memory = [](CustomOperator::Self, std::size_t) { return 0; };
     result.least_inputs = result.same_inputs = result.least_outputs = result.same_outputs = result.first_version =
         [](CustomOperator::Self) { return 1; };
-    result.last_version = [](CustomOperator::Self) { return 1000; };
+    result.last_version = [](CustomOperator::Self) { return kLastVersion; };
     result.create_checked = create;
-    result.compute = [](void* kernel, Context* context) { return prune(*static_cast<Kernel*>(kernel), context); };
+    result.compute = [](void* kernel, Context* context) { return compute(*static_cast<Kernel*>(kernel), context); };
     result.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     result.in_place = in_place;
-    result.release_in_place = [](int* inputs, int* outputs) {
-        delete[] inputs;
-        delete[] outputs;
-    };
+    result.release_in_place = release_in_place;
     return result;
 }
 
 const PruneOperator kOperators[] = {
-    prune_operator("PruneIntegers_4_8_Channels", true, false),
-    prune_operator("PruneIntegers_4_8_Features", false, false),
-    prune_operator("PruneLargeIntegers_4_8_Channels", true, true),
-    prune_operator("PruneLargeIntegers_4_8_Features", false, true),
+    prune_operator("PruneIntegers_4_8_Features", false),
+    prune_operator("PruneLargeIntegers_4_8_Features", true),
 };
 
-// Sessions refer to the domain for as long as they live, so it stays until the process ends.
 Status* make_domain(const Api& api, Domain** domain) {
+    if (Status* status = api.create_domain("nmcompile", domain)) return status;
+    for (const PruneOperator& one : kOperators) {
+        if (Status* status = api.add_operator(*domain, static_cast<const CustomOperator*>(&one))) return status;
+    }
+    return nullptr;
+}
+
+// Returns the one domain of all sessions. They may refer to it for as long as the process lives.
+Status* shared_domain(const Api& api, Domain** domain) {
     static std::mutex mutex;
     static Domain* made = nullptr;
     const std::lock_guard lock(mutex);
     if (!made) {
-        if (Status* status = api.create_domain("nmcompile", &made)) return status;
-        for (const PruneOperator& one : kOperators) {
-            if (Status* status = api.add_operator(made, static_cast<const CustomOperator*>(&one))) return status;
-        }
+        Domain* fresh = nullptr;
+        if (Status* status = make_domain(api, &fresh)) return status;
+        made = fresh;
     }
     *domain = made;
     return nullptr;
@@ -154,13 +155,19 @@ Status* register_operators(SessionOptions* options, const ApiBase* base) {
     const Api api(base->api(kApiVersion));
     if (!api) return Api(base->api(1)).status(Code::fail, "nmcompile's operators need ONNX Runtime 1.18 or newer");
     Domain* domain = nullptr;
-    if (Status* status = make_domain(api, &domain)) return status;
+    if (Status* status = shared_domain(api, &domain)) return status;
     return api.add_domain(options, domain);
 }
 
 }  // namespace nmcompile::onnxruntime
 
-extern "C" [[gnu::visibility("default")]] nmcompile::onnxruntime::Status* RegisterCustomOps(
+#if defined(_WIN32)
+#define NMCOMPILE_EXPORT __declspec(dllexport)
+#else
+#define NMCOMPILE_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" NMCOMPILE_EXPORT nmcompile::onnxruntime::Status* RegisterCustomOps(
     nmcompile::onnxruntime::SessionOptions* options, const nmcompile::onnxruntime::ApiBase* base) {
     return nmcompile::onnxruntime::register_operators(options, base);
 }

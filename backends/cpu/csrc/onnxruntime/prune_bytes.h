@@ -8,19 +8,12 @@
 
 namespace nmcompile {
 
-constexpr std::int64_t kBytesBlock = 8;
+constexpr int kBytesBlock = 8;
 
-// Bytes (groups, 8, pixels), in blocks along the middle; `pruned` may be `x`.
-struct BytesJob {
-    const std::uint8_t* x;
-    std::uint8_t* pruned;
-    std::int64_t pixels;
-    bool wide;  // keys of two bytes, for integers above 31; else keys wrap around as the function's do
-};
+// Writes the four largest bytes of each block, of equal ones the first, and zeros for the others. `pruned` may be `x`.
+// Bytes below 32 are compared by keys of one byte, which wrap around above as the function's do; `wide` takes all bytes.
+using PruneBytes = void (*)(const std::uint8_t* x, std::uint8_t* pruned, std::int64_t blocks, bool wide);
 
-// Keeps the four largest of each block, of equal ones the first, in the groups from `first` up to `last`.
-using PruneBytes = void (*)(const BytesJob& job, std::int64_t first, std::int64_t last);
-
-PruneBytes prune_bytes(InstructionSet isa);
+PruneBytes prune_bytes_kernel(InstructionSet isa);
 
 }  // namespace nmcompile

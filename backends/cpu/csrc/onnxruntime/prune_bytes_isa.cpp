@@ -1,34 +1,23 @@
 // Compiled once for each instruction set, with NMCOMPILE_ISA as its name.
-//
-// Loops over blocks, without branches, which the compiler makes vectors of.
 
 #include "onnxruntime/prune_bytes_isa.h"
+
+#include "machine/lanes.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
 namespace {
 
-using Index = std::int64_t;
+constexpr int kVector = NMCOMPILE_VECTOR_BYTES, kHalf = 8, kVectors = kBytesBlock;
+using Bytes = Vector<std::uint8_t, kVector>;
 
-template <class Key>
-inline Key larger(Key a, Key b) {
-    return a > b ? a : b;
-}
-
-template <class Key>
-inline Key smaller(Key a, Key b) {
-    return a < b ? a : b;
-}
-
-template <class Key>
-inline void order(Key& a, Key& b) {
-    const Key first = larger(a, b);
-    b = smaller(a, b);
+// Puts two keys in falling order.
+inline void order(Bytes& a, Bytes& b) {
+    const Bytes first = larger(a, b);
+    b = a < b ? a : b;
     a = first;
 }
 
-// Puts four keys in falling order.
-template <class Key>
-inline void sort(Key* k) {
+inline void order_four(Bytes* k) {
     order(k[0], k[1]);
     order(k[2], k[3]);
     order(k[0], k[2]);
@@ -36,54 +25,98 @@ inline void sort(Key* k) {
     order(k[1], k[2]);
 }
 
+inline Bytes smaller(Bytes a, Bytes b) { return a < b ? a : b; }
+
 // Returns the fourth largest of eight keys, and changes their order.
 //
-// If i of the four largest are among the first half, it is the smaller of the i-th there and the (4 - i)-th of the
-// second half; any other i gives something that is no larger.
-template <class Key>
-inline Key fourth(Key* k) {
-    sort(k);
-    sort(k + 4);
-    const Key inner = larger(smaller(k[0], k[6]), smaller(k[1], k[5]));
-    return larger(larger(inner, smaller(k[2], k[4])), larger(k[3], k[7]));
+// If i of the four largest are in the first half, it is the smaller of the i-th there and the (4 - i)-th of the second
+// half; any other i gives something that is no larger.
+inline Bytes fourth(Bytes* k) {
+    order_four(k);
+    order_four(k + 4);
+    const Bytes one_or_three = larger(smaller(k[0], k[6]), smaller(k[2], k[4]));
+    return larger(larger(one_or_three, smaller(k[1], k[5])), larger(k[3], k[7]));
 }
 
-// Prunes `count` blocks, `next` elements apart, of elements `step` apart.
-template <class Key, int kStep, int kNext>
-inline void prune_blocks(const std::uint8_t* x, std::uint8_t* pruned, Index count, Index pixels) {
-    const Index step = kStep ? kStep : pixels;
-#pragma GCC ivdep
-    for (Index b = 0; b < count; ++b) {
-        std::uint8_t q[kBytesBlock];
-        Key keys[kBytesBlock], falling[kBytesBlock];
-#pragma GCC unroll 8
-        for (int i = 0; i < kBytesBlock; ++i) {
-            q[i] = x[b * kNext + i * step];
-            keys[i] = falling[i] = static_cast<Key>(kBytesBlock * q[i] + (kBytesBlock - 1 - i));
-        }
-        const Key least = fourth(falling);
-#pragma GCC unroll 8
-        for (int i = 0; i < kBytesBlock; ++i) {
-            pruned[b * kNext + i * step] = keys[i] >= least ? q[i] : std::uint8_t{0};
-        }
+// Interleaves the first or the last half of each sixteen bytes of two vectors.
+template <int kFrom>
+inline Bytes interleaved(Bytes a, Bytes b) {
+    return [&]<int... I>(std::integer_sequence<int, I...>) {
+        return __builtin_shufflevector(a, b, (I / 16 * 16 + kFrom + I % 16 / 2 + I % 2 * kVector)...);
+    }(std::make_integer_sequence<int, kVector>{});
+}
+
+// Exchanges two bits in the numbers of all bytes. The bit kBit of the number of a byte's vector becomes the lowest of its
+// place in sixteen; the highest bit of the place replaces it.
+template <int kBit>
+inline void exchange(Bytes* v) {
+    for (int i = 0; i < kVectors; ++i) {
+        if (i >> kBit & 1) continue;
+        const Bytes a = v[i], b = v[i + (1 << kBit)];
+        v[i] = interleaved<0>(a, b);
+        v[i + (1 << kBit)] = interleaved<kHalf>(a, b);
     }
 }
 
-template <class Key>
-void prune(const BytesJob& job, Index first, Index last) {
-    const Index size = kBytesBlock * job.pixels;
-    const std::uint8_t* x = job.x + first * size;
-    std::uint8_t* pruned = job.pruned + first * size;
-    if (job.pixels == 1) return prune_blocks<Key, 1, kBytesBlock>(x, pruned, last - first, 1);
-    for (Index group = first; group < last; ++group, x += size, pruned += size) {
-        prune_blocks<Key, 0, 1>(x, pruned, job.pixels, job.pixels);
+// Where a vector belongs: four exchanges leave place `rotated(i)` of all blocks in vector i. Three more put the blocks
+// together again and leave vector `rotated(i)` there.
+constexpr int rotated(int i) { return (2 * i) % kVectors + i / (kVectors / 2); }
+
+// By keys 8 q + (7 - i), of which no two in a block are equal: an integer stays if its key is at least the fourth largest.
+inline void select_by_key(Bytes* q) {
+    Bytes keys[kVectors], falling[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+        keys[i] = falling[i] = kBytesBlock * q[i] + static_cast<std::uint8_t>(kBytesBlock - 1 - rotated(i));
     }
+    const Bytes least = fourth(falling);
+    for (int i = 0; i < kVectors; ++i) q[i] = keys[i] >= least ? q[i] : Bytes{};
+}
+
+// By the number of integers that are ahead: larger ones, and equal ones that come first.
+inline void select_by_rank(Bytes* q) {
+    const Bytes one = Bytes{} + std::uint8_t{1};
+    Bytes ahead[kVectors] = {};
+    for (int i = 0; i < kVectors; ++i) {
+        for (int j = 0; j < kVectors; ++j) {
+            if (rotated(i) >= rotated(j)) continue;
+            ahead[j] += q[i] >= q[j] ? one : Bytes{};
+            ahead[i] += q[i] >= q[j] ? Bytes{} : one;
+        }
+    }
+    for (int i = 0; i < kVectors; ++i) q[i] = ahead[i] < std::uint8_t{4} ? q[i] : Bytes{};
+}
+
+template <bool kWide>
+inline void prune_vectors(const std::uint8_t* x, std::uint8_t* pruned) {
+    Bytes q[kVectors];
+    for (int i = 0; i < kVectors; ++i) q[i] = load<Bytes>(x + i * kVector);
+    exchange<2>(q);
+    exchange<1>(q);
+    exchange<0>(q);
+    exchange<2>(q);
+    kWide ? select_by_rank(q) : select_by_key(q);
+    exchange<1>(q);
+    exchange<0>(q);
+    exchange<2>(q);
+    for (int i = 0; i < kVectors; ++i) store(q[i], pruned + rotated(i) * kVector);
+}
+
+template <bool kWide>
+void prune(const std::uint8_t* x, std::uint8_t* pruned, std::int64_t bytes) {
+    constexpr int kBytes = kVectors * kVector;
+    std::int64_t at = 0;
+    for (; at + kBytes <= bytes; at += kBytes) prune_vectors<kWide>(x + at, pruned + at);
+    if (at == bytes) return;
+    std::uint8_t rest[kBytes] = {};
+    __builtin_memcpy(rest, x + at, static_cast<std::size_t>(bytes - at));
+    prune_vectors<kWide>(rest, rest);
+    __builtin_memcpy(pruned + at, rest, static_cast<std::size_t>(bytes - at));
 }
 
 }  // namespace
 
-void prune_bytes(const BytesJob& job, std::int64_t first, std::int64_t last) {
-    job.wide ? prune<std::uint16_t>(job, first, last) : prune<std::uint8_t>(job, first, last);
+void prune_bytes(const std::uint8_t* x, std::uint8_t* pruned, std::int64_t blocks, bool wide) {
+    wide ? prune<true>(x, pruned, blocks * kBytesBlock) : prune<false>(x, pruned, blocks * kBytesBlock);
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA
