@@ -1,6 +1,7 @@
 """Whole networks in ONNX Runtime on one core, as nmcompile exports them, over its own static INT8 of all layers.
 
-Sessions take turns, so a busy machine slows all of them. Ratios are those of medians.
+Sessions take turns, so a busy machine slows all of them. Ratios are those of medians. Writing the files takes minutes;
+`--files` keeps them for the next run.
 
 python benchmarks/onnxruntime_latency.py   # writes benchmarks/results/onnxruntime_latency.json
 """
@@ -26,11 +27,13 @@ from vision import models
 import nmcompile
 from nmcompile import CompileConfig, presets
 
+PRUNED = "nmcompile 2:4, 4-bit, 4:8 inputs"
+NATIVE = f"{PRUNED}, native operator"
 PEER = "ONNX Runtime static INT8, all layers"
 UNPRUNED = {"_default": replace(presets["inference"], input=None)}
 OURS = {
     "nmcompile 2:4, 4-bit": CompileConfig(layers=UNPRUNED, outputs="int8", ends="int8"),
-    "nmcompile 2:4, 4-bit, 4:8 inputs": CompileConfig(outputs="int8", ends="int8"),
+    PRUNED: CompileConfig(outputs="int8", ends="int8"),
     "nmcompile 2:4, 4-bit, ends and results in fp32": CompileConfig(layers=UNPRUNED),
 }
 NETWORKS = ("resnet18", "mobilenet_v2", "vgg16")
@@ -49,16 +52,18 @@ class Batches(CalibrationDataReader):
 
 def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> dict[str, Path]:
     """Write a file of every variant, all with absorbed norms."""
-    written = {"fp32, dense": folder / "dense.onnx"}
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("fp32, dense", *OURS, PEER)
+    written = {name: folder / f"{number}.onnx" for number, name in enumerate(names)}
+    if all(path.exists() for path in written.values()):
+        return written
     nmcompile.export(nmcompile.compile(model, "dense", args=(x,)).eval(), written["fp32, dense"], (x,))
     for name, config in OURS.items():
         compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=batches).eval()
-        written[name] = folder / f"{len(written)}.onnx"
         # With pruning by value, the output of a network with random weights changes by several percent in torch itself
         # if x is scaled by 1 + 1e-6. That cannot be compared end to end.
         nmcompile.export(compiled, written[name], (x,), verify="4:8" not in name)
     source = ort.InferenceSession(written["fp32, dense"], providers=["CPUExecutionProvider"]).get_inputs()[0].name
-    written[PEER] = folder / "peer.onnx"
     quantize_static(
         written["fp32, dense"], written[PEER], Batches(source, batches), quant_format=QuantFormat.QDQ,
         per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
@@ -66,26 +71,31 @@ def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> d
     return written
 
 
-def session(path: Path) -> ort.InferenceSession:
+def session(path: Path, native: bool = False) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if native:
+        nmcompile.onnxruntime.register(options)
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def rows(name: str, batch: int, repeats: int) -> list[dict[str, object]]:
-    """Time all variants of one network."""
+def rows(name: str, batch: int, repeats: int, folder: Path) -> list[dict[str, object]]:
+    """Time all variants of one network, whose files are in the folder or come there."""
     torch.manual_seed(0)
     model = models.get_model(name, weights=None).eval()
     batches = [torch.randn(4, *IMAGE) for _ in range(2)]
     x = torch.randn(batch, *IMAGE)
-    with tempfile.TemporaryDirectory() as folder:
-        sessions = {variant: session(path) for variant, path in files(model, x, batches, Path(folder)).items()}
-        feeds = {variant: {one.get_inputs()[0].name: x.numpy()} for variant, one in sessions.items()}
-        calls = {variant: partial(one.run, None, feeds[variant]) for variant, one in sessions.items()}
-        if not all(np.isfinite(call()[0]).all() for call in calls.values()):
-            raise SystemExit(f"{name}: an output is not finite")
-        found = in_turns(calls, repeats)
+    written = files(model, x, batches, folder)
+    sessions = {variant: session(path) for variant, path in written.items()}
+    sessions[NATIVE] = session(written[PRUNED], native=True)
+    feeds = {variant: {one.get_inputs()[0].name: x.numpy()} for variant, one in sessions.items()}
+    calls = {variant: partial(one.run, None, feeds[variant]) for variant, one in sessions.items()}
+    if not all(np.isfinite(call()[0]).all() for call in calls.values()):
+        raise SystemExit(f"{name}: an output is not finite")
+    if not np.array_equal(calls[NATIVE]()[0], calls[PRUNED]()[0]):
+        raise SystemExit(f"{name}: the native operator gives another output than standard operators")
+    found = in_turns(calls, repeats)
     medians = {variant: statistics.median(values) for variant, values in found.items()}
     return [
         {
@@ -101,9 +111,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--files", type=Path, help="a folder for the files; those of an earlier run are taken")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "onnxruntime_latency.json")
     options = parser.parse_args()
-    results = [row for name in options.networks for row in rows(name, options.batch, options.repeats)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.files or Path(temporary)
+        found = (rows(name, options.batch, options.repeats, folder / name) for name in options.networks)
+        results = [row for part in found for row in part]
     print(tabulate(results, headers="keys", floatfmt=".2f"))
     setting = {"onnxruntime": ort.__version__, "repeats": options.repeats} | cpu_setting()
     options.out.parent.mkdir(exist_ok=True)

@@ -60,7 +60,7 @@ def test_every_operator_is_shown() -> None:
     assert all(f"**`{name}`**" in page for name in nmcompile.pruning.OPERATORS)
 
 
-@pytest.mark.parametrize("door", [nmcompile, nmcompile.training], ids=lambda door: door.__name__)
+@pytest.mark.parametrize("door", [nmcompile, nmcompile.training, nmcompile.onnxruntime], ids=lambda door: door.__name__)
 def test_the_reference_has_every_public_name(door: ModuleType) -> None:
     listed = re.findall(rf"(?:^::: |heading: ){re.escape(door.__name__)}\.(\w+)$", _reference(), re.MULTILINE)
     later = [name for name in getattr(door, "LATER", {}) if name not in ("callbacks", "recipes")]

@@ -141,8 +141,9 @@ def test_a_network_runs_the_operator_and_its_file_runs_without(
 
 def test_files_without_such_pruning_need_no_operator(tmp_path: Path) -> None:
     model, x = linears()
-    for target, options in (("tensorrt", {}), ("onnxruntime", {"config": CompileConfig(layers={"_default": None})})):
-        compiled = nmcompile.compile(model.eval(), "inference", args=(x,), calibration=[x], **options).eval()
+    dense = CompileConfig(layers={"_default": None})
+    for target, config in (("tensorrt", CompileConfig()), ("onnxruntime", dense)):
+        compiled = nmcompile.compile(model.eval(), "inference", args=(x,), config=config, calibration=[x]).eval()
         nmcompile.export(compiled, tmp_path / "m.onnx", (x,), target=target, verify=False)
         assert OnnxRuntimeModel(tmp_path / "m.onnx", threads=1).native_functions == ()
 
@@ -165,7 +166,6 @@ def test_standard_operators_run_where_there_is_no_kernel(monkeypatch: pytest.Mon
 
 def test_a_number_of_elements_that_has_no_blocks_is_an_error() -> None:
     x = torch.randint(0, 16, (2, 16), dtype=torch.uint8)
-    model = OnnxRuntimeModel(integer_model(x, 15, "4:8", "Features", dynamic=True).SerializeToString())
     proto = integer_model(x, 15, "4:8", "Features", dynamic=True)
     proto.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "features"
     proto.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "features"
@@ -180,19 +180,18 @@ def test_an_older_api_is_refused_with_a_status() -> None:
     asked: list[int] = []
     made: list[tuple[int, bytes]] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
     def create_status(code: int, message: bytes) -> int:
         made.append((code, message))
         return 4711
 
-    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p).value)
-
-    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
     def api(version: int) -> int | None:
         asked.append(version)
         return ctypes.addressof(table) if version <= 17 else None
 
-    base = (ctypes.c_void_p * 2)(ctypes.cast(api, ctypes.c_void_p).value, None)
+    first = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(create_status)
+    table = (ctypes.c_void_p * 1)(ctypes.cast(first, ctypes.c_void_p).value)
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(api)
+    base = (ctypes.c_void_p * 2)(ctypes.cast(get_api, ctypes.c_void_p).value, None)
     entry = ctypes.CDLL(kernels.__file__).RegisterCustomOps
     entry.restype, entry.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
     assert entry(None, ctypes.addressof(base)) == 4711
