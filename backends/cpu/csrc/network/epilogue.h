@@ -1,72 +1,105 @@
 // From exact sums to codes or floats, with the rounding of each float32 operation in the module's forward.
 #pragma once
 
-#include "machine/lanes.h"
 #include "network/network_isa.h"
+#include "network/widen.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr int kFloats = NMCOMPILE_VECTOR_BYTES / 4;
-using Floats = Vector<float, kFloats>;
-using Integers = Vector<std::int32_t, kFloats>;
-
-// A sum with it has no place for a fraction, and is rounded to even.
+// A sum with it has no place for a fraction, and is rounded to even; its lower bits are the integer.
 constexpr float kRound = 3 << 22;
+constexpr std::int32_t kRoundBits = std::bit_cast<std::int32_t>(kRound);
 
-inline Floats between(Floats x, float low, float high) {
-    x = x > low ? x : Floats{} + low;  // a NaN becomes the lowest
-    return x < high ? x : Floats{} + high;
-}
+// The grid of the results.
+struct Steps {
+    Floats step, inverse, low, high;
+    std::int32_t lowest;
 
-// Rounds x / step. The product with 1 / step is off by less than 2e-7 of itself, so it decides unless it is next to the
-// middle between two integers.
-inline Floats rounded(Floats x, float step, float inverse, float low, float high) {
-    const Floats near = between(x * inverse, low - 1, high + 1), nearest = near + kRound - kRound;
-    const Floats away = near - nearest;
-    if (!any((away > 0.4998f) | (away < -0.4998f))) return between(nearest, low, high);
-    return between(between(x / step, low - 1, high + 1) + kRound - kRound, low, high);
-}
+    explicit Steps(const LayerJob& job)
+        : step(Floats{} + job.step),
+          inverse(Floats{} + 1 / job.step),
+          low(Floats{} + static_cast<float>(job.low)),
+          high(Floats{} + static_cast<float>(job.high)),
+          lowest(job.low) {}
 
-inline Floats affine(Integers sums, const Affine& by, std::int64_t out) {
-    const Floats scaled = __builtin_convertvector(sums, Floats) * load<Floats>(by.steps + out);
-    return (scaled + load<Floats>(by.bias + out)) * load<Floats>(by.gain + out) + load<Floats>(by.shift + out);
-}
-
-// The rest of a layer for one block of out-channels.
-struct Line {
-    const LayerJob& job;
-    std::int64_t out;      // the first of them, which the factors count from
-    std::int64_t count;    // how many there are, up to kOuts
-    std::int32_t zeros[kOuts];  // the input's zero times the sums of their integers
-
-    Line(const LayerJob& job, std::int64_t out, std::int64_t count) : job(job), out(out), count(count) {
-        for (std::int64_t i = 0; i < kOuts; ++i) zeros[i] = i < count ? job.zero * job.layer->sums()[out + i] : 0;
+    // Returns clamp(round(x / step), low, high) - low. The product with 1 / step is off by less than 2e-7 of itself, so
+    // it decides unless it is next to the middle between two integers.
+    Integers codes(Floats x) const {
+        const Floats near = between(x * inverse), nearest = near + kRound;
+        const Floats away = near - (nearest - kRound);
+        return code(is_any_beyond(away, 0.4998f) ? between(x / step) + kRound : nearest);
     }
 
-    void to_codes(const std::int32_t* sums, std::uint8_t* codes) const {
-        const float low = static_cast<float>(job.low), high = static_cast<float>(job.high), inverse = 1 / job.step;
-        std::uint8_t all[kOuts];
-        for (std::int64_t i = 0; i < kOuts; i += kFloats) {
-            const Integers sum = load<Integers>(sums + i) - load<Integers>(zeros + i);
-            const Floats steps = rounded(affine(sum, job.affine, out + i), job.step, inverse, low, high);
-            const Integers found = __builtin_convertvector(steps, Integers) - job.low;
-            const auto bytes = __builtin_convertvector(found, Vector<std::uint8_t, kFloats>);
-            store(bytes, all + i);
-        }
-        if (count == kOuts) {
-            __builtin_memcpy(codes, all, kOuts);
-        } else {
-            for (std::int64_t i = 0; i < count; ++i) codes[i] = all[i];
-        }
+private:
+    Floats between(Floats x) const {
+        x = x > low ? x : low;  // a NaN becomes the lowest
+        return x < high ? x : high;
     }
 
-    void to_floats(const std::int32_t* sums, float* to, std::int64_t stride) const {
-        float all[kOuts];
-        for (std::int64_t i = 0; i < kOuts; i += kFloats) {
-            store(affine(load<Integers>(sums + i) - load<Integers>(zeros + i), job.affine, out + i), all + i);
-        }
-        for (std::int64_t i = 0; i < count; ++i) to[i * stride] = all[i];
+    Integers code(Floats rounded) const { return std::bit_cast<Integers>(rounded) - (kRoundBits + lowest); }
+
+    static bool is_any_beyond(Floats x, float limit) {
+        const auto magnitude = std::bit_cast<Floats>(std::bit_cast<Integers>(x) & 0x7FFFFFFF);
+#if defined(__AVX512F__)
+        return _mm512_cmp_ps_mask(std::bit_cast<__m512>(magnitude), _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#else
+        return any(magnitude > Floats{} + limit);
+#endif
     }
 };
+
+// Some of the out-channels of a block, as many as a vector of floats holds: their factors and what zero adds to sums.
+struct Channels {
+    Floats steps, bias, gain, shift;
+    Integers zeros;
+
+    Channels(const LayerJob& job, std::int64_t out)
+        : steps(load<Floats>(job.affine.steps + out)),
+          bias(load<Floats>(job.affine.bias + out)),
+          gain(load<Floats>(job.affine.gain + out)),
+          shift(load<Floats>(job.affine.shift + out)),
+          zeros(load<Integers>(job.affine.sums + out) * job.zero) {}
+
+    Floats of(const std::int32_t* sums) const {
+        const Floats scaled = __builtin_convertvector(load<Integers>(sums) - zeros, Floats) * steps;
+        return (scaled + bias) * gain + shift;
+    }
+};
+
+// Stores up to `count` codes.
+inline void store_some(FewBytes codes, std::int64_t count, std::uint8_t* to) {
+    if (count >= kFloats) return store(codes, to);
+#if defined(__AVX512F__)
+    _mm_mask_storeu_epi8(to, static_cast<__mmask16>((1 << count) - 1), std::bit_cast<__m128i>(codes));
+#else
+    for (std::int64_t i = 0; i < count; ++i) to[i] = codes[i];
+#endif
+}
+
+// Writes the codes of up to kOuts out-channels from `out` on, for some pixels; `to` is each pixel's first code.
+inline void write_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
+                        const std::int32_t (*sums)[kOuts], std::uint8_t* const* to) {
+    const Steps grid(job);
+    for (std::int64_t i = 0; i < count; i += kFloats) {
+        const Channels channels(job, out + i);
+        const std::int64_t rest = count - i;
+        for (std::int64_t p = 0; p < pixels; ++p) {
+            store_some(narrowed(grid.codes(channels.of(sums[p] + i))), rest, to[p] + out + i);
+        }
+    }
+}
+
+// Writes floats, channels first; `to` is each pixel's place in the first channel.
+inline void write_floats(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
+                         const std::int32_t (*sums)[kOuts], float* const* to) {
+    const std::int64_t area = job.height * job.width;
+    for (std::int64_t i = 0; i < count; i += kFloats) {
+        const Channels channels(job, out + i);
+        for (std::int64_t p = 0; p < pixels; ++p) {
+            const Floats all = channels.of(sums[p] + i);
+            for (std::int64_t j = 0; j < kFloats && i + j < count; ++j) to[p][(out + i + j) * area] = all[j];
+        }
+    }
+}
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -43,7 +43,7 @@ void pack_dense(const std::int8_t* four, std::int64_t count, std::uint8_t* bytes
 }
 
 std::int64_t packed_bytes(Form form, std::int64_t outs, std::int64_t groups, std::int64_t depth) {
-    if (form == Form::depthwise) return depth * outs;
+    if (form == Form::depthwise) return depth * outs + kBlock;  // kernels read whole vectors
     return groups * pieces(outs / groups, kOuts) * pieces(depth, kDepthOf[static_cast<int>(form)]) * kBlock;
 }
 
@@ -56,7 +56,7 @@ IntegerLayer::IntegerLayer(const std::int8_t* weights, std::int64_t outs, std::i
       outs_(outs),
       ins_(ins),
       groups_(groups),
-      sums_(outs),
+      sums_(outs + kOuts),
       packed_(packed_bytes(form_, outs, groups, depth())) {
     for (std::int64_t o = 0; o < outs; ++o) {
         sums_[o] = std::accumulate(weights + o * depth(), weights + (o + 1) * depth(), std::int32_t{0});

@@ -51,7 +51,7 @@ public:
     std::int64_t lines() const { return form_ == Form::depthwise ? group_lines() : groups_ * group_lines(); }
     std::int64_t bytes() const { return static_cast<std::int64_t>(packed_.count()); }
     const std::uint8_t* packed() const { return packed_.data(); }
-    const std::int32_t* sums() const { return sums_.data(); }  // of each out-channel's integers
+    const std::int32_t* sums() const { return sums_.data(); }  // of each out-channel's integers, and zeros to whole blocks
 
 private:
     void pack(const std::int8_t* weights);

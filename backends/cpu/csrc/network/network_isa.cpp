@@ -12,31 +12,40 @@
 namespace nmcompile::NMCOMPILE_ISA {
 namespace {
 
-constexpr Index kMostPixels[] = {2 * kMostPairs, kMostDense, 16};
+constexpr Index kMostPixels[] = {2 * kMostPairs, kMostDense, kTilePixels};
 
 inline Index smaller(Index a, Index b) { return a < b ? a : b; }
 
-// Writes the results of some pixels for one block of out-channels.
-void write_line(const Line& line, const Extent& extent, const std::int32_t (*sums)[kOuts]) {
-    const LayerJob& job = line.job;
-    const Index area = job.height * job.width;
-    for (Index p = 0; p < extent.pixels; ++p) {
-        const Index pixel = extent.pixel + p;
-        if (job.floats) {
-            float* const to = job.floats + (pixel / area * job.layer->outs() + line.out) * area + pixel % area;
-            line.to_floats(sums[p], to, area);
-        } else {
-            line.to_codes(sums[p], job.output + job.to.at(pixel) + line.out);
+// Where the results of an extent's pixels go.
+struct Places {
+    std::uint8_t* codes[kTilePixels];
+    float* floats[kTilePixels];
+
+    Places(const LayerJob& job, const Extent& extent) {
+        const Index area = job.height * job.width;
+        for (Index p = 0; p < extent.pixels; ++p) {
+            const Index pixel = extent.pixel + p;
+            if (job.floats) {
+                floats[p] = job.floats + pixel / area * job.layer->outs() * area + pixel % area;
+            } else {
+                codes[p] = job.output + job.to.at(pixel);
+            }
         }
     }
-}
 
-void finish_pixels(const LayerJob& job, const Extent& extent, Index out, Index count) {
-    if (job.floats || !(job.finish.table || job.finish.prunes)) return;
-    for (Index p = 0; p < extent.pixels; ++p) {
-        finish_codes(job.output + job.to.at(extent.pixel + p) + out, count, job.finish);
+    void write(const LayerJob& job, Index out, Index count, Index pixels, const std::int32_t (*sums)[kOuts]) const {
+        if (job.floats) {
+            write_floats(job, out, count, pixels, sums, floats);
+        } else {
+            write_codes(job, out, count, pixels, sums, codes);
+        }
     }
-}
+
+    void finish(const LayerJob& job, Index out, Index count, Index pixels) const {
+        if (job.floats || !(job.finish.table || job.finish.prunes)) return;
+        for (Index p = 0; p < pixels; ++p) finish_codes(codes[p] + out, count, job.finish);
+    }
+};
 
 void gather_group(const LayerJob& job, const Extent& extent, Index group, Index stride, std::uint8_t* scratch) {
     const Gather gather(job, group);
@@ -51,7 +60,7 @@ void gather_group(const LayerJob& job, const Extent& extent, Index group, Index 
 }
 
 // Lines count on over the groups; the range of an extent lies in one group, or starts and ends with groups.
-void products_layer(const LayerJob& job, const Extent& extent, std::uint8_t* scratch) {
+void products_layer(const LayerJob& job, const Extent& extent, const Places& places, std::uint8_t* scratch) {
     const IntegerLayer& layer = *job.layer;
     const Index lines = layer.group_lines(), stride = layer.blocks() * kDepthOf[static_cast<int>(layer.form())];
     std::int32_t sums[kTilePixels][kOuts];
@@ -61,20 +70,19 @@ void products_layer(const LayerJob& job, const Extent& extent, std::uint8_t* scr
         sums_of(layer.form(), extent.pixels, scratch, stride, layer.packed() + number * layer.blocks() * kBlock,
                 layer.blocks(), sums, std::make_integer_sequence<int, kMostDense>{});
         const Index out = group * layer.group_outs() + in_group;
-        write_line(Line(job, out, smaller(kOuts, layer.group_outs() - in_group)), extent, sums);
+        places.write(job, out, smaller(kOuts, layer.group_outs() - in_group), extent.pixels, sums);
     }
 }
 
-void depthwise_layer(const LayerJob& job, const Extent& extent) {
-    const IntegerLayer& layer = *job.layer;
+void depthwise_layer(const LayerJob& job, const Extent& extent, const Places& places) {
     std::int32_t sums[kTilePixels][kOuts];
+    const std::uint8_t* inputs[kTilePixels];
     const Gather gather(job, 0);
+    for (Index p = 0; p < extent.pixels; ++p) inputs[p] = gather.first(extent.pixel + p);
     for (Index number = extent.line; number < extent.line + extent.lines; ++number) {
-        const Index out = number * kOuts, count = smaller(kOuts, layer.outs() - out);
-        for (Index p = 0; p < extent.pixels; ++p) {
-            depthwise_sums(job, gather.first(extent.pixel + p) + out, out, count, sums[p]);
-        }
-        write_line(Line(job, out, count), extent, sums);
+        const Index out = number * kOuts;
+        depthwise_sums(job, out, extent.pixels, inputs, sums);
+        places.write(job, out, smaller(kOuts, job.layer->outs() - out), extent.pixels, sums);
     }
 }
 
@@ -85,13 +93,14 @@ Index out_of(const IntegerLayer& layer, Index line) {
 }
 
 void layer(const LayerJob& job, const Extent& extent, std::uint8_t* scratch) {
+    const Places places(job, extent);
     if (job.layer->form() == Form::depthwise) {
-        depthwise_layer(job, extent);
+        depthwise_layer(job, extent, places);
     } else {
-        products_layer(job, extent, scratch);
+        products_layer(job, extent, places, scratch);
     }
     const Index first = out_of(*job.layer, extent.line), last = out_of(*job.layer, extent.line + extent.lines);
-    finish_pixels(job, extent, first, last - first);
+    places.finish(job, first, last - first, extent.pixels);
 }
 
 bool encode(const float* x, std::int64_t count, float step, std::int32_t low, std::int32_t high, std::uint8_t* codes,

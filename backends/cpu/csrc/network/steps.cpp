@@ -8,18 +8,25 @@
 namespace nmcompile {
 namespace {
 
+// Fills pixels of an image, and in a slice nothing between them.
+void fill(std::uint8_t* pixel, std::int64_t pixels, const Image& image) {
+    const auto code = static_cast<std::uint8_t>(image.fill);
+    if (image.stride == image.channels) {
+        std::fill_n(pixel, pixels * image.stride, code);
+        return;
+    }
+    for (std::int64_t i = 0; i < pixels; ++i, pixel += image.stride) std::fill_n(pixel, image.channels, code);
+}
+
 void fill_halo(std::uint8_t* arena, const Image& image) {
     if (image.halo == 0) return;
-    const std::int64_t edge = image.halo * image.stride, band = image.halo * image.row();
-    const int code = static_cast<int>(image.fill);
+    const std::int64_t band = image.halo * (image.width + 2 * image.halo);
     for (std::int64_t n = 0; n < image.samples; ++n) {
-        std::uint8_t* const sample = arena + image.offset + n * image.sample();
-        std::fill_n(sample, band, static_cast<std::uint8_t>(code));
-        std::fill_n(sample + image.sample() - band, band, static_cast<std::uint8_t>(code));
+        fill(arena + image.at(n, -image.halo, -image.halo), band, image);
+        fill(arena + image.at(n, image.height, -image.halo), band, image);
         for (std::int64_t y = 0; y < image.height; ++y) {
-            std::uint8_t* const row = sample + band + y * image.row();
-            std::fill_n(row, edge, static_cast<std::uint8_t>(code));
-            std::fill_n(row + image.row() - edge, edge, static_cast<std::uint8_t>(code));
+            fill(arena + image.at(n, y, -image.halo), image.halo, image);
+            fill(arena + image.at(n, y, image.width), image.halo, image);
         }
     }
 }
@@ -59,7 +66,7 @@ bool Encode::run(const Run& run) const {
 
 LayerJob Layer::job(const Run& run) const {
     return {.layer = layer.get(), .input = run.arena, .from = from, .zero = zero, .pad_y = pad_y, .pad_x = pad_x,
-            .affine = {steps.data(), bias.data(), gain.data(), shift.data()}, .height = height, .width = width,
+            .affine = {steps.data(), bias.data(), gain.data(), shift.data(), layer->sums()}, .height = height, .width = width,
             .output = nullptr, .to = {}, .step = 1, .low = 0, .high = 0, .finish = {nullptr, false}, .floats = nullptr};
 }
 
