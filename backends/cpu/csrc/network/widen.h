@@ -15,7 +15,7 @@ using FewBytes = Vector<std::uint8_t, kFloats>;
 
 template <class Byte>
 inline Integers widened(const void* bytes) {
-    constexpr bool is_signed = std::is_signed_v<Byte>;
+    [[maybe_unused]] constexpr bool is_signed = std::is_signed_v<Byte>;
 #if defined(__AVX512F__)
     const __m128i x = std::bit_cast<__m128i>(load<FewBytes>(bytes));
     return std::bit_cast<Integers>(is_signed ? _mm512_cvtepi8_epi32(x) : _mm512_cvtepu8_epi32(x));
