@@ -127,23 +127,36 @@ void add(const std::uint8_t* a, const std::uint8_t* b, std::int64_t count, int o
     }
 }
 
+// Returns the taps of a window from `start` on that lie in the image: from the first one, as many.
+struct Inside {
+    Index first, count;
+    Inside(Index start, Index taps, Index dilation, Index size) {
+        first = start < 0 ? (dilation - 1 - start) / dilation : 0;
+        const Index last = start >= size ? 0 : smaller(taps, (size - 1 - start) / dilation + 1);
+        count = last - first;
+    }
+};
+
 void pool(const PoolJob& job, std::int64_t sample, std::int64_t y) {
     const Window& window = job.window;
     const Image &from = job.from, &to = job.to;
+    const Index top = y * window.stride_y - job.pad_y;
+    const Inside rows(top, window.height, window.dilation_y, from.height);
     for (Index x = 0; x < to.width; ++x) {
+        const Index left = x * window.stride_x - job.pad_x;
+        const Inside columns(left, window.width, window.dilation_x, from.width);
+        const std::uint8_t* const first = job.input + from.at(sample, top + rows.first * window.dilation_y,
+                                                              left + columns.first * window.dilation_x);
         std::uint8_t* const result = job.output + to.at(sample, y, x);
-        bool is_first = true;
-        for (Index i = 0; i < window.taps(); ++i) {
-            const Index row = y * window.stride_y - job.pad_y + i / window.width * window.dilation_y;
-            const Index column = x * window.stride_x - job.pad_x + i % window.width * window.dilation_x;
-            if (row < 0 || row >= from.height || column < 0 || column >= from.width) continue;
-            const std::uint8_t* const codes = job.input + from.at(sample, row, column);
-            if (is_first) {
-                for (Index c = 0; c < to.channels; ++c) result[c] = codes[c];
-            } else {
-                for (Index c = 0; c < to.channels; ++c) result[c] = codes[c] > result[c] ? codes[c] : result[c];
+        for (Index c = 0; c < to.channels; c += kMapped) {
+            Mapped largest = {};
+            for (Index i = 0; i < rows.count; ++i) {
+                const std::uint8_t* codes = first + i * window.dilation_y * from.row() + c;
+                for (Index j = 0; j < columns.count; ++j, codes += window.dilation_x * from.stride) {
+                    largest = larger(load<Mapped>(codes), largest);
+                }
             }
-            is_first = false;
+            store_some(largest, to.channels - c, result + c);
         }
     }
 }
