@@ -15,7 +15,7 @@ from nmcompile.own_thread import exporting_alone
 from nmcompile.printable import first_line
 
 aten = torch.ops.aten
-NOTHING = frozenset({aten.alias.default, aten.detach.default})
+NOTHING = frozenset({aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default})
 
 
 @dataclass(frozen=True)

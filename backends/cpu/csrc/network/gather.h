@@ -37,26 +37,25 @@ public:
 
     std::int64_t depth() const { return window_.height * runs_ * run_; }
 
-    void pixel(std::int64_t number, std::uint8_t* to) const {
-        const std::uint8_t* const from = first(number);
+    void pixel(const std::uint8_t* from, std::uint8_t* to) const {
         for (std::int64_t y = 0; y < window_.height; ++y) {
             for (std::int64_t x = 0; x < runs_; ++x, to += run_) copy_run(from + offset(y, x), run_, to);
         }
     }
 
-    void pair(std::int64_t number, std::int64_t other, std::uint8_t* to) const {
-        const std::uint8_t *const a = first(number), *const b = first(other);
+    void pair(const std::uint8_t* a, const std::uint8_t* b, std::uint8_t* to) const {
         for (std::int64_t y = 0; y < window_.height; ++y) {
             for (std::int64_t x = 0; x < runs_; ++x, to += run_) pair_run(a + offset(y, x), b + offset(y, x), run_, to);
         }
     }
 
-    // Returns what the first tap reads for a pixel of the result.
-    const std::uint8_t* first(std::int64_t number) const {
-        const std::int64_t x = number % job_.width, y = number / job_.width % job_.height;
-        const std::int64_t sample = number / (job_.width * job_.height);
-        return start_ + sample * job_.from.sample() + y * window_.stride_y * job_.from.row() +
-               x * window_.stride_x * job_.from.stride;
+    // Finds what the first tap reads for each pixel of an extent.
+    void find(const Extent& extent, const std::uint8_t** firsts) const {
+        Walk walk(extent.pixel, job_.height, job_.width);
+        for (std::int64_t p = 0; p < extent.pixels; ++p, walk.next()) {
+            firsts[p] = start_ + walk.sample * job_.from.sample() + walk.y * window_.stride_y * job_.from.row() +
+                        walk.x * window_.stride_x * job_.from.stride;
+        }
     }
 
 private:

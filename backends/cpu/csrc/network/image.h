@@ -21,9 +21,21 @@ struct Image {
     std::int64_t at(std::int64_t n, std::int64_t y, std::int64_t x) const {
         return offset + n * sample() + (y + halo) * row() + (x + halo) * stride;
     }
-    // Returns the offset of a pixel by its number among the pixels of all samples.
-    std::int64_t at(std::int64_t pixel) const {
-        return at(pixel / (height * width), pixel / width % height, pixel % width);
+};
+
+// The pixels of images one after the other: divides once, then counts.
+struct Walk {
+    std::int64_t height, width, sample, y, x;
+
+    Walk(std::int64_t pixel, std::int64_t height, std::int64_t width)
+        : height(height), width(width), sample(pixel / (height * width)), y(pixel / width % height), x(pixel % width) {}
+
+    void next() {
+        if (++x < width) return;
+        x = 0;
+        if (++y < height) return;
+        y = 0;
+        ++sample;
     }
 };
 

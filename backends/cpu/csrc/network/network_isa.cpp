@@ -23,12 +23,13 @@ struct Places {
 
     Places(const LayerJob& job, const Extent& extent) {
         const Index area = job.height * job.width;
-        for (Index p = 0; p < extent.pixels; ++p) {
-            const Index pixel = extent.pixel + p;
+        Walk walk(extent.pixel, job.height, job.width);
+        for (Index p = 0; p < extent.pixels; ++p, walk.next()) {
             if (job.floats) {
-                floats[p] = job.floats + pixel / area * job.layer->outs() * area + pixel % area;
+                const Index pixel = extent.pixel + p;
+                floats[p] = job.floats + walk.sample * (job.layer->outs() - 1) * area + pixel;
             } else {
-                codes[p] = job.output + job.to.at(pixel);
+                codes[p] = job.output + job.to.at(walk.sample, walk.y, walk.x);
             }
         }
     }
@@ -43,20 +44,23 @@ struct Places {
 
     void finish(const LayerJob& job, Index out, Index count, Index pixels) const {
         if (job.floats || !(job.finish.table || job.finish.prunes)) return;
-        for (Index p = 0; p < pixels; ++p) finish_codes(codes[p] + out, count, job.finish);
+        for (Index p = 0, next = 1; p < pixels; p = next++) {
+            while (next < pixels && codes[next] == codes[next - 1] + count) ++next;  // no gap between their codes
+            finish_codes(codes[p] + out, (next - p) * count, job.finish);
+        }
     }
 };
 
 void gather_group(const LayerJob& job, const Extent& extent, Index group, Index stride, std::uint8_t* scratch) {
     const Gather gather(job, group);
+    const std::uint8_t* firsts[kTilePixels + 1];
+    gather.find(extent, firsts);
     if (job.layer->form() == Form::dense) {
-        for (Index p = 0; p < extent.pixels; ++p) gather.pixel(extent.pixel + p, scratch + p * stride);
+        for (Index p = 0; p < extent.pixels; ++p) gather.pixel(firsts[p], scratch + p * stride);
         return;
     }
-    for (Index p = 0; p < extent.pixels; p += 2) {
-        const Index other = smaller(p + 1, extent.pixels - 1);  // a last one without a partner is its own
-        gather.pair(extent.pixel + p, extent.pixel + other, scratch + p / 2 * stride);
-    }
+    firsts[extent.pixels] = firsts[extent.pixels - 1];  // a last one without a partner is its own
+    for (Index p = 0; p < extent.pixels; p += 2) gather.pair(firsts[p], firsts[p + 1], scratch + p / 2 * stride);
 }
 
 // Lines count on over the groups; the range of an extent lies in one group, or starts and ends with groups.
@@ -78,7 +82,7 @@ void depthwise_layer(const LayerJob& job, const Extent& extent, const Places& pl
     std::int32_t sums[kTilePixels][kOuts];
     const std::uint8_t* inputs[kTilePixels];
     const Gather gather(job, 0);
-    for (Index p = 0; p < extent.pixels; ++p) inputs[p] = gather.first(extent.pixel + p);
+    gather.find(extent, inputs);
     for (Index number = extent.line; number < extent.line + extent.lines; ++number) {
         const Index out = number * kOuts;
         depthwise_sums(job, out, extent.pixels, inputs, sums);

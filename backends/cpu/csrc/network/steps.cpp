@@ -130,7 +130,7 @@ bool Flatten::run(const Run& run) const {
     for (std::int64_t n = 0; n < from.samples; ++n) {
         std::uint8_t* const codes = run.arena + to.at(n, 0, 0);
         for (std::int64_t pixel = 0; pixel < area; ++pixel) {
-            const std::uint8_t* const source = run.arena + from.at(n * area + pixel);
+            const std::uint8_t* const source = run.arena + from.at(n, pixel / from.width, pixel % from.width);
             for (std::int64_t c = 0; c < from.channels; ++c) codes[c * area + pixel] = source[c];
         }
         run.kernels.finish(codes, to.channels, {pointer(table), prunes});
