@@ -1,4 +1,4 @@
-// Sums of a depthwise window.
+// Sums of a depthwise window: kChunk out-channels for the pixels of a tile.
 #pragma once
 
 #include "network/network_isa.h"
@@ -6,42 +6,118 @@
 
 namespace nmcompile::NMCOMPILE_ISA {
 
-constexpr std::int64_t kMostTaps = 9;  // whose integers fit into registers
+// Some taps of a window. Their integers are read once for all pixels.
+struct Taps {
+    static constexpr int kMost = 12;
+    bool is_first;  // sums are written, not added to
+    int count;
+    std::int64_t offsets[kMost];           // from the first tap
+    const std::uint8_t* integers[kMost];   // of all channels
 
-// Adds some taps for kOuts channels of each pixel; `inputs` is what the first tap reads for the first of these channels.
-// Reads the integers once for all pixels.
-template <int kTaps>
-void add_taps(const LayerJob& job, std::int64_t first, std::int64_t channel, std::int64_t pixels,
-              const std::uint8_t* const* inputs, std::int32_t (*sums)[kOuts]) {
-    const Window& window = job.layer->window();
-    const auto* integers = reinterpret_cast<const std::int8_t*>(job.layer->packed());
-    for (std::int64_t i = 0; i < kOuts; i += kFloats) {
-        Integers weights[kTaps];
-        std::int64_t offsets[kTaps];
-#pragma GCC unroll 9
-        for (int t = 0; t < kTaps; ++t) {
+    Taps(const LayerJob& job, std::int64_t first) : is_first(first == 0) {
+        const Window& window = job.layer->window();
+        const std::int64_t rest = window.taps() - first;
+        count = static_cast<int>(rest < kMost ? rest : kMost);
+        for (int t = 0; t < count; ++t) {
             const std::int64_t y = (first + t) / window.width, x = (first + t) % window.width;
-            weights[t] = widened<std::int8_t>(integers + (first + t) * job.layer->outs() + channel + i);
-            offsets[t] = y * window.dilation_y * job.from.row() + x * window.dilation_x * job.from.stride + channel + i;
+            offsets[t] = y * window.dilation_y * job.from.row() + x * window.dilation_x * job.from.stride;
+            integers[t] = job.layer->packed() + (first + t) * job.layer->outs();
         }
-        for (std::int64_t p = 0; p < pixels; ++p) {
-            Integers sum = load<Integers>(sums[p] + i);
-#pragma GCC unroll 9
-            for (int t = 0; t < kTaps; ++t) sum += widened<std::uint8_t>(inputs[p] + offsets[t]) * weights[t];
-            store(sum, sums[p] + i);
+    }
+};
+
+#if defined(__AVX512VNNI__)
+constexpr std::int64_t kChunk = 4 * kOuts;
+
+struct Four {
+    __m512i of[4];
+};
+
+// Brings four bytes of each channel side by side; of each sixteen channels, four come into each vector.
+inline Four side_by_side(const Four& x) {
+    const __m512i first = _mm512_unpacklo_epi8(x.of[0], x.of[1]), second = _mm512_unpackhi_epi8(x.of[0], x.of[1]);
+    const __m512i third = _mm512_unpacklo_epi8(x.of[2], x.of[3]), fourth = _mm512_unpackhi_epi8(x.of[2], x.of[3]);
+    return {{_mm512_unpacklo_epi16(first, third), _mm512_unpackhi_epi16(first, third),
+             _mm512_unpacklo_epi16(second, fourth), _mm512_unpackhi_epi16(second, fourth)}};
+}
+
+// Brings the sums into the order of channels.
+inline Four in_order(const Four& x) {
+    const __m512i first = _mm512_shuffle_i32x4(x.of[0], x.of[1], 0x44), second = _mm512_shuffle_i32x4(x.of[0], x.of[1], 0xEE);
+    const __m512i third = _mm512_shuffle_i32x4(x.of[2], x.of[3], 0x44), fourth = _mm512_shuffle_i32x4(x.of[2], x.of[3], 0xEE);
+    return {{_mm512_shuffle_i32x4(first, third, 0x88), _mm512_shuffle_i32x4(first, third, 0xDD),
+             _mm512_shuffle_i32x4(second, fourth, 0x88), _mm512_shuffle_i32x4(second, fourth, 0xDD)}};
+}
+
+// Adds up to 4 * kFours taps, four with an instruction.
+template <int kFours>
+inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels, const std::uint8_t* const* inputs,
+                     std::int32_t (*sums)[kTilePixels][kOuts]) {
+    Four weights[kFours];
+    std::int64_t offsets[4 * kFours];
+#pragma GCC unroll 3
+    for (int f = 0; f < kFours; ++f) {
+        Four read;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const int tap = 4 * f + i;
+            offsets[tap] = channel + taps.offsets[tap < taps.count ? tap : 0];
+            read.of[i] = tap < taps.count ? _mm512_loadu_si512(taps.integers[tap] + channel) : _mm512_setzero_si512();
+        }
+        weights[f] = side_by_side(read);
+    }
+    for (std::int64_t p = 0; p < pixels; ++p) {
+        Four all = {};
+#pragma GCC unroll 3
+        for (int f = 0; f < kFours; ++f) {
+            Four read;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) read.of[i] = _mm512_loadu_si512(inputs[p] + offsets[4 * f + i]);
+            const Four codes = side_by_side(read);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) all.of[i] = _mm512_dpbusd_epi32(all.of[i], codes.of[i], weights[f].of[i]);
+        }
+        const Four found = in_order(all);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m512i before = taps.is_first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums[i][p]);
+            _mm512_storeu_si512(sums[i][p], _mm512_add_epi32(before, found.of[i]));
         }
     }
 }
 
-inline void depthwise_sums(const LayerJob& job, std::int64_t channel, std::int64_t pixels,
-                           const std::uint8_t* const* inputs, std::int32_t (*sums)[kOuts]) {
-    __builtin_memset(sums, 0, pixels * sizeof(*sums));
-    const std::int64_t taps = job.layer->window().taps();
-    std::int64_t first = 0;
-    for (; first + kMostTaps <= taps; first += kMostTaps) {
-        add_taps<kMostTaps>(job, first, channel, pixels, inputs, sums);
+inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels, const std::uint8_t* const* inputs,
+                     std::int32_t (*sums)[kTilePixels][kOuts]) {
+    if (taps.count > 8) return add_taps<3>(taps, channel, pixels, inputs, sums);
+    if (taps.count > 4) return add_taps<2>(taps, channel, pixels, inputs, sums);
+    add_taps<1>(taps, channel, pixels, inputs, sums);
+}
+#else
+constexpr std::int64_t kChunk = kOuts;
+
+inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels, const std::uint8_t* const* inputs,
+                     std::int32_t (*sums)[kTilePixels][kOuts]) {
+    for (std::int64_t i = 0; i < kOuts; i += kFloats) {
+        Integers weights[Taps::kMost];
+        for (int t = 0; t < taps.count; ++t) weights[t] = widened<std::int8_t>(taps.integers[t] + channel + i);
+        for (std::int64_t p = 0; p < pixels; ++p) {
+            Integers sum = taps.is_first ? Integers{} : load<Integers>(sums[0][p] + i);
+            for (int t = 0; t < taps.count; ++t) {
+                sum += widened<std::uint8_t>(inputs[p] + taps.offsets[t] + channel + i) * weights[t];
+            }
+            store(sum, sums[0][p] + i);
+        }
     }
-    for (; first < taps; ++first) add_taps<1>(job, first, channel, pixels, inputs, sums);
+}
+#endif
+
+// Computes kChunk channels from `channel` on, kOuts of them in each of `sums`; sums behind the last channel mean nothing.
+// `inputs` is what the first tap reads for each pixel.
+inline void depthwise_sums(const LayerJob& job, std::int64_t channel, std::int64_t pixels,
+                           const std::uint8_t* const* inputs, std::int32_t (*sums)[kTilePixels][kOuts]) {
+    for (std::int64_t first = 0; first < job.layer->window().taps(); first += Taps::kMost) {
+        add_taps(Taps(job, first), channel, pixels, inputs, sums);
+    }
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -79,14 +79,15 @@ void products_layer(const LayerJob& job, const Extent& extent, const Places& pla
 }
 
 void depthwise_layer(const LayerJob& job, const Extent& extent, const Places& places) {
-    std::int32_t sums[kTilePixels][kOuts];
+    std::int32_t sums[kChunk / kOuts][kTilePixels][kOuts];
     const std::uint8_t* inputs[kTilePixels];
-    const Gather gather(job, 0);
-    gather.find(extent, inputs);
-    for (Index number = extent.line; number < extent.line + extent.lines; ++number) {
-        const Index out = number * kOuts;
-        depthwise_sums(job, out, extent.pixels, inputs, sums);
-        places.write(job, out, smaller(kOuts, job.layer->outs() - out), extent.pixels, sums);
+    Gather(job, 0).find(extent, inputs);
+    const Index last = smaller((extent.line + extent.lines) * kOuts, job.layer->outs());
+    for (Index chunk = extent.line * kOuts; chunk < last; chunk += kChunk) {
+        depthwise_sums(job, chunk, extent.pixels, inputs, sums);
+        for (Index out = chunk; out < smaller(chunk + kChunk, last); out += kOuts) {
+            places.write(job, out, smaller(kOuts, last - out), extent.pixels, sums[(out - chunk) / kOuts]);
+        }
     }
 }
 
