@@ -1,5 +1,6 @@
 """A program under construction: the steps so far, and what each node of the graph has become."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.fx.node import map_aggregate
 
 from nmcompile.export.deployed_layer import DeployedActivation
 from nmcompile.runtime.codes import Codes, full, image_of, is_identity, step_of, values_on
+from nmcompile.runtime.layers import RuntimeLayer
 from nmcompile.runtime.steps import Add, Call, Decode, Encode, Image, Layer, Recode, Step, Value
 from nmcompile.runtime.trace import shape_of
 
@@ -17,11 +19,13 @@ class Builder:
     """A list of steps, and by node codes, a value of torch, or a constant.
 
     Attributes:
+        layers: by their conv or linear node.
         steps: in order.
         results: by node; those of nodes that a layer takes along are there before their turn.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[fx.Node, RuntimeLayer]) -> None:
+        self.layers = layers
         self.steps: list[Step] = []
         self.results: dict[fx.Node, object] = {}
         self._floats: dict[fx.Node, object] = {}
@@ -35,6 +39,12 @@ class Builder:
         """Return the codes that a node has become; None if it is anything else."""
         found = self.results.get(node) if isinstance(node, fx.Node) else None
         return found if isinstance(found, Codes) else None
+
+    def is_computed(self, node: fx.Node) -> bool:
+        """Return whether a node is float32 and depends on the inputs of the network."""
+        value = node.meta.get("val")
+        is_float32 = isinstance(value, Tensor) and value.dtype == torch.float32
+        return is_float32 and isinstance(self.results[node], Codes | Value)
 
     def floats(self, node: fx.Node) -> object:
         """Return a node as torch has it: a value, or a constant."""
@@ -72,11 +82,16 @@ class Builder:
 
     def encoded(self, value: object, wanted: DeployedActivation, shape: tuple[int, ...], channel_dim: int) -> Codes:
         """Put a value on a grid."""
-        image, grid = image_of(shape, channel_dim), wanted.grid
-        assert isinstance(value, Value) and image is not None and grid is not None
-        step = step_of(wanted)
-        self.add(Encode(value, image, float(step), grid.low, grid.high))
-        return Codes(image, values_on(wanted), shape, channel_dim, step)
+        image = image_of(shape, channel_dim)
+        assert image is not None
+        self.encode(value, wanted, image)
+        return Codes(image, values_on(wanted), shape, channel_dim, step_of(wanted))
+
+    def encode(self, value: object, wanted: DeployedActivation, image: Image) -> None:
+        """Write the codes of a value on a grid."""
+        grid = wanted.grid
+        assert isinstance(value, Value) and grid is not None
+        self.add(Encode(value, image, float(step_of(wanted)), grid.low, grid.high))
 
     def recoded(self, codes: Codes, table: Tensor, prune: bool = False) -> Image:
         """Return the image after a table, uint8, and pruning; the same one if neither changes it."""

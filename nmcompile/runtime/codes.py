@@ -21,11 +21,6 @@ ELEMENTWISE = frozenset({
     aten.hardsigmoid.default, aten.threshold.default, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor,
     aten.div.Scalar,
 })  # fmt: skip
-# Rounding to a grid and these commute: each keeps an element or puts a bound in its place.
-BOUNDS = frozenset({
-    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default,
-    aten.clamp_max.default,
-})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,11 @@ def lower(graph: Graph, layers: Mapping[str, list[RuntimeLayer]]) -> Program:
     """
     found = {node: layer for node in graph.graph.nodes if (layer := _layer_at(node, graph, layers)) is not None}
     _check_found({layer.name: layer for several in layers.values() for layer in several}, found)
-    builder = Builder()
+    builder = Builder(found)
     builder.results.update(graph.constants)
     inputs = {node: Value(shape_of(node)) for node in graph.inputs}
     builder.results.update(inputs)
-    lowering = LayerLowering(builder, found, graph.parameters)
+    lowering = LayerLowering(builder, graph.parameters)
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             builder.results[node] = graph.attribute(node)

@@ -12,14 +12,14 @@ from nmcompile.ir.layers import ConvLayer
 from nmcompile.ir.operations import to_grid
 from nmcompile.pruning.references import OPERATORS
 from nmcompile.runtime.builder import Builder
-from nmcompile.runtime.codes import BOUNDS, Codes, image_of, prunes_codes, step_of, values_on
+from nmcompile.runtime.codes import Codes, image_of, prunes_codes, step_of, values_on
 from nmcompile.runtime.layers import RuntimeLayer
+from nmcompile.runtime.readers import grid_of_readers
 from nmcompile.runtime.steps import Call, Layer, LayerToFloats, Value, Weights, Window
 from nmcompile.runtime.trace import norm_result, shape_of
 
 aten = torch.ops.aten
 CONVS = frozenset({aten.conv2d.default, aten.conv2d.padding})
-PASSED = BOUNDS | {aten.max_pool2d.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints}
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,15 @@ class LayerLowering:
 
     Args:
         builder: where steps go.
-        layers: by the conv or linear node.
         parameters: the names of parameters and buffers, by node.
     """
 
     builder: Builder
-    layers: Mapping[fx.Node, RuntimeLayer]
     parameters: Mapping[fx.Node, str]
 
     def lower(self, node: fx.Node) -> None:
         """Add a layer's steps, and note the results of its node and of its norm."""
-        layer = self.layers[node]
+        layer = self.builder.layers[node]
         end = self._end(node, layer)
         result = self._integers(node, end, layer) if self._fits(node, layer) else self._floats(node, end, layer)
         nodes = (node,) if end is node else (node, end.all_input_nodes[0], end)
@@ -62,8 +60,7 @@ class LayerLowering:
         """Return whether integer kernels compute the node."""
         source, geometry = node.args[0], layer.layer
         assert isinstance(source, fx.Node)
-        is_known = isinstance(self.builder.results[source], Codes | Value) and _is_float32(source)
-        if not (layer.has_integers and is_known):
+        if not (layer.has_integers and self.builder.is_computed(source)):
             return False
         if not isinstance(geometry, ConvLayer):
             return node.target is aten.linear.default and len(shape_of(source)) > 1
@@ -98,25 +95,9 @@ class LayerLowering:
         """Return the grid to which the result may be rounded; None if floats have to stay, or pruning is not 4:8."""
         output = layer.deployed.output
         if output == DeployedActivation():
-            return self._grid_of_readers(end)
+            return grid_of_readers(end, self.builder.layers)
         is_known = output.pattern is None or prunes_codes(output, layer.layer.out_features)
         return output if output.grid is not None and is_known else None
-
-    def _grid_of_readers(self, end: fx.Node) -> DeployedActivation | None:
-        """Return the one grid on which all readers put a result, at the latest behind bounds and max-pooling."""
-        found, waiting = set[DeployedActivation](), [end]
-        while waiting:
-            node = waiting.pop()
-            for user in node.users:
-                layer = self.layers.get(user)
-                if layer is not None and user.args[0] is node and layer.deployed.input.grid is not None:
-                    input = layer.deployed.input
-                    found.add(DeployedActivation(None, input.grid, input.scale))
-                elif user.target in PASSED and len(user.all_input_nodes) == 1:
-                    waiting.append(user)
-                else:
-                    return None
-        return found.pop() if len(found) == 1 else None
 
     def _floats(self, node: fx.Node, end: fx.Node, layer: RuntimeLayer) -> object:
         """Compute what the module computes, by torch's own operator on activations on their grids."""
@@ -189,8 +170,3 @@ def _window(layer: RuntimeLayer) -> Window:
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     height, width = sizes
     return height, width
-
-
-def _is_float32(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype == torch.float32

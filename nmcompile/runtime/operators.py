@@ -1,13 +1,15 @@
 """Operators between layers -> steps on codes, where codes can do them; else torch computes floats."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
+from nmcompile.export.deployed_layer import DeployedActivation
 from nmcompile.runtime.builder import Builder
-from nmcompile.runtime.codes import Codes, full, image_of, is_elementwise, is_identity
+from nmcompile.runtime.codes import Codes, full, image_of, is_elementwise, is_identity, step_of, values_on
+from nmcompile.runtime.readers import grid_of_readers
 from nmcompile.runtime.steps import CODES, Add, Flatten, Image, MaxPool, Recode, Window
 from nmcompile.runtime.trace import shape_of
 
@@ -84,28 +86,42 @@ def _bounded_by_reader(builder: Builder, node: fx.Node, sums: Codes) -> tuple[Co
 
 
 def cat(builder: Builder, node: fx.Node) -> Codes | None:
-    """Concatenate channels, if all values together have a code each."""
-    nodes, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    assert isinstance(nodes, list | tuple) and isinstance(dim, int)
-    parts = [part for part in map(builder.codes_of, nodes) if part is not None]
-    shape, step = shape_of(node), parts[0].step if parts else None
-    if step is None or len(parts) < len(nodes) or {part.channel_dim for part in parts} != {dim % len(shape)}:
+    """Concatenate channels: on the grid of all readers if they have one, else as codes of all values together."""
+    given, shape = node.args[0], shape_of(node)
+    dim = node.args[1] if len(node.args) > 1 else 0
+    assert isinstance(given, list | tuple) and isinstance(dim, int)
+    nodes = [one for one in given if isinstance(one, fx.Node)]
+    dim %= len(shape)
+    whole, parts = image_of(shape, dim), [builder.codes_of(one) for one in nodes]
+    if whole is None or any(part is not None and part.channel_dim != dim for part in parts):
         return None
-    values = torch.cat([part.values for part in parts]).unique()
-    if len(values) > CODES:
+    wanted = grid_of_readers(node, builder.layers)
+    if wanted is not None and all(builder.is_computed(one) for one in nodes):
+        _write_slices(builder, [part or one for one, part in zip(nodes, parts, strict=True)], whole, wanted)
+        return Codes(whole, values_on(wanted), shape, dim, step_of(wanted))
+    known = [part for part in parts if part is not None]
+    values = torch.cat([part.values for part in known]).unique() if len(known) == len(nodes) else torch.empty(0)
+    if not 0 < len(values) <= CODES:
         return None
-    whole = image_of(shape, dim % len(shape))
-    assert whole is not None
+    _write_slices(builder, known, whole, values)
+    return Codes(whole, values, shape, dim, known[0].step)
+
+
+def _write_slices(
+    builder: Builder, parts: Sequence[Codes | fx.Node], whole: Image, wanted: DeployedActivation | Tensor
+) -> None:
+    """Write codes and floats side by side, as codes of a grid, or of a sorted list of values."""
     first = 0
     for part in parts:
-        _copy(builder, part, torch.searchsorted(values, part.values).to(torch.uint8), whole, first)
-        first += part.image.channels
-    return Codes(whole, values, shape, dim % len(shape), step)
-
-
-def _copy(builder: Builder, part: Codes, table: Tensor, whole: Image, first: int) -> None:
-    output = Image(*part.image.shape, whole, first)
-    builder.add(Recode(part.image, output, None if is_identity(table) else full(table)))
+        shape, dim = (part.shape, part.channel_dim) if isinstance(part, Codes) else (shape_of(part), 1)
+        output = Image(*whole.shape[:3], shape[dim], whole, first)
+        first += shape[dim]
+        if isinstance(part, Codes):
+            table = torch.searchsorted(wanted, part.values) if isinstance(wanted, Tensor) else part.table(wanted)
+            builder.add(Recode(part.image, output, None if is_identity(table) else full(table.to(torch.uint8))))
+        else:
+            assert isinstance(wanted, DeployedActivation)
+            builder.encode(builder.floats(part), wanted, output)
 
 
 def max_pool(builder: Builder, node: fx.Node) -> Codes | None:
