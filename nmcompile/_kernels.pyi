@@ -164,6 +164,18 @@ def multiply_integers(
     float32. All are contiguous.
     """
 
+class FrozenLinear:
+    """A linear layer whose operands, its input excepted, do not change."""
+
+    def __init__(
+        self, packed: PackedIntegers, step: float, low: int, high: int, steps: Tensor, bias: Tensor | None
+    ) -> None: ...
+    def run(self, input: int, tokens: int, output: int, isa: str, threads: int) -> bool:
+        """Round the float32 tokens at address `input` to the grid, and write the results to address `output`.
+
+        Return False, and leave the output undefined, if one is a NaN.
+        """
+
 Image = tuple[int, int, int, int, int, int, int, int]
 """Offset in the arena, samples, height, width, channels, halo, fill, and bytes from a pixel to the next."""
 

@@ -10,13 +10,14 @@ from nmcompile.backends.cpu.cost import predicted_speedup
 from nmcompile.backends.cpu.gemm import Geometry
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.packed_weights import forget_packs
-from nmcompile.backends.shared.choose_kernel import UNFIT, run_best
+from nmcompile.backends.shared.choose_kernel import SMALL, UNFIT, run_best
 from nmcompile.backends.shared.known_choices import is_doubted
 from nmcompile.ir import choice_slot
 from nmcompile.ir.choice import Choice
 
 AT_REST = "forward at rest"
 ON_GRID = "forward at rest on a grid"
+FROZEN_ON_GRID = "forward frozen on a grid"
 DTYPES = torch.float32, torch.bfloat16
 READING = 16  # multiplications that take as long as reading a weight from memory
 
@@ -33,7 +34,8 @@ class GemmCall(NamedTuple):
 
     Args:
         phase: `"forward"`, `AT_REST` (with a weight that stays packed), `ON_GRID` (the same, packed as integers),
-            `"backward"` or `"update"`; it includes the pruning that a kernel does itself.
+            `FROZEN_ON_GRID` (the same in one native call), `"backward"` or `"update"`; it includes the pruning that a
+            kernel does itself.
         geometry: the layer's geometry.
         operands: the operands of the kernels.
         rows, depth, lanes: sizes of one group's product (see `nmcompile.backends.cpu.contraction`).
@@ -85,7 +87,7 @@ class GemmCall(NamedTuple):
         for x in self.operands:  # a loop, as each call of a small layer comes here
             if x is not None and not (x.is_cpu and (x.dtype == dtype or x.dtype == torch.bool)):
                 return False
-        return dtype in (DTYPES[:1] if self.phase == ON_GRID else DTYPES)
+        return dtype in (DTYPES[:1] if self.phase in (ON_GRID, FROZEN_ON_GRID) else DTYPES)
 
     def _problem(self) -> Hashable:
         """Return everything that decides the time of the kernels."""
@@ -95,12 +97,14 @@ class GemmCall(NamedTuple):
     def _multiplications(self) -> int:
         """Return the multiplications of the dense product, or the equivalent of reading the weight if that is more."""
         lanes = max(self.lanes, READING) if self.phase == ON_GRID else self.lanes
-        return self.rows * self.depth * lanes * self.geometry.groups
+        product = self.rows * self.depth * lanes * self.geometry.groups
+        # One native call takes less than the overhead for which small products run dense.
+        return max(product, SMALL) if self.phase == FROZEN_ON_GRID else product
 
     def _predicted(self) -> float | None:
         """Return the predicted speed-up; None for integers and bfloat16, which the cost model does not cover."""
         first = self.operands[0]
-        if self.phase == ON_GRID or (first is not None and first.dtype != torch.float32):
+        if self.phase in (ON_GRID, FROZEN_ON_GRID) or (first is not None and first.dtype != torch.float32):
             return None
         threads = torch.get_num_threads()
         return predicted_speedup(self.rows, self.depth, self.lanes, self.geometry.is_linear, threads)

@@ -104,16 +104,24 @@ class GridWeight:
 
     def multiply(self, input: GridInput, bias: Tensor | None, output: Tensor) -> bool:
         """Write X Wᵀ + b to a contiguous `output`; return False if an operand has no such integers."""
-        forms, out_features = self.forms, self.shape[0]
-        forms.packed = forms.packed or [self._pack()]
-        (packed,), codes = forms.packed, input.codes()
-        if packed is None or codes is None:
+        packed, codes = self.packed(), input.codes()
+        # Codes are padded to whole blocks, so the kernel cannot tell a depth from another.
+        if packed is None or codes is None or input.values.shape[-1] != self.shape[1]:
             return False
-        steps = (self.step * input.step).reshape(-1).expand(out_features).contiguous()
         bias = None if bias is None else bias.contiguous()
-        rows = output.view(-1, out_features)
-        kernels.multiply_integers(packed, codes, -input.grid.low, steps, bias, rows, *isa_and_threads())
+        rows = output.view(-1, self.shape[0])
+        kernels.multiply_integers(packed, codes, -input.grid.low, self.steps(input), bias, rows, *isa_and_threads())
         return True
+
+    def packed(self) -> "kernels.PackedIntegers | None":
+        """Return the packed integers; None if they cannot be packed."""
+        forms = self.forms
+        forms.packed = forms.packed or [self._pack()]
+        return forms.packed[0]
+
+    def steps(self, input: GridInput) -> Tensor:
+        """Return the steps of the sums, `(out,)`: those of the weight times that of the input."""
+        return (self.step * input.step).reshape(-1).expand(self.shape[0]).contiguous()
 
     def _pack(self) -> "kernels.PackedIntegers | None":
         """Return the integers in three bits for each weight; None if there is a NaN, or some four keep three."""

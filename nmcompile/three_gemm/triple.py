@@ -25,6 +25,7 @@ from nmcompile.three_gemm.mask_source import MaskSource
 from nmcompile.three_gemm.observer import Observer, Results, Values
 from nmcompile.three_gemm.prepared import Prepared, look_of
 from nmcompile.three_gemm.shards import Shards
+from nmcompile.three_gemm.shortcut import Shortcut, find_shortcut, has_shortcut
 from nmcompile.three_gemm.transforms import are_transforms_active, mask_of, run_layer
 from nmcompile.weight_cache import FROZEN, Content, forget, weights_at_rest
 
@@ -77,6 +78,8 @@ class GemmTriple:
         self.frozen: Frozen | None = None
         self.observer: Observer | None = None
         self.prepared: dict[Phase, Prepared] = {}
+        self.shortcut: Shortcut | None = None
+        self.has_shortcut = has_shortcut(graphs[Phase.FORWARD])
         self.choosing = frozenset(phase for phase, _ in graphs if any(meta.choice for meta in graphs.metas(phase)))
         self.called = False
         self._enroll()
@@ -110,8 +113,17 @@ class GemmTriple:
             rows: run only these rows of weight, mask and bias (attention projects queries, keys and values separately),
                 or this matrix of a stack.
         """
+        if self.shortcut is not None and rows is None and not torch.compiler.is_compiling():
+            result = self.shortcut.run(self, input, weight, bias)
+            if result is not None:
+                self._note_output(result)
+                return result
+            self.shortcut = None
         is_trained = torch.is_grad_enabled() and weight.requires_grad
         is_compiling = torch.compiler.is_compiling()
+        if is_compiling and rows is None and self._is_operator(input, weight):
+            note_traced_call(self.serial)
+            return frozen_layer(input, weight, bias, self.serial)
         is_transformed = not is_compiling and are_transforms_active()
         content = None if is_transformed else self._look(weight, is_trained, is_compiling)
         mask = None if self.mask is None else self._mask(self.mask, weight, content, is_trained, is_transformed)
@@ -126,9 +138,12 @@ class GemmTriple:
         else:
             with weights_at_rest(content):
                 output, unbatched = self._output(run, input, weight, bias, mask, rows)
-        self.note_call()
-        if not is_compiling:
-            self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
+        if is_compiling:
+            self.note_call()
+        else:
+            self._note_output(output)
+            if content == FROZEN and self.has_shortcut and rows is None:
+                self.shortcut = find_shortcut(self, bias)
         output = own(output, output.shape[1:]) if unbatched else output
         return output if shards is None else shards.give(output)
 
@@ -138,6 +153,19 @@ class GemmTriple:
             note_traced_call(self.serial)
         else:
             self.called = True
+
+    def _note_output(self, output: Tensor) -> None:
+        """Note that the layer is called, and its number of output positions."""
+        self.note_call()
+        self.positions = output.numel() // max(1, output.shape[self.layer.channel_dim])
+
+    def _is_operator(self, input: Tensor, weight: Tensor) -> bool:
+        """Return whether a graph that is being made calls the layer as an operator, which takes its shortcut."""
+        if self.frozen is None or not self.frozen.holds or torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return False
+        is_taken = self.has_shortcut and self.observer is None and not torch._C._is_any_autocast_enabled()
+        is_plain = input.device.type == weight.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+        return is_taken and is_plain and input.dim() > 1 and self.frozen.covers(weight)
 
     def _output(
         self,
@@ -259,7 +287,7 @@ class GemmTriple:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy is not observed, and has graphs of its own.
-        return self.__dict__ | {"observer": None, "prepared": {}}
+        return self.__dict__ | {"observer": None, "prepared": {}, "shortcut": None}
 
     def __setstate__(self, state: Kwargs) -> None:
         self.__dict__.update(state)
@@ -280,6 +308,29 @@ def note_traced_call(serial: str) -> bool:
 
 # Dynamo calls it, and traces nothing. `torch.compiler.assume_constant_result` sets this mark too, but imports Dynamo.
 setattr(note_traced_call, "_dynamo_marked_constant", True)  # noqa: B010 - functions declare no attributes
+
+
+def run_frozen(input: Tensor, weight: Tensor, bias: Tensor | None, serial: str) -> Tensor:
+    """Call the layer of that number; see `nmcompile::frozen_layer`."""
+    triple = _alive[serial]
+    if triple.shortcut is not None:
+        result = triple.shortcut.run_unseen(triple, input, weight, bias)
+        if result is not None:
+            return result
+    return triple(input, weight, bias)
+
+
+def _frozen_result(input: Tensor, weight: Tensor, bias: Tensor | None, serial: str) -> Tensor:
+    return input.new_empty((*input.shape[:-1], _alive[serial].layer.out_features))
+
+
+# Not by `custom_op`, whose wrappers for autograd take as long as the product of a small layer and one token.
+LIBRARY = torch.library.Library("nmcompile", "FRAGMENT")
+LIBRARY.define("frozen_layer(Tensor input, Tensor weight, Tensor? bias, str serial) -> Tensor")
+LIBRARY.impl("frozen_layer", run_frozen, "CPU")
+torch.library.register_fake("nmcompile::frozen_layer", _frozen_result, lib=LIBRARY)
+frozen_layer: Callable[[Tensor, Tensor, Tensor | None, str], Tensor] = torch.ops.nmcompile.frozen_layer.default
+"""Call a frozen layer from a graph of `torch.compile`; `serial` is the layer's number."""
 
 
 def _run_forward(triple: GemmTriple, *operands: Tensor | None) -> Tensor:

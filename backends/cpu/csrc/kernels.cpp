@@ -5,6 +5,7 @@
 
 #include "fingerprint.h"
 #include "gemm/gemm_module.h"
+#include "integers/frozen_linear_module.h"
 #include "integers/packed_integers_module.h"
 #include "machine/instruction_sets.h"
 #include "machine/spare_memory.h"
@@ -65,6 +66,7 @@ NB_MODULE(_kernels, m) {
     bind_gemm(m);
     bind_network(m);
     bind_packed_integers(m);
+    bind_frozen_linear(m);
     bind_prune(m);
     bind_transposable(m);
 }

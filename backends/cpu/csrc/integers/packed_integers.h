@@ -35,6 +35,7 @@ public:
     std::vector<std::int32_t>& sums() { return sums_; }  // sum of each row's integers
     const std::vector<std::int32_t>& sums() const { return sums_; }
     std::int64_t rows() const { return rows_; }
+    std::int64_t depth() const { return depth_; }
     std::int64_t blocks() const { return (depth_ + kBlockDepth - 1) / kBlockDepth; }  // blocks along the depth
     std::int64_t bytes() const;
 

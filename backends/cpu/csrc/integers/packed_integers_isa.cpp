@@ -85,7 +85,7 @@ void add_blocks(const IntegersJob& job, const std::uint8_t* block, const std::ui
                 std::int32_t (*totals)[kBlockRows]) {
     Sums sums[2][kTokens] = {};
     for (Index i = 0; i < job.blocks; ++i, block += kBlockBytes, input += kBlockDepth) {
-        for (int line = 0; line < kBlockBytes; line += kLaneBytes) __builtin_prefetch(block + kAhead + line);
+        for (int line = 0; line < kBlockBytes; line += kLaneBytes) __builtin_prefetch(block + kAhead + line, 0, 0);
 #pragma GCC unroll 2
         for (int at = 0; at < kLaneBytes; at += kBytes) {
             const Bytes places = load<Bytes>(block + at);
