@@ -40,7 +40,7 @@ asan: $(VENV)/.test  ## the tests of the native kernels under AddressSanitizer
 	cmake --build build/asan --parallel
 	NMCOMPILE_KERNELS=$$(ls build/asan/_kernels.*) ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q tests/backends tests/conformance -k "cpu or gemms or integers"
+		$(BIN)/python -m pytest -q tests/backends tests/conformance -k "cpu or gemms or integers or network or native_operator"
 
 # PYTHONS names some of 3.10 to 3.13; by default it is all that run as python3.X.
 wheel: $(VENV)/.venv  ## build the wheels of a release into dist/ and try each in a fresh environment
