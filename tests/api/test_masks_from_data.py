@@ -460,6 +460,32 @@ def test_a_pruned_input_is_what_the_hessian_sees() -> None:
     assert distance(compiled, model) < distance(magnitude, model)
 
 
+def test_the_hessian_sees_the_integers_that_a_runtime_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are rounded, then pruned, ties to the lowest index: coarse integers tie in most blocks."""
+    seen: list[Tensor] = []
+    add = Hessian.add
+
+    def recording(hessian: Hessian, x: Tensor, dense: Tensor | None = None) -> None:
+        if hessian.layer.name == "2":
+            seen.append(x)
+        add(hessian, x, dense)
+
+    monkeypatch.setattr(Hessian, "add", recording)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    compiled = compiled_by("sparsegpt", model, "inference", args=(batches()[0],)).eval()
+    step = {triple.layer.name: triple for triple in triples_of(compiled)}["2"].steps.of_input()
+    assert step is not None and len(seen) == len(batches())
+    ties = 0
+    for batch, found in zip(batches(), seen, strict=True):
+        integers = (compiled[:2](batch).detach() / step).round().clamp(0, 15).long().reshape(-1, 8).tolist()
+        order = [sorted(range(8), key=lambda place, block=block: (-block[place], place)) for block in integers]
+        kept = [[q * (i in first[:4]) for i, q in enumerate(q8)] for q8, first in zip(integers, order, strict=True)]
+        assert torch.equal((found / step).round().long().reshape(-1, 8), torch.tensor(kept))
+        ties += sum(q8[first[3]] == q8[first[4]] > 0 for q8, first in zip(integers, order, strict=True))
+    assert ties > 10
+
+
 def test_a_quantized_input_is_what_the_hessian_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded to the grid with the least squared error over all batches, beside the dense inputs that it stands for."""
     seen: dict[str, Hessian] = {}
