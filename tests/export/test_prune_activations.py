@@ -6,7 +6,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from nmcompile.export.write.prune_activations import DOMAIN, prune_activation
+from nmcompile.export.write.local_functions import DOMAIN
+from nmcompile.export.write.prune_activations import prune_activation
 from nmcompile.export.write.trace_model import OPSET
 from nmcompile.pruning import NMPattern, greedy_by_value
 from tests.optimized_graphs import integer_model

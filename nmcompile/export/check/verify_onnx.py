@@ -14,6 +14,7 @@ from nmcompile.export.check.compare_runtimes import RuntimeCheck, check_runtimes
 from nmcompile.export.check.example import Example
 from nmcompile.export.check.lockstep import Lockstep
 from nmcompile.export.check.other_sizes import dims_of, other_sizes
+from nmcompile.export.check.spell_out import spell_out
 from nmcompile.export.deployed_layer import DeployedLayer
 from nmcompile.export.write.write_onnx import OnnxReport
 from nmcompile.files.open_onnx import OnnxFile, open_onnx
@@ -52,7 +53,7 @@ def verify_onnx(
     """
     file = open_onnx(report.path)
     _check_zeros(file, report, layers)
-    proto = file.proto if file.path is None else onnx.load(file.path)
+    proto = spell_out(file.proto if file.path is None else onnx.load(file.path))
     checks = check_layers(proto, report.nodes, layers, model, lambda: batches[0].run(model), report.target)
     calls = Counter(node.layer for node in report.nodes)
     called = {node.layer for node in report.nodes if node.name in {check.node for check in checks}}

@@ -14,16 +14,10 @@ Channels before pixels are compared as whole slices; channels in the last dim ar
 Ties go to the lowest index in both. Activations on a grid are pruned as integers (`prune_integers.py`).
 """
 
-from collections.abc import Sequence
-
-import onnx
 import onnx_ir as ir
 
-from nmcompile.export.write.build_nodes import insert_before
-from nmcompile.export.write.trace_model import OPSET
+from nmcompile.export.write.local_functions import add_function, call_function
 from nmcompile.pruning.pattern import NMPattern
-
-DOMAIN = "nmcompile"
 
 
 def prune_activation(
@@ -33,27 +27,7 @@ def prune_activation(
     body = _by_rank(pattern) if layout == "Channels" else _by_top_k(pattern)
     operator = f"PruneByValue_{pattern.n_keep}_{pattern.block}_{layout}"
     add_function(model, operator, body)
-    return call_function(node, operator, x, name)
-
-
-def add_function(model: ir.Model, operator: str, body: Sequence[str], attributes: Sequence[str] = ()) -> None:
-    """Add a model-local function y = f(x), with the names of its attributes, unless the model has it."""
-    key = (DOMAIN, operator, "")
-    if key in model.functions:
-        return
-    text = "\n".join(body)
-    header = f'<opset_import: ["" : {OPSET}, "{DOMAIN}" : 1], domain: "{DOMAIN}">'
-    named = f" <{', '.join(attributes)}>" if attributes else ""
-    proto = onnx.parser.parse_function(f"{header}\n{operator}{named} (x) => (y)\n{{\n{text}\n}}")
-    model.functions[key] = ir.serde.deserialize_function(proto)
-    model.opset_imports[DOMAIN] = 1
-
-
-def call_function(node: ir.Node, operator: str, x: ir.Value, name: str, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
-    """Call a model-local function before a node; the result has the shape and type of x."""
-    pruned = insert_before(node, operator, [x], name, domain=DOMAIN, attributes=attributes)
-    pruned.shape, pruned.type = x.shape, x.type
-    return pruned
+    return call_function(node, operator, [x], name)
 
 
 def _by_rank(pattern: NMPattern) -> list[str]:

@@ -6,10 +6,7 @@ An integer q at place i of a block makes the key M q + (M - 1 - i). No two keys 
 integers the first has the largest key. So an element stays if its key is at least the N-th largest, which a network of
 Min and Max finds from M rows, one for each place. Keys of 4-bit integers fit into a byte.
 
-Blocks lie along the last dim in the function that does this, `..._Features`. The one for channels calls it between two
-Transposes. ONNX Runtime's integer convolutions work channels-last, and the Transposes before and after them cancel
-these. A native operator can have the name of `..._Features` (see nmcompile.onnxruntime.register): ONNX Runtime then
-runs it, and not the function.
+Blocks lie along the last dim in `..._Features`, which `..._Channels` calls.
 """
 
 from collections.abc import Sequence
@@ -17,7 +14,7 @@ from collections.abc import Sequence
 import onnx
 import onnx_ir as ir
 
-from nmcompile.export.write.prune_activations import DOMAIN, add_function, call_function
+from nmcompile.export.write.local_functions import add_function, call_channels_last, call_function
 from nmcompile.pruning.pattern import NMPattern
 
 UINT8, INT32 = onnx.TensorProto.UINT8, onnx.TensorProto.INT32
@@ -32,21 +29,8 @@ def prune_integers(
     features, channels = f"{operator}_Features", f"{operator}_Channels"
     add_function(model, features, _body(pattern, UINT8 if is_small else INT32))
     if layout == "Features":
-        return call_function(node, features, x, name)
-    assert x.shape is not None  # every activation of a convolution has a known rank
-    rank = len(x.shape)
-    last, first = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
-    add_function(model, channels, _between_transposes(features), ("last", "first"))
-    orders = [ir.AttrInt64s("last", last), ir.AttrInt64s("first", first)]
-    return call_function(node, channels, x, name, orders)
-
-
-def _between_transposes(features: str) -> list[str]:
-    return [
-        "channels_last = Transpose <perm: ints = @last> (x)",
-        f"pruned = {DOMAIN}.{features} (channels_last)",
-        "y = Transpose <perm: ints = @first> (pruned)",
-    ]
+        return call_function(node, features, [x], name)
+    return call_channels_last(model, node, (features, channels), {"x": x}, name)
 
 
 def _body(pattern: NMPattern, key_type: int) -> list[str]:

@@ -19,7 +19,7 @@ struct Shape;
 struct ShapeContext;
 
 enum class Code { fail = 1, invalid_argument = 2 };
-constexpr int kUint8 = 2;  // among the types of elements
+constexpr int kFloat = 1, kUint8 = 2;  // among the types of elements
 constexpr int kLastVersion = 0x7FFFFFFF;  // of an operator that no later one replaces
 
 using Function = void (*)();
@@ -38,11 +38,12 @@ public:
     Status* create_domain(const char* name, Domain** domain) const { return call<Status*>(26, name, domain); }
     Status* add_operator(Domain* domain, const void* custom) const { return call<Status*>(27, domain, custom); }
     Status* add_domain(SessionOptions* options, Domain* domain) const { return call<Status*>(28, options, domain); }
-    Status* data(const Value* value, std::uint8_t** data) const { return call<Status*>(51, value, data); }
+    Status* data(const Value* value, void** data) const { return call<Status*>(51, value, data); }
     Status* rank(const Shape* shape, std::size_t* rank) const { return call<Status*>(61, shape, rank); }
     Status* sizes(const Shape* shape, std::int64_t* sizes, std::size_t rank) const {
         return call<Status*>(62, shape, sizes, rank);
     }
+    Status* count(const Shape* shape, std::size_t* count) const { return call<Status*>(64, shape, count); }
     Status* shape(const Value* value, Shape** shape) const { return call<Status*>(65, value, shape); }
     Status* input(const Context* context, std::size_t index, const Value** value) const {
         return call<Status*>(90, context, index, value);

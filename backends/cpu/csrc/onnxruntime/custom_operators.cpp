@@ -1,30 +1,20 @@
 // ONNX Runtime calls RegisterCustomOps of a library that is registered with a session's options. The operators have the
 // names of functions in exported files, which they replace there.
 
-#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <vector>
 
-#include "machine/parallel.h"
 #include "onnxruntime/api.h"
-#include "onnxruntime/prune_bytes.h"
+#include "onnxruntime/operators.h"
 
 namespace nmcompile::onnxruntime {
 namespace {
 
-constexpr std::int64_t kBlocksOfAPiece = 1 << 13;  // a few microseconds
-
-// A function of exported files that prunes bytes 4:8 along the last dim.
-struct PruneOperator : CustomOperator {
-    const char* name_in_files;
-    bool wide;
-};
-
 struct Kernel {
     Api api;
-    PruneBytes prune;
-    bool wide;
+    const BytesOperator* operation;
+    InstructionSet isa;
 };
 
 // A shape that is freed at the end of a scope.
@@ -45,50 +35,30 @@ Status* sizes_of(const Api& api, const Value* value, std::vector<std::int64_t>& 
     return api.sizes(owned.shape, sizes.data(), rank);
 }
 
-struct Job {
-    const Kernel& kernel;
-    const std::uint8_t* x;
-    std::uint8_t* pruned;
-    std::int64_t blocks;
-
-    static void piece(void* job, std::size_t number) {
-        const auto& [kernel, x, pruned, blocks] = *static_cast<const Job*>(job);
-        const std::int64_t first = static_cast<std::int64_t>(number) * kBlocksOfAPiece, at = first * kBytesBlock;
-        kernel.prune(x + at, pruned + at, std::min(kBlocksOfAPiece, blocks - first), kernel.wide);
-    }
-};
-
-Status* run(Job job, Context* context) {
-    const std::int64_t count = pieces(job.blocks, kBlocksOfAPiece);
-    if (count > 1) return job.kernel.api.in_parallel(context, Job::piece, static_cast<std::size_t>(count), &job);
-    if (count == 1) Job::piece(&job, 0);
-    return nullptr;
-}
-
 Status* compute(const Kernel& kernel, Context* context) {
     const Api& api = kernel.api;
     const Value* x = nullptr;
-    Value* pruned = nullptr;
+    Value* result = nullptr;
     std::vector<std::int64_t> sizes;
-    std::uint8_t *from = nullptr, *to = nullptr;
+    void *from = nullptr, *to = nullptr;
     if (Status* status = api.input(context, 0, &x)) return status;
     if (Status* status = sizes_of(api, x, sizes)) return status;
-    if (Status* status = api.output(context, 0, sizes.data(), sizes.size(), &pruned)) return status;
+    if (Status* status = api.output(context, 0, sizes.data(), sizes.size(), &result)) return status;
     if (Status* status = api.data(x, &from)) return status;
-    if (Status* status = api.data(pruned, &to)) return status;
+    if (Status* status = api.data(result, &to)) return status;
     std::int64_t count = 1;
     for (const std::int64_t size : sizes) count *= size;
-    if (count % kBytesBlock != 0) {
-        return api.status(Code::invalid_argument, "4:8 pruning: the number of elements is not a multiple of 8");
-    }
-    return run({kernel, from, to, count / kBytesBlock}, context);
+    const Bytes bytes{static_cast<const std::uint8_t*>(from), static_cast<std::uint8_t*>(to), count};
+    return kernel.operation->run(api, context, bytes, kernel.isa);
 }
 
 Status* create(CustomOperator::Self self, const Function* table, const void*, void** kernel) {
-    const bool wide = static_cast<const PruneOperator*>(self)->wide;
-    *kernel = new Kernel{Api(table), prune_bytes_kernel(instruction_sets().front()), wide};
+    *kernel = new Kernel{Api(table), static_cast<const BytesOperator*>(self), instruction_sets().front()};
     return nullptr;
 }
+
+// Scales and steps are inputs 1 and 3 of the operator that has them.
+int input_type(CustomOperator::Self, std::size_t index) { return index == 1 || index == 3 ? kFloat : kUint8; }
 
 std::size_t in_place(int** inputs, int** outputs) {
     *inputs = new int[1]{0};
@@ -101,15 +71,18 @@ void release_in_place(int* inputs, int* outputs) {
     delete[] outputs;
 }
 
-PruneOperator prune_operator(const char* name, bool wide) {
-    PruneOperator result{};
+BytesOperator make(const char* name, std::size_t inputs, decltype(BytesOperator::run) run) {
+    BytesOperator result{};
     result.name_in_files = name;
-    result.wide = wide;
+    result.inputs = inputs;
+    result.run = run;
     result.version = kApiVersion;
-    result.name = [](CustomOperator::Self self) { return static_cast<const PruneOperator*>(self)->name_in_files; };
+    result.name = [](CustomOperator::Self self) { return static_cast<const BytesOperator*>(self)->name_in_files; };
     result.provider = [](CustomOperator::Self) -> const char* { return nullptr; };
-    result.input_type = result.output_type = [](CustomOperator::Self, std::size_t) { return kUint8; };
-    result.input_count = result.output_count = [](CustomOperator::Self) { return std::size_t{1}; };
+    result.input_type = input_type;
+    result.input_count = [](CustomOperator::Self self) { return static_cast<const BytesOperator*>(self)->inputs; };
+    result.output_type = [](CustomOperator::Self, std::size_t) { return kUint8; };
+    result.output_count = [](CustomOperator::Self) { return std::size_t{1}; };
     result.input_kind = result.output_kind = result.input_memory = [](CustomOperator::Self, std::size_t) { return 0; };
     result.least_inputs = result.same_inputs = result.least_outputs = result.same_outputs = result.first_version =
         [](CustomOperator::Self) { return 1; };
@@ -122,14 +95,15 @@ PruneOperator prune_operator(const char* name, bool wide) {
     return result;
 }
 
-const PruneOperator kOperators[] = {
-    prune_operator("PruneIntegers_4_8_Features", false),
-    prune_operator("PruneLargeIntegers_4_8_Features", true),
+const BytesOperator kOperators[] = {
+    make("PruneIntegers_4_8_Features", 1, prune),
+    make("PruneLargeIntegers_4_8_Features", 1, prune_wide),
+    make("RoundIntegers", 7, round),
 };
 
 Status* make_domain(const Api& api, Domain** domain) {
     if (Status* status = api.create_domain("nmcompile", domain)) return status;
-    for (const PruneOperator& one : kOperators) {
+    for (const BytesOperator& one : kOperators) {
         if (Status* status = api.add_operator(*domain, static_cast<const CustomOperator*>(&one))) return status;
     }
     return nullptr;

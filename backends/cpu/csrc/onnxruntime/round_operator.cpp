@@ -1,0 +1,70 @@
+// Bytes of one step to those of another (see nmcompile/export/write/round_integers.py), by a table of all bytes.
+
+#include <cmath>
+#include <cstring>
+
+#include "network/network_isa.h"
+#include "network/program.h"
+#include "onnxruntime/operators.h"
+
+namespace nmcompile::onnxruntime {
+namespace {
+
+// The inputs after the bytes, in their order.
+struct Grids {
+    const float* scale;
+    const std::uint8_t* zero;
+    const float* step;
+    const std::uint8_t *offset, *low, *high;
+
+    // The arithmetic of ONNX Runtime's DequantizeLinear, QuantizeLinear and Clip.
+    std::uint8_t rounded(int byte) const {
+        const float value = static_cast<float>(byte - *zero) * *scale;
+        const float steps = std::nearbyint(value / *step) + static_cast<float>(*offset);
+        const float bounded = steps > 0 ? std::fmin(steps, 255.0f) : 0.0f;
+        const auto quantized = static_cast<std::uint8_t>(bounded);
+        return std::min(std::max(quantized, *low), *high);
+    }
+};
+
+template <class T>
+Status* number(const Api& api, Context* context, std::size_t index, const T** found) {
+    const Value* value = nullptr;
+    std::size_t count = 0;
+    if (Status* status = api.input(context, index, &value)) return status;
+    if (Status* status = api.count(value, &count)) return status;
+    if (count != 1) return api.status(Code::invalid_argument, "rounding of integers: an input is not a single number");
+    void* data = nullptr;
+    Status* const status = api.data(value, &data);
+    *found = static_cast<const T*>(data);
+    return status;
+}
+
+Status* read(const Api& api, Context* context, Grids& grids) {
+    if (Status* status = number(api, context, 1, &grids.scale)) return status;
+    if (Status* status = number(api, context, 2, &grids.zero)) return status;
+    if (Status* status = number(api, context, 3, &grids.step)) return status;
+    if (Status* status = number(api, context, 4, &grids.offset)) return status;
+    if (Status* status = number(api, context, 5, &grids.low)) return status;
+    return number(api, context, 6, &grids.high);
+}
+
+}  // namespace
+
+Status* round(const Api& api, Context* context, const Bytes& bytes, InstructionSet isa) {
+    constexpr std::int64_t kCached = 1 << 12;
+    Grids grids;
+    if (Status* status = read(api, context, grids)) return status;
+    std::uint8_t table[kCodes];
+    for (int byte = 0; byte < kCodes; ++byte) table[byte] = grids.rounded(byte);
+    const auto map = kernels_of(isa).finish;
+    return in_pieces(api, context, bytes, [map, &table](const Bytes& piece) {
+        for (std::int64_t i = 0; i < piece.count; i += kCached) {
+            const std::int64_t count = std::min(kCached, piece.count - i);
+            std::memmove(piece.result + i, piece.x + i, static_cast<std::size_t>(count));
+            map(piece.result + i, count, {table, false});
+        }
+    });
+}
+
+}  // namespace nmcompile::onnxruntime
