@@ -15,7 +15,7 @@ from nmcompile.files.open_onnx import OnnxFile
 from nmcompile.native import MISSING, kernels
 
 DOMAIN = "nmcompile"
-OPERATORS = frozenset({"PruneIntegers_4_8_Features", "PruneLargeIntegers_4_8_Features"})
+OPERATORS = frozenset({"PruneIntegers_4_8_Features", "PruneLargeIntegers_4_8_Features", "RoundIntegers"})
 CPU = ("CPUExecutionProvider",)
 
 

@@ -85,4 +85,7 @@ extern const Kernels network_kernels;
 }
 #endif
 
+// Returns the kernels of the best instructions that come with a set on this machine.
+const Kernels& network_kernels(InstructionSet isa);
+
 }  // namespace nmcompile

@@ -1,9 +1,8 @@
 #include "network/program.h"
 
 namespace nmcompile {
-namespace {
 
-const Kernels& kernels_of([[maybe_unused]] InstructionSet isa) {
+const Kernels& network_kernels([[maybe_unused]] InstructionSet isa) {
 #if defined(__x86_64__)
     if (isa == InstructionSet::v4 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
         return vnni::network_kernels;
@@ -13,12 +12,10 @@ const Kernels& kernels_of([[maybe_unused]] InstructionSet isa) {
     return baseline::network_kernels;
 }
 
-}  // namespace
-
 std::int64_t Program::run(std::int64_t first, std::int64_t last, const std::vector<float*>& slots, InstructionSet isa,
                           unsigned threads) {
     const std::lock_guard<std::mutex> alone(running_);
-    const Run run{arena_.data(), slots, kernels_of(isa), threads};
+    const Run run{arena_.data(), slots, network_kernels(isa), threads};
     for (std::int64_t i = first; i < last; ++i) {
         if (!steps_[i]->run(run)) return i;
     }

@@ -17,15 +17,6 @@ struct Kernel {
     InstructionSet isa;
 };
 
-// A shape that is freed at the end of a scope.
-struct OwnedShape {
-    const Api& api;
-    Shape* shape = nullptr;
-    ~OwnedShape() {
-        if (shape) api.release(shape);
-    }
-};
-
 Status* sizes_of(const Api& api, const Value* value, std::vector<std::int64_t>& sizes) {
     OwnedShape owned{api};
     std::size_t rank = 0;
@@ -98,7 +89,7 @@ BytesOperator make(const char* name, std::size_t inputs, decltype(BytesOperator:
 const BytesOperator kOperators[] = {
     make("PruneIntegers_4_8_Features", 1, prune),
     make("PruneLargeIntegers_4_8_Features", 1, prune_wide),
-    make("RoundIntegers", 7, round),
+    make("RoundIntegers", 7, round_steps),
 };
 
 Status* make_domain(const Api& api, Domain** domain) {

@@ -10,6 +10,15 @@
 
 namespace nmcompile::onnxruntime {
 
+// A shape that is freed at the end of a scope.
+struct OwnedShape {
+    const Api& api;
+    Shape* shape = nullptr;
+    ~OwnedShape() {
+        if (shape) api.release(shape);
+    }
+};
+
 // The bytes that an operator reads and writes; both may be the same.
 struct Bytes {
     const std::uint8_t* x;
@@ -24,10 +33,11 @@ struct BytesOperator : CustomOperator {
     Status* (*run)(const Api&, Context*, const Bytes&, InstructionSet);
 };
 
+constexpr std::int64_t kPiece = 1 << 16;  // bytes: a few microseconds
+
 // Calls `work` on pieces of whole blocks, on the threads of the session. `work` must not throw.
 template <class Work>
 Status* in_pieces(const Api& api, Context* context, const Bytes& bytes, const Work& work) {
-    constexpr std::int64_t kPiece = 1 << 16;  // a few microseconds
     struct Job {
         const Bytes& bytes;
         const Work& work;
@@ -45,6 +55,6 @@ Status* in_pieces(const Api& api, Context* context, const Bytes& bytes, const Wo
 
 Status* prune(const Api& api, Context* context, const Bytes& bytes, InstructionSet isa);
 Status* prune_wide(const Api& api, Context* context, const Bytes& bytes, InstructionSet isa);
-Status* round(const Api& api, Context* context, const Bytes& bytes, InstructionSet isa);
+Status* round_steps(const Api& api, Context* context, const Bytes& bytes, InstructionSet isa);
 
 }  // namespace nmcompile::onnxruntime

@@ -1,14 +1,14 @@
 // Bytes of one step to those of another (see nmcompile/export/write/round_integers.py), by a table of all bytes.
 
-#include <cmath>
 #include <cstring>
 
 #include "network/network_isa.h"
-#include "network/program.h"
 #include "onnxruntime/operators.h"
 
 namespace nmcompile::onnxruntime {
 namespace {
+
+constexpr std::int64_t kCached = 1 << 12;  // bytes that are copied before they are looked up
 
 // The inputs after the bytes, in their order.
 struct Grids {
@@ -19,20 +19,24 @@ struct Grids {
 
     // The arithmetic of ONNX Runtime's DequantizeLinear, QuantizeLinear and Clip.
     std::uint8_t rounded(int byte) const {
-        const float value = static_cast<float>(byte - *zero) * *scale;
-        const float steps = std::nearbyint(value / *step) + static_cast<float>(*offset);
-        const float bounded = steps > 0 ? std::fmin(steps, 255.0f) : 0.0f;
-        const auto quantized = static_cast<std::uint8_t>(bounded);
-        return std::min(std::max(quantized, *low), *high);
+        constexpr float kRound = 3 << 22;  // a sum with it has no place for a fraction, and is rounded to even
+        const float least = static_cast<float>(-*offset), most = static_cast<float>(255 - *offset);
+        float steps = static_cast<float>(byte - *zero) * *scale / *step;
+        steps = steps > least ? steps : least;  // a NaN too
+        steps = steps < most ? steps : most;
+        const int quantized = static_cast<int>(steps + kRound - kRound) + *offset;
+        return static_cast<std::uint8_t>(std::min(std::max(quantized, int{*low}), int{*high}));
     }
 };
 
 template <class T>
 Status* number(const Api& api, Context* context, std::size_t index, const T** found) {
     const Value* value = nullptr;
+    OwnedShape owned{api};
     std::size_t count = 0;
     if (Status* status = api.input(context, index, &value)) return status;
-    if (Status* status = api.count(value, &count)) return status;
+    if (Status* status = api.shape(value, &owned.shape)) return status;
+    if (Status* status = api.count(owned.shape, &count)) return status;
     if (count != 1) return api.status(Code::invalid_argument, "rounding of integers: an input is not a single number");
     void* data = nullptr;
     Status* const status = api.data(value, &data);
@@ -51,13 +55,12 @@ Status* read(const Api& api, Context* context, Grids& grids) {
 
 }  // namespace
 
-Status* round(const Api& api, Context* context, const Bytes& bytes, InstructionSet isa) {
-    constexpr std::int64_t kCached = 1 << 12;
+Status* round_steps(const Api& api, Context* context, const Bytes& bytes, InstructionSet isa) {
     Grids grids;
     if (Status* status = read(api, context, grids)) return status;
     std::uint8_t table[kCodes];
     for (int byte = 0; byte < kCodes; ++byte) table[byte] = grids.rounded(byte);
-    const auto map = kernels_of(isa).finish;
+    const auto map = network_kernels(isa).finish;
     return in_pieces(api, context, bytes, [map, &table](const Bytes& piece) {
         for (std::int64_t i = 0; i < piece.count; i += kCached) {
             const std::int64_t count = std::min(kCached, piece.count - i);
