@@ -20,10 +20,11 @@ CPU = ("CPUExecutionProvider",)
 
 
 def register(session_options: onnxruntime.SessionOptions) -> None:
-    """Let sessions with these options prune 4:8 by a native operator of the CPU; call it once for each options object.
+    """Let sessions with these options prune 4:8 and round integers by native operators of the CPU.
 
-    It replaces functions of standard operators in files of `nmcompile.export`, with equal results. It runs on the
-    session's own threads. Leave it out for sessions on a GPU: their tensors would be copied to the CPU and back.
+    They replace functions of standard operators in files of `nmcompile.export`, with equal results, and run on the
+    session's own threads. Call this once for each options object. Leave it out for sessions on a GPU: tensors would be
+    copied to the CPU and back.
 
     Raises:
         BackendUnavailable: nmcompile is installed without native kernels, or ONNX Runtime is older than 1.18.

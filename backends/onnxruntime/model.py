@@ -40,7 +40,7 @@ class OnnxRuntimeModel:
     ) -> None:
         """Check the model as untrusted, and open a session on it.
 
-        On the CPU, 4:8 pruning runs as a native operator where nmcompile's kernels are installed (see `register`).
+        On the CPU, native operators replace functions in the file if nmcompile has its kernels (see `register`).
 
         Args:
             model: a file or its bytes.

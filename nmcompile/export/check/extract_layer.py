@@ -42,7 +42,7 @@ class LayerPart:
         gemm = next(node for node in graph.node if node.name == name)
         front = self._front(gemm.input[0])
         self.input = front[-1].input[0] if front else gemm.input[0]
-        weight = self._sources(gemm.input[1])
+        weight = [node for operand in gemm.input[1:] for node in self._sources(operand)]
         behind = self._behind(graph.node, gemm)
         nodes = [*reversed(front), *weight, gemm, *behind]
         self.is_pruned = any(_kind(node) == "output_prune" for node in behind)

@@ -31,7 +31,7 @@ def keep_bias(model: ir.Model, site: LayerNode) -> None:
         if any(bias is not None and _is_rounded(node, bias, add.outputs[0]) for add, bias in added):
             insert_behind(node, "Sum", [], f"{site.name}.sum")
         return
-    bias = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    bias = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is None or not _is_rounded(node, bias, node.outputs[0]):
         return
     spatial = len(site.deployed.layer.weight_shape) - 2 if node.op_type in CONVS else 0
@@ -43,19 +43,20 @@ def keep_bias(model: ir.Model, site: LayerNode) -> None:
 
 def _addend(add: ir.Node, product: ir.Value) -> Floats | None:
     """Return the constant that is added to a product."""
-    return next((_constant(one) for one in add.inputs if one is not product), None)
+    return next((constant_of(one) for one in add.inputs if one is not product), None)
 
 
-def _constant(value: ir.Value | None) -> Floats | None:
+def constant_of(value: ir.Value | None) -> Floats | None:
+    """Return what a value holds; None if it is computed."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _is_rounded(node: ir.Node, bias: Floats, result: ir.Value) -> bool:
     """Return whether ONNX Runtime would round the bias of a layer with this result."""
-    scales = [_scale(operand) for operand in node.inputs[:2]]
+    scales = [scale_of(operand) for operand in node.inputs[:2]]
     if scales[0] is None or scales[1] is None or not feeds_quantizer(result):
         return False
-    return not _is_whole(bias, scales[0] * scales[1])
+    return not is_whole(bias, scales[0] * scales[1])
 
 
 def is_read_in_floats(value: ir.Value) -> bool:
@@ -74,7 +75,8 @@ def feeds_quantizer(value: ir.Value) -> bool:
     )
 
 
-def _scale(operand: ir.Value | None) -> Doubles | None:
+def scale_of(operand: ir.Value | None) -> Doubles | None:
+    """Return the scale of an operand; None if it is not dequantized."""
     node = None if operand is None else operand.producer()
     if node is None or node.op_type != "DequantizeLinear":
         return None
@@ -83,7 +85,8 @@ def _scale(operand: ir.Value | None) -> Doubles | None:
     return scale.const_value.numpy().astype(np.float64)
 
 
-def _is_whole(bias: Doubles, step: Doubles) -> bool:
+def is_whole(bias: Doubles, step: Doubles) -> bool:
+    """Return whether a bias consists of whole steps that fit into int32."""
     steps = bias / step
     slack = np.maximum(WHOLE, np.abs(steps) * np.finfo(np.float32).eps)  # a float32 holds no more digits
     return bool((np.abs(steps - np.round(steps)) <= slack).all() and (np.abs(steps) < 2**31).all())

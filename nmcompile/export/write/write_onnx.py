@@ -28,6 +28,7 @@ from nmcompile.export.write.pack_weights import pack_weights
 from nmcompile.export.write.quantize_activations import is_emulated, quantize_activations
 from nmcompile.export.write.round_integers import round_integers
 from nmcompile.export.write.save_model import save_model
+from nmcompile.export.write.store_biases import store_bias
 from nmcompile.export.write.trace_model import trace_model
 
 TARGETS = ("onnxruntime", "tensorrt")
@@ -124,6 +125,7 @@ def write_onnx(
             keep_bias(model, site)
             keep_weight(site)
             lift_weight(model, site)
+            store_bias(model, site)
         round_integers(model, sites)
     if container == "int4":
         pack_weights(model, sites, target)
