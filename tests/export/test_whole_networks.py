@@ -93,7 +93,7 @@ def compiled(name: str, config: CompileConfig) -> nn.Module:
 @pytest.mark.parametrize("name", ["residual", "inverted", "plain", "growing"])
 @pytest.mark.parametrize("config", [UNPRUNED, PRUNED], ids=["dense inputs", "4:8 inputs"])
 def test_no_float_is_computed_between_the_layers(name: str, config: CompileConfig, tmp_path: Path) -> None:
-    """Two things stay in floats: rounding from 8 to 4 bits where a sum is read, and the mean before the last layer."""
+    """The mean before the last layer alone stays in floats, with native operators in place of functions."""
     report = nmcompile.export(compiled(name, config), tmp_path / "m.onnx", (X,))
     assert report.verification is not None
     found = optimized(tmp_path / "m.onnx", native=True)
@@ -101,6 +101,8 @@ def test_no_float_is_computed_between_the_layers(name: str, config: CompileConfi
     assert found["QLinearConv"] == convs and not FLOATS & set(found)
     assert found["QLinearAdd"] == {"residual": 3, "inverted": 2}.get(name, 0)
     assert found["QLinearConcat"] == (2 if name == "growing" else 0) and found["Concat"] == 1  # of a shape
+    assert found["QGemm"] == found["DequantizeLinear"] == 1 and found["QuantizeLinear"] == 2
+    assert found["RoundIntegers"] == {"residual": 3, "plain": 0}.get(name, 2)
     assert found["NhwcMaxPool"] == (1 if name in ("residual", "plain") else 0)
 
 
