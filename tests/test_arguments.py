@@ -76,6 +76,10 @@ def graphed() -> dict[str, Any]:
     return {"model": model, "loss": nn.functional.mse_loss, "optimizer": optimizer, "example": (X, X)}
 
 
+def quantized_and_calibrated() -> nn.Module:
+    return nmcompile.compile(net(), "inference", args=(X,), calibration=[X]).eval()
+
+
 def quantized() -> nn.Module:
     return compiled("inference")
 
@@ -155,6 +159,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "decompile": (nmcompile.decompile, lambda: {"compiled": compiled()}),
     "is_compiled": (nmcompile.is_compiled, lambda: {"model": compiled()}),
     "finalize": (nmcompile.finalize, lambda: {"compiled": compiled()}),
+    "runtime": (nmcompile.runtime, lambda: {"compiled": quantized_and_calibrated(), "args": (X,), "kwargs": None}),
     "freeze": (nmcompile.freeze, lambda: {"model": compiled()}),
     "calibrate": (nmcompile.calibrate, lambda: {"compiled": quantized(), "data": [X]}),
     "export": (
@@ -246,6 +251,7 @@ ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("decompile", "compiled"): {"module"},
     ("is_compiled", "model"): {"module"},
     ("finalize", "compiled"): {"module"},
+    ("runtime", "kwargs"): {"dict"},
     ("export", "kwargs"): {"dict"},
     ("export", "dynamic_batch"): {"True"},
     ("export", "verify"): {"True"},

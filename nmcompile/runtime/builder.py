@@ -64,7 +64,9 @@ class Builder:
         if inputs and not any(isinstance(one, Value) for one in inputs) and not _is_random(node):
             return node.target(*args, **kwargs)
         result = Value(shape_of(node))
-        self.add(Call(name_of(node), node.target, args, dict(kwargs), result))
+        # The trace may see other strides than the values have, and a view needs the right ones.
+        target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+        self.add(Call(name_of(node), target, args, dict(kwargs), result))
         return result
 
     def _as_floats(self, one: Any) -> Any:

@@ -81,7 +81,8 @@ def _layer_at(node: fx.Node, graph: Graph, layers: Mapping[str, list[RuntimeLaye
     if len(candidates) < 2:
         return candidates[0] if candidates else None
     paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return next((layer for layer in candidates if paths and layer.deployed.module == paths[-1]), None)
+    called = [layer for layer in candidates if paths and layer.deployed.module == paths[-1]]
+    return called[0] if len(called) == 1 else None
 
 
 def _check_found(layers: Mapping[str, RuntimeLayer], found: Mapping[fx.Node, RuntimeLayer]) -> None:
@@ -90,7 +91,7 @@ def _check_found(layers: Mapping[str, RuntimeLayer], found: Mapping[fx.Node, Run
     for name, layer in layers.items():
         if layer.changes_activations and name not in names:
             raise ExportError(
-                f"layer {name!r}: no call in the traced graph reads its whole weight "
+                f"layer {name!r}: no convolution or linear call in the traced graph reads its whole weight "
                 f"{layer.deployed.weight.name!r}, so the runtime cannot put its input on a grid; leave the layer out "
                 f"with CompileConfig(layers={{{name!r}: None}})"
             )
