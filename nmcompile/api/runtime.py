@@ -23,8 +23,9 @@ def runtime(compiled: nn.Module, args: Args, *, kwargs: Kwargs | None = None) ->
     arise, and residual sums of whole steps. What it has no step for, torch computes in floats. Weights are copied and
     packed now; later changes of the model are not seen.
 
-    Its integers equal the model's (on the CPU backend with native kernels, bit for bit), and so do its results but for
-    the rounding of what torch computes in floats.
+    Its integers are those that the model's definition gives: sums are exact, and each factor, bias and norm is a
+    float32 operation as in the model. The model's own convolutions multiply floats, so next to the middle between two
+    codes they may round to the other one.
 
     Args:
         compiled: a model that `compile(mode="inference")` made, float32 on the CPU, in eval mode, with calibrated

@@ -31,8 +31,8 @@ def check_equal(model: nn.Module, runtime: Runtime, x: Tensor) -> None:
     reference = in_torch(runtime, x)
     with exact(model) as noted:
         expected = model(x)
-    assert torch.equal(reference(x), expected)  # type: ignore[arg-type]
-    assert torch.equal(runtime(x), expected)  # type: ignore[arg-type]
+    assert torch.equal(reference(x), expected)
+    assert torch.equal(runtime(x), expected)
     images = reference.executor.images  # type: ignore[attr-defined]
     for step in runtime.program.steps:
         if isinstance(step, Sums):
@@ -68,7 +68,7 @@ def test_ten_thousand_inputs() -> None:
         images = scale * torch.randn_like(x)
         with exact(model):
             expected = model(images)
-        assert torch.equal(runtime(images), expected)  # type: ignore[arg-type]
+        assert torch.equal(runtime(images), expected)
 
 
 class Rare(nn.Module):
@@ -99,7 +99,7 @@ def test_rare_operators() -> None:
         result, others = model(x)
     assert len(noted["wide"]) == 1
     for one in (runtime, in_torch(runtime, x)):
-        found, other = one(x)  # type: ignore[misc]
+        found, other = one(x)
         torch.testing.assert_close(found, result)  # torch's softmax and sigmoid may round by position
         assert torch.equal(other["inside"], others["inside"]) and torch.equal(other["scaled"], others["scaled"])
     calls = {step.name for step in runtime.program.steps if isinstance(step, Call)}
@@ -116,9 +116,8 @@ def mlp() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def small() -> tuple[nn.Module, Runtime, Tensor]:
     torch.manual_seed(0)
-    model, x = mlp(), torch.randn(4, 16)
-    model(torch.randn(64, 16))
-    model = compiled(model, x)
+    x = torch.randn(4, 16)
+    model = compiled(mlp(), x)
     return model, nmcompile.runtime(model, (x,)), x
 
 
@@ -130,11 +129,9 @@ def test_mlp(small: tuple[nn.Module, Runtime, Tensor]) -> None:
 
 def test_tokens() -> None:
     """Linear layers on three dims, with a norm and a GELU that torch computes."""
-    model = nn.Sequential(
-        nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)
-    )
+    layers = [nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)]
     x = torch.randn(2, 5, 16)
-    model = compiled(model, x)
+    model = compiled(nn.Sequential(*layers), x)
     check_equal(model, nmcompile.runtime(model, (x,)), torch.randn(2, 5, 16))
 
 
@@ -155,7 +152,7 @@ def test_a_layer_that_is_called_twice() -> None:
     runtime = nmcompile.runtime(model, (x,))
     with exact(model):
         expected = model(x)
-    assert torch.equal(runtime(x), expected)  # type: ignore[arg-type]
+    assert torch.equal(runtime(x), expected)
     assert sum(isinstance(step, Sums) for step in runtime.program.steps) == 4
 
 
@@ -190,7 +187,7 @@ def test_weights_are_a_snapshot() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert torch.equal(runtime(x), before)  # type: ignore[arg-type]
+    assert torch.equal(runtime(x), before)
 
 
 def test_results_are_not_overwritten(small: tuple[nn.Module, Runtime, Tensor]) -> None:
@@ -204,7 +201,7 @@ def test_results_are_not_overwritten(small: tuple[nn.Module, Runtime, Tensor]) -
 
 def test_strided_inputs(small: tuple[nn.Module, Runtime, Tensor]) -> None:
     _, runtime, x = small
-    assert torch.equal(runtime(x.t().contiguous().t()), runtime(x))  # type: ignore[arg-type]
+    assert torch.equal(runtime(x.t().contiguous().t()), runtime(x))
 
 
 def test_print_and_profile() -> None:
