@@ -479,7 +479,7 @@ def test_the_hessian_sees_the_integers_that_a_runtime_multiplies(monkeypatch: py
     ties = 0
     for batch, found in zip(batches(), seen, strict=True):
         integers = (compiled[:2](batch).detach() / step).round().clamp(0, 15).long().reshape(-1, 8).tolist()
-        order = [sorted(range(8), key=lambda place, block=block: (-block[place], place)) for block in integers]
+        order = [[place for _, place in sorted((-q, place) for place, q in enumerate(q8))] for q8 in integers]
         kept = [[q * (i in first[:4]) for i, q in enumerate(q8)] for q8, first in zip(integers, order, strict=True)]
         assert torch.equal((found / step).round().long().reshape(-1, 8), torch.tensor(kept))
         ties += sum(q8[first[3]] == q8[first[4]] > 0 for q8, first in zip(integers, order, strict=True))
