@@ -8,6 +8,7 @@ from nmcompile.api.calibrate import calibrate as calibrate
 from nmcompile.api.choose_patterns import choose_patterns as choose_patterns
 from nmcompile.api.compare import compare as compare
 from nmcompile.api.compile import compile as compile
+from nmcompile.api.decoder import decoder as decoder
 from nmcompile.api.decompile import decompile as decompile
 from nmcompile.api.decompile import is_compiled as is_compiled
 from nmcompile.api.export import ExportReport as ExportReport

@@ -176,6 +176,33 @@ class FrozenLinear:
         Return False, and leave the output undefined, if one is a NaN.
         """
 
+class Decoder:
+    """A Llama on frozen linear layers, with a cache of keys and values; the caller keeps all operands alive."""
+
+    position: int
+
+    def __init__(
+        self,
+        sizes: list[int],
+        epsilon: float,
+        scale: float,
+        embedding: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        gain: Tensor,
+        logits: FrozenLinear,
+    ) -> None:
+        """Sizes are width, hidden width, heads, key heads, width of a head, and positions of the cache."""
+
+    def add(self, layers: list[FrozenLinear], before_attention: Tensor, before_mlp: Tensor) -> None:
+        """Add a block: query, key, value, output, gate, up and down."""
+
+    def run(self, tokens: Tensor, logits: Tensor, isa: str, threads: int) -> bool:
+        """Append int64 tokens and write the logits after the last; return False if a layer reads a NaN."""
+
+    def rewind(self, position: int) -> None:
+        """Forget all positions from this one on."""
+
 Image = tuple[int, int, int, int, int, int, int, int]
 """Offset in the arena, samples, height, width, channels, halo, fill, and bytes from a pixel to the next."""
 

@@ -80,6 +80,12 @@ def quantized_and_calibrated() -> nn.Module:
     return nmcompile.compile(net(), "inference", args=(X,), calibration=[X]).eval()
 
 
+def frozen_llama() -> nn.Module:
+    from tests.api.test_decoder import frozen
+
+    return frozen()
+
+
 def quantized() -> nn.Module:
     return compiled("inference")
 
@@ -161,6 +167,7 @@ SURFACE: dict[str, tuple[Callable[..., Any], Good]] = {
     "finalize": (nmcompile.finalize, lambda: {"compiled": compiled()}),
     "runtime": (nmcompile.runtime, lambda: {"compiled": quantized_and_calibrated(), "args": (X,), "kwargs": None}),
     "freeze": (nmcompile.freeze, lambda: {"model": compiled()}),
+    "decoder": (nmcompile.decoder, lambda: {"compiled": frozen_llama(), "length": 8}),
     "calibrate": (nmcompile.calibrate, lambda: {"compiled": quantized(), "data": [X]}),
     "export": (
         written,
@@ -240,6 +247,7 @@ OPTIONAL |= {("scheme_b", "calibration"), ("CompileConfig", "refresh"), ("choose
 """Where None is taken, though it is not what the working call gives."""
 ACCEPTED: dict[tuple[str, str], set[str]] = {
     ("compile", "kwargs"): {"dict"},
+    ("decoder", "length"): {"5"},
     ("compile", "calibration"): {"list"},  # nothing is quantized
     ("compile", "max_drop"): {"5", "2.5", "huge"},
     ("compile", "inplace"): {"True"},

@@ -69,12 +69,17 @@ class Shortcut:
 
 def find_shortcut(triple: "GemmTriple", bias: Tensor | None) -> Shortcut | None:
     """Return the shortcut that a layer's last call has left, if there is one."""
-    slot = _slot(triple.graphs.graphs[Phase.FORWARD])
+    slot = slot_of(triple)
     if slot is None or slot.ready is None or triple.frozen is None or triple.mask is None:
         return None
     # Tensors made in inference mode have no version counter, so a write to them would not be seen.
     is_untracked = (bias is not None and bias.is_inference()) or triple.mask.tensor.is_inference()
     return None if is_untracked else Shortcut(triple, bias, slot)
+
+
+def slot_of(triple: "GemmTriple") -> ChoiceSlot | None:
+    """Return the slot that may hold a layer as a function of its input."""
+    return _slot(triple.graphs.graphs[Phase.FORWARD])
 
 
 def has_shortcut(graph: fx.GraphModule) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -246,9 +247,9 @@ def test_a_graph_of_autograds_compiler_runs_it(taken: list[str]) -> None:
 
 def test_the_operator_is_well_formed() -> None:
     compiled, x = frozen()
-    triple = compiled[0].three_gemms[""]  # type: ignore[index]
+    layer: Any = compiled[0]
     with torch.no_grad():
-        arguments = x, compiled[0].weight.detach(), compiled[0].bias.detach(), triple.serial  # type: ignore[operator]
+        arguments = x, layer.weight.detach(), layer.bias.detach(), layer.three_gemms[""].serial
         checks = "test_schema", "test_faketensor"
         torch.library.opcheck(torch.ops.nmcompile.frozen_layer.default, arguments, test_utils=checks)
 

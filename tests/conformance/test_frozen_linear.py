@@ -10,7 +10,7 @@ from nmcompile.backends.cpu.packed_integers import GridInput
 from nmcompile.ir.operations import to_grid
 from nmcompile.native import INSTRUCTION_SETS, kernels
 from nmcompile.quantization import Grid
-from tests.conformance.test_packed_integers import SHAPES, STEPS, TOKENS, grid_weight
+from tests.conformance.test_packed_integers import SHAPES, STEPS, grid_weight
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 STEP = torch.tensor(0.31)
@@ -29,7 +29,7 @@ def layer_of(shape: tuple[int, int], granularity: str, signed: bool, bias: Tenso
 def test_any_size(shape: tuple[int, int], granularity: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     weight = grid_weight(*shape, granularity)
-    for tokens in (0, *TOKENS):
+    for tokens in (0, 1, 2, 9):
         signed, bias = tokens % 3 == 0, torch.randn(shape[0]) if tokens % 2 else None
         x = torch.randn(tokens, shape[1])
         expected, found = torch.empty(tokens, shape[0]), torch.full((tokens, shape[0]), torch.nan)

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include "decoder/decoder_module.h"
 #include "fingerprint.h"
 #include "gemm/gemm_module.h"
 #include "integers/frozen_linear_module.h"
@@ -67,6 +68,7 @@ NB_MODULE(_kernels, m) {
     bind_network(m);
     bind_packed_integers(m);
     bind_frozen_linear(m);
+    bind_decoder(m);
     bind_prune(m);
     bind_transposable(m);
 }

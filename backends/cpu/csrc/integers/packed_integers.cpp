@@ -12,7 +12,7 @@ namespace nmcompile {
 namespace {
 
 constexpr std::int64_t kRowsOfATask = 32;    // tens of kilobytes, which a cache holds for all tokens
-constexpr std::int64_t kRowsOfAStream = 128;  // for a token that reads them once: long enough to be prefetched
+constexpr std::int64_t kRowsOfAStream = 1024;
 
 auto kernel_of(InstructionSet isa) {
 #if defined(__x86_64__)
@@ -98,7 +98,10 @@ bool code_integers(const float* x, std::int64_t tokens, std::int64_t depth, floa
 
 void multiply_integers(const IntegersJob& job, InstructionSet isa, unsigned threads) {
     const auto multiply = kernel_of(isa);
-    in_parallel(job.rows, job.tokens == 1 ? kRowsOfAStream : kRowsOfATask, threads,
+    // One token reads each row once: a stream for each thread, which is short enough to be taken over from a thread that
+    // has to share its core.
+    const std::int64_t share = pieces(pieces(job.rows, threads), kBlockRows) * kBlockRows;
+    in_parallel(job.rows, job.tokens == 1 ? std::min(share, kRowsOfAStream) : kRowsOfATask, threads,
                 [&](std::int64_t first, std::int64_t last) { multiply(job, first, last); });
 }
 
