@@ -33,7 +33,8 @@ def runtime(compiled: nn.Module, args: Args, *, kwargs: Kwargs | None = None) ->
         args, kwargs: an example of the inputs, a tuple and a dict. Only their shapes and dtypes count.
 
     Raises:
-        ConfigError: `args` that are not a tuple, or hold no tensor; a model of which no layer multiplies integers.
+        ConfigError: `args` that are not a tuple, or hold no tensor or an empty one; a model of which no layer multiplies
+            integers.
         CalibrationError: an input is to be quantized, but has no clip.
         ExportError: a model in train mode, inside a wrapper, in another dtype or on another device; one that
             torch.export cannot trace, or whose layers the graph does not show (packed projections of attention, say).
@@ -44,6 +45,8 @@ def runtime(compiled: nn.Module, args: Args, *, kwargs: Kwargs | None = None) ->
     example = pytree.tree_leaves((args or (), dict(kwargs or {})))
     if not any(isinstance(one, Tensor) for one in example):
         raise ConfigError("args and kwargs hold no tensor; give an example of the model's inputs, args=(x,)")
+    if any(isinstance(one, Tensor) and one.numel() == 0 for one in example):
+        raise ConfigError("args and kwargs hold an empty tensor; give an example of the size that is to be computed")
     root, _ = record_of(compiled)
     if compiled is not root:
         raise ExportError(f"{type(compiled).__name__} wraps a compiled model; give that, or compile what wraps it")

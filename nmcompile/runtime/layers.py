@@ -13,6 +13,9 @@ from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer, StackedLinearLaye
 from nmcompile.runtime.codes import prunes_codes, step_of
 from nmcompile.three_gemm.absorbed_norm import AbsorbedNorm
 
+DEPTH = 2**16
+"""Products of bytes in a sum, from which on it may need more than 32 bits."""
+
 
 @dataclass(frozen=True)
 class RuntimeLayer:
@@ -44,8 +47,8 @@ class RuntimeLayer:
             return False
         is_plain = isinstance(layer, LinearLayer) and not isinstance(layer, StackedLinearLayer)
         is_planar = isinstance(layer, ConvLayer) and layer.spatial_dims == 2
-        is_pruned = input.pattern is not None
-        return (is_plain or is_planar) and (not is_pruned or prunes_codes(input, self.channels))
+        fits = layer.parameters // layer.out_features < DEPTH
+        return (is_plain or is_planar) and fits and (input.pattern is None or prunes_codes(input, self.channels))
 
     @property
     def channels(self) -> int:

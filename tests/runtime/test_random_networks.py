@@ -7,13 +7,13 @@ from torch import Tensor, nn
 import nmcompile
 from nmcompile.errors import ConfigError
 from tests.export.test_whole_networks import PRUNED
-from tests.test_random_nets import fixed, nets
 from tests.runtime.exact_module import exact
 from tests.runtime.test_runtime import compiled, in_torch
+from tests.test_random_nets import fixed, nets
 
 
 @given(nets)
-@settings(fixed, max_examples=8)
+@settings(fixed, max_examples=4)
 def test_random_networks_equal_the_module(drawn: tuple[nn.Module, Tensor]) -> None:
     net, x = drawn
     model = compiled(net, x, PRUNED)

@@ -266,6 +266,20 @@ def test_models_that_have_no_runtime(small: tuple[nn.Module, Runtime, Tensor]) -
             nmcompile.runtime(one, (x,))
 
 
+def test_an_empty_example_is_refused(small: tuple[nn.Module, Runtime, Tensor]) -> None:
+    model, _, x = small
+    with pytest.raises(nmcompile.NMCompileError, match="empty"):
+        nmcompile.runtime(model, (x[:0],))
+
+
+def test_sums_that_may_not_fit_into_32_bits_are_torchs() -> None:
+    x = torch.randn(1, 2**16)
+    model = compiled(nn.Sequential(nn.Linear(2**16, 8), nn.ReLU(), nn.Linear(8, 8)), x)
+    runtime = nmcompile.runtime(model, (x,))
+    assert {step.name for step in runtime.program.steps if isinstance(step, Call)} >= {"0"}
+    assert [step.weights.layer for step in runtime.program.steps if isinstance(step, Sums)] == ["2"]
+
+
 class Transposed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
