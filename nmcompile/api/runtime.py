@@ -33,8 +33,8 @@ def runtime(compiled: nn.Module, args: Args, *, kwargs: Kwargs | None = None) ->
         args, kwargs: an example of the inputs, a tuple and a dict. Only their shapes and dtypes count.
 
     Raises:
-        ConfigError: `args` that are not a tuple, or hold no tensor or an empty one; a model of which no layer multiplies
-            integers.
+        ConfigError: `args` that are not a tuple, or hold no tensor or an empty one; a model of which no layer
+            multiplies integers.
         CalibrationError: an input is to be quantized, but has no clip.
         ExportError: a model in train mode, inside a wrapper, in another dtype or on another device; one that
             torch.export cannot trace, or whose layers the graph does not show (packed projections of attention, say).
