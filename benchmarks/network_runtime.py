@@ -35,7 +35,7 @@ def network(name: str) -> nn.Module:
 
 def calls_of(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> dict[str, Callable[[], object]]:
     """Return a call of each candidate on the same input."""
-    written = files(model, batches[0][:1], batches, folder)
+    written = files(model, batches[0], batches, folder, {PRUNED: OURS[PRUNED]})
     calls: dict[str, Callable[[], object]] = {"PyTorch fp32, dense": partial(model, x)}
     for name in (UNPRUNED, PRUNED):
         compiled = nmcompile.compile(model, "inference", args=(x,), config=OURS[name], calibration=batches).eval()
@@ -50,7 +50,7 @@ def rows(name: str, batch: int, threads: int, repeats: int, folder: Path) -> lis
     """Time all candidates on one network."""
     torch.manual_seed(0)
     size = SIZES[name]
-    batches = [torch.randn(2, 3, size, size) for _ in range(2)]
+    batches = [torch.randn(1, 3, size, size) for _ in range(2)]
     with torch.no_grad():
         calls = calls_of(network(name), torch.randn(batch, 3, size, size), batches, folder)
         for variant, call in calls.items():

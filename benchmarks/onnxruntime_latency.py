@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,15 +52,17 @@ class Batches(CalibrationDataReader):
         return next(self.left, None)
 
 
-def files(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -> dict[str, Path]:
+def files(
+    model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path, ours: Mapping[str, CompileConfig]
+) -> dict[str, Path]:
     """Write a file of every variant, all with absorbed norms."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("fp32, dense", *OURS, PEER)
+    names = ("fp32, dense", *ours, PEER)
     written = {name: folder / f"{number}.onnx" for number, name in enumerate(names)}
     if all(path.exists() for path in written.values()):
         return written
     nmcompile.export(nmcompile.compile(model, "dense", args=(x,)).eval(), written["fp32, dense"], (x,))
-    for name, config in OURS.items():
+    for name, config in ours.items():
         compiled = nmcompile.compile(model, "inference", args=(x,), config=config, calibration=batches).eval()
         # With pruning by value, the output of a network with random weights changes by several percent in torch itself
         # if x is scaled by 1 + 1e-6. That cannot be compared end to end.
@@ -88,7 +90,7 @@ def rows(name: str, batch: int, repeats: int, folder: Path) -> list[dict[str, ob
     model = models.get_model(name, weights=None).eval()
     batches = [torch.randn(4, *IMAGE) for _ in range(2)]
     x = torch.randn(batch, *IMAGE)
-    written = files(model, x, batches, folder)
+    written = files(model, x, batches, folder, OURS)
     sessions = {variant: session(path) for variant, path in written.items()}
     sessions |= {NATIVE: session(written[PRUNED], native=True), NATIVE_DENSE: session(written[DENSE], native=True)}
     feeds = {variant: {one.get_inputs()[0].name: x.numpy()} for variant, one in sessions.items()}
