@@ -1,7 +1,7 @@
 """Whole networks in integers on the CPU: `nmcompile.runtime` over ONNX Runtime's static INT8 of all layers.
 
-All take turns in one process, so a busy machine slows all of them. Ratios are those of medians. Writing the peers' files
-takes minutes; `--files` keeps them for the next run.
+All take turns in one process, so a busy machine slows all of them. Ratios are those of medians. Writing the peers'
+files takes minutes; `--files` keeps them for the next run.
 
 python benchmarks/network_runtime.py   # writes benchmarks/results/network_runtime.json
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 import torch
-from onnxruntime_latency import NATIVE, OURS, PEER, PRUNED, files, session
 from craft import load_craft
+from onnxruntime_latency import NATIVE, OURS, PEER, PRUNED, files, session
 from tabulate import tabulate
 from timing import cpu_setting, in_turns
 from torch import Tensor, nn

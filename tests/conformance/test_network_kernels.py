@@ -1,5 +1,6 @@
 """Kernels of networks in integers against exact arithmetic in float64, on every instruction set of this machine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from nmcompile.native import INSTRUCTION_SETS, MISSING, kernels
 
+Image = tuple[int, int, int, int, int, int, int, int]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason="no native kernels")
 
 
@@ -35,7 +37,7 @@ class Case:
         fours = torch.randint(-7, 8, (*shape[:3], shape[3] // 4, 4))
         return (fours * (torch.rand(fours.shape).argsort(-1) < 2)).reshape(shape).to(torch.int8)
 
-    def image(self, offset: int = 0) -> tuple[int, ...]:
+    def image(self, offset: int = 0) -> Image:
         n, c, h, w = self.size
         return offset, n, h, w, c, self.padding, -self.low, c
 
@@ -57,7 +59,7 @@ TABLE = torch.randint(0, 16, (256,), dtype=torch.uint8, generator=torch.Generato
 STEP, OUT_STEP = 0.37, 0.05
 
 
-def bytes_of(image: tuple[int, ...]) -> int:
+def bytes_of(image: Image) -> int:
     _, n, height, width, _, halo, _, stride = image
     return n * (height + 2 * halo) * (width + 2 * halo) * stride
 
@@ -75,7 +77,7 @@ def pruned(codes: Tensor) -> Tensor:
 def test_a_layer_equals_exact_arithmetic(case: Case, isa: str) -> None:
     torch.manual_seed(0)
     weights, x = case.weights(), 3 * torch.randn(case.size)
-    geometry = (case.stride,) * 2, (case.dilation,) * 2
+    geometry = (case.stride, case.stride), (case.dilation, case.dilation)
     layer = kernels.integer_layer(weights, case.groups, *geometry, case.high - case.low)
     assert layer.form == case.form
     q = (x / STEP).round().clamp(case.low, case.high).double()
@@ -89,11 +91,12 @@ def test_a_layer_equals_exact_arithmetic(case: Case, isa: str) -> None:
         wanted = codes if table is None else table[codes].long()
         wanted = pruned(wanted) if prune else wanted
         source = case.image()
-        result = -(-bytes_of(source) // 64) * 64, y.shape[0], *y.shape[2:], case.outs, 1, 3, case.outs
+        samples, _, height, width = y.shape
+        result = -(-bytes_of(source) // 64) * 64, samples, height, width, case.outs, 1, 3, case.outs
         program = kernels.IntegerProgram(result[0] + bytes_of(result))
         floats, found = torch.empty(y.shape), torch.empty(y.shape)
         factors = steps, bias, gain, shift
-        place = -case.low, (case.padding,) * 2
+        place = -case.low, (case.padding, case.padding)
         program.encode(0, source, STEP, case.low, case.high)
         program.layer(layer, source, result, *place, *factors, OUT_STEP, -3, 12, table, prune)
         program.decode(result, 1, torch.arange(256.0))
@@ -177,23 +180,34 @@ def test_a_step_that_reads_a_nan_is_named() -> None:
 def test_operands_that_do_not_fit_are_refused() -> None:
     case = CASES[0]
     layer = kernels.integer_layer(case.weights(), 1, (1, 1), (1, 1), 15)
-    program, factors = kernels.IntegerProgram(8192), (torch.ones(32), None, None, None)
-    source, result = case.image(), (4096, 1, 9, 7, 32, 0, 0, 32)
-    rest = OUT_STEP, 0, 15, None, False
-    program.layer(layer, source, result, 0, (1, 1), *factors, *rest)
-    wrong = {
-        "arena": (source, (8000, *result[1:]), 0, (1, 1), *factors, *rest),
-        "another size": (source, (*result[:2], 8, *result[3:]), 0, (1, 1), *factors, *rest),
-        "channels": ((*source[:4], 12, 1, 0, 12), result, 0, (1, 1), *factors, *rest),
-        "halo": (source, result, 0, (2, 2), *factors, *rest),
-        "each out-channel": (source, result, 0, (1, 1), torch.ones(31), None, None, None, *rest),
-        "bytes": (source, result, 0, (1, 1), *factors, OUT_STEP, 0, 256, None, False),
-        "four bits": (source, result, 0, (1, 1), *factors, OUT_STEP, 0, 255, None, True),
-        "256 codes": (source, result, 0, (1, 1), *factors, OUT_STEP, 0, 15, TABLE[:255], False),
+    program = kernels.IntegerProgram(8192)
+
+    def add(
+        source: Image = case.image(),
+        result: Image = (4096, 1, 9, 7, 32, 0, 0, 32),
+        padding: int = 1,
+        steps: int = 32,
+        high: int = 15,
+        table: Tensor | None = None,
+        prune: bool = False,
+    ) -> None:
+        factors, pads = (torch.ones(steps), None, None, None), (padding, padding)
+        program.layer(layer, source, result, 0, pads, *factors, OUT_STEP, 0, high, table, prune)
+
+    add()
+    wrong: dict[str, Callable[[], None]] = {
+        "arena": lambda: add(result=(8000, 1, 9, 7, 32, 0, 0, 32)),
+        "another size": lambda: add(result=(4096, 1, 8, 7, 32, 0, 0, 32)),
+        "channels": lambda: add(source=(0, 1, 9, 7, 12, 1, 0, 12)),
+        "halo": lambda: add(padding=2),
+        "each out-channel": lambda: add(steps=31),
+        "bytes": lambda: add(high=256),
+        "four bits": lambda: add(high=255, prune=True),
+        "256 codes": lambda: add(table=TABLE[:255]),
     }
-    for message, arguments in wrong.items():
+    for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
-            program.layer(layer, *arguments)
+            call()
     with pytest.raises(ValueError, match="too large"):
         kernels.integer_layer(torch.zeros(1, 1, 1, 1 << 16, dtype=torch.int8), 1, (1, 1), (1, 1), 15)
     with pytest.raises(ValueError, match="groups"):
