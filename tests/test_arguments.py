@@ -356,6 +356,7 @@ def test_an_argument_is_taken_or_named(
 TYPES = (
     nmcompile.ExportReport,
     nmcompile.NMCompileError,
+    nmcompile.Runtime,
     nmcompile.ThreeGemm,
     Histogram,
     Phase,

@@ -183,7 +183,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     program = kernels.IntegerProgram(8192)
 
     def add(
-        source: Image = case.image(),
+        source: Image = (0, 1, 9, 7, 16, 1, 0, 16),
         result: Image = (4096, 1, 9, 7, 32, 0, 0, 32),
         padding: int = 1,
         steps: int = 32,
