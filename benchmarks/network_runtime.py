@@ -46,7 +46,7 @@ def calls_of(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -
     return calls
 
 
-def rows(name: str, batch: int, threads: int, repeats: int, folder: Path) -> list[dict[str, object]]:
+def rows(name: str, batch: int, repeats: int, folder: Path) -> list[dict[str, object]]:
     """Time all candidates on one network."""
     torch.manual_seed(0)
     size = SIZES[name]
@@ -61,7 +61,7 @@ def rows(name: str, batch: int, threads: int, repeats: int, folder: Path) -> lis
     peer = medians[f"ONNX Runtime: {PEER}"]
     return [
         {
-            "network": name, "batch": batch, "threads": threads, "variant": variant, "median ms": median,
+            "network": name, "batch": batch, "repeats": repeats, "variant": variant, "median ms": median,
             "least ms": min(found[variant]), "speed, static INT8 = 1": peer / median,
         }
         for variant, median in medians.items()
@@ -85,9 +85,9 @@ def main() -> None:
         folder = options.files or Path(temporary)
         cases = [(name, batch) for name in options.networks for batch in options.batches]
         cases = [(name, batch) for name, batch in cases if name != "craft" or batch == 1]
-        results = [row for name, batch in cases for row in rows(name, batch, 1, options.repeats, folder / name)]
+        results = [row for name, batch in cases for row in rows(name, batch, options.repeats, folder / name)]
     print(tabulate(results, headers="keys", floatfmt=".2f"))
-    setting = {"onnxruntime": ort.__version__, "repeats": options.repeats} | cpu_setting()
+    setting = {"onnxruntime": ort.__version__} | cpu_setting()
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(setting | {"results": results}, indent=2) + "\n")
 

@@ -26,6 +26,8 @@ For any other operator inductor copies operands to the strides that they have in
 convolutions in channels last, and gradients of attention, once for each operator that reads them.
 """
 
+LIBRARY = torch.library.Library("nmcompile", "FRAGMENT")
+
 # Looked up once: each operator of each small layer asks all of them.
 is_grad_enabled = torch.is_grad_enabled
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -71,6 +73,27 @@ def custom_op(
         setattr(call, "operator", operator)  # noqa: B010 - functions declare no attributes
         setattr(call, "direct", settled or function)  # noqa: B010
         return call
+
+    return register
+
+
+def cpu_op(name: str, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function the operator `nmcompile::name` of tensors on the CPU, for graphs without gradients.
+
+    The wrappers that `torch.library.custom_op` adds, for autograd among others, take as long as the product of a small
+    layer and one token.
+
+    Args:
+        name: without the namespace.
+        fake: returns an empty tensor like that which the function returns for the same arguments.
+    """
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        LIBRARY.impl(name, function, "CPU")
+        torch.library.register_fake(f"nmcompile::{name}", fake, lib=LIBRARY)
+        operator: Callable[P, R] = getattr(torch.ops.nmcompile, name).default
+        return operator
 
     return register
 

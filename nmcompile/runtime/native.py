@@ -41,6 +41,7 @@ class NativeExecutor:
         self.program = kernels.IntegerProgram(arena.bytes)
         self.layers: dict[int, kernels.IntegerLayer] = {}
         self._slots: dict[Value, int] = {}
+        self._floating: dict[tuple[int, int], list[Encode | Decode | LayerToFloats]] = {}
         self._before: list[int] = []
         """How many native steps come before each step, and in all."""
         for number, step in enumerate(steps):
@@ -55,17 +56,23 @@ class NativeExecutor:
             OperandError: a value to be encoded has a NaN.
         """
         used = dict[Value, Tensor]()
-        for step in self.steps[first:last]:
+        for step in self._with_floats(first, last):
             if isinstance(step, Encode):
                 used[step.input] = tensor_of(values, step.input).contiguous()
-            elif isinstance(step, Decode | LayerToFloats):
-                used[step.result] = torch.empty(step.result.shape)
-                values[step.result] = used[step.result]
+            else:
+                values[step.result] = used[step.result] = torch.empty(step.result.shape)
         addresses = [0] * len(self._slots)
         for value, tensor in used.items():
             addresses[self._slots[value]] = tensor.data_ptr()
         if self.program.run(self._before[first], self._before[last], addresses, *isa_and_threads()) >= 0:
             raise OperandError(NO_NUMBER)
+
+    def _with_floats(self, first: int, last: int) -> Sequence[Encode | Decode | LayerToFloats]:
+        """Return the steps of a range that read or write floats."""
+        if (first, last) not in self._floating:
+            steps = self.steps[first:last]
+            self._floating[first, last] = [one for one in steps if isinstance(one, Encode | Decode | LayerToFloats)]
+        return self._floating[first, last]
 
     def kernel(self, number: int) -> tuple[str, int | None]:
         layer = self.layers.get(number)

@@ -109,7 +109,7 @@ class Runtime:
     def _run(self, first: int, last: int, values: dict[Value, object]) -> None:
         step = self.program.steps[first]
         if isinstance(step, Call):
-            args, kwargs = pytree.tree_map_only(Value, values.__getitem__, (step.args, step.kwargs))
+            args, kwargs = step.arguments(values)
             values[step.result] = step.operator(*args, **kwargs)
         else:
             self.executor.run(first, last, values)

@@ -4,8 +4,9 @@ An image holds codes, one byte for each element of an activation; the lowering k
 of any other kind are torch's own, outside the memory of images. A step reads what earlier steps wrote.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -199,6 +200,18 @@ class Call(Step):
     args: tuple[object, ...]
     kwargs: dict[str, object]
     result: Value
+
+    def arguments(self, values: Mapping[Value, object]) -> tuple[Sequence[object], Mapping[str, object]]:
+        """Return the operator's arguments, with what values hold in their place."""
+        if self._is_flat:  # nearly always, and in a tenth of the time
+            return [values[one] if isinstance(one, Value) else one for one in self.args], self.kwargs
+        args, kwargs = pytree.tree_map_only(Value, values.__getitem__, (self.args, self.kwargs))
+        return args, kwargs
+
+    @cached_property
+    def _is_flat(self) -> bool:
+        """Return whether all values are arguments by place, none inside a list."""
+        return sum(isinstance(one, Value) for one in self.args) == len(self.read)
 
     @property
     def read(self) -> tuple[Image | Value, ...]:

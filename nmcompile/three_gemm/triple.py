@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from nmcompile.arguments import Kwargs
 from nmcompile.config import Phase
+from nmcompile.custom_op import cpu_op
 from nmcompile.errors import ConfigError
 from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.captured import Site
@@ -310,27 +311,19 @@ def note_traced_call(serial: str) -> bool:
 setattr(note_traced_call, "_dynamo_marked_constant", True)  # noqa: B010 - functions declare no attributes
 
 
-def run_frozen(input: Tensor, weight: Tensor, bias: Tensor | None, serial: str) -> Tensor:
-    """Call the layer of that number; see `nmcompile::frozen_layer`."""
+def _frozen_result(input: Tensor, weight: Tensor, bias: Tensor | None, serial: str) -> Tensor:
+    return input.new_empty((*input.shape[:-1], _alive[serial].layer.out_features))
+
+
+@cpu_op("frozen_layer", fake=_frozen_result)
+def frozen_layer(input: Tensor, weight: Tensor, bias: Tensor | None, serial: str) -> Tensor:
+    """Call a frozen layer from a graph of `torch.compile`; `serial` is the layer's number."""
     triple = _alive[serial]
     if triple.shortcut is not None:
         result = triple.shortcut.run_unseen(triple, input, weight, bias)
         if result is not None:
             return result
     return triple(input, weight, bias)
-
-
-def _frozen_result(input: Tensor, weight: Tensor, bias: Tensor | None, serial: str) -> Tensor:
-    return input.new_empty((*input.shape[:-1], _alive[serial].layer.out_features))
-
-
-# Not by `custom_op`, whose wrappers for autograd take as long as the product of a small layer and one token.
-LIBRARY = torch.library.Library("nmcompile", "FRAGMENT")
-LIBRARY.define("frozen_layer(Tensor input, Tensor weight, Tensor? bias, str serial) -> Tensor")
-LIBRARY.impl("frozen_layer", run_frozen, "CPU")
-torch.library.register_fake("nmcompile::frozen_layer", _frozen_result, lib=LIBRARY)
-frozen_layer: Callable[[Tensor, Tensor, Tensor | None, str], Tensor] = torch.ops.nmcompile.frozen_layer.default
-"""Call a frozen layer from a graph of `torch.compile`; `serial` is the layer's number."""
 
 
 def _run_forward(triple: GemmTriple, *operands: Tensor | None) -> Tensor:

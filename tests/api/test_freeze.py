@@ -61,9 +61,12 @@ def test_nothing_is_compared(mode: str, compared: list[Tensor]) -> None:
     expected = run(model)
     nmcompile.freeze(model)
     compared.clear()
-    assert torch.equal(run(model), expected) and not compared
+    found = run(model)
+    # Small layers multiply integers too when they are frozen: their sums are exact.
+    tolerance = 0.0 if mode == "weights" else 1e-6
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     with torch.inference_mode():
-        assert torch.equal(model(X), expected) and not compared
+        assert torch.equal(model(X), found) and not compared
 
 
 def test_masked_weights_are_cached_until_they_are_trained() -> None:

@@ -57,6 +57,8 @@ CASES = [
 ]
 TABLE = torch.randint(0, 16, (256,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 STEP, OUT_STEP = 0.37, 0.05
+KINDS = [(None, False, True, True), (None, True, True, False), (TABLE, False, False, True), (TABLE, True, False, False)]
+"""A table, pruning, a bias and a norm, or not."""
 
 
 def bytes_of(image: Image) -> int:
@@ -84,18 +86,19 @@ def test_a_layer_equals_exact_arithmetic(case: Case, isa: str) -> None:
     taps = weights.permute(0, 3, 1, 2).double()
     sums = F.conv2d(q, taps, None, case.stride, case.padding, case.dilation, case.groups).float()
     steps, bias, gain, shift = (factor * torch.randn(case.outs) for factor in (0.01, 1, 1, 1))
-    columns = [factor.view(-1, 1, 1) for factor in (steps, bias, gain, shift)]
-    y = (sums * columns[0] + columns[1]) * columns[2] + columns[3]
-    codes = (y / OUT_STEP).round().clamp(-3, 12).long() + 3
-    for table, prune in ((None, False), (None, True), (TABLE, False), (TABLE, True)):
+    for table, prune, has_bias, has_norm in KINDS:
+        norm = (gain, shift) if has_norm else (None, None)
+        factors = steps, bias if has_bias else None, *norm
+        y = sums * steps.view(-1, 1, 1)
+        y = y + bias.view(-1, 1, 1) if has_bias else y
+        y = y * gain.view(-1, 1, 1) + shift.view(-1, 1, 1) if has_norm else y
+        codes = (y / OUT_STEP).round().clamp(-3, 12).long() + 3
         wanted = codes if table is None else table[codes].long()
         wanted = pruned(wanted) if prune else wanted
-        source = case.image()
-        samples, _, height, width = y.shape
+        source, (samples, _, height, width) = case.image(), y.shape
         result = -(-bytes_of(source) // 64) * 64, samples, height, width, case.outs, 1, 3, case.outs
         program = kernels.IntegerProgram(result[0] + bytes_of(result))
         floats, found = torch.empty(y.shape), torch.empty(y.shape)
-        factors = steps, bias, gain, shift
         place = -case.low, (case.padding, case.padding)
         program.encode(0, source, STEP, case.low, case.high)
         program.layer(layer, source, result, *place, *factors, OUT_STEP, -3, 12, table, prune)

@@ -49,20 +49,23 @@ private:
 };
 
 // Some of the out-channels of a block, as many as a vector of floats holds: their factors and what zero adds to sums.
+template <bool kBias, bool kNorm>
 struct Channels {
     Floats steps, bias, gain, shift;
     Integers zeros;
 
-    Channels(const LayerJob& job, std::int64_t out)
-        : steps(load<Floats>(job.affine.steps + out)),
-          bias(load<Floats>(job.affine.bias + out)),
-          gain(load<Floats>(job.affine.gain + out)),
-          shift(load<Floats>(job.affine.shift + out)),
-          zeros(load<Integers>(job.affine.sums + out) * job.zero) {}
+    Channels(const Affine& by, std::int32_t zero, std::int64_t out)
+        : steps(load<Floats>(by.steps + out)), zeros(load<Integers>(by.sums + out) * zero) {
+        if constexpr (kBias) bias = load<Floats>(by.bias + out);
+        if constexpr (kNorm) gain = load<Floats>(by.gain + out);
+        if constexpr (kNorm) shift = load<Floats>(by.shift + out);
+    }
 
     Floats of(const std::int32_t* sums) const {
-        const Floats scaled = __builtin_convertvector(load<Integers>(sums) - zeros, Floats) * steps;
-        return (scaled + bias) * gain + shift;
+        Floats y = __builtin_convertvector(load<Integers>(sums) - zeros, Floats) * steps;
+        if constexpr (kBias) y = y + bias;
+        if constexpr (kNorm) y = y * gain + shift;
+        return y;
     }
 };
 
@@ -77,11 +80,12 @@ inline void store_some(FewBytes codes, std::int64_t count, std::uint8_t* to) {
 }
 
 // Writes the codes of up to kOuts out-channels from `out` on, for some pixels; `to` is each pixel's first code.
-inline void write_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
-                        const std::int32_t (*sums)[kOuts], std::uint8_t* const* to) {
+template <bool kBias, bool kNorm>
+void write_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
+                 const std::int32_t (*sums)[kOuts], std::uint8_t* const* to) {
     const Steps grid(job);
     for (std::int64_t i = 0; i < count; i += kFloats) {
-        const Channels channels(job, out + i);
+        const Channels<kBias, kNorm> channels(job.affine, job.zero, out + i);
         const std::int64_t rest = count - i;
         for (std::int64_t p = 0; p < pixels; ++p) {
             store_some(narrowed(grid.codes(channels.of(sums[p] + i))), rest, to[p] + out + i);
@@ -90,11 +94,12 @@ inline void write_codes(const LayerJob& job, std::int64_t out, std::int64_t coun
 }
 
 // Writes floats, channels first; `to` is each pixel's place in the first channel.
-inline void write_floats(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
-                         const std::int32_t (*sums)[kOuts], float* const* to) {
+template <bool kBias, bool kNorm>
+void write_floats(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
+                  const std::int32_t (*sums)[kOuts], float* const* to) {
     const std::int64_t area = job.height * job.width;
     for (std::int64_t i = 0; i < count; i += kFloats) {
-        const Channels channels(job, out + i);
+        const Channels<kBias, kNorm> channels(job.affine, job.zero, out + i);
         for (std::int64_t p = 0; p < pixels; ++p) {
             const Floats all = channels.of(sums[p] + i);
             for (std::int64_t j = 0; j < kFloats && i + j < count; ++j) to[p][(out + i + j) * area] = all[j];

@@ -35,10 +35,19 @@ struct Places {
     }
 
     void write(const LayerJob& job, Index out, Index count, Index pixels, const std::int32_t (*sums)[kOuts]) const {
+        static constexpr decltype(&Places::write_all<true, true>) kinds[2][2] = {
+            {&Places::write_all<false, false>, &Places::write_all<false, true>},
+            {&Places::write_all<true, false>, &Places::write_all<true, true>}};
+        const auto kind = kinds[job.affine.bias != nullptr][job.affine.gain != nullptr];
+        (this->*kind)(job, out, count, pixels, sums);
+    }
+
+    template <bool kBias, bool kNorm>
+    void write_all(const LayerJob& job, Index out, Index count, Index pixels, const std::int32_t (*sums)[kOuts]) const {
         if (job.floats) {
-            write_floats(job, out, count, pixels, sums, floats);
+            write_floats<kBias, kNorm>(job, out, count, pixels, sums, floats);
         } else {
-            write_codes(job, out, count, pixels, sums, codes);
+            write_codes<kBias, kNorm>(job, out, count, pixels, sums, codes);
         }
     }
 

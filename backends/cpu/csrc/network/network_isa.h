@@ -20,7 +20,8 @@ struct Finish {
     bool prunes;                // keeps the four largest of eight channels; of equal codes the first
 };
 
-// Factors of each out-channel: y = ((n - zero * sums) * steps + bias) * gain + shift.
+// Factors of each out-channel: y = ((n - zero * sums) * steps + bias) * gain + shift. Without a bias, or without a norm,
+// these are null.
 struct Affine {
     const float *steps, *bias, *gain, *shift;
     const std::int32_t* sums;  // of its integers

@@ -58,10 +58,11 @@ bool are_alike(const Image& a, const Image& b) {
     return a.samples == b.samples && a.height == b.height && a.width == b.width && a.channels == b.channels;
 }
 
-Factors factors(const Column& column, std::int64_t count, float otherwise) {
-    require(!column.is_valid() || static_cast<std::int64_t>(column.shape(0)) == count, "a factor for each out-channel");
-    Factors result(count + kOuts, otherwise);  // kernels read whole blocks
-    if (column.is_valid()) std::copy_n(column.data(), count, result.data());
+Factors factors(const Column& column, std::int64_t count) {
+    if (!column.is_valid()) return {};
+    require(static_cast<std::int64_t>(column.shape(0)) == count, "a layer has a factor for each out-channel");
+    Factors result(count + kOuts);  // kernels read whole blocks
+    std::copy_n(column.data(), count, result.data());
     return result;
 }
 
@@ -106,11 +107,11 @@ std::unique_ptr<AnyLayer> layer_on(const Program& program, const SharedLayer& la
     require(image.height + 2 * padding[0] > window.dilation_y * (window.height - 1) &&
                 image.width + 2 * padding[1] > window.dilation_x * (window.width - 1),
             "the window is larger than the image");
-    require(steps.is_valid(), "a layer has steps");
-    step->steps = factors(steps, layer->outs(), 0);
-    step->bias = factors(bias, layer->outs(), 0);
-    step->gain = factors(gain, layer->outs(), 1);
-    step->shift = factors(shift, layer->outs(), 0);
+    require(steps.is_valid() && gain.is_valid() == shift.is_valid(), "a layer has steps, and a norm a gain and a shift");
+    step->steps = factors(steps, layer->outs());
+    step->bias = factors(bias, layer->outs());
+    step->gain = factors(gain, layer->outs());
+    step->shift = factors(shift, layer->outs());
     return step;
 }
 

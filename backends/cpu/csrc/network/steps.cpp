@@ -40,7 +40,10 @@ void for_rows(const Image& image, const Run& run, const Work& work) {
     });
 }
 
-const std::uint8_t* pointer(const Table& table) { return table.empty() ? nullptr : table.data(); }
+template <class Element>
+const Element* pointer(const std::vector<Element>& all) {
+    return all.empty() ? nullptr : all.data();
+}
 
 std::uint8_t* scratch_of(std::int64_t bytes) {
     thread_local std::vector<std::uint8_t> scratch;
@@ -66,7 +69,7 @@ bool Encode::run(const Run& run) const {
 
 LayerJob Layer::job(const Run& run) const {
     return {.layer = layer.get(), .input = run.arena, .from = from, .zero = zero, .pad_y = pad_y, .pad_x = pad_x,
-            .affine = {steps.data(), bias.data(), gain.data(), shift.data(), layer->sums()}, .height = height, .width = width,
+            .affine = {pointer(steps), pointer(bias), pointer(gain), pointer(shift), layer->sums()}, .height = height, .width = width,
             .output = nullptr, .to = {}, .step = 1, .low = 0, .high = 0, .finish = {nullptr, false}, .floats = nullptr};
 }
 

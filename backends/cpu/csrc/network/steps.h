@@ -9,7 +9,7 @@
 
 namespace nmcompile {
 
-using Factors = std::vector<float>;
+using Factors = std::vector<float>;     // of whole blocks of out-channels, or none
 using Table = std::vector<std::uint8_t>;  // kCodes of them, or none
 
 struct Encode : Step {
