@@ -87,8 +87,7 @@ def test_a_layer_equals_exact_arithmetic(case: Case, isa: str) -> None:
     sums = F.conv2d(q, taps, None, case.stride, case.padding, case.dilation, case.groups).float()
     steps, bias, gain, shift = (factor * torch.randn(case.outs) for factor in (0.01, 1, 1, 1))
     for table, prune, has_bias, has_norm in KINDS:
-        norm = (gain, shift) if has_norm else (None, None)
-        factors = steps, bias if has_bias else None, *norm
+        factors = steps, bias if has_bias else None, gain if has_norm else None, shift if has_norm else None
         y = sums * steps.view(-1, 1, 1)
         y = y + bias.view(-1, 1, 1) if has_bias else y
         y = y * gain.view(-1, 1, 1) + shift.view(-1, 1, 1) if has_norm else y
