@@ -87,7 +87,7 @@ def test_a_layer_equals_exact_arithmetic(case: Case, isa: str) -> None:
     sums = F.conv2d(q, taps, None, case.stride, case.padding, case.dilation, case.groups).float()
     steps, bias, gain, shift = (factor * torch.randn(case.outs) for factor in (0.01, 1, 1, 1))
     for table, prune, has_bias, has_norm in KINDS:
-        factors = steps, bias if has_bias else None, gain if has_norm else None, shift if has_norm else None
+        b, g, s = bias if has_bias else None, gain if has_norm else None, shift if has_norm else None
         y = sums * steps.view(-1, 1, 1)
         y = y + bias.view(-1, 1, 1) if has_bias else y
         y = y * gain.view(-1, 1, 1) + shift.view(-1, 1, 1) if has_norm else y
@@ -98,11 +98,11 @@ def test_a_layer_equals_exact_arithmetic(case: Case, isa: str) -> None:
         result = -(-bytes_of(source) // 64) * 64, samples, height, width, case.outs, 1, 3, case.outs
         program = kernels.IntegerProgram(result[0] + bytes_of(result))
         floats, found = torch.empty(y.shape), torch.empty(y.shape)
-        place = -case.low, (case.padding, case.padding)
+        zero, pads = -case.low, (case.padding, case.padding)
         program.encode(0, source, STEP, case.low, case.high)
-        program.layer(layer, source, result, *place, *factors, OUT_STEP, -3, 12, table, prune)
+        program.layer(layer, source, result, zero, pads, steps, b, g, s, OUT_STEP, -3, 12, table, prune)
         program.decode(result, 1, torch.arange(256.0))
-        program.layer_to_floats(layer, source, 2, *place, *factors)
+        program.layer_to_floats(layer, source, 2, zero, pads, steps, b, g, s)
         for threads in (1, 3):
             slots = [one.data_ptr() for one in (x, found, floats)]
             assert program.run(0, 4, slots, isa, threads) == -1
