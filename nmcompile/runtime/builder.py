@@ -14,6 +14,9 @@ from nmcompile.runtime.layers import RuntimeLayer
 from nmcompile.runtime.steps import Add, Call, Decode, Encode, Image, Layer, Recode, Step, Value
 from nmcompile.runtime.trace import shape_of
 
+aten = torch.ops.aten
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+
 
 class Builder:
     """A list of steps, and by node codes, a value of torch, or a constant.
@@ -65,7 +68,7 @@ class Builder:
             return node.target(*args, **kwargs)
         result = Value(shape_of(node))
         # The trace may see other strides than the values have, and a view needs the right ones.
-        target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+        target = aten.reshape.default if node.target in VIEWS else node.target
         self.add(Call(name_of(node), target, args, dict(kwargs), result))
         return result
 

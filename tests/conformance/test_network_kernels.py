@@ -216,3 +216,6 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         kernels.integer_layer(replace(case, outs=31).weights(), 2, (1, 1), (1, 1), 15)
     with pytest.raises(ValueError, match="no such steps"):
         program.run(0, 2, [], INSTRUCTION_SETS[0], 1)
+    program.decode((4096, 1, 9, 7, 32, 0, 0, 32), 2, torch.arange(256.0))
+    with pytest.raises(ValueError, match="more slots"):
+        program.run(0, 2, [0, 0], INSTRUCTION_SETS[0], 1)

@@ -107,7 +107,7 @@ def test_what_is_packed_how(
 
 
 def test_a_third_of_a_byte_a_weight(deploy: Deploy, tmp_path: Path) -> None:
-    """What else a file holds is the same in both but for the tables of the function, 9 kB, and the nodes."""
+    """Files of both containers differ by the weights, the tables of the function (9 kB) and the nodes."""
     model, x = deploy(nn.Sequential(*[nn.Linear(256, 256) for _ in range(3)])), torch.randn(2, 256)
     size = {
         container: write_onnx(model.plain, model.layers, tmp_path / "m.onnx", (x,), container=container).bytes

@@ -79,7 +79,7 @@ def test_signs_and_halves() -> None:
 
 
 def test_functions_are_made_of_standard_operators() -> None:
-    """Of those and of each other."""
+    """Functions call standard operators and one another, nothing else."""
     x = torch.zeros(2, 16, 3, dtype=torch.uint8)
     models = [model_of(op_type, (2, 16, 16), "4:8", ir.DataType.FLOAT) for op_type in ("Conv", "MatMul")]
     for model in (*models, integer_model(x, 15, "4:8", "Channels")):

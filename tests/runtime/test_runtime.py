@@ -72,7 +72,7 @@ def test_ten_thousand_inputs() -> None:
 
 
 class Rare(nn.Module):
-    """What a runtime has steps for, in places where networks seldom have it."""
+    """Operators that a runtime has steps for, in places where networks seldom have them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,6 +133,26 @@ def test_tokens() -> None:
     x = torch.randn(2, 5, 16)
     model = compiled(nn.Sequential(*layers), x)
     check_equal(model, nmcompile.runtime(model, (x,)), torch.randn(2, 5, 16))
+
+
+class Windows(nn.Module):
+    """Attention in windows, as Swin makes them: memory that a view was traced on has other strides in a runtime."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(3, 16, 1), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.gelu(self.stem(x)).permute(0, 2, 3, 1)
+        windows = x.reshape(len(x), 2, 4, 2, 4, 16).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 16)
+        y: Tensor = self.head(self.mix(windows @ windows.transpose(1, 2) @ windows))
+        return y.mean(1)
+
+
+def test_views_of_permuted_memory() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = compiled(Windows(), x)
+    check_equal(model, nmcompile.runtime(model, (x,)), torch.randn(2, 3, 8, 8))
 
 
 def test_a_layer_that_is_called_twice() -> None:

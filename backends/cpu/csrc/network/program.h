@@ -1,6 +1,7 @@
 // A network in integers: steps on images in one arena, run one after the other.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -32,6 +33,9 @@ public:
     void add(std::unique_ptr<Step> step) { steps_.push_back(std::move(step)); }
     std::int64_t bytes() const { return bytes_; }
     std::int64_t size() const { return static_cast<std::int64_t>(steps_.size()); }
+    // Returns how many slots the steps read and write.
+    std::size_t slots() const { return slots_; }
+    void use_slot(std::size_t slot) { slots_ = std::max(slots_, slot + 1); }
 
     // Runs steps [first, last); returns the number of the first one whose input has a NaN, -1 if there is none.
     std::int64_t run(std::int64_t first, std::int64_t last, const std::vector<float*>& slots, InstructionSet isa,
@@ -40,6 +44,7 @@ public:
 private:
     AlignedMemory<std::uint8_t> arena_;
     std::int64_t bytes_;
+    std::size_t slots_ = 0;
     std::vector<std::unique_ptr<Step>> steps_;
     std::mutex running_;  // the arena holds one run
 };

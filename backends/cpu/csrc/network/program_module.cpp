@@ -79,8 +79,9 @@ void check_pruning(bool prunes, const Table& table, int most, std::int64_t chann
     require(channels % 8 == 0 && most <= kMostSparseCode, "pruned are codes of four bits, eight channels at a time");
 }
 
-int slot_of(int slot) {
-    require(slot >= 0 && slot < 4096, "a slot has a number");
+int slot_of(Program& program, int slot) {
+    require(slot >= 0, "a slot has a number from 0 on");
+    program.use_slot(static_cast<std::size_t>(slot));
     return slot;
 }
 
@@ -135,18 +136,19 @@ void add_layer(Program& program, const SharedLayer& layer, Eight from, Eight to,
 void add_float_layer(Program& program, const SharedLayer& layer, Eight from, int slot, std::int32_t zero, Two padding,
                      const Column& steps, const Column& bias, const Column& gain, const Column& shift) {
     auto step = layer_on<FloatLayer>(program, layer, from, zero, padding, steps, bias, gain, shift);
-    step->slot = slot_of(slot);
+    step->slot = slot_of(program, slot);
     program.add(std::move(step));
 }
 
 void add_encode(Program& program, int slot, Eight to, float step, int low, int high) {
     require(step > 0 && low <= high && high - low < kCodes, "the grid is none of bytes");
-    program.add(std::make_unique<Encode>(slot_of(slot), image_in(program, to), step, low, high));
+    program.add(std::make_unique<Encode>(slot_of(program, slot), image_in(program, to), step, low, high));
 }
 
 void add_decode(Program& program, Eight from, int slot, const Column& values) {
     require(values.shape(0) == kCodes, "a table has 256 values");
-    program.add(std::make_unique<Decode>(image_in(program, from), slot_of(slot), Factors(values.data(), values.data() + kCodes)));
+    Factors all(values.data(), values.data() + kCodes);
+    program.add(std::make_unique<Decode>(image_in(program, from), slot_of(program, slot), std::move(all)));
 }
 
 void add_recode(Program& program, Eight from, Eight to, const Codes& table, bool prunes) {
@@ -190,6 +192,7 @@ void add_max_pool(Program& program, Eight from, Eight to, Two size, Two stride, 
 std::int64_t run_program(Program& program, std::int64_t first, std::int64_t last, const std::vector<std::uintptr_t>& slots,
                          const char* isa, unsigned threads) {
     require(first >= 0 && first <= last && last <= program.size(), "the program has no such steps");
+    require(slots.size() >= program.slots(), "the program reads and writes more slots");
     const InstructionSet chosen = instruction_set(isa);
     std::vector<float*> floats;
     for (const std::uintptr_t slot : slots) floats.push_back(reinterpret_cast<float*>(slot));

@@ -9,7 +9,7 @@
 
 namespace nmcompile {
 
-using Factors = std::vector<float>;     // of whole blocks of out-channels, or none
+using Factors = std::vector<float>;       // of whole blocks of out-channels, or none
 using Table = std::vector<std::uint8_t>;  // kCodes of them, or none
 
 struct Encode : Step {
@@ -58,12 +58,8 @@ struct Recode : Step {
 };
 
 // In the order of channels, height and width, to one pixel a sample.
-struct Flatten : Step {
-    Image from, to;
-    Table table;
-    bool prunes;
-    Flatten(Image from, Image to, Table table, bool prunes)
-        : from(from), to(to), table(std::move(table)), prunes(prunes) {}
+struct Flatten : Recode {
+    using Recode::Recode;
     bool run(const Run&) const override;
 };
 
