@@ -84,7 +84,7 @@ def session(proto: onnx.ModelProto, native: bool, threads: int = 1) -> onnxrunti
 @pytest.mark.parametrize("layout", ["Channels", "Features"])
 @pytest.mark.parametrize("shape", [(2, 24, 3, 5), (2, 24, 7), (1, 8, 2, 3, 2), (3, 16), (2, 12, 4, 1), (0, 8, 3, 3)])
 def test_the_operator_equals_the_function(shape: tuple[int, ...], layout: str, high: int) -> None:
-    """Blocks run across pixels where channels are no whole blocks; bytes above `high` wrap around as in the function."""
+    """Also where blocks run across pixels, and for bytes above `high`, which wrap around in both."""
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
     if layout == "Features":
         x = x.movedim(1, -1).contiguous()
