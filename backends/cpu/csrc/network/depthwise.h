@@ -49,48 +49,62 @@ inline Four in_order(const Four& x) {
              _mm512_shuffle_i32x4(second, fourth, 0x88), _mm512_shuffle_i32x4(second, fourth, 0xDD)}};
 }
 
-// Adds up to 4 * kFours taps, four with an instruction.
+// Some taps for the pixels of a tile, four of them with an instruction.
 template <int kFours>
-inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels, const std::uint8_t* const* inputs,
-                     std::int32_t (*sums)[kTilePixels][kOuts]) {
+struct Columns {
     Four weights[kFours];
     std::int64_t offsets[4 * kFours];
+
+    Columns(const Taps& taps, std::int64_t channel) {
 #pragma GCC unroll 3
-    for (int f = 0; f < kFours; ++f) {
-        Four read;
+        for (int f = 0; f < kFours; ++f) {
+            Four read;
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const int tap = 4 * f + i;
-            offsets[tap] = channel + taps.offsets[tap < taps.count ? tap : 0];
-            read.of[i] = tap < taps.count ? _mm512_loadu_si512(taps.integers[tap] + channel) : _mm512_setzero_si512();
+            for (int i = 0; i < 4; ++i) {
+                const int tap = 4 * f + i;
+                offsets[tap] = channel + taps.offsets[tap < taps.count ? tap : 0];
+                read.of[i] = tap < taps.count ? _mm512_loadu_si512(taps.integers[tap] + channel) : _mm512_setzero_si512();
+            }
+            weights[f] = side_by_side(read);
         }
-        weights[f] = side_by_side(read);
     }
-    for (std::int64_t p = 0; p < pixels; ++p) {
+
+    // Returns the sums of a pixel in the order of `side_by_side`.
+    Four sums(const std::uint8_t* input) const {
         Four all = {};
 #pragma GCC unroll 3
         for (int f = 0; f < kFours; ++f) {
             Four read;
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) read.of[i] = _mm512_loadu_si512(inputs[p] + offsets[4 * f + i]);
+            for (int i = 0; i < 4; ++i) read.of[i] = _mm512_loadu_si512(input + offsets[4 * f + i]);
             const Four codes = side_by_side(read);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) all.of[i] = _mm512_dpbusd_epi32(all.of[i], codes.of[i], weights[f].of[i]);
         }
-        const Four found = in_order(all);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const __m512i before = taps.is_first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums[i][p]);
-            _mm512_storeu_si512(sums[i][p], _mm512_add_epi32(before, found.of[i]));
-        }
+        return all;
     }
+};
+
+// Calls `work` with the columns of so many taps.
+template <class Work>
+inline void with_columns(const Taps& taps, std::int64_t channel, const Work& work) {
+    if (taps.count > 8) return work(Columns<3>(taps, channel));
+    if (taps.count > 4) return work(Columns<2>(taps, channel));
+    work(Columns<1>(taps, channel));
 }
 
 inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels, const std::uint8_t* const* inputs,
                      std::int32_t (*sums)[kTilePixels][kOuts]) {
-    if (taps.count > 8) return add_taps<3>(taps, channel, pixels, inputs, sums);
-    if (taps.count > 4) return add_taps<2>(taps, channel, pixels, inputs, sums);
-    add_taps<1>(taps, channel, pixels, inputs, sums);
+    with_columns(taps, channel, [&](const auto& columns) {
+        for (std::int64_t p = 0; p < pixels; ++p) {
+            const Four found = in_order(columns.sums(inputs[p]));
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const __m512i before = taps.is_first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums[i][p]);
+                _mm512_storeu_si512(sums[i][p], _mm512_add_epi32(before, found.of[i]));
+            }
+        }
+    });
 }
 #else
 constexpr std::int64_t kChunk = kOuts;

@@ -2,13 +2,10 @@
 #pragma once
 
 #include "network/network_isa.h"
+#include "network/quick.h"
 #include "network/widen.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
-
-// A sum with it has no place for a fraction, and is rounded to even; its lower bits are the integer.
-constexpr float kRound = 3 << 22;
-constexpr std::int32_t kRoundBits = std::bit_cast<std::int32_t>(kRound);
 
 // The grid of the results.
 struct Steps {
@@ -16,11 +13,11 @@ struct Steps {
     std::int32_t lowest;
 
     explicit Steps(const LayerJob& job)
-        : step(Floats{} + job.step),
-          inverse(Floats{} + 1 / job.step),
-          low(Floats{} + static_cast<float>(job.low)),
-          high(Floats{} + static_cast<float>(job.high)),
-          lowest(job.low) {}
+        : step(Floats{} + job.grid.step),
+          inverse(Floats{} + 1 / job.grid.step),
+          low(Floats{} + static_cast<float>(job.grid.low)),
+          high(Floats{} + static_cast<float>(job.grid.high)),
+          lowest(job.grid.low) {}
 
     // Returns clamp(round(x / step), low, high) - low. The product with 1 / step is off by less than 2e-7 of itself, so
     // it decides unless it is next to the middle between two integers.
@@ -37,15 +34,6 @@ private:
     }
 
     Integers code(Floats rounded) const { return std::bit_cast<Integers>(rounded) - (kRoundBits + lowest); }
-
-    static bool is_any_beyond(Floats x, float limit) {
-        const auto magnitude = std::bit_cast<Floats>(std::bit_cast<Integers>(x) & 0x7FFFFFFF);
-#if defined(__AVX512F__)
-        return _mm512_cmp_ps_mask(std::bit_cast<__m512>(magnitude), _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
-#else
-        return any(magnitude > Floats{} + limit);
-#endif
-    }
 };
 
 // Some of the out-channels of a block, as many as a vector of floats holds: their factors and what zero adds to sums.
@@ -54,8 +42,8 @@ struct Channels {
     Floats steps, bias, gain, shift;
     Integers zeros;
 
-    Channels(const Affine& by, std::int32_t zero, std::int64_t out)
-        : steps(load<Floats>(by.steps + out)), zeros(load<Integers>(by.sums + out) * zero) {
+    Channels(const Affine& by, std::int64_t out)
+        : steps(load<Floats>(by.steps + out)), zeros(load<Integers>(by.sums + out) * by.zero) {
         if constexpr (kBias) bias = load<Floats>(by.bias + out);
         if constexpr (kNorm) gain = load<Floats>(by.gain + out);
         if constexpr (kNorm) shift = load<Floats>(by.shift + out);
@@ -85,11 +73,34 @@ void write_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std:
                  const std::int32_t (*sums)[kOuts], std::uint8_t* const* to) {
     const Steps grid(job);
     for (std::int64_t i = 0; i < count; i += kFloats) {
-        const Channels<kBias, kNorm> channels(job.affine, job.zero, out + i);
+        const Channels<kBias, kNorm> channels(job.affine, out + i);
         const std::int64_t rest = count - i;
         for (std::int64_t p = 0; p < pixels; ++p) {
             store_some(narrowed(grid.codes(channels.of(sums[p] + i))), rest, to[p] + out + i);
         }
+    }
+}
+
+// Writes the same codes by the scaling of the layer, and by `exact` those which it does not decide, of four pixels.
+template <class Exact>
+void write_quick_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
+                       const std::int32_t (*sums)[kOuts], std::uint8_t* const* to, const Exact& exact) {
+    Quick quick(job);
+    for (std::int64_t first = 0; first < pixels; first += 4) {
+        const std::int64_t some = pixels - first < 4 ? pixels - first : 4;
+        for (std::int64_t i = 0; i < count; i += kFloats) {
+            const auto scale = load<Floats>(job.scaling->scale.data() + out + i);
+            const auto offset = load<Floats>(job.scaling->offset.data() + out + i);
+            FourIntegers found;
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; ++p) {
+                found.of[p] = quick.nearest(load<Integers>(sums[first + (p < some ? p : 0)] + i), scale, offset);
+            }
+            FewBytes codes[4];
+            store(quick.clamped(bytes(found)), codes);
+            for (std::int64_t p = 0; p < some; ++p) store_some(codes[p], count - i, to[first + p] + out + i);
+        }
+        if (!quick.is_sure()) exact(first, some);
     }
 }
 
@@ -99,7 +110,7 @@ void write_floats(const LayerJob& job, std::int64_t out, std::int64_t count, std
                   const std::int32_t (*sums)[kOuts], float* const* to) {
     const std::int64_t area = job.height * job.width;
     for (std::int64_t i = 0; i < count; i += kFloats) {
-        const Channels<kBias, kNorm> channels(job.affine, job.zero, out + i);
+        const Channels<kBias, kNorm> channels(job.affine, out + i);
         for (std::int64_t p = 0; p < pixels; ++p) {
             const Floats all = channels.of(sums[p] + i);
             for (std::int64_t j = 0; j < kFloats && i + j < count; ++j) to[p][(out + i + j) * area] = all[j];

@@ -1,7 +1,7 @@
 #include "network/integer_layer.h"
 
 #include <algorithm>
-#include <numeric>
+#include <cstdlib>
 
 #include "machine/parallel.h"
 
@@ -56,10 +56,15 @@ IntegerLayer::IntegerLayer(const std::int8_t* weights, std::int64_t outs, std::i
       outs_(outs),
       ins_(ins),
       groups_(groups),
+      most_(most),
       sums_(outs + kOuts),
+      magnitudes_(outs + kOuts),
       packed_(packed_bytes(form_, outs, groups, depth())) {
     for (std::int64_t o = 0; o < outs; ++o) {
-        sums_[o] = std::accumulate(weights + o * depth(), weights + (o + 1) * depth(), std::int32_t{0});
+        for (const std::int8_t* w = weights + o * depth(); w < weights + (o + 1) * depth(); ++w) {
+            sums_[o] += *w;
+            magnitudes_[o] += std::abs(*w);
+        }
     }
     std::fill_n(packed_.data(), packed_.count(), std::uint8_t{0});
     pack(weights);

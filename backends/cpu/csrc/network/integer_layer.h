@@ -51,7 +51,10 @@ public:
     std::int64_t lines() const { return form_ == Form::depthwise ? group_lines() : groups_ * group_lines(); }
     std::int64_t bytes() const { return static_cast<std::int64_t>(packed_.count()); }
     const std::uint8_t* packed() const { return packed_.data(); }
-    const std::int32_t* sums() const { return sums_.data(); }  // of each out-channel's integers, and zeros to whole blocks
+    int most() const { return most_; }  // the largest code
+    // Of each out-channel's integers, and zeros to whole blocks.
+    const std::int32_t* sums() const { return sums_.data(); }
+    const std::int32_t* magnitudes() const { return magnitudes_.data(); }
 
 private:
     void pack(const std::int8_t* weights);
@@ -59,7 +62,8 @@ private:
     Form form_;
     Window window_;
     std::int64_t outs_, ins_, groups_;
-    std::vector<std::int32_t> sums_;
+    int most_;
+    std::vector<std::int32_t> sums_, magnitudes_;
     AlignedMemory<std::uint8_t> packed_;
 };
 

@@ -4,7 +4,7 @@
 
 #include "machine/lanes.h"
 #include "network/code_maps.h"
-#include "network/depthwise.h"
+#include "network/depthwise_codes.h"
 #include "network/epilogue.h"
 #include "network/gather.h"
 #include "network/products.h"
@@ -34,20 +34,30 @@ struct Places {
         }
     }
 
-    void write(const LayerJob& job, Index out, Index count, Index pixels, const std::int32_t (*sums)[kOuts]) const {
+    // Writes up to kOuts out-channels from `out` on of some pixels from `first` on.
+    void write(const LayerJob& job, Index out, Index count, Index first, Index pixels, const std::int32_t (*sums)[kOuts]) const {
+        if (job.floats || !Quick::is_there(job)) return write_exactly(job, out, count, first, pixels, sums);
+        write_quick_codes(job, out, count, pixels, sums, codes + first, [&](Index from, Index some) {
+            write_exactly(job, out, count, first + from, some, sums + from);
+        });
+    }
+
+    void write_exactly(const LayerJob& job, Index out, Index count, Index first, Index pixels,
+                       const std::int32_t (*sums)[kOuts]) const {
         static constexpr decltype(&Places::write_all<true, true>) kinds[2][2] = {
             {&Places::write_all<false, false>, &Places::write_all<false, true>},
             {&Places::write_all<true, false>, &Places::write_all<true, true>}};
         const auto kind = kinds[job.affine.bias != nullptr][job.affine.gain != nullptr];
-        (this->*kind)(job, out, count, pixels, sums);
+        (this->*kind)(job, out, count, first, pixels, sums);
     }
 
     template <bool kBias, bool kNorm>
-    void write_all(const LayerJob& job, Index out, Index count, Index pixels, const std::int32_t (*sums)[kOuts]) const {
+    void write_all(const LayerJob& job, Index out, Index count, Index first, Index pixels,
+                   const std::int32_t (*sums)[kOuts]) const {
         if (job.floats) {
-            write_floats<kBias, kNorm>(job, out, count, pixels, sums, floats);
+            write_floats<kBias, kNorm>(job, out, count, pixels, sums, floats + first);
         } else {
-            write_codes<kBias, kNorm>(job, out, count, pixels, sums, codes);
+            write_codes<kBias, kNorm>(job, out, count, pixels, sums, codes + first);
         }
     }
 
@@ -83,20 +93,40 @@ void products_layer(const LayerJob& job, const Extent& extent, const Places& pla
         sums_of(layer.form(), extent.pixels, scratch, stride, layer.packed() + number * layer.blocks() * kBlock,
                 layer.blocks(), sums, std::make_integer_sequence<int, kMostDense>{});
         const Index out = group * layer.group_outs() + in_group;
-        places.write(job, out, smaller(kOuts, layer.group_outs() - in_group), extent.pixels, sums);
+        places.write(job, out, smaller(kOuts, layer.group_outs() - in_group), 0, extent.pixels, sums);
     }
 }
 
+// A chunk of out-channels of a depthwise layer for some pixels of a tile.
+struct DepthwiseChunk {
+    const LayerJob& job;
+    const Places& places;
+    const std::uint8_t* const* inputs;  // what the first tap reads for each pixel
+    Index out, count;
+
+    void write(Index first, Index pixels) const {
+        std::int32_t sums[kChunk / kOuts][kTilePixels][kOuts];
+        depthwise_sums(job, out, pixels, inputs + first, sums);
+        for (Index i = 0; i < count; i += kOuts) {
+            places.write(job, out + i, smaller(kOuts, count - i), first, pixels, sums[i / kOuts]);
+        }
+    }
+};
+
 void depthwise_layer(const LayerJob& job, const Extent& extent, const Places& places) {
-    std::int32_t sums[kChunk / kOuts][kTilePixels][kOuts];
     const std::uint8_t* inputs[kTilePixels];
     Gather(job, 0).find(extent, inputs);
     const Index last = smaller((extent.line + extent.lines) * kOuts, job.layer->outs());
-    for (Index chunk = extent.line * kOuts; chunk < last; chunk += kChunk) {
-        depthwise_sums(job, chunk, extent.pixels, inputs, sums);
-        for (Index out = chunk; out < smaller(chunk + kChunk, last); out += kOuts) {
-            places.write(job, out, smaller(kOuts, last - out), extent.pixels, sums[(out - chunk) / kOuts]);
+    for (Index out = extent.line * kOuts; out < last; out += kChunk) {
+        const DepthwiseChunk chunk{job, places, inputs, out, smaller(kChunk, last - out)};
+#if defined(__AVX512VNNI__)
+        if (!job.floats && Quick::is_there(job) && job.layer->window().taps() <= Taps::kMost) {
+            write_depthwise_codes(job, out, chunk.count, extent.pixels, inputs, places.codes,
+                                  [&](Index pixel) { chunk.write(pixel, 1); });
+            continue;
         }
+#endif
+        chunk.write(0, extent.pixels);
     }
 }
 

@@ -6,6 +6,7 @@
 #include "machine/instruction_sets.h"
 #include "network/image.h"
 #include "network/integer_layer.h"
+#include "network/scaling.h"
 
 namespace nmcompile {
 
@@ -20,26 +21,18 @@ struct Finish {
     bool prunes;                // keeps the four largest of eight channels; of equal codes the first
 };
 
-// Factors of each out-channel: y = ((n - zero * sums) * steps + bias) * gain + shift. Without a bias, or without a norm,
-// these are null.
-struct Affine {
-    const float *steps, *bias, *gain, *shift;
-    const std::int32_t* sums;  // of its integers
-};
-
 struct LayerJob {
     const IntegerLayer* layer;
     const std::uint8_t* input;  // the arena
     Image from;
-    std::int32_t zero;  // the code of zero of the input
     std::int64_t pad_y, pad_x;
     Affine affine;
     std::int64_t height, width;  // of the result
-    // Codes are clamp(round(y / step), low, high) - low, or floats are samples x outs x height x width.
+    // Codes are clamp(round(y / step), low, high) - low of the grid, or floats are samples x outs x height x width.
     std::uint8_t* output;  // the arena, or null
     Image to;
-    float step;
-    std::int32_t low, high;
+    Grid grid;
+    const Scaling* scaling;
     Finish finish;
     float* floats;  // or null
 

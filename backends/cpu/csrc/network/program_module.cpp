@@ -124,9 +124,8 @@ void add_layer(Program& program, const SharedLayer& layer, Eight from, Eight to,
     require(are_alike(step->to, {0, step->from.samples, step->height, step->width, layer->outs(), 0, 0, 0}),
             "the image of the result has another size");
     require(out_step > 0 && low <= high && high - low < kCodes, "the grid of the result is none of bytes");
-    step->step = out_step;
-    step->low = low;
-    step->high = high;
+    step->grid = {out_step, low, high};
+    step->scaling = scaling_of(*layer, step->affine(), step->grid);
     step->table = table_of(table);
     step->prunes = prunes;
     check_pruning(prunes, step->table, high - low, layer->outs());

@@ -67,10 +67,14 @@ bool Encode::run(const Run& run) const {
     return fits;
 }
 
+Affine Layer::affine() const {
+    return {pointer(steps), pointer(bias), pointer(gain), pointer(shift), layer->sums(), zero};
+}
+
 LayerJob Layer::job(const Run& run) const {
-    return {.layer = layer.get(), .input = run.arena, .from = from, .zero = zero, .pad_y = pad_y, .pad_x = pad_x,
-            .affine = {pointer(steps), pointer(bias), pointer(gain), pointer(shift), layer->sums()}, .height = height, .width = width,
-            .output = nullptr, .to = {}, .step = 1, .low = 0, .high = 0, .finish = {nullptr, false}, .floats = nullptr};
+    return {.layer = layer.get(), .input = run.arena, .from = from, .pad_y = pad_y, .pad_x = pad_x,
+            .affine = affine(), .height = height, .width = width, .output = nullptr, .to = {}, .grid = {1, 0, 0},
+            .scaling = nullptr, .finish = {nullptr, false}, .floats = nullptr};
 }
 
 // A task is a tile of pixels, and a part of the out-channels if there are too few tiles for the threads.
@@ -98,9 +102,8 @@ bool CodedLayer::run(const Run& run) const {
     LayerJob all = job(run);
     all.output = run.arena;
     all.to = to;
-    all.step = step;
-    all.low = low;
-    all.high = high;
+    all.grid = grid;
+    all.scaling = &scaling;
     all.finish = {pointer(table), prunes};
     run_job(all, run);
     fill_halo(run.arena, to);

@@ -29,6 +29,8 @@ struct Layer : Step {
     Factors steps, bias, gain, shift;
     bool run(const Run&) const override = 0;
 
+    Affine affine() const;
+
 protected:
     LayerJob job(const Run&) const;
     static void run_job(const LayerJob&, const Run&);
@@ -36,8 +38,8 @@ protected:
 
 struct CodedLayer : Layer {
     Image to;
-    float step;
-    int low, high;
+    Grid grid;
+    Scaling scaling;
     Table table;
     bool prunes;
     bool run(const Run&) const override;

@@ -41,4 +41,18 @@ inline FewBytes narrowed(Integers x) {
 #endif
 }
 
+// A sum with it has no place for a fraction, and is rounded to even; its lower bits are the integer.
+constexpr float kRound = 3 << 22;
+constexpr std::int32_t kRoundBits = std::bit_cast<std::int32_t>(kRound);
+
+// Returns whether the magnitude of an element is above a limit.
+inline bool is_any_beyond(Floats x, float limit) {
+    const auto magnitude = std::bit_cast<Floats>(std::bit_cast<Integers>(x) & 0x7FFFFFFF);
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(std::bit_cast<__m512>(magnitude), _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#else
+    return any(magnitude > Floats{} + limit);
+#endif
+}
+
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -1,0 +1,101 @@
+// Codes of a depthwise window by the scaling of the layer: sums and factors stay in registers, in the order of
+// `side_by_side`, which narrowing to bytes undoes.
+#pragma once
+
+#include "network/code_maps.h"
+#include "network/depthwise.h"
+#include "network/quick.h"
+
+#if defined(__AVX512VNNI__)
+namespace nmcompile::NMCOMPILE_ISA {
+
+// A window of three by three. Neighbours in a row share columns, which are kept.
+class ThreeByThree {
+public:
+    static bool is_for(const Window& window) { return window.height == 3 && window.width == 3; }
+
+    ThreeByThree(const LayerJob& job, std::int64_t channel)
+        : channel_(channel),
+          down_(job.layer->window().dilation_y * job.from.row()),
+          right_(job.layer->window().dilation_x * job.from.stride),
+          step_(job.layer->window().stride_x * job.from.stride) {
+        const std::uint8_t* integers = job.layer->packed() + channel;
+        for (int x = 0; x < 3; ++x, integers += job.layer->outs()) {
+            weights_[x] = side_by_side(rows(integers, 3 * job.layer->outs(), _mm512_setzero_si512()));
+        }
+    }
+
+    // Returns the sums of a pixel; calls come in the order of pixels.
+    Four sums(const std::uint8_t* input) {
+        const std::uint8_t* const first = input + channel_;
+        const bool is_next = first == next_;
+        if (is_next && step_ == right_) {
+            columns_[0] = columns_[1];
+            columns_[1] = columns_[2];
+        } else {
+            columns_[0] = is_next && step_ == 2 * right_ ? columns_[2] : column(first);
+            columns_[1] = column(first + right_);
+        }
+        columns_[2] = column(first + 2 * right_);
+        next_ = first + step_;
+        Four all = {};
+#pragma GCC unroll 3
+        for (int x = 0; x < 3; ++x) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) all.of[i] = _mm512_dpbusd_epi32(all.of[i], columns_[x].of[i], weights_[x].of[i]);
+        }
+        return all;
+    }
+
+private:
+    static Four rows(const std::uint8_t* from, std::int64_t row, __m512i fourth) {
+        return {{_mm512_loadu_si512(from), _mm512_loadu_si512(from + row), _mm512_loadu_si512(from + 2 * row), fourth}};
+    }
+
+    // The fourth row has integers of zero, so any code will do.
+    Four column(const std::uint8_t* from) const {
+        return side_by_side(rows(from, down_, _mm512_loadu_si512(from + 2 * down_)));
+    }
+
+    std::int64_t channel_, down_, right_, step_;
+    const std::uint8_t* next_ = nullptr;
+    Four weights_[3], columns_[3];
+};
+
+// Returns the factors of kChunk channels.
+inline FourFloats factors_side_by_side(const std::vector<float>& factors, std::int64_t channel) {
+    const auto lane = [&](int i, int lane) { return _mm_loadu_ps(factors.data() + channel + 16 * lane + 4 * i); };
+    FourFloats found;
+    for (int i = 0; i < 4; ++i) {
+        const __m512 first = _mm512_insertf32x4(_mm512_castps128_ps512(lane(i, 0)), lane(i, 1), 1);
+        found.of[i] = std::bit_cast<Floats>(_mm512_insertf32x4(_mm512_insertf32x4(first, lane(i, 2), 2), lane(i, 3), 3));
+    }
+    return found;
+}
+
+// Writes the codes of up to kChunk channels, and by `exact` those of a pixel that the scaling does not decide. The layer
+// has no more taps than `Taps` takes.
+template <class Exact>
+inline void write_depthwise_codes(const LayerJob& job, std::int64_t channel, std::int64_t count, std::int64_t pixels,
+                                  const std::uint8_t* const* inputs, std::uint8_t* const* to, const Exact& exact) {
+    const FourFloats scale = factors_side_by_side(job.scaling->scale, channel);
+    const FourFloats offset = factors_side_by_side(job.scaling->offset, channel);
+    const auto write = [&](auto window) {
+        Quick quick(job);
+        for (std::int64_t p = 0; p < pixels; ++p) {
+            const Four sums = window.sums(inputs[p]);
+            FourIntegers found;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                found.of[i] = quick.nearest(std::bit_cast<Integers>(sums.of[i]), scale.of[i], offset.of[i]);
+            }
+            store_some(quick.clamped(bytes_in_lanes(found)), count, to[p] + channel);
+            if (!quick.is_sure()) exact(p);
+        }
+    };
+    if (ThreeByThree::is_for(job.layer->window())) return write(ThreeByThree(job, channel));
+    with_columns(Taps(job, 0), channel, write);
+}
+
+}  // namespace nmcompile::NMCOMPILE_ISA
+#endif
