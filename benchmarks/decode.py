@@ -26,7 +26,7 @@ from typing import Any
 import onnxruntime as ort
 import torch
 import transformers
-from decode_onnx import OnnxDecoder, four_bits, llama_graph
+from decode_onnx import Builder, FourBitBuilder, OnnxDecoder, llama_graph
 from language_model import FILE
 from subjects import files_of
 from tabulate import tabulate
@@ -166,10 +166,11 @@ def candidates(model: LlamaForCausalLM, length: int, threads: int, skipped: list
     prompt = prompt_of(model)
     found: dict[str, Decode] = {"fp32, eager": eager(model, prompt)}
     expected = found["fp32, eager"](8)
-    graph = llama_graph(model, length)
     if "check" not in skipped:
-        assert OnnxDecoder(graph, model.config, prompt, length, threads)(8) == expected
-    found[PEER] = OnnxDecoder(four_bits(graph), model.config, prompt, length, threads)
+        dense = llama_graph(model, length, Builder())
+        assert OnnxDecoder(dense, model.config, prompt, length, threads)(8) == expected
+    graph = llama_graph(model, length, FourBitBuilder())
+    found[PEER] = OnnxDecoder(graph, model.config, prompt, length, threads)
     del graph
     half = in_half(model)
     found["bf16, eager"] = eager(half, prompt)

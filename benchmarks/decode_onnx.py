@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 MICROSOFT = "com.microsoft"
+logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
 
 
@@ -43,10 +44,33 @@ class Builder:
         self.node("SkipSimplifiedLayerNormalization", [x, residual, weight], outputs, MICROSOFT, epsilon=epsilon)
         return name, f"{name}.sum"
 
+    def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        graph = helper.make_graph(self.nodes, "llama", inputs, outputs, self.initializers)
+        return helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
 
-def llama_graph(model: LlamaForCausalLM, length: int) -> onnx.ModelProto:
-    """Return the model in fp32 for a cache of `length` positions; logits are those of the last token."""
-    config, body, build = model.config, model.model, Builder()
+
+class FourBitBuilder(Builder):
+    """Nodes in which every weight of a product is in 4-bit blocks of 32, computed in int8 (accuracy level 4).
+
+    Each product is quantized by itself, so the graph in fp32 never takes memory.
+    """
+
+    def linear(self, x: str, layer: nn.Linear, name: str) -> str:
+        alone = Builder()
+        alone.linear(x, layer, name)
+        config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)
+        quantizer = MatMulNBitsQuantizer(alone.model([], []), algo_config=config)
+        quantizer.process()
+        graph = quantizer.model.model.graph
+        assert [node.op_type for node in graph.node] == ["MatMulNBits"]
+        self.nodes += graph.node
+        self.initializers += graph.initializer
+        return name
+
+
+def llama_graph(model: LlamaForCausalLM, length: int, build: Builder) -> onnx.ModelProto:
+    """Return the model for a cache of `length` positions; logits are those of the last token."""
+    config, body = model.config, model.model
     angles = torch.arange(length).float()[:, None] * body.rotary_emb.inv_freq
     build.store("cosines", angles.cos())
     build.store("sines", angles.sin())
@@ -73,8 +97,7 @@ def llama_graph(model: LlamaForCausalLM, length: int) -> onnx.ModelProto:
         shape = [1, config.num_key_value_heads, length, config.head_dim]
         inputs.append(helper.make_tensor_value_info(f"past.{name}", TensorProto.FLOAT, shape))
         outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-    graph = helper.make_graph(build.nodes, "llama", inputs, outputs, build.initializers)
-    return helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
+    return build.model(inputs, outputs)
 
 
 def attention(build: Builder, x: str, layer: nn.Module, config: LlamaConfig, i: int) -> str:
@@ -95,18 +118,6 @@ def gated_mlp(build: Builder, x: str, layer: nn.Module, i: int) -> str:
 
 def cache_names(config: LlamaConfig) -> list[str]:
     return [f"{kind}.{i}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
-
-
-def four_bits(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph with every weight of a product in 4-bit blocks of 32, computed in int8 (accuracy level 4)."""
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    products = sum(node.op_type == "MatMul" for node in graph.graph.node)
-    config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)
-    quantizer = MatMulNBitsQuantizer(graph, algo_config=config)
-    quantizer.process()
-    quantized: onnx.ModelProto = quantizer.model.model
-    assert sum(node.op_type == "MatMulNBits" for node in quantized.graph.node) == products
-    return quantized
 
 
 class OnnxDecoder:

@@ -73,6 +73,11 @@ inline FourFloats factors_side_by_side(const std::vector<float>& factors, std::i
     return found;
 }
 
+inline ManyBytes channels_in_order(ManyBytes codes) {
+    const __m512i order = _mm512_set4_epi32(0x0F0D0B09, 0x0E0C0A08, 0x07050301, 0x06040200);
+    return std::bit_cast<ManyBytes>(_mm512_shuffle_epi8(std::bit_cast<__m512i>(codes), order));
+}
+
 // Writes the codes of up to kChunk channels, and by `exact` those of a pixel that the scaling does not decide. The layer
 // has no more taps than `Taps` takes.
 template <class Exact>
@@ -87,9 +92,9 @@ inline void write_depthwise_codes(const LayerJob& job, std::int64_t channel, std
             FourIntegers found;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                found.of[i] = quick.nearest(std::bit_cast<Integers>(sums.of[i]), scale.of[i], offset.of[i]);
+                found.of[i] = quick.of(std::bit_cast<Integers>(sums.of[i]), scale.of[i], offset.of[i]);
             }
-            store_some(quick.clamped(bytes_in_lanes(found)), count, to[p] + channel);
+            store_some(quick.clamped(channels_in_order(upper_bytes_in_turns(found))), count, to[p] + channel);
             if (!quick.is_sure()) exact(p);
         }
     };

@@ -1,5 +1,7 @@
-// Codes by the scaling of a layer: four vectors of sums at once, and whether each of their fractions decides.
+// Codes by the scaling of a layer: four vectors of sums at once, and whether the scaling decides each of them.
 #pragma once
+
+#include <array>
 
 #include "network/network_isa.h"
 #include "network/widen.h"
@@ -8,6 +10,7 @@ namespace nmcompile::NMCOMPILE_ISA {
 
 constexpr int kFour = 4 * kFloats;
 using ManyBytes = Vector<std::uint8_t, kFour>;
+using Halves = Vector<std::uint16_t, 2 * kFloats>;
 
 struct FourFloats {
     Floats of[4];
@@ -16,75 +19,99 @@ struct FourIntegers {
     Integers of[4];
 };
 
-// Returns the integers one vector after the other, each clamped to a byte; `in_lanes` leaves them in the order of the
-// instructions: lanes of 16 bytes of which a lane of each vector gives four.
-#if defined(__AVX512BW__)
-inline ManyBytes bytes_in_lanes(const FourIntegers& x) {
-    const __m512i first = _mm512_packs_epi32(std::bit_cast<__m512i>(x.of[0]), std::bit_cast<__m512i>(x.of[1]));
-    const __m512i second = _mm512_packs_epi32(std::bit_cast<__m512i>(x.of[2]), std::bit_cast<__m512i>(x.of[3]));
-    return std::bit_cast<ManyBytes>(_mm512_packus_epi16(first, second));
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return std::bit_cast<Floats>(
+        _mm512_fmadd_ps(std::bit_cast<__m512>(a), std::bit_cast<__m512>(b), std::bit_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return std::bit_cast<Floats>(
+        _mm256_fmadd_ps(std::bit_cast<__m256>(a), std::bit_cast<__m256>(b), std::bit_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
 }
 
-inline ManyBytes bytes(const FourIntegers& x) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return std::bit_cast<ManyBytes>(_mm512_permutexvar_epi32(order, std::bit_cast<__m512i>(bytes_in_lanes(x))));
+// Returns the upper halves, clamped to bytes, one vector after the other.
+#if defined(__AVX512VBMI__)
+// Bytes are in the order of the instructions: in each 16, a pair of vectors gives eight, in turns.
+inline ManyBytes upper_bytes_in_turns(const FourIntegers& x) {
+    const auto pair = [](Integers first, Integers second) {
+        const __m512i lower = _mm512_srli_epi32(std::bit_cast<__m512i>(first), 16);
+        return _mm512_mask_blend_epi16(0xAAAAAAAA, lower, std::bit_cast<__m512i>(second));
+    };
+    return std::bit_cast<ManyBytes>(_mm512_packus_epi16(pair(x.of[0], x.of[1]), pair(x.of[2], x.of[3])));
+}
+
+inline ManyBytes upper_bytes(const FourIntegers& x) {
+    alignas(64) static constexpr auto order = [] {
+        std::array<std::uint8_t, 64> from{};
+        for (int i = 0; i < 64; ++i) {
+            const int vector = i / 16, element = i % 16;
+            from[i] = static_cast<std::uint8_t>(element / 4 * 16 + vector / 2 * 8 + element % 4 * 2 + vector % 2);
+        }
+        return from;
+    }();
+    return std::bit_cast<ManyBytes>(_mm512_permutexvar_epi8(
+        _mm512_load_si512(order.data()), std::bit_cast<__m512i>(upper_bytes_in_turns(x))));
 }
 #elif defined(__AVX2__)
-inline ManyBytes bytes(const FourIntegers& x) {
-    const __m256i first = _mm256_packs_epi32(std::bit_cast<__m256i>(x.of[0]), std::bit_cast<__m256i>(x.of[1]));
-    const __m256i second = _mm256_packs_epi32(std::bit_cast<__m256i>(x.of[2]), std::bit_cast<__m256i>(x.of[3]));
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    return std::bit_cast<ManyBytes>(_mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order));
+inline ManyBytes upper_bytes(const FourIntegers& x) {
+    const auto pair = [](Integers first, Integers second) {
+        return _mm256_packs_epi32(std::bit_cast<__m256i>(first >> 16), std::bit_cast<__m256i>(second >> 16));
+    };
+    const __m256i bytes = _mm256_packus_epi16(pair(x.of[0], x.of[1]), pair(x.of[2], x.of[3]));
+    return std::bit_cast<ManyBytes>(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 #else
-inline ManyBytes bytes(const FourIntegers& x) {
+inline ManyBytes upper_bytes(const FourIntegers& x) {
     ManyBytes result;
     for (int i = 0; i < kFour; ++i) {
-        const std::int32_t integer = x.of[i / kFloats][i % kFloats];
-        result[i] = static_cast<std::uint8_t>(integer < 0 ? 0 : integer > 255 ? 255 : integer);
+        const std::int32_t code = x.of[i / kFloats][i % kFloats] >> 16;
+        result[i] = static_cast<std::uint8_t>(code < 0 ? 0 : code > 255 ? 255 : code);
     }
     return result;
 }
 #endif
 
-// The nearest integers of n * scale + offset, and the farthest of their fractions from the integer.
+// Codes in the fixed point of the scaling, and the lowest of their lower halves.
 class Quick {
 public:
-    static bool is_there(const LayerJob& job) { return job.scaling->limit > 0; }
+    static bool is_there(const LayerJob& job) { return job.scaling->doubt != 0; }
 
     explicit Quick(const LayerJob& job)
-        : limit_(job.scaling->limit), most_(ManyBytes{} + static_cast<std::uint8_t>(job.grid.high - job.grid.low)) {}
+        : doubt_(job.scaling->doubt), most_(ManyBytes{} + static_cast<std::uint8_t>(job.grid.high - job.grid.low)) {}
 
-    // Returns the nearest integers of n * scale + offset, and notes their fractions.
-    Integers nearest(Integers n, Floats scale, Floats offset) {
-#if defined(__AVX512DQ__)
-        const __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(std::bit_cast<__m512i>(n)), std::bit_cast<__m512>(scale),
-                                         std::bit_cast<__m512>(offset));
-        constexpr int kLargerMagnitude = 0b1011;
-        farthest_ = std::bit_cast<Floats>(
-            _mm512_range_ps(std::bit_cast<__m512>(farthest_), _mm512_reduce_ps(x, 0), kLargerMagnitude));
-        return std::bit_cast<Integers>(_mm512_cvtps_epi32(x));
+    Integers of(Integers n, Floats scale, Floats offset) {
+        const Floats x = multiply_add(__builtin_convertvector(n, Floats), scale, offset);
+        const Integers code = __builtin_convertvector(x, Integers);
+#if defined(__AVX512BW__)
+        const auto lowest = std::bit_cast<__m512i>(lowest_);
+        lowest_ = std::bit_cast<Halves>(
+            _mm512_mask_min_epu16(lowest, 0x55555555, lowest, std::bit_cast<__m512i>(code)));
 #else
-        const Floats x = __builtin_convertvector(n, Floats) * scale + offset, rounded = x + kRound;
-        const Floats fraction = x - (rounded - kRound);
-        farthest_ = larger(farthest_, std::bit_cast<Floats>(std::bit_cast<Integers>(fraction) & 0x7FFFFFFF));
-        return std::bit_cast<Integers>(rounded) - kRoundBits;
+        const auto lower = std::bit_cast<Halves>(code | Integers{} - 0x10000);
+        lowest_ = lower < lowest_ ? lower : lowest_;
 #endif
+        return code;
     }
 
     ManyBytes clamped(ManyBytes codes) const { return codes < most_ ? codes : most_; }
 
-    // Returns whether all fractions since the last call decide.
+    // Returns whether the scaling decides all codes since the last call.
     bool is_sure() {
-        const Floats farthest = farthest_;
-        farthest_ = Floats{};
-        return !is_any_beyond(farthest, limit_);
+        const Halves lowest = lowest_;
+        lowest_ = ~Halves{};
+#if defined(__AVX512BW__)
+        return _mm512_cmple_epu16_mask(std::bit_cast<__m512i>(lowest), _mm512_set1_epi16(doubt_)) == 0;
+#else
+        return !any(lowest <= Halves{} + doubt_);
+#endif
     }
 
 private:
-    float limit_;
+    std::uint16_t doubt_;
     ManyBytes most_;
-    Floats farthest_ = {};
+    Halves lowest_ = ~Halves{};
 };
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -7,44 +7,71 @@ namespace nmcompile {
 namespace {
 
 constexpr double kUnit = 0x1p-24;    // rounding of a float32 operation, of its result
-constexpr double kRoundings = 16;    // more than there are in both forms of a code, each weighted by its operand
-constexpr double kMostMargin = 0.05;
+constexpr double kExact = 0x1p24;    // integers up to it are floats
+constexpr double kSafety = 1.01;     // roundings of what is rounded, and of this bound
+constexpr double kOne = 0x1p16;      // of the fixed point
+constexpr double kMostDoubt = 0.1 * kOne;
+constexpr double kMostResult = 0x1p14;  // in magnitude, so that it fits into the upper half
 constexpr std::int64_t kRead = kBlock;  // channels that a kernel may read behind the last
 
 // One out-channel in steps of the codes.
-struct Channel {
-    double scale, offset;
-    double margin;    // of a code inside the grid
-    double farthest;  // the margin of any code; outside the grid it must only stay there
-
-    Channel(const IntegerLayer& layer, const Affine& by, const Grid& grid, std::int64_t out) {
-        const double gain = by.gain ? by.gain[out] : 1, bias = by.bias ? by.bias[out] : 0;
-        const double shift = by.shift ? by.shift[out] : 0, zero = by.zero;
+class Channel {
+public:
+    Channel(const IntegerLayer& layer, const Affine& by, const Grid& grid, std::int64_t out)
+        : has_bias_(by.bias != nullptr), has_norm_(by.gain != nullptr) {
+        const double gain = has_norm_ ? by.gain[out] : 1;
         scale = by.steps[out] * gain / grid.step;
-        const double zeros = zero * by.sums[out] * scale;
-        offset = (bias * gain + shift) / grid.step - zeros - grid.low;
-        const double added = (std::abs(bias * gain) + std::abs(shift)) / grid.step + std::abs(zeros);
-        const double inside = std::max(std::abs(grid.low), std::abs(grid.high)) + 1;
-        const double sums = (layer.most() + std::abs(zero)) * layer.magnitudes()[out] * std::abs(scale);
-        margin = kRoundings * kUnit * (inside + added);
-        farthest = kRoundings * kUnit * (inside + added + sums);
+        bias_ = has_bias_ ? by.bias[out] * gain / grid.step : 0;
+        shift_ = has_norm_ ? by.shift[out] / grid.step : 0;
+        zeros_ = double(by.zero) * by.sums[out] * scale;
+        offset = bias_ + shift_ - zeros_ - grid.low;
+        inside_ = std::max(std::abs(grid.low), std::abs(grid.high)) + 1;
+        most_ = (layer.most() + std::abs(double(by.zero))) * layer.magnitudes()[out];
     }
+
+    // Returns how far a result may lie from the grid's lowest code.
+    double farthest() const { return most_ * std::abs(scale) + added(); }
+
+    // Returns how far both numbers may lie apart: by the rounding of each operation that they take. A result on the grid
+    // comes from sums that are not larger than it and what is added to them. Results beyond the grid may be further
+    // apart, but by less than 1/2, as `farthest` is bounded, so they stay there.
+    double margin() const {
+        const double sums = inside_ + std::abs(bias_) + std::abs(shift_), all = sums + std::abs(zeros_);
+        const double converted = most_ > kExact ? sums + all : 0;
+        const double with_bias = has_bias_ ? sums + std::abs(bias_) : 0;
+        const double with_norm = has_norm_ ? sums + std::abs(bias_) + inside_ : 0;
+        const double in_module = sums + with_bias + with_norm + inside_;
+        const double here = 2 * all + added() + 2 * inside_;
+        return kSafety * kUnit * (converted + in_module + here);
+    }
+
+    double scale, offset;
+
+private:
+    double added() const { return std::abs(bias_) + std::abs(shift_) + std::abs(zeros_) + inside_; }
+
+    bool has_bias_, has_norm_;
+    double bias_, shift_, zeros_, inside_, most_;
 };
 
 }  // namespace
 
 Scaling scaling_of(const IntegerLayer& layer, const Affine& affine, const Grid& grid) {
-    Scaling result{std::vector<float>(layer.outs() + kRead), std::vector<float>(layer.outs() + kRead)};
-    double margin = 0, farthest = 0;
+    std::vector<Channel> channels;
+    double margin = 0;
     for (std::int64_t out = 0; out < layer.outs(); ++out) {
-        const Channel channel(layer, affine, grid, out);
-        if (!std::isfinite(channel.farthest)) return result;
-        result.scale[out] = static_cast<float>(channel.scale);
-        result.offset[out] = static_cast<float>(channel.offset);
-        margin = std::max(margin, channel.margin);
-        farthest = std::max(farthest, channel.farthest);
+        const Channel& channel = channels.emplace_back(layer, affine, grid, out);
+        if (!(channel.farthest() < kMostResult)) return {};  // nor if it is no number
+        margin = std::max(margin, channel.margin());
     }
-    if (margin < kMostMargin && farthest < 0.25) result.limit = static_cast<float>(0.5 - margin);
+    const double rounded = std::ceil(margin * kOne) + 1;  // and the fixed point's own rounding
+    if (2 * rounded > kMostDoubt) return {};
+    Scaling result{std::vector<float>(layer.outs() + kRead), std::vector<float>(layer.outs() + kRead, kOne / 2),
+                   static_cast<std::uint16_t>(2 * rounded)};
+    for (std::int64_t out = 0; out < layer.outs(); ++out) {
+        result.scale[out] = static_cast<float>(channels[out].scale * kOne);
+        result.offset[out] = static_cast<float>((channels[out].offset + 0.5) * kOne + rounded);
+    }
     return result;
 }
 

@@ -1,9 +1,10 @@
 // Codes by one multiplication and one addition. A layer's codes are
 //
-//     clamp(round(y / step), low, high) - low = clamp(round(n * scale + offset), 0, high - low)
+//     clamp(round(y / step), low, high) - low = clamp(floor(y / step - low + 1/2), 0, high - low)
 //
-// unless the two numbers before rounding lie on both sides of the middle between two integers. They differ by less than
-// a margin, since float32 rounds in each operation; so a fraction that is farther than that from 1/2 decides.
+// and n * scale + offset is y / step - low + 1/2 but for the rounding of float32 operations, which is less than a margin.
+// So floor() of both is the same unless the fraction of one is as near to 0 or 1. The offset includes the margin, and all
+// is in units of 2^-16: the upper half of a 32-bit integer is the code, and a lower half above twice the margin decides.
 #pragma once
 
 #include <cstdint>
@@ -27,11 +28,11 @@ struct Grid {
 };
 
 struct Scaling {
-    std::vector<float> scale, offset;  // of each out-channel, and zeros for kernels that read whole vectors
-    float limit = 0;                   // a fraction in [-1/2, 1/2] decides if its magnitude is less
+    std::vector<float> scale, offset;  // of each out-channel, and some that decide for kernels that read whole vectors
+    std::uint16_t doubt = 0;           // lower halves up to it do not decide; 0 if there is no such scaling
 };
 
-// Returns the scaling of a layer; its limit is 0 if factors or sums are too large for it.
+// Returns the scaling of a layer; there is none if factors or sums are too large for it.
 Scaling scaling_of(const IntegerLayer& layer, const Affine& affine, const Grid& grid);
 
 }  // namespace nmcompile
