@@ -7,7 +7,7 @@
 #include "network/depthwise_codes.h"
 #include "network/epilogue.h"
 #include "network/gather.h"
-#include "network/products.h"
+#include "network/product_codes.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
 namespace {
@@ -82,18 +82,56 @@ void gather_group(const LayerJob& job, const Extent& extent, Index group, Index 
     for (Index p = 0; p < extent.pixels; p += 2) gather.pair(firsts[p], firsts[p + 1], scratch + p / 2 * stride);
 }
 
+// A block of out-channels of a layer for some pixels of a tile.
+struct ProductLine {
+    const LayerJob& job;
+    const Places& places;
+    const std::uint8_t* scratch;
+    Index stride, number, out, count;
+
+    void write(Index pixels) const {
+#if defined(__AVX2__)
+        if (!job.floats && Quick::is_there(job)) {
+            StoreCodes codes{job, out, count, pixels, places.codes};
+            compute(0, pixels, codes);
+            for (; codes.unsure != 0; codes.unsure &= codes.unsure - 1) {
+                const Index first = 4 * std::countr_zero(codes.unsure);
+                write_sums(first, smaller(4, pixels - first));
+            }
+            return;
+        }
+#endif
+        write_sums(0, pixels);
+    }
+
+private:
+    void write_sums(Index first, Index pixels) const {
+        std::int32_t sums[kTilePixels][kOuts];
+        StoreSums taker{sums};
+        compute(first, pixels, taker);
+        places.write_exactly(job, out, count, first, pixels, sums);
+    }
+
+    template <class Taker>
+    void compute(Index first, Index pixels, Taker& taker) const {
+        const IntegerLayer& layer = *job.layer;
+        const Index row = layer.form() == Form::sparse ? first / 2 : first;
+        const std::uint8_t* const packed = layer.packed() + number * layer.blocks() * kBlock;
+        products(layer.form(), pixels, scratch + row * stride, stride, packed, layer.blocks(), taker,
+                 std::make_integer_sequence<int, kMostDense>{});
+    }
+};
+
 // Lines count on over the groups; the range of an extent lies in one group, or starts and ends with groups.
 void products_layer(const LayerJob& job, const Extent& extent, const Places& places, std::uint8_t* scratch) {
     const IntegerLayer& layer = *job.layer;
     const Index lines = layer.group_lines(), stride = layer.blocks() * kDepthOf[static_cast<int>(layer.form())];
-    std::int32_t sums[kTilePixels][kOuts];
     for (Index number = extent.line; number < extent.line + extent.lines; ++number) {
         const Index group = number / lines, in_group = number % lines * kOuts;
         if (number == extent.line || in_group == 0) gather_group(job, extent, group, stride, scratch);
-        sums_of(layer.form(), extent.pixels, scratch, stride, layer.packed() + number * layer.blocks() * kBlock,
-                layer.blocks(), sums, std::make_integer_sequence<int, kMostDense>{});
         const Index out = group * layer.group_outs() + in_group;
-        places.write(job, out, smaller(kOuts, layer.group_outs() - in_group), 0, extent.pixels, sums);
+        const ProductLine line{job, places, scratch, stride, number, out, smaller(kOuts, layer.group_outs() - in_group)};
+        line.write(extent.pixels);
     }
 }
 

@@ -53,10 +53,8 @@ inline void add_two(Bytes selected, Bytes integers, Sums& first, Sums& both) {
     first = with_products(first, selected & (Bytes{} + std::uint8_t{15}), integers);
 }
 
-inline void separate(Sums& first, Sums& second) {
-    second = (second - first) >> 8;
-    first >>= 4;
-}
+constexpr int kSecondTimes = 256;  // the second sum
+inline void separate(const Sums& first, Sums& second) { second -= first; }
 
 inline Sums with_dense_products(Sums sums, Bytes codes, Bytes integers) { return with_products(sums, codes, integers); }
 #else
@@ -73,10 +71,8 @@ inline void add_two(Bytes selected, Bytes integers, Sums& first, Sums& second) {
     second = with_small_products(second, upper & four_bits, integers);
 }
 
-inline void separate(Sums& first, Sums& second) {
-    first >>= 4;
-    second >>= 4;
-}
+constexpr int kSecondTimes = 16;
+inline void separate(const Sums&, Sums&) {}
 
 // Bytes at even and at odd places, since sums of two products of bytes do not fit into 16 bits.
 inline Sums with_dense_products(Sums sums, Bytes codes, Bytes integers) {
@@ -88,56 +84,68 @@ inline Sums with_dense_products(Sums sums, Bytes codes, Bytes integers) {
 }
 #endif
 
+constexpr int kFirstTimes = 16;
 constexpr int kMostPairs = kBytes == 64 ? 13 : 5;
 constexpr int kMostDense = kBytes == 64 ? 26 : 10;
 
-// `input` has a row of bytes for each pair of pixels.
-template <int kPairs>
-void sparse_sums(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks,
-                 std::int32_t (*sums)[kOuts]) {
+// Stores sums, pixels x kOuts.
+struct StoreSums {
+    std::int32_t (*sums)[kOuts];
+
+    template <int kFirst, int kSecond, int kPixels>
+    void take(int part, const Sums (&all)[kPixels]) {
+#pragma GCC unroll 32
+        for (int p = 0; p < kPixels; ++p) {
+            store(all[p] / (p % 2 == 0 ? kFirst : kSecond), sums[p] + part * kOutsOfPart);
+        }
+    }
+};
+
+// Gives the sums of each part to `taker`, those of the first of two pixels times kFirstTimes, of the second times
+// kSecondTimes. `input` has a row of bytes for each pair of pixels.
+template <int kPairs, class Taker>
+void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
     for (int part = 0; part < kParts; ++part) {
-        Sums first[kPairs] = {}, second[kPairs] = {};
+        Sums sums[2 * kPairs] = {};
         for (Index k = 0; k < blocks; ++k) {
             const Bytes block = load<Bytes>(packed + k * kBlock + part * kBytes);
             const Bytes integers = block & (Bytes{} + std::uint8_t{0xF0});
 #pragma GCC unroll 16
             for (int p = 0; p < kPairs; ++p) {
-                add_two(selected(block, input + p * stride + 8 * k), integers, first[p], second[p]);
+                add_two(selected(block, input + p * stride + 8 * k), integers, sums[2 * p], sums[2 * p + 1]);
             }
         }
 #pragma GCC unroll 16
-        for (int p = 0; p < kPairs; ++p) {
-            separate(first[p], second[p]);
-            store(first[p], sums[2 * p] + part * kOutsOfPart);
-            store(second[p], sums[2 * p + 1] + part * kOutsOfPart);
-        }
+        for (int p = 0; p < kPairs; ++p) separate(sums[2 * p], sums[2 * p + 1]);
+        taker.template take<kFirstTimes, kSecondTimes>(part, sums);
     }
 }
 
-template <int kPixels>
-void dense_sums(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks,
-                std::int32_t (*sums)[kOuts]) {
+template <int kPixels, class Taker>
+void dense_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
     for (int part = 0; part < kParts; ++part) {
-        Sums all[kPixels] = {};
+        Sums sums[kPixels] = {};
         for (Index k = 0; k < blocks; ++k) {
             const Bytes integers = load<Bytes>(packed + k * kBlock + part * kBytes);
 #pragma GCC unroll 32
             for (int p = 0; p < kPixels; ++p) {
-                all[p] = with_dense_products(all[p], repeated<std::int32_t>(input + p * stride + 4 * k), integers);
+                sums[p] = with_dense_products(sums[p], repeated<std::int32_t>(input + p * stride + 4 * k), integers);
             }
         }
-#pragma GCC unroll 32
-        for (int p = 0; p < kPixels; ++p) store(all[p], sums[p] + part * kOutsOfPart);
+        taker.template take<1, 1>(part, sums);
     }
 }
 #else
 constexpr int kMostPairs = 13;
 constexpr int kMostDense = 26;
 
+struct StoreSums {
+    std::int32_t (*sums)[kOuts];
+};
+
 // As above, straight from the definitions of the forms.
-template <int kPairs>
-void sparse_sums(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks,
-                 std::int32_t (*sums)[kOuts]) {
+template <int kPairs, class Taker>
+void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
     for (int p = 0; p < kPairs; ++p) {
         for (int out = 0; out < kOuts; ++out) {
             std::int32_t first = 0, second = 0;
@@ -149,15 +157,14 @@ void sparse_sums(const std::uint8_t* input, Index stride, const std::uint8_t* pa
                     second += integer * (code >> 4);
                 }
             }
-            sums[2 * p][out] = first;
-            sums[2 * p + 1][out] = second;
+            taker.sums[2 * p][out] = first;
+            taker.sums[2 * p + 1][out] = second;
         }
     }
 }
 
-template <int kPixels>
-void dense_sums(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks,
-                std::int32_t (*sums)[kOuts]) {
+template <int kPixels, class Taker>
+void dense_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
     for (int p = 0; p < kPixels; ++p) {
         for (int out = 0; out < kOuts; ++out) {
             std::int32_t sum = 0;
@@ -166,20 +173,20 @@ void dense_sums(const std::uint8_t* input, Index stride, const std::uint8_t* pac
                     sum += static_cast<std::int8_t>(packed[k * kBlock + 4 * out + i]) * input[p * stride + 4 * k + i];
                 }
             }
-            sums[p][out] = sum;
+            taker.sums[p][out] = sum;
         }
     }
 }
 #endif
 
 // Calls the kernel for a number of pixels, from tables of all of them.
-template <int... kCounts>
-inline void sums_of(Form form, Index count, const std::uint8_t* input, Index stride, const std::uint8_t* packed,
-                    Index blocks, std::int32_t (*sums)[kOuts], std::integer_sequence<int, kCounts...>) {
-    using Kernel = void (*)(const std::uint8_t*, Index, const std::uint8_t*, Index, std::int32_t (*)[kOuts]);
-    static constexpr Kernel dense[] = {dense_sums<kCounts + 1>...};
-    static constexpr Kernel sparse[] = {sparse_sums<kCounts / 2 + 1>...};
-    (form == Form::sparse ? sparse : dense)[count - 1](input, stride, packed, blocks, sums);
+template <class Taker, int... kCounts>
+inline void products(Form form, Index count, const std::uint8_t* input, Index stride, const std::uint8_t* packed,
+                     Index blocks, Taker& taker, std::integer_sequence<int, kCounts...>) {
+    using Kernel = void (*)(const std::uint8_t*, Index, const std::uint8_t*, Index, Taker&);
+    static constexpr Kernel dense[] = {dense_products<kCounts + 1, Taker>...};
+    static constexpr Kernel sparse[] = {sparse_products<kCounts / 2 + 1, Taker>...};
+    (form == Form::sparse ? sparse : dense)[count - 1](input, stride, packed, blocks, taker);
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA

@@ -89,7 +89,7 @@ public:
         lowest_ = std::bit_cast<Halves>(
             _mm512_mask_min_epu16(lowest, 0x55555555, lowest, std::bit_cast<__m512i>(code)));
 #else
-        const auto lower = std::bit_cast<Halves>(code | Integers{} - 0x10000);
+        const auto lower = std::bit_cast<Halves>(code | (Integers{} - 0x10000));
         lowest_ = lower < lowest_ ? lower : lowest_;
 #endif
         return code;
