@@ -145,6 +145,65 @@ def test_a_result_next_to_the_middle_of_two_codes_is_rounded_as_a_division_is(is
         assert torch.equal(found, (sums.flatten().float() * steps / step).round().clamp(-127, 127))
 
 
+def codes_of_norms(
+    case: Case, x: Tensor, factors: list[Tensor], grid: tuple[float, int, int], isa: str
+) -> tuple[Tensor, Tensor]:
+    """Return the codes of a layer, and those of float32 operations one by one on exact sums."""
+    torch.manual_seed(0)
+    weights, (step, low, high) = case.weights(), grid
+    one = 1, 1
+    layer = kernels.integer_layer(weights, case.groups, one, one, 15)
+    source, (n, _, height, width) = case.image(), x.shape
+    result = 64 * x.numel(), n, height, width, case.outs, 0, 0, case.outs
+    program, found = kernels.IntegerProgram(result[0] + bytes_of(result)), torch.empty(n, case.outs, height, width)
+    program.encode(0, source, 1.0, 0, 15)
+    program.layer(layer, source, result, 0, (0, 0), *factors, step, low, high, None, False)
+    program.decode(result, 1, torch.arange(256.0))
+    program.run(0, 3, [x.data_ptr(), found.data_ptr()], isa, 1)
+    sums = F.conv2d(x.double(), weights.permute(0, 3, 1, 2).double(), groups=case.groups).float()
+    steps, bias, gain, shift = (one.view(-1, 1, 1) for one in factors)
+    y = (sums * steps + bias) * gain + shift
+    return found, (y / torch.tensor(step)).nan_to_num(low, high, low).round().clamp(low, high) - low
+
+
+POINTWISE = [
+    Case("sparse", (1, 8, 5, 5), 40),
+    Case("dense", (1, 8, 5, 5), 40),
+    Case("depthwise", (1, 40, 5, 5), 40, groups=40),
+]
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("case", POINTWISE, ids=lambda case: case.form)
+@pytest.mark.parametrize("grid", [(0.37, 0, 15), (0.011, -127, 127), (3.0, 0, 255), (0.37, 3, 9)])
+def test_every_norm_rounds_as_its_operations_do(case: Case, grid: tuple[float, int, int], isa: str) -> None:
+    """Results a few roundings away from the middle of two codes, and sums, biases and shifts of any size."""
+    step, low, high = grid
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x = torch.randint(0, 16, case.size).float()
+        size = 10.0 ** torch.randint(-3, 1 + seed % 6, (2, case.outs))
+        steps, gain = torch.rand(2, case.outs) * step * 10.0 ** torch.randint(-3, 2, (2, case.outs))
+        bias = torch.randn(case.outs) * size[0]
+        middle = torch.randint(low, high + 1, (case.outs,)) + 0.5
+        # The pixel whose sum is zero, if there is one, lies next to the middle of two codes.
+        shift = middle * step - bias * gain + size[1] * torch.randint(-3, 4, (case.outs,)) * 1e-7
+        found, wanted = codes_of_norms(
+            case, x * (torch.rand(x.shape[-2:]) < 0.8), [steps, bias, gain, shift], grid, isa
+        )
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("case", POINTWISE, ids=lambda case: case.form)
+def test_a_norm_that_is_no_number_gives_the_lowest_code(case: Case, isa: str) -> None:
+    for size, bad in (1e30, 1.0), (1.0, torch.nan), (1.0, torch.inf), (1.0, -torch.inf):
+        x, factors = torch.randint(0, 16, case.size).float(), [*(torch.randn(4, case.outs) * size)]
+        factors[1][::3] = bad
+        found, wanted = codes_of_norms(case, x, factors, (0.37, -3, 12), isa)
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_sums_pools_slices_and_flattened_images(isa: str) -> None:
     torch.manual_seed(0)
