@@ -88,6 +88,7 @@ void write_quick_codes(const LayerJob& job, std::int64_t out, std::int64_t count
     Quick quick(job);
     for (std::int64_t first = 0; first < pixels; first += 4) {
         const std::int64_t some = pixels - first < 4 ? pixels - first : 4;
+        bool is_sure = true;
         for (std::int64_t i = 0; i < count; i += kFloats) {
             const auto scale = load<Floats>(job.scaling->scale.data() + out + i);
             const auto offset = load<Floats>(job.scaling->offset.data() + out + i);
@@ -99,8 +100,9 @@ void write_quick_codes(const LayerJob& job, std::int64_t out, std::int64_t count
             FewBytes codes[4];
             store(quick.clamped(upper_bytes(found)), codes);
             for (std::int64_t p = 0; p < some; ++p) store_some(codes[p], count - i, to[first + p] + out + i);
+            is_sure &= quick.is_sure(found);
         }
-        if (!quick.is_sure()) exact(first, some);
+        if (!is_sure) exact(first, some);
     }
 }
 

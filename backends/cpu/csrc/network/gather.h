@@ -51,11 +51,12 @@ public:
 
     // Finds what the first tap reads for each pixel of an extent.
     void find(const Extent& extent, const std::uint8_t** firsts) const {
-        Walk walk(extent.pixel, job_.height, job_.width);
-        for (std::int64_t p = 0; p < extent.pixels; ++p, walk.next()) {
-            firsts[p] = start_ + walk.sample * job_.from.sample() + walk.y * window_.stride_y * job_.from.row() +
-                        walk.x * window_.stride_x * job_.from.stride;
-        }
+        const Image& from = job_.from;
+        const std::int64_t step = window_.stride_x * from.stride;
+        for_runs(extent.pixel, extent.pixels, job_.height, job_.width, [&](auto number, auto count, auto n, auto y, auto x) {
+            const std::uint8_t* const first = start_ + n * from.sample() + y * window_.stride_y * from.row() + x * step;
+            for (std::int64_t i = 0; i < count; ++i) firsts[number + i] = first + i * step;
+        });
     }
 
 private:

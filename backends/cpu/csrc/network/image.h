@@ -23,6 +23,19 @@ struct Image {
     }
 };
 
+// Calls `work(number, count, sample, y, x)` for the runs in a row among pixels that follow each other, from the one that
+// starts with the first of them on.
+template <class Work>
+inline void for_runs(std::int64_t pixel, std::int64_t pixels, std::int64_t height, std::int64_t width, const Work& work) {
+    std::int64_t sample = pixel / (height * width), y = pixel / width % height, x = pixel % width;
+    for (std::int64_t number = 0; number < pixels; x = 0) {
+        const std::int64_t rest = pixels - number, count = rest < width - x ? rest : width - x;
+        work(number, count, sample, y, x);
+        number += count;
+        if (++y == height) y = 0, ++sample;
+    }
+}
+
 // The pixels of images one after the other: divides once, then counts.
 struct Walk {
     std::int64_t height, width, sample, y, x;

@@ -22,16 +22,15 @@ struct Places {
     float* floats[kTilePixels];
 
     Places(const LayerJob& job, const Extent& extent) {
-        const Index area = job.height * job.width;
-        Walk walk(extent.pixel, job.height, job.width);
-        for (Index p = 0; p < extent.pixels; ++p, walk.next()) {
+        for_runs(extent.pixel, extent.pixels, job.height, job.width, [&](auto number, auto count, auto n, auto y, auto x) {
             if (job.floats) {
-                const Index pixel = extent.pixel + p;
-                floats[p] = job.floats + walk.sample * (job.layer->outs() - 1) * area + pixel;
+                float* const first = job.floats + (n * job.layer->outs() * job.height + y) * job.width + x;
+                for (Index i = 0; i < count; ++i) floats[number + i] = first + i;
             } else {
-                codes[p] = job.output + job.to.at(walk.sample, walk.y, walk.x);
+                std::uint8_t* const first = job.output + job.to.at(n, y, x);
+                for (Index i = 0; i < count; ++i) codes[number + i] = first + i * job.to.stride;
             }
-        }
+        });
     }
 
     // Writes up to kOuts out-channels from `out` on of some pixels from `first` on.

@@ -30,7 +30,7 @@ struct StoreCodes {
             };
             const auto codes = std::bit_cast<Parts>(quick.clamped(upper_bytes(found)));
             (store_pixel<kFour + I, kPixels>(codes.of[I], channel, rest), ...);
-            unsure |= std::uint32_t{!quick.is_sure()} << (kFour / 4);
+            unsure |= std::uint32_t{!quick.is_sure(found)} << (kFour / 4);
         };
         [&]<int... kFours>(std::integer_sequence<int, kFours...>) {
             (four(std::integral_constant<int, 4 * kFours>{}, std::make_integer_sequence<int, 4>{}), ...);

@@ -79,7 +79,9 @@ public:
     static bool is_there(const LayerJob& job) { return job.scaling->doubt != 0; }
 
     explicit Quick(const LayerJob& job)
-        : doubt_(job.scaling->doubt), most_(ManyBytes{} + static_cast<std::uint8_t>(job.grid.high - job.grid.low)) {}
+        : doubt_(job.scaling->doubt),
+          top_(job.grid.high - job.grid.low),
+          most_(ManyBytes{} + static_cast<std::uint8_t>(top_)) {}
 
     Integers of(Integers n, Floats scale, Floats offset) {
         const Floats x = multiply_add(__builtin_convertvector(n, Floats), scale, offset);
@@ -97,19 +99,30 @@ public:
 
     ManyBytes clamped(ManyBytes codes) const { return codes < most_ ? codes : most_; }
 
-    // Returns whether the scaling decides all codes since the last call.
-    bool is_sure() {
+    // Returns whether the scaling decides these codes, which are all since the last call.
+    bool is_sure(const FourIntegers& codes) {
         const Halves lowest = lowest_;
         lowest_ = ~Halves{};
 #if defined(__AVX512BW__)
-        return _mm512_cmple_epu16_mask(std::bit_cast<__m512i>(lowest), _mm512_set1_epi16(doubt_)) == 0;
+        if (_mm512_cmple_epu16_mask(std::bit_cast<__m512i>(lowest), _mm512_set1_epi16(static_cast<short>(doubt_))) == 0) return true;
 #else
-        return !any(lowest <= Halves{} + doubt_);
+        if (!any(lowest <= Halves{} + static_cast<std::uint16_t>(doubt_))) return true;
 #endif
+        return !are_in_doubt(codes);
     }
 
 private:
-    std::uint16_t doubt_;
+    // Next to a code that is clamped, or to the lowest one, both sides become the same.
+    bool are_in_doubt(const FourIntegers& codes) const {
+        Integers found = {};
+        for (const Integers& x : codes.of) {
+            const Integers code = x >> 16;
+            found |= ((x & 0xFFFF) <= doubt_) & (code >= 1) & (code <= top_);
+        }
+        return any(found);
+    }
+
+    std::int32_t doubt_, top_;
     ManyBytes most_;
     Halves lowest_ = ~Halves{};
 };
