@@ -94,8 +94,9 @@ inline void write_depthwise_codes(const LayerJob& job, std::int64_t channel, std
             for (int i = 0; i < 4; ++i) {
                 found.of[i] = quick.of(std::bit_cast<Integers>(sums.of[i]), scale.of[i], offset.of[i]);
             }
+            const bool is_sure = quick.decides(found);
             store_some(quick.clamped(channels_in_order(upper_bytes_in_turns(found))), count, to[p] + channel);
-            if (!quick.is_sure(found)) exact(p);
+            if (!is_sure) exact(p);
         }
     };
     if (ThreeByThree::is_for(job.layer->window())) return write(ThreeByThree(job, channel));

@@ -97,10 +97,10 @@ void write_quick_codes(const LayerJob& job, std::int64_t out, std::int64_t count
             for (int p = 0; p < 4; ++p) {
                 found.of[p] = quick.of(load<Integers>(sums[first + (p < some ? p : 0)] + i), scale, offset);
             }
+            is_sure &= quick.decides(found);
             FewBytes codes[4];
             store(quick.clamped(upper_bytes(found)), codes);
             for (std::int64_t p = 0; p < some; ++p) store_some(codes[p], count - i, to[first + p] + out + i);
-            is_sure &= quick.is_sure(found);
         }
         if (!is_sure) exact(first, some);
     }

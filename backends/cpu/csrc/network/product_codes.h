@@ -24,13 +24,13 @@ struct StoreCodes {
         Quick quick(job);
         const auto four = [&]<int kFour, int... I>(std::integral_constant<int, kFour>, std::integer_sequence<int, I...>) {
             constexpr auto within = [](int p) { return p < kPixels ? p : kFour; };
-            const FourIntegers found{{quick.of(sums[within(kFour + I)], scales[within(kFour + I) % 2], offset)...}};
+            FourIntegers found{{quick.of(sums[within(kFour + I)], scales[within(kFour + I) % 2], offset)...}};
+            unsure |= std::uint32_t{!quick.decides(found)} << (kFour / 4);
             struct Parts {
                 FewBytes of[4];
             };
             const auto codes = std::bit_cast<Parts>(quick.clamped(upper_bytes(found)));
             (store_pixel<kFour + I, kPixels>(codes.of[I], channel, rest), ...);
-            unsure |= std::uint32_t{!quick.is_sure(found)} << (kFour / 4);
         };
         [&]<int... kFours>(std::integer_sequence<int, kFours...>) {
             (four(std::integral_constant<int, 4 * kFours>{}, std::make_integer_sequence<int, 4>{}), ...);

@@ -76,12 +76,12 @@ inline ManyBytes upper_bytes(const FourIntegers& x) {
 // Codes in the fixed point of the scaling, and the lowest of their lower halves.
 class Quick {
 public:
-    static bool is_there(const LayerJob& job) { return job.scaling->doubt != 0; }
+    static bool is_there(const LayerJob& job) { return job.scaling->margin != 0; }
 
     explicit Quick(const LayerJob& job)
-        : doubt_(job.scaling->doubt),
-          top_(job.grid.high - job.grid.low),
-          most_(ManyBytes{} + static_cast<std::uint8_t>(top_)) {}
+        : job_(job),
+          doubt_(Halves{} + static_cast<std::uint16_t>(2 * job.scaling->margin)),
+          most_(ManyBytes{} + static_cast<std::uint8_t>(job.grid.high - job.grid.low)) {}
 
     Integers of(Integers n, Floats scale, Floats offset) {
         const Floats x = multiply_add(__builtin_convertvector(n, Floats), scale, offset);
@@ -97,32 +97,41 @@ public:
         return code;
     }
 
-    ManyBytes clamped(ManyBytes codes) const { return codes < most_ ? codes : most_; }
-
-    // Returns whether the scaling decides these codes, which are all since the last call.
-    bool is_sure(const FourIntegers& codes) {
+    // Returns whether the scaling decides these codes, which are all since the last call, and mends those that need it.
+    bool decides(FourIntegers& codes) {
         const Halves lowest = lowest_;
         lowest_ = ~Halves{};
 #if defined(__AVX512BW__)
-        if (_mm512_cmple_epu16_mask(std::bit_cast<__m512i>(lowest), _mm512_set1_epi16(static_cast<short>(doubt_))) == 0) return true;
+        const bool is_sure = _mm512_cmple_epu16_mask(std::bit_cast<__m512i>(lowest), std::bit_cast<__m512i>(doubt_)) == 0;
 #else
-        if (!any(lowest <= Halves{} + static_cast<std::uint16_t>(doubt_))) return true;
+        const bool is_sure = !any(lowest <= doubt_);
 #endif
-        return !are_in_doubt(codes);
+        return is_sure || decides_by_size(codes);
     }
+
+    ManyBytes clamped(ManyBytes codes) const { return codes < most_ ? codes : most_; }
 
 private:
-    // Next to a code that is clamped, or to the lowest one, both sides become the same.
-    bool are_in_doubt(const FourIntegers& codes) const {
-        Integers found = {};
-        for (const Integers& x : codes.of) {
-            const Integers code = x >> 16;
-            found |= ((x & 0xFFFF) <= doubt_) & (code >= 1) & (code <= top_);
+    // Takes back the margin of the largest code. Next to the lowest code, and to one that is clamped, both sides become
+    // the same.
+    bool decides_by_size(FourIntegers& codes) const {
+        const Scaling& scaling = *job_.scaling;
+        Integers doubts = {};
+        for (Integers& code : codes.of) {
+            code -= scaling.margin;
+            const Integers nearest = (code + 0x8000) >> 16, away = code - (nearest << 16);
+            const Floats steps = __builtin_convertvector(magnitude(nearest + job_.grid.low), Floats);
+            const Floats margin = scaling.least + scaling.growth * steps;
+            const Integers is_near = __builtin_convertvector(magnitude(away), Floats) <= margin;
+            doubts |= is_near & (nearest >= 1) & (nearest <= job_.grid.high - job_.grid.low);
         }
-        return any(found);
+        return !any(doubts);
     }
 
-    std::int32_t doubt_, top_;
+    static Integers magnitude(Integers x) { return x < 0 ? -x : x; }
+
+    const LayerJob& job_;
+    Halves doubt_;
     ManyBytes most_;
     Halves lowest_ = ~Halves{};
 };
