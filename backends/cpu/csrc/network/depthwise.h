@@ -6,15 +6,19 @@
 
 namespace nmcompile::NMCOMPILE_ISA {
 
+// Returns what the sums of some channels start with: minus the code of zero times the integers.
+inline Integers start_of(const LayerJob& job, std::int64_t channel) {
+    return load<Integers>(job.affine.sums + channel) * -job.affine.zero;
+}
+
 // Some taps of a window. Their integers are read once for all pixels.
 struct Taps {
     static constexpr int kMost = 12;
-    bool is_first;  // sums are written, not added to
     int count;
     std::int64_t offsets[kMost];           // from the first tap
     const std::uint8_t* integers[kMost];   // of all channels
 
-    Taps(const LayerJob& job, std::int64_t first) : is_first(first == 0) {
+    Taps(const LayerJob& job, std::int64_t first) {
         const Window& window = job.layer->window();
         const std::int64_t rest = window.taps() - first;
         count = static_cast<int>(rest < kMost ? rest : kMost);
@@ -69,9 +73,8 @@ struct Columns {
         }
     }
 
-    // Returns the sums of a pixel in the order of `side_by_side`.
-    Four sums(const std::uint8_t* input) const {
-        Four all = {};
+    // Returns the sums of a pixel in the order of `side_by_side`, added to others.
+    Four sums(const std::uint8_t* input, Four all) const {
 #pragma GCC unroll 3
         for (int f = 0; f < kFours; ++f) {
             Four read;
@@ -97,11 +100,10 @@ inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels
                      std::int32_t (*sums)[kTilePixels][kOuts]) {
     with_columns(taps, channel, [&](const auto& columns) {
         for (std::int64_t p = 0; p < pixels; ++p) {
-            const Four found = in_order(columns.sums(inputs[p]));
+            const Four found = in_order(columns.sums(inputs[p], {}));
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                const __m512i before = taps.is_first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums[i][p]);
-                _mm512_storeu_si512(sums[i][p], _mm512_add_epi32(before, found.of[i]));
+                _mm512_storeu_si512(sums[i][p], _mm512_add_epi32(_mm512_loadu_si512(sums[i][p]), found.of[i]));
             }
         }
     });
@@ -115,7 +117,7 @@ inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels
         Integers weights[Taps::kMost];
         for (int t = 0; t < taps.count; ++t) weights[t] = widened<std::int8_t>(taps.integers[t] + channel + i);
         for (std::int64_t p = 0; p < pixels; ++p) {
-            Integers sum = taps.is_first ? Integers{} : load<Integers>(sums[0][p] + i);
+            Integers sum = load<Integers>(sums[0][p] + i);
             for (int t = 0; t < taps.count; ++t) {
                 sum += widened<std::uint8_t>(inputs[p] + taps.offsets[t] + channel + i) * weights[t];
             }
@@ -129,6 +131,10 @@ inline void add_taps(const Taps& taps, std::int64_t channel, std::int64_t pixels
 // `inputs` is what the first tap reads for each pixel.
 inline void depthwise_sums(const LayerJob& job, std::int64_t channel, std::int64_t pixels,
                            const std::uint8_t* const* inputs, std::int32_t (*sums)[kTilePixels][kOuts]) {
+    for (std::int64_t i = 0; i < kChunk; i += kFloats) {
+        const Integers start = start_of(job, channel + i);
+        for (std::int64_t p = 0; p < pixels; ++p) store(start, sums[i / kOuts][p] + i % kOuts);
+    }
     for (std::int64_t first = 0; first < job.layer->window().taps(); first += Taps::kMost) {
         add_taps(Taps(job, first), channel, pixels, inputs, sums);
     }

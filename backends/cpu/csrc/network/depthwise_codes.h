@@ -25,8 +25,8 @@ public:
         }
     }
 
-    // Returns the sums of a pixel; calls come in the order of pixels.
-    Four sums(const std::uint8_t* input) {
+    // Returns the sums of a pixel, added to others; calls come in the order of pixels.
+    Four sums(const std::uint8_t* input, Four all) {
         const std::uint8_t* const first = input + channel_;
         const bool is_next = first == next_;
         if (is_next && step_ == right_) {
@@ -38,7 +38,6 @@ public:
         }
         columns_[2] = column(first + 2 * right_);
         next_ = first + step_;
-        Four all = {};
 #pragma GCC unroll 3
         for (int x = 0; x < 3; ++x) {
 #pragma GCC unroll 4
@@ -62,13 +61,15 @@ private:
     Four weights_[3], columns_[3];
 };
 
-// Returns the factors of kChunk channels.
-inline FourFloats factors_side_by_side(const std::vector<float>& factors, std::int64_t channel) {
-    const auto lane = [&](int i, int lane) { return _mm_loadu_ps(factors.data() + channel + 16 * lane + 4 * i); };
-    FourFloats found;
+// Returns 32 bits of each of kChunk channels.
+inline Four side_by_side(const void* channels) {
+    const auto* const all = static_cast<const float*>(channels);
+    const auto lane = [&](int i, int lane) { return _mm_loadu_ps(all + 16 * lane + 4 * i); };
+    Four found;
     for (int i = 0; i < 4; ++i) {
         const __m512 first = _mm512_insertf32x4(_mm512_castps128_ps512(lane(i, 0)), lane(i, 1), 1);
-        found.of[i] = std::bit_cast<Floats>(_mm512_insertf32x4(_mm512_insertf32x4(first, lane(i, 2), 2), lane(i, 3), 3));
+        const __m512 second = _mm512_insertf32x4(_mm512_insertf32x4(first, lane(i, 2), 2), lane(i, 3), 3);
+        found.of[i] = _mm512_castps_si512(second);
     }
     return found;
 }
@@ -83,12 +84,14 @@ inline ManyBytes channels_in_order(ManyBytes codes) {
 template <class Exact>
 inline void write_depthwise_codes(const LayerJob& job, std::int64_t channel, std::int64_t count, std::int64_t pixels,
                                   const std::uint8_t* const* inputs, std::uint8_t* const* to, const Exact& exact) {
-    const FourFloats scale = factors_side_by_side(job.scaling->scale, channel);
-    const FourFloats offset = factors_side_by_side(job.scaling->offset, channel);
+    const auto scale = std::bit_cast<FourFloats>(side_by_side(job.scaling->scale.data() + channel));
+    const auto offset = std::bit_cast<FourFloats>(side_by_side(job.scaling->offset.data() + channel));
+    Four start = side_by_side(job.affine.sums + channel);
+    for (__m512i& one : start.of) one = _mm512_mullo_epi32(one, _mm512_set1_epi32(-job.affine.zero));
     const auto write = [&](auto window) {
         Quick quick(job);
         for (std::int64_t p = 0; p < pixels; ++p) {
-            const Four sums = window.sums(inputs[p]);
+            const Four sums = window.sums(inputs[p], start);
             FourIntegers found;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {

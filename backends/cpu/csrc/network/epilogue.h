@@ -36,21 +36,20 @@ private:
     Integers code(Floats rounded) const { return std::bit_cast<Integers>(rounded) - (kRoundBits + lowest); }
 };
 
-// Some of the out-channels of a block, as many as a vector of floats holds: their factors and what zero adds to sums.
+// Some of the out-channels of a block, as many as a vector of floats holds: their factors.
 template <bool kBias, bool kNorm>
 struct Channels {
     Floats steps, bias, gain, shift;
-    Integers zeros;
 
     Channels(const Affine& by, std::int64_t out)
-        : steps(load<Floats>(by.steps + out)), zeros(load<Integers>(by.sums + out) * by.zero) {
+        : steps(load<Floats>(by.steps + out)) {
         if constexpr (kBias) bias = load<Floats>(by.bias + out);
         if constexpr (kNorm) gain = load<Floats>(by.gain + out);
         if constexpr (kNorm) shift = load<Floats>(by.shift + out);
     }
 
     Floats of(const std::int32_t* sums) const {
-        Floats y = __builtin_convertvector(load<Integers>(sums) - zeros, Floats) * steps;
+        Floats y = __builtin_convertvector(load<Integers>(sums), Floats) * steps;
         if constexpr (kBias) y = y + bias;
         if constexpr (kNorm) y = y * gain + shift;
         return y;

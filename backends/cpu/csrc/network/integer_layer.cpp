@@ -57,8 +57,8 @@ IntegerLayer::IntegerLayer(const std::int8_t* weights, std::int64_t outs, std::i
       ins_(ins),
       groups_(groups),
       most_(most),
-      sums_(outs + kOuts),
-      magnitudes_(outs + kOuts),
+      sums_(outs + kBlock),
+      magnitudes_(outs),
       packed_(packed_bytes(form_, outs, groups, depth())) {
     for (std::int64_t o = 0; o < outs; ++o) {
         for (const std::int8_t* w = weights + o * depth(); w < weights + (o + 1) * depth(); ++w) {

@@ -52,9 +52,8 @@ public:
     std::int64_t bytes() const { return static_cast<std::int64_t>(packed_.count()); }
     const std::uint8_t* packed() const { return packed_.data(); }
     int most() const { return most_; }  // the largest code
-    // Of each out-channel's integers, and zeros to whole blocks.
-    const std::int32_t* sums() const { return sums_.data(); }
-    const std::int32_t* magnitudes() const { return magnitudes_.data(); }
+    const std::int32_t* sums() const { return sums_.data(); }  // of each out-channel's integers, and kBlock zeros
+    const std::int32_t* magnitudes() const { return magnitudes_.data(); }  // sums of them
 
 private:
     void pack(const std::int8_t* weights);

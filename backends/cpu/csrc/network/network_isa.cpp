@@ -116,7 +116,8 @@ private:
         const IntegerLayer& layer = *job.layer;
         const Index row = layer.form() == Form::sparse ? first / 2 : first;
         const std::uint8_t* const packed = layer.packed() + number * layer.blocks() * kBlock;
-        products(layer.form(), pixels, scratch + row * stride, stride, packed, layer.blocks(), taker,
+        const Start start{job.affine.sums + out, job.affine.zero};
+        products(layer.form(), pixels, scratch + row * stride, stride, packed, layer.blocks(), start, taker,
                  std::make_integer_sequence<int, kMostDense>{});
     }
 };

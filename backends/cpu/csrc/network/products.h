@@ -14,6 +14,12 @@ namespace nmcompile::NMCOMPILE_ISA {
 
 using Index = std::int64_t;
 
+// Sums start with minus the code of zero times the integers.
+struct Start {
+    const std::int32_t* integers;  // sums of them, of kOuts out-channels
+    std::int32_t zero;
+};
+
 #if defined(__AVX2__)
 constexpr int kBytes = NMCOMPILE_VECTOR_BYTES;
 constexpr int kParts = static_cast<int>(kBlock) / kBytes;  // vectors of a block
@@ -53,7 +59,8 @@ inline void add_two(Bytes selected, Bytes integers, Sums& first, Sums& both) {
     first = with_products(first, selected & (Bytes{} + std::uint8_t{15}), integers);
 }
 
-constexpr int kSecondTimes = 256;  // the second sum
+constexpr int kSecondTimes = 256;
+inline Sums second_start(Sums first) { return first * (kSecondTimes / 16 + 1); }
 inline void separate(const Sums& first, Sums& second) { second -= first; }
 
 inline Sums with_dense_products(Sums sums, Bytes codes, Bytes integers) { return with_products(sums, codes, integers); }
@@ -72,6 +79,7 @@ inline void add_two(Bytes selected, Bytes integers, Sums& first, Sums& second) {
 }
 
 constexpr int kSecondTimes = 16;
+inline Sums second_start(Sums first) { return first; }
 inline void separate(const Sums&, Sums&) {}
 
 // Bytes at even and at odd places, since sums of two products of bytes do not fit into 16 bits.
@@ -87,6 +95,10 @@ inline Sums with_dense_products(Sums sums, Bytes codes, Bytes integers) {
 constexpr int kFirstTimes = 16;
 constexpr int kMostPairs = kBytes == 64 ? 13 : 5;
 constexpr int kMostDense = kBytes == 64 ? 26 : 10;
+
+inline Sums start_of_part(Start start, int part) {
+    return load<Sums>(start.integers + part * kOutsOfPart) * -start.zero;
+}
 
 // Stores sums, pixels x kOuts.
 struct StoreSums {
@@ -104,9 +116,13 @@ struct StoreSums {
 // Gives the sums of each part to `taker`, those of the first of two pixels times kFirstTimes, of the second times
 // kSecondTimes. `input` has a row of bytes for each pair of pixels.
 template <int kPairs, class Taker>
-void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
+void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Start start,
+                     Taker& taker) {
     for (int part = 0; part < kParts; ++part) {
-        Sums sums[2 * kPairs] = {};
+        Sums sums[2 * kPairs];
+        const Sums first = start_of_part(start, part) * kFirstTimes, second = second_start(first);
+#pragma GCC unroll 16
+        for (int p = 0; p < kPairs; ++p) sums[2 * p] = first, sums[2 * p + 1] = second;
         for (Index k = 0; k < blocks; ++k) {
             const Bytes block = load<Bytes>(packed + k * kBlock + part * kBytes);
             const Bytes integers = block & (Bytes{} + std::uint8_t{0xF0});
@@ -122,9 +138,12 @@ void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t
 }
 
 template <int kPixels, class Taker>
-void dense_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
+void dense_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Start start,
+                     Taker& taker) {
     for (int part = 0; part < kParts; ++part) {
-        Sums sums[kPixels] = {};
+        Sums sums[kPixels];
+#pragma GCC unroll 32
+        for (int p = 0; p < kPixels; ++p) sums[p] = start_of_part(start, part);
         for (Index k = 0; k < blocks; ++k) {
             const Bytes integers = load<Bytes>(packed + k * kBlock + part * kBytes);
 #pragma GCC unroll 32
@@ -145,10 +164,11 @@ struct StoreSums {
 
 // As above, straight from the definitions of the forms.
 template <int kPairs, class Taker>
-void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
+void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Start start,
+                     Taker& taker) {
     for (int p = 0; p < kPairs; ++p) {
         for (int out = 0; out < kOuts; ++out) {
-            std::int32_t first = 0, second = 0;
+            std::int32_t first = start.integers[out] * -start.zero, second = first;
             for (Index k = 0; k < blocks; ++k) {
                 for (int i = 0; i < 4; ++i) {
                     const int byte = packed[k * kBlock + 4 * out + i], code = input[p * stride + 8 * k + (byte & 7)];
@@ -164,10 +184,11 @@ void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t
 }
 
 template <int kPixels, class Taker>
-void dense_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Taker& taker) {
+void dense_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Start start,
+                     Taker& taker) {
     for (int p = 0; p < kPixels; ++p) {
         for (int out = 0; out < kOuts; ++out) {
-            std::int32_t sum = 0;
+            std::int32_t sum = start.integers[out] * -start.zero;
             for (Index k = 0; k < blocks; ++k) {
                 for (int i = 0; i < 4; ++i) {
                     sum += static_cast<std::int8_t>(packed[k * kBlock + 4 * out + i]) * input[p * stride + 4 * k + i];
@@ -182,11 +203,11 @@ void dense_products(const std::uint8_t* input, Index stride, const std::uint8_t*
 // Calls the kernel for a number of pixels, from tables of all of them.
 template <class Taker, int... kCounts>
 inline void products(Form form, Index count, const std::uint8_t* input, Index stride, const std::uint8_t* packed,
-                     Index blocks, Taker& taker, std::integer_sequence<int, kCounts...>) {
-    using Kernel = void (*)(const std::uint8_t*, Index, const std::uint8_t*, Index, Taker&);
+                     Index blocks, Start start, Taker& taker, std::integer_sequence<int, kCounts...>) {
+    using Kernel = void (*)(const std::uint8_t*, Index, const std::uint8_t*, Index, Start, Taker&);
     static constexpr Kernel dense[] = {dense_products<kCounts + 1, Taker>...};
     static constexpr Kernel sparse[] = {sparse_products<kCounts / 2 + 1, Taker>...};
-    (form == Form::sparse ? sparse : dense)[count - 1](input, stride, packed, blocks, taker);
+    (form == Form::sparse ? sparse : dense)[count - 1](input, stride, packed, blocks, start, taker);
 }
 
 }  // namespace nmcompile::NMCOMPILE_ISA

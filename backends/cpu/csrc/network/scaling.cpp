@@ -23,8 +23,7 @@ public:
         scale = by.steps[out] * gain / grid.step;
         bias_ = has_bias_ ? by.bias[out] * gain / grid.step : 0;
         shift_ = has_norm_ ? by.shift[out] / grid.step : 0;
-        zeros_ = double(by.zero) * by.sums[out] * scale;
-        offset = bias_ + shift_ - zeros_ - grid.low;
+        offset = bias_ + shift_ - grid.low;
         inside_ = std::max(std::abs(grid.low), std::abs(grid.high)) + 1;
         most_ = (layer.most() + std::abs(double(by.zero))) * layer.magnitudes()[out];
     }
@@ -36,12 +35,12 @@ public:
     // The sums are no larger than the result and what is added to them. Results beyond the grid may be further apart,
     // but by less than 1/2, as `farthest` is bounded, so they stay there.
     double margin(double result) const {
-        const double sums = result + std::abs(bias_) + std::abs(shift_), all = sums + std::abs(zeros_);
-        const double converted = most_ > kExact ? sums + all : 0;
+        const double sums = result + std::abs(bias_) + std::abs(shift_);
+        const double converted = most_ > kExact ? 2 * sums : 0;
         const double with_bias = has_bias_ ? sums + std::abs(bias_) : 0;
         const double with_norm = has_norm_ ? sums + std::abs(bias_) + result : 0;
         const double in_module = sums + with_bias + with_norm + result;
-        const double here = 2 * all + added() + result + inside_;
+        const double here = 2 * sums + added() + result + inside_;
         return kSafety * kUnit * (converted + in_module + here);
     }
 
@@ -50,10 +49,10 @@ public:
     double scale, offset;
 
 private:
-    double added() const { return std::abs(bias_) + std::abs(shift_) + std::abs(zeros_) + inside_; }
+    double added() const { return std::abs(bias_) + std::abs(shift_) + inside_; }
 
     bool has_bias_, has_norm_;
-    double bias_, shift_, zeros_, inside_, most_;
+    double bias_, shift_, inside_, most_;
 };
 
 }  // namespace

@@ -15,8 +15,8 @@
 
 namespace nmcompile {
 
-// Factors of each out-channel: y = ((n - zero * sums) * steps + bias) * gain + shift. Without a bias, or without a norm,
-// these are null.
+// Factors of each out-channel: y = (n * steps + bias) * gain + shift, where n is the sum of products without
+// zero * sums. Without a bias, or without a norm, these are null.
 struct Affine {
     const float *steps, *bias, *gain, *shift;
     const std::int32_t* sums;  // of its integers
