@@ -217,6 +217,29 @@ def integer_layer(
 ) -> IntegerLayer:
     """Pack integers `(out, height, width, in / groups)` for codes up to `most`."""
 
+INTEGER_LAYER_DEPTH: int
+"""Depth from which on sums of products of bytes may need more than 32 bits."""
+
+def convolve_integers(
+    layer: IntegerLayer,
+    x: Tensor | CapsuleType,
+    step: float,
+    low: int,
+    high: int,
+    exact: bool,
+    padding: tuple[int, int],
+    steps: Tensor | CapsuleType,
+    bias: Tensor | CapsuleType | None,
+    y: Tensor | CapsuleType,
+    isa: str,
+    threads: int,
+) -> bool:
+    """Write a convolution of `x`, put on the grid of `step`, to `y`: float32 images, contiguous or channels last.
+
+    Sums of integers are multiplied by a step for each out-channel, then the bias is added. Return False, and leave `y`
+    undefined, if a value is a NaN or, if `exact`, no whole step in `[low, high]`.
+    """
+
 class IntegerProgram:
     """A network in integers: steps on images in one arena."""
 

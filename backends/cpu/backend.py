@@ -6,6 +6,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from nmcompile.backends.cpu import conv, linear
+from nmcompile.backends.cpu.conv_on_grid import conv_forward_on_grid
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.cpu.linear_on_grid import linear_forward_on_grid
 from nmcompile.backends.cpu.packed_integers import BITS
@@ -28,6 +29,9 @@ GEMMS: GemmTable = {
     (ops.gemm_backward, ConvLayer): conv.conv_input_gradient,
     (ops.gemm_update, ConvLayer): conv.conv_weight_gradient,
 }
+
+GEMMS_ON_GRIDS = {LinearLayer: linear_forward_on_grid, ConvLayer: conv_forward_on_grid}
+"""Forward GEMMs whose operands fit packed integers."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def _lower_gemm(node: fx.Node) -> None:
     slot = ChoiceSlot(f"{meta.layer.name} {meta.phase.value}")
     target, arguments = GEMMS[node.target, type(meta.layer)], gemm_arguments(node)
     if _has_small_integers(node):
-        target, arguments = linear_forward_on_grid, _arguments_on_grid(node, arguments)
+        target, arguments = GEMMS_ON_GRIDS[type(meta.layer)], _arguments_on_grid(node, arguments)
     elif node.target is not ops.gemm_update:
         first, _, *rest = arguments
         arguments = first, *_weight_and_mask(node), *rest
@@ -112,10 +116,9 @@ def _pruned_update_arguments(node: fx.Node, arguments: tuple[Argument, ...]) -> 
 
 
 def _has_small_integers(node: fx.Node) -> bool:
-    """Return whether a linear layer's forward reads input and masked weight from grids that fit packed integers."""
-    is_linear = isinstance(meta_of(node).layer, LinearLayer)
+    """Return whether a forward GEMM reads input and masked weight from grids that fit packed integers."""
     input, quantized, *_ = node.args
-    if not (is_linear and node.target is ops.gemm_forward and _is_on_grid(input) and _is_on_grid(quantized)):
+    if not (node.target is ops.gemm_forward and _is_on_grid(input) and _is_on_grid(quantized)):
         return False
     assert isinstance(quantized, fx.Node)
     pruned, _, _, signed = quantized.args
@@ -133,13 +136,13 @@ def _is_on_grid(operand: Argument) -> bool:
 
 def _arguments_on_grid(node: fx.Node, arguments: tuple[Argument, ...]) -> tuple[Argument, ...]:
     """Return the arguments of a forward GEMM that masks the weight and puts it on its grid itself."""
-    input, quantized, bias, transposed = arguments
+    input, quantized, bias, *geometry = arguments
     assert isinstance(input, fx.Node) and isinstance(quantized, fx.Node)
     masked, step, bits, _ = quantized.args
     node.args = (input, masked)
     node.graph.erase_node(quantized)
     _, input_step, *input_grid = input.args
-    return input, *_weight_and_mask(node), step, input_step, bias, bits, *input_grid, transposed
+    return input, *_weight_and_mask(node), step, input_step, bias, bits, *input_grid, *geometry
 
 
 def _weight_and_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -19,7 +19,6 @@ AT_REST = "forward at rest"
 ON_GRID = "forward at rest on a grid"
 FROZEN_ON_GRID = "forward frozen on a grid"
 DTYPES = torch.float32, torch.bfloat16
-READING = 16  # multiplications that take as long as reading a weight from memory
 
 
 def keep(slot: str, outcome: tuple[Tensor, Choice]) -> Tensor:
@@ -95,11 +94,10 @@ class GemmCall(NamedTuple):
         return self.phase, self.geometry, layouts, torch.get_num_threads()
 
     def _multiplications(self) -> int:
-        """Return the multiplications of the dense product, or the equivalent of reading the weight if that is more."""
-        lanes = max(self.lanes, READING) if self.phase == ON_GRID else self.lanes
-        product = self.rows * self.depth * lanes * self.geometry.groups
-        # One native call takes less than the overhead for which small products run dense.
-        return max(product, SMALL) if self.phase == FROZEN_ON_GRID else product
+        """Return the multiplications of the dense product; of one on a grid, as many as are worth a measurement."""
+        product = self.rows * self.depth * self.lanes * self.geometry.groups
+        # A call with integers takes less than the overhead for which small products run dense.
+        return max(product, SMALL) if self.phase in (ON_GRID, FROZEN_ON_GRID) else product
 
     def _predicted(self) -> float | None:
         """Return the predicted speed-up; None for integers and bfloat16, which the cost model does not cover."""

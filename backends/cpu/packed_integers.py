@@ -1,12 +1,14 @@
-"""A weight on a grid of four bits: its integers packed as 2:4, three bits for each weight, and its values.
+"""A weight on a grid of four bits: its packed integers, three bits for each weight of a linear layer, and its values.
 
 Both are cached until the weight, its mask or its step is written. The kernel multiplies integers by the integers of the
 input: sums are exact, and an instruction multiplies four times as many integers as floats.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +22,11 @@ from nmcompile.weight_cache import WeightCache, is_cacheable
 BITS = 4
 
 
+Packed = TypeVar("Packed")
+
+
 @dataclass
-class Forms:
+class Forms(Generic[Packed]):
     """Cached forms of a weight, each empty until it is needed.
 
     Args:
@@ -30,10 +35,10 @@ class Forms:
     """
 
     values: Tensor | None = None
-    packed: "list[kernels.PackedIntegers | None]" = field(default_factory=list)
+    packed: list[Packed | None] = field(default_factory=list)
 
 
-_kept: WeightCache[Forms] = WeightCache()
+_kept: WeightCache[Forms[Any]] = WeightCache()
 
 
 class GridInput(NamedTuple):
@@ -62,11 +67,11 @@ class GridInput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GridWeight:
+class GridWeight(ABC, Generic[Packed]):
     """The weight `to_grid(apply_mask(weight, mask), step, bits, signed=True)`, made when it is read.
 
     Args:
-        weight: `(out, in)`, or `(in, out)` if `transposed`, float32.
+        weight: float32.
         mask: bool of that shape, at most two of each four along in-features.
         step: one, or one for each out-feature.
         bits: at most `BITS`.
@@ -76,19 +81,26 @@ class GridWeight:
     mask: Tensor
     step: Tensor
     bits: int
-    transposed: bool
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Return out- and in-features."""
-        first, second = self.weight.shape
-        return (second, first) if self.transposed else (first, second)
+    @abstractmethod
+    def out_features(self) -> int:
+        """Return the out-features or out-channels."""
+
+    @property
+    @abstractmethod
+    def how(self) -> Hashable:
+        """Return everything but the tensors that the forms depend on."""
+
+    @abstractmethod
+    def pack(self, integers: Tensor) -> Packed | None:
+        """Return the packed form of integers, float32 of the weight's shape; None if there is no such form."""
 
     @cached_property
-    def forms(self) -> Forms:
+    def forms(self) -> Forms[Packed]:
         """Return the cached forms, or new ones if the weight may change."""
         others = self.mask, self.step
-        return _kept.get(self.weight, others, self.bits, Forms) if is_cacheable(self.weight, *others) else Forms()
+        return _kept.get(self.weight, others, self.how, Forms) if is_cacheable(self.weight, *others) else Forms()
 
     def values(self) -> Tensor:
         """Return the values for a kernel without integers."""
@@ -102,6 +114,47 @@ class GridWeight:
     def forget_values(self) -> None:
         self.forms.values = None
 
+    def packed(self) -> Packed | None:
+        """Return the packed integers; None if they cannot be packed."""
+        forms = self.forms
+        forms.packed = forms.packed or [self._pack()]
+        return forms.packed[0]
+
+    def steps(self, input: GridInput) -> Tensor:
+        """Return the steps of the sums, `(out,)`: those of the weight times that of the input."""
+        return (self.step * input.step).reshape(-1).expand(self.out_features).contiguous()
+
+    def _pack(self) -> Packed | None:
+        """Return the packed integers; None if there is a NaN, or no such form."""
+        found = integers(masked(self.weight, self.mask), self.step, Grid(self.bits, signed=True))
+        return self.pack(found) if bool(found.isfinite().all()) else None
+
+
+@dataclass(frozen=True)
+class LinearGridWeight(GridWeight["kernels.PackedIntegers"]):
+    """The weight of a linear layer, `(out, in)`, or `(in, out)` if `transposed`."""
+
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return out- and in-features."""
+        first, second = self.weight.shape
+        return (second, first) if self.transposed else (first, second)
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def how(self) -> Hashable:
+        return self.bits, self.transposed
+
+    def pack(self, integers: Tensor) -> "kernels.PackedIntegers | None":
+        """Return the integers in three bits for each weight; None if some four keep three."""
+        matrix = integers.t() if self.transposed else integers
+        return kernels.pack_integers(matrix.to(torch.int8).contiguous(), torch.get_num_threads())
+
     def multiply(self, input: GridInput, bias: Tensor | None, output: Tensor) -> bool:
         """Write X Wᵀ + b to a contiguous `output`; return False if an operand has no such integers."""
         packed, codes = self.packed(), input.codes()
@@ -112,21 +165,3 @@ class GridWeight:
         rows = output.view(-1, self.shape[0])
         kernels.multiply_integers(packed, codes, -input.grid.low, self.steps(input), bias, rows, *isa_and_threads())
         return True
-
-    def packed(self) -> "kernels.PackedIntegers | None":
-        """Return the packed integers; None if they cannot be packed."""
-        forms = self.forms
-        forms.packed = forms.packed or [self._pack()]
-        return forms.packed[0]
-
-    def steps(self, input: GridInput) -> Tensor:
-        """Return the steps of the sums, `(out,)`: those of the weight times that of the input."""
-        return (self.step * input.step).reshape(-1).expand(self.shape[0]).contiguous()
-
-    def _pack(self) -> "kernels.PackedIntegers | None":
-        """Return the integers in three bits for each weight; None if there is a NaN, or some four keep three."""
-        found = integers(masked(self.weight, self.mask), self.step, Grid(self.bits, signed=True))
-        if not bool(found.isfinite().all()):
-            return None
-        matrix = found.t() if self.transposed else found
-        return kernels.pack_integers(matrix.to(torch.int8).contiguous(), torch.get_num_threads())

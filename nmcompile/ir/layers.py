@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmcompile.errors import OperandError
+from nmcompile.ir.conv_result import conv_result
 from nmcompile.pruning.pattern import NMPattern
 
 
@@ -90,6 +91,14 @@ class Layer:
         """
         raise NotImplementedError
 
+    def takes(self, x: Tensor) -> bool:
+        """Return whether the GEMM takes an input as it is, and `result` knows the result."""
+        return False
+
+    def result(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return a meta tensor with the sizes and strides of the result for an input that `takes` accepts."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class LinearLayer(Layer):
@@ -110,6 +119,12 @@ class LinearLayer(Layer):
 
     def prepare(self, x: Tensor) -> tuple[Tensor, bool]:
         return (x.unsqueeze(0), True) if x.dim() == 1 else (x, False)
+
+    def takes(self, x: Tensor) -> bool:
+        return True
+
+    def result(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.empty((*x.shape[:-1], self.out_features), device="meta")
 
 
 @dataclass(frozen=True)
@@ -191,6 +206,12 @@ class ConvLayer(SpatialLayer):
         if self.pad_before:
             x = F.pad(x, self.pad_before, mode=self.padding_mode)
         return x, unbatched
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dim() == len(self.weight_shape) and self.spatial_dims < 3 and not self.pad_before
+
+    def result(self, x: Tensor, weight: Tensor) -> Tensor:
+        return conv_result(x, weight, self.stride, self.padding, self.dilation)
 
 
 @dataclass(frozen=True)

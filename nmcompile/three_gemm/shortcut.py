@@ -42,14 +42,16 @@ class Shortcut:
         if is_seen((input,), by_profiler=False) or torch._C._is_any_autocast_enabled():
             return None
         if is_profiling():
-            with record_function("nmcompile::frozen_linear"):
+            with record_function("nmcompile::frozen_layer"):
                 return self.run_unseen(triple, input, weight, bias)
         return self.run_unseen(triple, input, weight, bias)
 
     def run_unseen(self, triple: "GemmTriple", input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return the layer's output, inside an operator that is seen already; None if the graph has to run."""
         ready = self.slot.ready
-        return ready.run(input, self.slot) if ready is not None and self._holds(triple, weight, bias) else None
+        if ready is None or not triple.layer.takes(input) or not self._holds(triple, weight, bias):
+            return None
+        return ready.run(input, self.slot)
 
     def _holds(self, triple: "GemmTriple", weight: Tensor, bias: Tensor | None) -> bool:
         """Return whether the promise holds, and graph, mask, bias and clips are those of before."""

@@ -18,6 +18,7 @@ from nmcompile.fingerprint import fingerprint
 from nmcompile.ir.captured import Site
 from nmcompile.ir.program import ThreeGraphs
 from nmcompile.sharded import PLAIN, is_sharded
+from nmcompile.spare_memory import empty
 from nmcompile.three_gemm.autograd_function import OPERANDS, ThreeGemmFunction, apply_directly, named, own
 from nmcompile.three_gemm.draw_stream import DrawStream
 from nmcompile.three_gemm.frozen import Frozen
@@ -166,7 +167,7 @@ class GemmTriple:
             return False
         is_taken = self.has_shortcut and self.observer is None and not torch._C._is_any_autocast_enabled()
         is_plain = input.device.type == weight.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
-        return is_taken and is_plain and input.dim() > 1 and self.frozen.covers(weight)
+        return is_taken and is_plain and input.dim() > 1 and self.layer.takes(input) and self.frozen.covers(weight)
 
     def _output(
         self,
@@ -312,7 +313,7 @@ setattr(note_traced_call, "_dynamo_marked_constant", True)  # noqa: B010 - funct
 
 
 def _frozen_result(input: Tensor, weight: Tensor, bias: Tensor | None, serial: str) -> Tensor:
-    return input.new_empty((*input.shape[:-1], _alive[serial].layer.out_features))
+    return empty(input, _alive[serial].layer.result(input, weight))
 
 
 @cpu_op("frozen_layer", fake=_frozen_result)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
+from nmcompile.backends.cpu.packed_integers import GridInput, LinearGridWeight
 from nmcompile.ir.operations import apply_mask, to_grid
 from nmcompile.native import INSTRUCTION_SETS, kernels
 from nmcompile.quantization import Grid, integers
@@ -20,7 +20,7 @@ TOKENS = [1, 2, 3, 4, 5, 7, 8, 9, 17, 21]
 STEPS = "tensor", "channel"
 
 
-def grid_weight(out_features: int, in_features: int, granularity: str, transposed: bool = False) -> GridWeight:
+def grid_weight(out_features: int, in_features: int, granularity: str, transposed: bool = False) -> LinearGridWeight:
     """Return a weight with two, one and no kept elements in its fours, and values that the grid clips."""
     torch.manual_seed(out_features * 1000 + in_features)
     weight = torch.randn(out_features, in_features)
@@ -29,7 +29,7 @@ def grid_weight(out_features: int, in_features: int, granularity: str, transpose
     step = torch.rand(out_features, 1).add(0.1) if granularity == "channel" else torch.tensor(0.23)
     if transposed:
         weight, mask, step = weight.t().contiguous(), mask.t().contiguous(), step.t() if step.dim() else step
-    return GridWeight(weight, mask, step, 4, transposed)
+    return LinearGridWeight(weight, mask, step, 4, transposed)
 
 
 def grid_input(*shape: int, signed: bool) -> GridInput:
@@ -38,13 +38,13 @@ def grid_input(*shape: int, signed: bool) -> GridInput:
     return GridInput(to_grid(3 * torch.randn(shape), step, 4, signed), step, grid)
 
 
-def product(weight: GridWeight, x: GridInput, bias: Tensor | None) -> Tensor:
+def product(weight: LinearGridWeight, x: GridInput, bias: Tensor | None) -> Tensor:
     output = torch.full((*x.values.shape[:-1], weight.shape[0]), torch.nan)
     assert weight.multiply(x, bias, output)
     return output
 
 
-def check(weight: GridWeight, x: GridInput, bias: Tensor | None) -> None:
+def check(weight: LinearGridWeight, x: GridInput, bias: Tensor | None) -> None:
     """Compare with exact integer sums: only the two steps, their product with the sum, and the bias round."""
     steps = weight.step.double(), x.step.double()
     integers, inputs = ((v.double() / s).round() for v, s in zip((weight.values(), x.values), steps, strict=True))
@@ -92,7 +92,7 @@ def test_every_integer_in_every_place(isa: str, monkeypatch: pytest.MonkeyPatch)
             fours = torch.arange((start + row) % 6, depth // 4, 6)
             weight[row, 4 * fours + first] = row - 7
             weight[row, 4 * fours + second] = 7 - row // 2
-    on_grid = GridWeight(weight, torch.ones_like(weight, dtype=torch.bool), torch.tensor(1.0), 4, False)
+    on_grid = LinearGridWeight(weight, torch.ones_like(weight, dtype=torch.bool), torch.tensor(1.0), 4, False)
     for signed in (False, True):
         one = GridInput(torch.eye(depth), torch.tensor(1.0), Grid(4, signed))
         assert torch.equal(product(on_grid, one, None), weight.t())
@@ -103,7 +103,7 @@ def test_the_largest_sums(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nmcompile.native.INSTRUCTION_SETS", (isa,))
     depth = 2**17
     weight = torch.tensor([[-7.0], [7.0]]) * torch.tensor([0, 1, 1, 0]).repeat(depth // 4)
-    on_grid = GridWeight(weight, weight != 0, torch.tensor(1.0), 4, False)
+    on_grid = LinearGridWeight(weight, weight != 0, torch.tensor(1.0), 4, False)
     for signed, largest in ((False, 15), (True, 7), (True, -7)):
         x = GridInput(torch.full((1, depth), float(largest)), torch.tensor(1.0), Grid(4, signed))
         expected = torch.tensor([[-1.0, 1.0]]) * (7 * largest * depth // 2)

@@ -11,6 +11,7 @@
 #include "machine/instruction_sets.h"
 #include "machine/spare_memory.h"
 #include "masked.h"
+#include "network/convolution_module.h"
 #include "network/program_module.h"
 #include "onnxruntime/prune_bytes.h"
 #include "prune/prune_module.h"
@@ -66,6 +67,7 @@ NB_MODULE(_kernels, m) {
           " without `wide`, of bytes below 32. ONNX Runtime calls this by the library's RegisterCustomOps.");
     bind_gemm(m);
     bind_network(m);
+    bind_convolution(m);
     bind_packed_integers(m);
     bind_frozen_linear(m);
     bind_decoder(m);

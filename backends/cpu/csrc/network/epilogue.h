@@ -105,16 +105,21 @@ void write_quick_codes(const LayerJob& job, std::int64_t out, std::int64_t count
     }
 }
 
-// Writes floats, channels first; `to` is each pixel's place in the first channel.
+// Writes floats; `to` is each pixel's place in the first channel.
 template <bool kBias, bool kNorm>
 void write_floats(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
                   const std::int32_t (*sums)[kOuts], float* const* to) {
-    const std::int64_t area = job.height * job.width;
+    const std::int64_t next = job.last ? 1 : job.height * job.width;  // from a channel to the next
     for (std::int64_t i = 0; i < count; i += kFloats) {
         const Channels<kBias, kNorm> channels(job.affine, out + i);
         for (std::int64_t p = 0; p < pixels; ++p) {
             const Floats all = channels.of(sums[p] + i);
-            for (std::int64_t j = 0; j < kFloats && i + j < count; ++j) to[p][(out + i + j) * area] = all[j];
+            float* const first = to[p] + (out + i) * next;
+            if (next == 1 && i + kFloats <= count) {
+                store(all, first);
+            } else {
+                for (std::int64_t j = 0; j < kFloats && i + j < count; ++j) first[j * next] = all[j];
+            }
         }
     }
 }

@@ -6,20 +6,20 @@
 namespace nmcompile {
 
 struct Image {
-    std::int64_t offset;  // of the first byte, halo included, in the arena of its program
+    std::int64_t offset;          // of the first byte, halo included, in the arena of its program
     std::int64_t samples, height, width, channels;
-    std::int64_t halo;    // pixels on each side
-    std::int64_t fill;    // what the halo holds
-    std::int64_t stride;  // bytes from a pixel to the next: more than channels in a slice of a concatenation
+    std::int64_t halo_y, halo_x;  // pixels on each side
+    std::int64_t fill;            // what the halo holds
+    std::int64_t stride;          // bytes from a pixel to the next: more than channels in a slice of a concatenation
 
-    std::int64_t row() const { return (width + 2 * halo) * stride; }
-    std::int64_t sample() const { return (height + 2 * halo) * row(); }
+    std::int64_t row() const { return (width + 2 * halo_x) * stride; }
+    std::int64_t sample() const { return (height + 2 * halo_y) * row(); }
     std::int64_t bytes() const { return samples * sample() - (stride - channels); }
     std::int64_t pixels() const { return samples * height * width; }
 
     // Returns the offset of a pixel, which may lie in the halo.
     std::int64_t at(std::int64_t n, std::int64_t y, std::int64_t x) const {
-        return offset + n * sample() + (y + halo) * row() + (x + halo) * stride;
+        return offset + n * sample() + (y + halo_y) * row() + (x + halo_x) * stride;
     }
 };
 

@@ -5,6 +5,7 @@
 #include "machine/lanes.h"
 #include "network/code_maps.h"
 #include "network/depthwise_codes.h"
+#include "network/encode.h"
 #include "network/epilogue.h"
 #include "network/gather.h"
 #include "network/product_codes.h"
@@ -22,10 +23,11 @@ struct Places {
     float* floats[kTilePixels];
 
     Places(const LayerJob& job, const Extent& extent) {
+        const Index outs = job.layer->outs(), next = job.last ? outs : 1;  // from a pixel to the next
         for_runs(extent.pixel, extent.pixels, job.height, job.width, [&](auto number, auto count, auto n, auto y, auto x) {
             if (job.floats) {
-                float* const first = job.floats + (n * job.layer->outs() * job.height + y) * job.width + x;
-                for (Index i = 0; i < count; ++i) floats[number + i] = first + i;
+                const Index place = job.last ? (extent.pixel + number) * outs : (n * outs * job.height + y) * job.width + x;
+                for (Index i = 0; i < count; ++i) floats[number + i] = job.floats + place + i * next;
             } else {
                 std::uint8_t* const first = job.output + job.to.at(n, y, x);
                 for (Index i = 0; i < count; ++i) codes[number + i] = first + i * job.to.stride;
@@ -183,20 +185,6 @@ void layer(const LayerJob& job, const Extent& extent, std::uint8_t* scratch) {
     }
     const Index first = out_of(*job.layer, extent.line), last = out_of(*job.layer, extent.line + extent.lines);
     places.finish(job, first, last - first, extent.pixels);
-}
-
-bool encode(const float* x, std::int64_t count, float step, std::int32_t low, std::int32_t high, std::uint8_t* codes,
-            std::int64_t stride) {
-    const float least = static_cast<float>(low), most = static_cast<float>(high);
-    int strangers = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-        float steps = x[i] / step;
-        strangers += steps != steps;
-        steps = steps > least ? steps : least;
-        steps = steps < most ? steps : most;
-        codes[i * stride] = static_cast<std::uint8_t>(static_cast<int>(steps + kRound - kRound) - low);
-    }
-    return strangers == 0;
 }
 
 void add(const std::uint8_t* a, const std::uint8_t* b, std::int64_t count, int offset, int low, int high,

@@ -28,19 +28,34 @@ struct LayerJob {
     std::int64_t pad_y, pad_x;
     Affine affine;
     std::int64_t height, width;  // of the result
-    // Codes are clamp(round(y / step), low, high) - low of the grid, or floats are samples x outs x height x width.
+    // Codes are clamp(round(y / step), low, high) - low of the grid, or floats are samples x outs x height x width,
+    // unless `last`.
     std::uint8_t* output;  // the arena, or null
     Image to;
     Grid grid;
     const Scaling* scaling;
     Finish finish;
     float* floats;  // or null
+    bool last;      // floats are samples x height x width x outs
 
     std::int64_t pixels() const { return from.samples * height * width; }
 };
 
 struct Extent {
     std::int64_t pixel, pixels, line, lines;  // lines are blocks of kOuts out-channels
+};
+
+constexpr std::int64_t kEncoded = 64;  // pixels at a time
+
+// Codes of floats: clamp(round(x / step), low, high) - low.
+struct EncodeJob {
+    const float* x;  // samples x channels x height x width
+    bool last;       // or samples x height x width x channels
+    std::uint8_t* output;
+    Image to;
+    float step;
+    std::int32_t low, high;
+    bool exact;  // refuses what is not on the grid
 };
 
 struct PoolJob {
@@ -56,9 +71,8 @@ struct Kernels {
     std::int64_t tile_pixels[3];  // by form
     // Computes an extent of the pixels and out-channels; `scratch` holds `tile_pixels` rows of depth and slack.
     void (*layer)(const LayerJob&, const Extent&, std::uint8_t* scratch);
-    // Writes clamp(round(x / step), low, high) - low of one row of a channel; returns whether x has no NaN.
-    bool (*encode)(const float* x, std::int64_t count, float step, std::int32_t low, std::int32_t high,
-                   std::uint8_t* codes, std::int64_t stride);
+    // Writes up to kEncoded pixels of a sample; returns whether none is a NaN and, if `exact`, all are on the grid.
+    bool (*encode)(const EncodeJob&, std::int64_t sample, std::int64_t first);
     void (*finish)(std::uint8_t* codes, std::int64_t count, const Finish&);
     // Writes clamp(a + b + offset, low, high).
     void (*add)(const std::uint8_t* a, const std::uint8_t* b, std::int64_t count, int offset, int low, int high,

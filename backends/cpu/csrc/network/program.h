@@ -23,7 +23,7 @@ struct Run {
 class Step {
 public:
     virtual ~Step() = default;
-    // Returns false if an input has a NaN.
+    // Returns false if an input has a NaN, or is not on its grid although it has to be.
     virtual bool run(const Run& run) const = 0;
 };
 

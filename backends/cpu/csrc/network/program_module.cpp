@@ -2,16 +2,13 @@
 
 #include "network/program_module.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <array>
-#include <stdexcept>
-#include <string>
 
+#include "network/layer_operands.h"
 #include "network/steps.h"
 
 namespace nb = nanobind;
@@ -21,18 +18,12 @@ namespace nmcompile {
 namespace {
 
 using Weights = nb::ndarray<const std::int8_t, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
-using Column = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Codes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Two = std::array<std::int64_t, 2>;
 using Eight = std::array<std::int64_t, 8>;
-using SharedLayer = std::shared_ptr<IntegerLayer>;
-
-void require(bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(what);
-}
 
 Window window_of(Two size, Two stride, Two dilation) {
     require(std::min({size[0], size[1], stride[0], stride[1], dilation[0], dilation[1]}) > 0, "a window has no extent");
+    require(std::max({stride[0], stride[1], dilation[0], dilation[1]}) < kMostExtent, "the window is too large");
     return {size[0], size[1], stride[0], stride[1], dilation[0], dilation[1]};
 }
 
@@ -47,8 +38,8 @@ SharedLayer new_layer(const Weights& weights, std::int64_t groups, Two stride, T
 }
 
 Image image_in(const Program& program, const Eight& x) {
-    const Image image{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]};
-    const bool is_sound = std::min({x[1], x[2], x[3], x[4]}) > 0 && x[0] >= 0 && image.halo >= 0 && image.fill >= 0 &&
+    const Image image{x[0], x[1], x[2], x[3], x[4], x[5], x[5], x[6], x[7]};
+    const bool is_sound = std::min({x[1], x[2], x[3], x[4]}) > 0 && x[0] >= 0 && x[5] >= 0 && image.fill >= 0 &&
                           image.fill < kCodes && image.stride >= image.channels;
     require(is_sound && image.offset + image.bytes() <= program.bytes(), "an image does not lie in the arena");
     return image;
@@ -56,14 +47,6 @@ Image image_in(const Program& program, const Eight& x) {
 
 bool are_alike(const Image& a, const Image& b) {
     return a.samples == b.samples && a.height == b.height && a.width == b.width && a.channels == b.channels;
-}
-
-Factors factors(const Column& column, std::int64_t count) {
-    if (!column.is_valid()) return {};
-    require(static_cast<std::int64_t>(column.shape(0)) == count, "a layer has a factor for each out-channel");
-    Factors result(count + kOuts);  // kernels read whole blocks
-    std::copy_n(column.data(), count, result.data());
-    return result;
 }
 
 Table table_of(const Codes& codes) {
@@ -90,24 +73,7 @@ std::unique_ptr<AnyLayer> layer_on(const Program& program, const SharedLayer& la
                                    Two padding, const Column& steps, const Column& bias, const Column& gain,
                                    const Column& shift) {
     auto step = std::make_unique<AnyLayer>();
-    const Image image = image_in(program, from);
-    const Window& window = layer->window();
-    const auto extent = [](std::int64_t size, std::int64_t pad, std::int64_t taps, std::int64_t stride, std::int64_t gap) {
-        return (size + 2 * pad - gap * (taps - 1) - 1) / stride + 1;
-    };
-    require(image.channels == layer->channels(), "the image's channels are not the layer's");
-    require(std::min(padding[0], padding[1]) >= 0 && std::max(padding[0], padding[1]) <= image.halo,
-            "the halo is narrower than the padding");
-    step->layer = layer;
-    step->from = image;
-    step->zero = zero;
-    step->pad_y = padding[0];
-    step->pad_x = padding[1];
-    step->height = extent(image.height, padding[0], window.height, window.stride_y, window.dilation_y);
-    step->width = extent(image.width, padding[1], window.width, window.stride_x, window.dilation_x);
-    require(image.height + 2 * padding[0] > window.dilation_y * (window.height - 1) &&
-                image.width + 2 * padding[1] > window.dilation_x * (window.width - 1),
-            "the window is larger than the image");
+    read_image(*step, layer, image_in(program, from), zero, padding);
     require(steps.is_valid() && gain.is_valid() == shift.is_valid(), "a layer has steps, and a norm a gain and a shift");
     step->steps = factors(steps, layer->outs());
     step->bias = factors(bias, layer->outs());
@@ -121,7 +87,7 @@ void add_layer(Program& program, const SharedLayer& layer, Eight from, Eight to,
                int high, const Codes& table, bool prunes) {
     auto step = layer_on<CodedLayer>(program, layer, from, zero, padding, steps, bias, gain, shift);
     step->to = image_in(program, to);
-    require(are_alike(step->to, {0, step->from.samples, step->height, step->width, layer->outs(), 0, 0, 0}),
+    require(are_alike(step->to, {0, step->from.samples, step->height, step->width, layer->outs(), 0, 0, 0, 0}),
             "the image of the result has another size");
     require(out_step > 0 && low <= high && high - low < kCodes, "the grid of the result is none of bytes");
     step->grid = {out_step, low, high};

@@ -19,14 +19,14 @@ void fill(std::uint8_t* pixel, std::int64_t pixels, const Image& image) {
 }
 
 void fill_halo(std::uint8_t* arena, const Image& image) {
-    if (image.halo == 0) return;
-    const std::int64_t band = image.halo * (image.width + 2 * image.halo);
+    if (image.halo_y == 0 && image.halo_x == 0) return;
+    const std::int64_t band = image.halo_y * (image.width + 2 * image.halo_x);
     for (std::int64_t n = 0; n < image.samples; ++n) {
-        fill(arena + image.at(n, -image.halo, -image.halo), band, image);
-        fill(arena + image.at(n, image.height, -image.halo), band, image);
+        fill(arena + image.at(n, -image.halo_y, -image.halo_x), band, image);
+        fill(arena + image.at(n, image.height, -image.halo_x), band, image);
         for (std::int64_t y = 0; y < image.height; ++y) {
-            fill(arena + image.at(n, y, -image.halo), image.halo, image);
-            fill(arena + image.at(n, y, image.width), image.halo, image);
+            fill(arena + image.at(n, y, -image.halo_x), image.halo_x, image);
+            fill(arena + image.at(n, y, image.width), image.halo_x, image);
         }
     }
 }
@@ -54,13 +54,13 @@ std::uint8_t* scratch_of(std::int64_t bytes) {
 }  // namespace
 
 bool Encode::run(const Run& run) const {
-    const float* const x = run.slots[slot];
-    const std::int64_t area = to.height * to.width;
+    const EncodeJob job{run.slots[slot], last, run.arena, to, step, low, high, exact};
+    const std::int64_t parts = pieces(to.height * to.width, kEncoded);
+    const std::int64_t piece = 1 + kRowsOfATask / (kEncoded * to.channels);
     std::atomic<bool> fits = true;
-    for_rows(to, run, [&](std::int64_t n, std::int64_t y) {
-        for (std::int64_t c = 0; c < to.channels; ++c) {
-            const float* const row = x + (n * to.channels + c) * area + y * to.width;
-            if (!run.kernels.encode(row, to.width, step, low, high, run.arena + to.at(n, y, 0) + c, to.stride)) fits = false;
+    in_parallel(to.samples * parts, piece, run.threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t part = begin; part < end; ++part) {
+            if (!run.kernels.encode(job, part / parts, part % parts * kEncoded)) fits = false;
         }
     });
     fill_halo(run.arena, to);
@@ -74,7 +74,7 @@ Affine Layer::affine() const {
 LayerJob Layer::job(const Run& run) const {
     return {.layer = layer.get(), .input = run.arena, .from = from, .pad_y = pad_y, .pad_x = pad_x,
             .affine = affine(), .height = height, .width = width, .output = nullptr, .to = {}, .grid = {1, 0, 0},
-            .scaling = nullptr, .finish = {nullptr, false}, .floats = nullptr};
+            .scaling = nullptr, .finish = {nullptr, false}, .floats = nullptr, .last = false};
 }
 
 // A task is a tile of pixels, and a part of the out-channels if there are too few tiles for the threads.
@@ -113,6 +113,7 @@ bool CodedLayer::run(const Run& run) const {
 bool FloatLayer::run(const Run& run) const {
     LayerJob all = job(run);
     all.floats = run.slots[slot];
+    all.last = last;
     run_job(all, run);
     return true;
 }

@@ -17,6 +17,8 @@ struct Encode : Step {
     Image to;
     float step;
     int low, high;
+    bool last = false;   // the floats are channels last
+    bool exact = false;  // what is not on the grid already is refused as a NaN is
     Encode(int slot, Image to, float step, int low, int high) : slot(slot), to(to), step(step), low(low), high(high) {}
     bool run(const Run&) const override;
 };
@@ -47,6 +49,7 @@ struct CodedLayer : Layer {
 
 struct FloatLayer : Layer {
     int slot;
+    bool last = false;  // the floats are channels last
     bool run(const Run&) const override;
 };
 
