@@ -53,7 +53,13 @@ class ConvGridWeight(GridWeight["kernels.IntegerLayer"]):
         """Write X * W + b to `output`, contiguous or channels last; return False if an operand has no such integers."""
         x, grid = input.values, (float(input.step), input.grid.low, input.grid.high)
         packed = self.packed()
-        if packed is None or not _is_step(grid[0]) or x.shape[1] != self.channels or not x.numel() or not output.numel():
+        if (
+            packed is None
+            or not _is_step(grid[0])
+            or x.shape[1] != self.channels
+            or not x.numel()
+            or not output.numel()
+        ):
             return False
         return _convolve(packed, self.geometry, x, grid, self.steps(input), bias, output, is_rounded=True)
 
@@ -71,9 +77,7 @@ class FrozenConv(FrozenLayer):
         return empty(input, known_shape(layout_of(input), self.weight_layout, self.geometry))
 
     def fill(self, input: Tensor, output: Tensor) -> bool:
-        return _convolve(
-            self.native, self.geometry, input, self.grid, self.steps, self.bias, output, is_rounded=False
-        )
+        return _convolve(self.native, self.geometry, input, self.grid, self.steps, self.bias, output, is_rounded=False)
 
 
 def frozen_conv(weight: ConvGridWeight, input: GridInput, bias: Tensor | None) -> FrozenConv | None:
