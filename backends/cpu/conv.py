@@ -26,7 +26,7 @@ Layout = tuple[torch.Size, tuple[int, ...]]
 SHAPES = 1024  # results whose sizes and strides are cached
 
 
-def _dense_forward(
+def dense_forward(
     input: Tensor,
     weight: Tensor,
     mask: Tensor | None,
@@ -78,7 +78,7 @@ def empty_output(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dil
     return empty(input, conv_result(input, weight, stride, padding, dilation))
 
 
-@custom_op("nmcompile::cpu_conv_forward", tags=ANY_STRIDES, settled=_dense_forward, fake=empty_output)
+@custom_op("nmcompile::cpu_conv_forward", tags=ANY_STRIDES, settled=dense_forward, fake=empty_output)
 def conv_forward(
     input: Tensor,
     weight: Tensor,
@@ -107,7 +107,7 @@ def choose_forward(
         lambda output: sparse_forward(
             input, weight, mask, bias, output, geometry, kept_packs(weight, mask, geometry.groups)
         ),
-        lambda: _dense_forward(input, weight, mask, bias, *geometry),
+        lambda: dense_forward(input, weight, mask, bias, *geometry),
     )
 
 

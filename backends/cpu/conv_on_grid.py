@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nmcompile.backends.cpu.conv import Ints, choose_forward, empty_output, matrix, positions_of, result_shape
+from nmcompile.backends.cpu.conv import (
+    Ints,
+    choose_forward,
+    dense_forward,
+    empty_output,
+    matrix,
+    positions_of,
+    result_shape,
+)
 from nmcompile.backends.cpu.convolved_integers import ConvGridWeight, FrozenConv, frozen_conv
 from nmcompile.backends.cpu.frozen_layer import FrozenLayer
 from nmcompile.backends.cpu.gemm import Geometry
@@ -16,7 +24,28 @@ from nmcompile.quantization import Grid
 from nmcompile.spare_memory import empty
 
 
-@custom_op("nmcompile::cpu_conv_forward_on_grid", tags=ANY_STRIDES, fake=empty_output)
+def _dense_forward(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    input_step: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    input_bits: int,
+    input_signed: bool,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    slot: str,
+) -> Tensor:
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    values = ConvGridWeight(weight, mask, step, bits, geometry).values()
+    return dense_forward(input, values, None, bias, *geometry)
+
+
+@custom_op("nmcompile::cpu_conv_forward_on_grid", tags=ANY_STRIDES, fake=empty_output, settled=_dense_forward)
 def conv_forward_on_grid(
     input: Tensor,
     weight: Tensor,

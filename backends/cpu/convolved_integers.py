@@ -52,14 +52,8 @@ class ConvGridWeight(GridWeight["kernels.IntegerLayer"]):
     def convolve(self, input: GridInput, bias: Tensor | None, output: Tensor) -> bool:
         """Write X * W + b to `output`, contiguous or channels last; return False if an operand has no such integers."""
         x, grid = input.values, (float(input.step), input.grid.low, input.grid.high)
-        packed = self.packed()
-        if (
-            packed is None
-            or not _is_step(grid[0])
-            or x.shape[1] != self.channels
-            or not x.numel()
-            or not output.numel()
-        ):
+        packed, is_image = self.packed(), x.shape[1] == self.channels and x.numel() > 0 and output.numel() > 0
+        if packed is None or not _is_step(grid[0]) or not is_image:
             return False
         return _convolve(packed, self.geometry, x, grid, self.steps(input), bias, output, is_rounded=True)
 

@@ -40,7 +40,7 @@ def _empty_weight_gradient(grad_output: Tensor, input: Tensor, transposed: bool)
     return input.new_empty(sizes[::-1] if transposed else sizes)
 
 
-def _dense_forward(
+def dense_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str = ""
 ) -> Tensor:
     return linear.linear_forward(input, masked(weight, mask), bias, transposed).contiguous()
@@ -73,7 +73,7 @@ def _dense_pruned_weight_gradient(
     return linear.linear_weight_gradient(pruned, input, transposed)
 
 
-@custom_op("nmcompile::cpu_linear_forward", fake=empty_output, settled=_dense_forward, tags=ANY_STRIDES)
+@custom_op("nmcompile::cpu_linear_forward", fake=empty_output, settled=dense_forward, tags=ANY_STRIDES)
 def linear_forward(
     input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, transposed: bool, slot: str
 ) -> Tensor:
@@ -91,7 +91,7 @@ def choose_forward(
     return gemm.run(
         lambda: empty_output(input, weight, transposed),
         lambda output: sparse_forward(input, matrix, kept, bias, output, GEOMETRY, kept_packs(weight, mask)),
-        lambda: _dense_forward(input, weight, mask, bias, transposed),
+        lambda: dense_forward(input, weight, mask, bias, transposed),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nmcompile.backends.cpu.frozen_layer import FrozenLayer
 from nmcompile.backends.cpu.frozen_linear import FrozenLinear, frozen_linear
-from nmcompile.backends.cpu.linear import GEOMETRY, choose_forward, empty_output
+from nmcompile.backends.cpu.linear import GEOMETRY, choose_forward, dense_forward, empty_output
 from nmcompile.backends.cpu.on_grid import GemmOnGrid
 from nmcompile.backends.cpu.packed_integers import GridInput, LinearGridWeight
 from nmcompile.custom_op import custom_op
@@ -18,7 +18,24 @@ from nmcompile.ir.choice import Choice
 from nmcompile.quantization import Grid
 
 
-@custom_op("nmcompile::cpu_linear_forward_on_grid", fake=empty_output)
+def _dense_forward(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    step: Tensor,
+    input_step: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    input_bits: int,
+    input_signed: bool,
+    transposed: bool,
+    slot: str,
+) -> Tensor:
+    values = LinearGridWeight(weight, mask, step, bits, transposed).values()
+    return dense_forward(input, values, None, bias, transposed)
+
+
+@custom_op("nmcompile::cpu_linear_forward_on_grid", fake=empty_output, settled=_dense_forward)
 def linear_forward_on_grid(
     input: Tensor,
     weight: Tensor,

@@ -16,9 +16,10 @@ def freeze(model: nn.Module) -> None:
     Without it, each call that does not train a weight reads it once, to see any write since its mask and its packed
     form were computed. On a GPU that has to wait for the result, so packed weights are cached there only after
     `freeze`. The same holds everywhere for the masked weights of dense kernels, whose cache takes as much memory as the
-    weights. Call it once before serving. In mode `"inference"` linear layers of any size on a CPU then multiply
-    integers, whose sums are exact, so results may differ from those before in the last digit. Weights that a forward
-    computes, or that FSDP2 gathers, are compared anyway.
+    weights. Call it once before serving. In mode `"inference"` a linear layer or a convolution on a CPU then puts its
+    input on the grid and multiplies integers in one native call, if that is measured to be faster. Sums of integers are
+    exact, so results may differ from those before in the last digit. Weights that a forward computes, or that FSDP2
+    gathers, are compared anyway.
 
     These end the promise for the whole model: a call with gradients for a weight of the model, an optimizer step on one
     of its parameters, `load_state_dict`, `load_sparse_state_dict`, `.to()` and compiling again. A copy of the model

@@ -21,8 +21,6 @@ using Floats = nb::ndarray<const float, nb::ndim<4>, nb::device::cpu>;
 using NewFloats = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;
 using Four = std::array<std::int64_t, 4>;
 
-constexpr double kMostBytes = std::int64_t{1} << 46;  // of an image
-
 template <class Array>
 Four sizes(const Array& x) {
     return {static_cast<std::int64_t>(x.shape(0)), static_cast<std::int64_t>(x.shape(1)),
@@ -51,10 +49,9 @@ bool is_channels_last(const Array& x) {
 Image image_of(const Four& x, Two padding, int fill) {
     require(*std::min_element(x.begin(), x.end()) > 0, "there is no image");
     require(std::min(padding[0], padding[1]) >= 0, "the padding is negative");
-    const auto padded = [&](int side) { return static_cast<double>(x[2 + side]) + 2.0 * static_cast<double>(padding[side]); };
-    require(static_cast<double>(x[0]) * static_cast<double>(x[1]) * padded(0) * padded(1) < kMostBytes,
-            "the image is too large");
-    return {0, x[0], x[2], x[3], x[1], padding[0], padding[1], fill, x[1]};
+    const Image image{0, x[0], x[2], x[3], x[1], padding[0], padding[1], fill, x[1]};
+    require_size(image);
+    return image;
 }
 
 bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, int high, bool exact, Two padding,

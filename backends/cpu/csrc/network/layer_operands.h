@@ -17,10 +17,21 @@ using Column =
 using Two = std::array<std::int64_t, 2>;  // of height and width
 using SharedLayer = std::shared_ptr<IntegerLayer>;
 
-constexpr std::int64_t kMostExtent = std::int64_t{1} << 31;  // of a stride or a dilation
+constexpr std::int64_t kMostExtent = std::int64_t{1} << 31;  // of a window, a stride or a dilation
+constexpr double kMostBytes = std::int64_t{1} << 46;         // of an image
 
 inline void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
+}
+
+// Refuses an image whose bytes may not be counted by an integer.
+inline void require_size(const Image& image) {
+    const auto padded = [](std::int64_t size, std::int64_t halo) {
+        return static_cast<double>(size) + 2.0 * static_cast<double>(halo);
+    };
+    const double pixels =
+        static_cast<double>(image.samples) * padded(image.height, image.halo_y) * padded(image.width, image.halo_x);
+    require(pixels * static_cast<double>(image.stride) < kMostBytes, "the image is too large");
 }
 
 inline Factors factors(const Column& column, std::int64_t count) {

@@ -23,7 +23,8 @@ using Eight = std::array<std::int64_t, 8>;
 
 Window window_of(Two size, Two stride, Two dilation) {
     require(std::min({size[0], size[1], stride[0], stride[1], dilation[0], dilation[1]}) > 0, "a window has no extent");
-    require(std::max({stride[0], stride[1], dilation[0], dilation[1]}) < kMostExtent, "the window is too large");
+    require(std::max({size[0], size[1], stride[0], stride[1], dilation[0], dilation[1]}) < kMostExtent,
+            "the window is too large");
     return {size[0], size[1], stride[0], stride[1], dilation[0], dilation[1]};
 }
 
@@ -41,7 +42,9 @@ Image image_in(const Program& program, const Eight& x) {
     const Image image{x[0], x[1], x[2], x[3], x[4], x[5], x[5], x[6], x[7]};
     const bool is_sound = std::min({x[1], x[2], x[3], x[4]}) > 0 && x[0] >= 0 && x[5] >= 0 && image.fill >= 0 &&
                           image.fill < kCodes && image.stride >= image.channels;
-    require(is_sound && image.offset + image.bytes() <= program.bytes(), "an image does not lie in the arena");
+    require(is_sound && image.offset <= program.bytes(), "an image does not lie in the arena");
+    require_size(image);
+    require(image.offset + image.bytes() <= program.bytes(), "an image does not lie in the arena");
     return image;
 }
 
