@@ -1,8 +1,9 @@
 """The CPU backend: native kernels that prune, find exact transposable 2:4 masks, and multiply 2:4 sparse operands."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from nmcompile.backends.cpu import conv, linear
@@ -17,7 +18,7 @@ from nmcompile.backends.shared.gemm_arguments import GemmTable, gemm_arguments
 from nmcompile.backends.shared.sparse_operand import OPERAND, operand_support, pruned_row
 from nmcompile.ir import operations as ops
 from nmcompile.ir.choice_slot import ChoiceSlot
-from nmcompile.ir.layers import ConvLayer, LinearLayer
+from nmcompile.ir.layers import ConvLayer, Layer, LinearLayer
 from nmcompile.ir.node_meta import meta_of, row_of, update_meta
 from nmcompile.ir.protocols import OTHER_KIND, Support
 
@@ -30,7 +31,10 @@ GEMMS: GemmTable = {
     (ops.gemm_update, ConvLayer): conv.conv_weight_gradient,
 }
 
-GEMMS_ON_GRIDS = {LinearLayer: linear_forward_on_grid, ConvLayer: conv_forward_on_grid}
+GEMMS_ON_GRIDS: Mapping[type[Layer], Callable[..., Tensor]] = {
+    LinearLayer: linear_forward_on_grid,
+    ConvLayer: conv_forward_on_grid,
+}
 """Forward GEMMs whose operands fit packed integers."""
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nmcompile.backends.cpu.gemm import masked
-from nmcompile.ir.operations import to_grid
+from nmcompile.ir.operations import like, to_grid
 from nmcompile.native import isa_and_threads, kernels
 from nmcompile.quantization import Grid, integers
 from nmcompile.weight_cache import WeightCache, is_cacheable
@@ -103,12 +103,13 @@ class GridWeight(ABC, Generic[Packed]):
         return _kept.get(self.weight, others, self.how, Forms) if is_cacheable(self.weight, *others) else Forms()
 
     def values(self) -> Tensor:
-        """Return the values for a kernel without integers."""
+        """Return the values, with the weight's strides, for a kernel without integers."""
         forms = self.forms
         if forms.values is None:
             # An inference tensor has no version counter, which the cache of its packed forms needs.
             with torch.inference_mode(False), torch.no_grad():
-                forms.values = to_grid(masked(self.weight, self.mask), self.step, self.bits, True)
+                values = to_grid(masked(self.weight, self.mask), self.step, self.bits, True)
+                forms.values = like(values, self.weight)
         return forms.values
 
     def forget_values(self) -> None:

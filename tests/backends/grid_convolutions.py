@@ -7,7 +7,12 @@ import nmcompile
 from nmcompile import CompileConfig, LayerConfig, Phase
 
 
-class Images(nn.Module):
+class Convolutions(nn.Module):
+    first: nn.Conv1d | nn.Conv2d
+    last: nn.Conv1d | nn.Conv2d
+
+
+class Images(Convolutions):
     """Three convolutions: one of signed inputs with a bias, a grouped one with a stride, and a dilated one."""
 
     def __init__(self) -> None:
@@ -21,7 +26,7 @@ class Images(nn.Module):
         return y
 
 
-class Signals(nn.Module):
+class Signals(Convolutions):
     """Two 1-d convolutions; the first pads by wrapping around, so it reads another input than its module."""
 
     def __init__(self) -> None:
@@ -34,17 +39,22 @@ class Signals(nn.Module):
         return y
 
 
-INPUTS = {Images: (2, 8, 7, 9), Signals: (2, 8, 19)}
+INPUTS: dict[type[Convolutions], tuple[int, ...]] = {Images: (2, 8, 7, 9), Signals: (2, 8, 19)}
 
 
 def model(
-    kind: type[nn.Module] = Images, backend: str = "cpu", bits: int = 4, granularity: str = "tensor", clip: str = "mse"
-) -> tuple[nn.Module, Tensor]:
+    kind: type[Convolutions] = Images,
+    backend: str = "cpu",
+    bits: int = 4,
+    granularity: str = "tensor",
+    clip: str = "mse",
+) -> tuple[Convolutions, Tensor]:
     torch.manual_seed(0)
     net, x = kind().eval(), torch.randn(INPUTS[kind])
     every = LayerConfig(nmcompile.presets["inference"].weight, weight_bits=bits, input_bits=4)
     config = CompileConfig(layers={"_default": every}, ends="sparse", granularity=granularity, clip=clip)
     compiled = nmcompile.compile(net, "inference", args=(x,), config=config, calibration=[x], backend=backend)
+    assert isinstance(compiled, kind)
     return compiled.eval(), x
 
 

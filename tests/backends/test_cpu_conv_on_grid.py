@@ -5,10 +5,11 @@ import gc
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import nmcompile
 from nmcompile import Phase, weight_cache
@@ -28,7 +29,7 @@ from nmcompile.quantization import Grid
 from nmcompile.training import clips
 from nmcompile.training.find_masks import masks_of
 from nmcompile.weight_cache import WeightCache, weights_at_rest
-from tests.backends.grid_convolutions import Images, Signals, kernels_of, model
+from tests.backends.grid_convolutions import Convolutions, Images, Signals, kernels_of, model
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
@@ -39,9 +40,9 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     pack = kernels.integer_layer
 
-    def counted(weights: Tensor, *rest: object) -> object:
+    def counted(weights: Tensor, *rest: Any) -> object:
         calls.append(1)
-        return pack(weights, *rest)  # type: ignore[arg-type]
+        return pack(weights, *rest)
 
     monkeypatch.setattr(kernels, "integer_layer", counted)
     monkeypatch.setattr(packed_integers, "_kept", WeightCache())
@@ -53,10 +54,11 @@ def chosen(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_choice", lambda *_: Choice(kernel, "the test asks for it"))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(("granularity", "mode"), [("tensor", torch.no_grad), ("channel", torch.inference_mode)])
 @pytest.mark.parametrize("kind", [Images, Signals])
-def test_an_inference_graph_sums_integers(kind: type, granularity: str, mode: type, packed: list[int]) -> None:
+def test_an_inference_graph_sums_integers(
+    kind: type[Convolutions], granularity: str, mode: type, packed: list[int]
+) -> None:
     (compiled, x), (expected, _) = (model(kind, name, granularity=granularity) for name in ("cpu", "reference"))
     packed.clear()
     with mode():
@@ -77,7 +79,8 @@ def test_channels_last_stays_so(of: str) -> None:
     if of == "input":
         x = x.to(memory_format=torch.channels_last)
     else:
-        compiled, reference = (net.to(memory_format=torch.channels_last) for net in (compiled, reference))
+        for net in (compiled, reference):
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for kernel in ("sparse", "dense"):
         found = compiled(x)
         assert found.is_contiguous(memory_format=torch.channels_last) and found.stride() == reference(x).stride()
@@ -110,33 +113,43 @@ def test_with_gradients_nothing_is_kept(packed: list[int]) -> None:
     assert not packed and len(packed_integers._kept) == 0 and x.grad is not None
 
 
-def write_in_place(net: nn.Module) -> None:
-    net.first.weight.mul_(2)  # type: ignore[operator, union-attr]
+def write_in_place(net: Convolutions) -> None:
+    net.first.weight.mul_(2)
 
 
-def write_through_data(net: nn.Module) -> None:
-    net.first.weight.data.copy_(net.first.weight.flip(0))  # type: ignore[operator, union-attr]
+def write_through_data(net: Convolutions) -> None:
+    net.first.weight.data.copy_(net.first.weight.flip(0))
 
 
-def move_the_mask(net: nn.Module) -> None:
-    (mask,) = masks_of(net.first).values()  # type: ignore[arg-type]
+def move_the_mask(net: Convolutions) -> None:
+    (mask,) = masks_of(net.first).values()
     mask.tensor.copy_(mask.tensor.roll(4, 1))
 
 
-def write_the_clip(net: nn.Module) -> None:
+def write_the_clip(net: Convolutions) -> None:
     for clip in clips(net):
         clip.mul_(0.5)
 
 
-def write_the_bias(net: nn.Module) -> None:
-    net.first.bias.add_(1)  # type: ignore[operator, union-attr]
+def write_the_bias(net: Convolutions) -> None:
+    assert net.first.bias is not None
+    net.first.bias.add_(1)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", ["sparse", "dense"])
-@pytest.mark.parametrize("write", [write_in_place, write_through_data, move_the_mask, write_the_clip, write_the_bias])
+@pytest.mark.parametrize(
+    ("kernel", "write"),
+    [
+        ("sparse", write_in_place),
+        ("dense", write_through_data),
+        ("sparse", move_the_mask),
+        ("dense", move_the_mask),
+        ("sparse", write_the_clip),
+        ("sparse", write_the_bias),
+    ],
+)
 def test_nothing_stale_is_read(
-    write: Callable[[nn.Module], None], kernel: str, monkeypatch: pytest.MonkeyPatch
+    kernel: str, write: Callable[[Convolutions], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen(kernel, monkeypatch)
     nets = [model(clip="pact"), model(backend="reference", clip="pact")]
@@ -208,7 +221,7 @@ def test_an_input_that_an_observer_left_off_its_grid_is_not_rounded(signed: bool
         arguments = values, weight.weight, weight.mask, weight.step, x.step, None, 4, 4, signed, *GEOMETRY, "a"
         assert not weight.convolve(x._replace(values=values), None, output)
         with weights_at_rest():
-            found = conv_forward_on_grid(*arguments)  # type: ignore[arg-type]
+            found = conv_forward_on_grid(*arguments)
         torch.testing.assert_close(found, conv_forward(values, weight.values(), None, None, *GEOMETRY, "b"))
     for step in (0.0, torch.nan, torch.inf):
         assert not weight.convolve(x._replace(step=torch.tensor(step)), None, output)
@@ -268,7 +281,7 @@ def test_fakes_and_schemas(dims: int, is_last: bool) -> None:
     elif is_last:
         values = values.to(memory_format=torch.channels_last)
     step = torch.rand(12, *(1,) * (dims + 1)) if is_last else weight.step
-    lists = (*map(list, geometry[:3]), 2)  # type: ignore[arg-type]
+    lists = (*map(list, geometry[:3]), 2)
     arguments = values, w, mask, step, x.step, torch.randn(12), 4, 4, True, *lists, "a"
     for resting in (nullcontext(), weights_at_rest()):
         with resting:

@@ -18,7 +18,7 @@ from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training import clips
 from nmcompile.training.find_masks import masks_of
 from nmcompile.weight_cache import WeightCache
-from tests.backends.grid_convolutions import Images, Signals, kernels_of, model
+from tests.backends.grid_convolutions import Convolutions, Images, Signals, kernels_of, model
 
 pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
 
@@ -45,7 +45,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def frozen(kind: type[nn.Module] = Images, clip: str = "mse") -> tuple[nn.Module, Tensor]:
+def frozen(kind: type[Convolutions] = Images, clip: str = "mse") -> tuple[Convolutions, Tensor]:
     """Return a frozen model whose layers have their shortcuts."""
     compiled, x = model(kind, clip=clip)
     nmcompile.freeze(compiled)
@@ -88,37 +88,38 @@ def test_an_input_that_is_padded_before_does_not_take_it(taken: list[str]) -> No
     assert "first" not in taken and "last" in taken
 
 
-def step(compiled: nn.Module) -> None:
+def step(compiled: Convolutions) -> None:
     for parameter in compiled.parameters():
         parameter.grad = torch.ones_like(parameter)
     torch.optim.SGD(compiled.parameters(), 0.1).step()
 
 
-def step_clips(compiled: nn.Module) -> None:
+def step_clips(compiled: Convolutions) -> None:
     found = clips(compiled)
     for clip in found:
         clip.grad = torch.ones_like(clip)
     torch.optim.SGD(found, 0.1).step()
 
 
-def load(compiled: nn.Module) -> None:
+def load(compiled: Convolutions) -> None:
     compiled.load_state_dict({name: 2 * value for name, value in compiled.state_dict().items()})
 
 
-def calibrate(compiled: nn.Module) -> None:
+def calibrate(compiled: Convolutions) -> None:
     nmcompile.calibrate(compiled, [0.3 * torch.randn(2, 8, 7, 9, generator=torch.Generator().manual_seed(7))])
 
 
-def write_bias(compiled: nn.Module) -> None:
-    compiled.first.bias.add_(1)  # type: ignore[operator, union-attr]
+def write_bias(compiled: Convolutions) -> None:
+    assert compiled.first.bias is not None
+    compiled.first.bias.add_(1)
 
 
-def write_mask(compiled: nn.Module) -> None:
-    (mask,) = masks_of(compiled.first).values()  # type: ignore[arg-type]
+def write_mask(compiled: Convolutions) -> None:
+    (mask,) = masks_of(compiled.first).values()
     mask.tensor.copy_(mask.tensor.roll(4, 1))
 
 
-def put_another_in_place(compiled: nn.Module) -> None:
+def put_another_in_place(compiled: Convolutions) -> None:
     compiled.first.weight = nn.Parameter(torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(3)))
 
 
@@ -126,7 +127,7 @@ def put_another_in_place(compiled: nn.Module) -> None:
 @pytest.mark.parametrize(
     "write", [step, step_clips, load, calibrate, write_bias, write_mask, put_another_in_place], ids=lambda f: f.__name__
 )
-def test_nothing_stale_is_read(write: Callable[[nn.Module], None]) -> None:
+def test_nothing_stale_is_read(write: Callable[[Convolutions], None]) -> None:
     clip = "pact" if write is step_clips else "mse"
     (compiled, x), (reference, _) = frozen(clip=clip), model(backend="reference", clip=clip)
     before = compiled(x)
@@ -167,8 +168,9 @@ def test_copies_have_none_of_it(taken: list[str]) -> None:
     assert not taken
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("backend", "layout"), [("eager", torch.contiguous_format), ("aot_eager", torch.channels_last)]
+)
 def test_in_a_graph_of_torch_compile_a_layer_is_one_operator(
     backend: str, layout: torch.memory_format, taken: list[str]
 ) -> None:
@@ -186,14 +188,15 @@ def test_in_a_graph_of_torch_compile_a_layer_is_one_operator(
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [Images, Signals])
-def test_the_operator_is_well_formed(kind: type[nn.Module]) -> None:
+def test_the_operator_is_well_formed(kind: type[Convolutions]) -> None:
     compiled, x = frozen(kind)
     layer = compiled.first if kind is Images else compiled.last
-    triple = layer.three_gemms[""]  # type: ignore[union-attr, index]
+    triple: GemmTriple = layer.__dict__["three_gemms"][""]
+    assert layer.bias is not None
     x = x if kind is Images else torch.randn(2, 16, 19)
     inputs = [x, x.to(memory_format=torch.channels_last)] if kind is Images else [x]
     for y in inputs:
-        arguments = y, layer.weight.detach(), layer.bias.detach(), triple.serial  # type: ignore[union-attr, operator]
+        arguments = y, layer.weight.detach(), layer.bias.detach(), triple.serial
         torch.library.opcheck(
             torch.ops.nmcompile.frozen_layer.default, arguments, test_utils=("test_schema", "test_faketensor")
         )

@@ -74,14 +74,11 @@ def test_it_equals_exact_arithmetic(case: Case, isa: str) -> None:
         for reads_last in (False, True):
             input, writes_last = laid_out(x, reads_last), reads_last == bool(number)
             found = laid_out(torch.full_like(expected, torch.nan), writes_last)
-            grid = STEP, case.low, case.high
-            rest = case.padding, steps, b, found, isa, 1 + 2 * number
-            assert kernels.convolve_integers(layer, input, *grid, False, *rest)
-            assert torch.equal(found, expected)
-            on_grid = laid_out(q * STEP, reads_last)
-            found.fill_(torch.nan)
-            assert kernels.convolve_integers(layer, on_grid, *grid, True, *rest)
-            assert torch.equal(found, expected)
+            for images, is_exact in ((input, False), (laid_out(q * STEP, reads_last), True)):
+                found.fill_(torch.nan)
+                grid = STEP, case.low, case.high, is_exact, case.padding
+                assert kernels.convolve_integers(layer, images, *grid, steps, b, found, isa, 1 + 2 * number)
+                assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("is_last", [False, True])

@@ -57,7 +57,7 @@ def check(model: nn.Module, runtime: nmcompile.Runtime, inputs: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("prunes_inputs", "granularity"), [(True, "tensor"), (False, "tensor"), (False, "channel")])
+@pytest.mark.parametrize(("prunes_inputs", "granularity"), [(True, "tensor"), (False, "channel")])
 def test_results_are_equal(prunes_inputs: bool, granularity: str) -> None:
     model = compiled(prunes_inputs, granularity)
     runtime = nmcompile.runtime(model, (X,))
@@ -70,6 +70,6 @@ def test_results_are_equal(prunes_inputs: bool, granularity: str) -> None:
 @torch.no_grad()
 def test_a_thousand_inputs() -> None:
     """One code in a million that is rounded otherwise would show."""
-    model, inputs = compiled(prunes_inputs=False, granularity="tensor"), 2 * torch.randn(4, 250, 8, 8, 8)
+    model, inputs = compiled(prunes_inputs=False, granularity="tensor"), 2 * torch.randn(2, 500, 8, 8, 8)
     nmcompile.freeze(model)
     check(model, nmcompile.runtime(model, (inputs[0],)), inputs)
