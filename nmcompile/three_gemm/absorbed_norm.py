@@ -47,7 +47,7 @@ class AbsorbedNorm(Rewritten):
     def _to_accumulator(self, shift: Tensor, gain: Tensor) -> Tensor:
         """Round `shift`, `(channels,)`, to whole steps of the layer's accumulator times `gain`."""
         layer = self.absorbing_layer
-        accumulator = layer.three_gemms[""].steps.of_accumulator(layer.weight)
+        accumulator = layer.three_gemms[""].accumulator_step(layer.weight)
         assert accumulator is not None  # both operands of such a layer are quantized
         step = absorbed_step(accumulator, gain)
         return shift + ((shift / step).round() * step - shift).detach()

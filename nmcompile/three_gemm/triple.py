@@ -149,6 +149,18 @@ class GemmTriple:
         output = own(output, output.shape[1:]) if unbatched else output
         return output if shards is None else shards.give(output)
 
+    def accumulator_step(self, weight: Tensor) -> Tensor | None:
+        """Return the step of the integer sums, float64, one or `(out,)`; None unless weight and input are quantized."""
+        is_trained = torch.is_grad_enabled() and weight.requires_grad
+        is_asked = weight.device.type == "cpu" or (self.frozen is not None and self.frozen.holds)
+        if is_trained or not is_asked or torch.compiler.is_compiling() or are_transforms_active():
+            return self.steps.of_accumulator(weight)
+        content = self._look(weight, is_trained=False, is_compiling=False)
+        if content is None:
+            return self.steps.of_accumulator(weight)
+        with weights_at_rest(content):
+            return self.steps.of_accumulator(weight)
+
     def note_call(self) -> None:
         """Note that the layer is called."""
         if torch.compiler.is_dynamo_compiling():

@@ -26,6 +26,7 @@ from nmcompile.ir.choice import Choice
 from nmcompile.ir.operations import to_grid
 from nmcompile.native import kernels
 from nmcompile.quantization import Grid
+from nmcompile.three_gemm import grid_steps
 from nmcompile.training import clips
 from nmcompile.training.find_masks import masks_of
 from nmcompile.weight_cache import WeightCache, weights_at_rest
@@ -286,3 +287,26 @@ def test_fakes_and_schemas(dims: int, is_last: bool) -> None:
     for resting in (nullcontext(), weights_at_rest()):
         with resting:
             torch.library.opcheck(operator_of(conv_forward_on_grid), arguments, test_utils=checks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_norm_reads_a_weight_at_rest_for_its_step_once(is_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, x = model()
+    if is_frozen:
+        nmcompile.freeze(compiled)
+    before = compiled(x)
+    found: list[int] = []
+    scale = grid_steps.sawb_scale
+
+    def counted(weight: Tensor, bits: int, dim: int | None = None) -> Tensor:
+        found.append(1)
+        return scale(weight, bits, dim=dim)
+
+    monkeypatch.setattr(grid_steps, "sawb_scale", counted)
+    assert torch.equal(compiled(x), before) and not found
+    compiled.first.weight.mul_(3)
+    compiled.load_state_dict(compiled.state_dict())
+    after = compiled(x)
+    assert found and not torch.allclose(after, before)
+    assert torch.equal(after, copy.deepcopy(compiled)(x))

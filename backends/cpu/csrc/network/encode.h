@@ -15,6 +15,7 @@ using Side = Vector<std::uint8_t, kSquare>;
 template <bool kExact>
 bool encode_run(const EncodeJob& job, const float* x, std::int64_t count, std::uint8_t* codes) {
     const float step = job.step, least = static_cast<float>(job.low), most = static_cast<float>(job.high);
+    const int low = job.low;  // a copy, which no code overwrites
     int strangers = 0;
     for (std::int64_t i = 0; i < count; ++i) {
         float steps = x[i] / step;
@@ -23,7 +24,7 @@ bool encode_run(const EncodeJob& job, const float* x, std::int64_t count, std::u
         steps = steps < most ? steps : most;
         const float nearest = steps + kRound - kRound;
         if constexpr (kExact) strangers += nearest * step != x[i];
-        codes[i] = static_cast<std::uint8_t>(static_cast<int>(nearest) - job.low);
+        codes[i] = static_cast<std::uint8_t>(static_cast<int>(nearest) - low);
     }
     return strangers == 0;
 }
