@@ -227,6 +227,7 @@ def convolve_integers(
     low: int,
     high: int,
     exact: bool,
+    prunes: bool,
     padding: tuple[int, int],
     steps: Tensor | CapsuleType,
     bias: Tensor | CapsuleType | None,
@@ -236,8 +237,9 @@ def convolve_integers(
 ) -> bool:
     """Write a convolution of `x`, put on the grid of `step`, to `y`: float32 images, contiguous or channels last.
 
-    Sums of integers are multiplied by a step for each out-channel, then the bias is added. Return False, and leave `y`
-    undefined, if a value is a NaN or, if `exact`, no whole step in `[low, high]`.
+    With `prunes` the four largest codes of each eight channels stay, of equal ones the first. Sums of integers are
+    multiplied by a step for each out-channel, then the bias is added. Return False, and leave `y` undefined, if a value
+    is a NaN or, if `exact`, no whole step in `[low, high]`.
     """
 
 class IntegerProgram:

@@ -84,6 +84,7 @@ def _lower_gemm(node: fx.Node) -> None:
     slot = ChoiceSlot(f"{meta.layer.name} {meta.phase.value}")
     target, arguments = GEMMS[node.target, type(meta.layer)], gemm_arguments(node)
     if _has_small_integers(node):
+        slot.prunes = isinstance(meta.layer, ConvLayer) and _reads_pruned_codes(node)
         target, arguments = GEMMS_ON_GRIDS[type(meta.layer)], _arguments_on_grid(node, arguments)
     elif node.target is not ops.gemm_update:
         first, _, *rest = arguments
@@ -129,6 +130,24 @@ def _has_small_integers(node: fx.Node) -> bool:
     assert isinstance(pruned, fx.Node)
     is_read_once = len(quantized.users) == len(pruned.users) == 1
     return bool(signed) and pruned.target is ops.apply_mask and is_read_once
+
+
+def _reads_pruned_codes(node: fx.Node) -> bool:
+    """Return whether the GEMM's input is the layer's, of whose codes the four largest of eight channels are kept."""
+    on_grid = node.args[0]
+    assert isinstance(on_grid, fx.Node)
+    pruned, *grid = on_grid.args
+    if not isinstance(pruned, fx.Node) or pruned.target is not ops.apply_mask:
+        return False
+    input, mask = pruned.args
+    if not isinstance(mask, fx.Node) or mask.target not in (ops.prune_mask, cpu_prune_mask):
+        return False
+    ranked, *rule = mask.args
+    is_ranked = isinstance(ranked, fx.Node) and ranked.target is ops.to_grid and list(ranked.args) == [input, *grid]
+    is_whole = getattr(input, "target", None) == "input" and getattr(grid[0], "target", None) == "input_step"
+    channels = meta_of(node).layer.in_features * meta_of(node).layer.groups
+    is_unsigned = not grid[-1]
+    return is_ranked and is_whole and is_unsigned and rule == ["greedy_by_value", 4, 8, 1] and channels % 8 == 0
 
 
 def _is_on_grid(operand: Argument) -> bool:

@@ -96,5 +96,5 @@ class ConvOnGrid(GemmOnGrid):
         # The frozen layer would round the input again, which an observer may have left as it is.
         return self.weight.convolve(self.input, self.bias, output)
 
-    def frozen(self) -> FrozenConv | None:
-        return frozen_conv(self.weight, self.input, self.bias)
+    def frozen(self, prunes: bool) -> FrozenConv | None:
+        return frozen_conv(self.weight, self.input, self.bias, prunes)

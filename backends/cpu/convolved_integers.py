@@ -55,31 +55,38 @@ class ConvGridWeight(GridWeight["kernels.IntegerLayer"]):
         packed, is_image = self.packed(), x.shape[1] == self.channels and x.numel() > 0 and output.numel() > 0
         if packed is None or not _is_step(grid[0]) or not is_image:
             return False
-        return _convolve(packed, self.geometry, x, grid, self.steps(input), bias, output, is_rounded=True)
+        return _convolve(packed, self.geometry, x, grid, self.steps(input), bias, output, is_rounded=True, prunes=False)
 
 
 class FrozenConv(FrozenLayer):
-    """Y = grid(X) * W + b, `(N, C, *spatial)`, channels last if X or W is."""
+    """Y = grid(X) * W + b, `(N, C, *spatial)`, channels last if X or W is; with `prunes` grid(X) is pruned 4:8."""
 
     def __init__(
-        self, packed: "kernels.IntegerLayer", weight: ConvGridWeight, input: GridInput, bias: Tensor | None
+        self,
+        packed: "kernels.IntegerLayer",
+        weight: ConvGridWeight,
+        input: GridInput,
+        bias: Tensor | None,
+        prunes: bool,
     ) -> None:
         super().__init__(packed, weight.steps(input), input, bias)
         self.native, self.geometry, self.weight_layout = packed, weight.geometry, layout_of(weight.weight)
+        self.prunes = prunes
 
     def empty(self, input: Tensor) -> Tensor:
         return empty(input, known_shape(layout_of(input), self.weight_layout, self.geometry))
 
     def fill(self, input: Tensor, output: Tensor) -> bool:
-        return _convolve(self.native, self.geometry, input, self.grid, self.steps, self.bias, output, is_rounded=False)
+        operands = self.native, self.geometry, input, self.grid, self.steps, self.bias, output
+        return _convolve(*operands, is_rounded=False, prunes=self.prunes)
 
 
-def frozen_conv(weight: ConvGridWeight, input: GridInput, bias: Tensor | None) -> FrozenConv | None:
+def frozen_conv(weight: ConvGridWeight, input: GridInput, bias: Tensor | None, prunes: bool) -> FrozenConv | None:
     """Return the layer with these operands; None if there is no such kernel, or the weight cannot be packed."""
     if not are_plain(weight, input, bias) or not _is_step(float(input.step)):
         return None
     packed = weight.packed()
-    return None if packed is None else FrozenConv(packed, weight, input, bias)
+    return None if packed is None else FrozenConv(packed, weight, input, bias, prunes)
 
 
 def _convolve(
@@ -91,13 +98,14 @@ def _convolve(
     bias: Tensor | None,
     output: Tensor,
     is_rounded: bool,
+    prunes: bool,
 ) -> bool:
     """Write a convolution; return False for a NaN and, if the input is to be rounded already, where it is not."""
     x, y = geometry.images(input.detach()), geometry.images(output)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     shift = None if bias is None else lend(bias.detach().contiguous())
-    operands = lend(x), *grid, is_rounded, geometry.window.padding, lend(steps), shift, lend(y)
+    operands = lend(x), *grid, is_rounded, prunes, geometry.window.padding, lend(steps), shift, lend(y)
     return kernels.convolve_integers(packed, *operands, *isa_and_threads())
 
 

@@ -79,5 +79,5 @@ class LinearOnGrid(GemmOnGrid):
             return frozen.fill(self.input.values, output)
         return self.weight.multiply(self.input, self.bias, output)
 
-    def frozen(self) -> FrozenLinear | None:
-        return frozen_linear(self.weight, self.input, self.bias)
+    def frozen(self, prunes: bool) -> FrozenLinear | None:
+        return None if prunes else frozen_linear(self.weight, self.input, self.bias)

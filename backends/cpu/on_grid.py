@@ -53,8 +53,8 @@ class GemmOnGrid(ABC):
         """
 
     @abstractmethod
-    def frozen(self) -> FrozenLayer | None:
-        """Return the layer as a function of its input; None if there is no such kernel."""
+    def frozen(self, prunes: bool) -> FrozenLayer | None:
+        """Return the layer as a function of its input, which it prunes or not; None if there is no such kernel."""
 
     def run(self, slot: str) -> Tensor:
         """Return the result, by integers if they pay and the weight can stay packed."""
@@ -67,7 +67,7 @@ class GemmOnGrid(ABC):
         """Return the layer as the slot holds it for later calls; None if its weight is not frozen."""
         if slot is None:
             return None
-        made = self.frozen() if content_at_rest() == FROZEN else None
+        made = self.frozen(slot.prunes) if content_at_rest() == FROZEN else None
         if made is not None and isinstance(slot.ready, FrozenLayer) and slot.ready.equals(made):
             return slot.ready
         slot.ready = made

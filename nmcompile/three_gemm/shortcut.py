@@ -85,7 +85,10 @@ def slot_of(triple: "GemmTriple") -> ChoiceSlot | None:
 
 
 def has_shortcut(graph: fx.GraphModule) -> bool:
-    """Return whether a forward graph may get a shortcut: its GEMM reads the rounded input, and is the result."""
+    """Return whether a forward graph may get a shortcut: its GEMM reads the rounded input, and is the result.
+
+    The input may be pruned before if the shortcut prunes it too.
+    """
     return _slot(graph) is not None
 
 
@@ -98,7 +101,7 @@ def _slot(graph: fx.GraphModule) -> ChoiceSlot | None:
     on_grid = gemm.args[0]
     is_rounded = isinstance(on_grid, fx.Node) and on_grid.target is ops.to_grid
     is_whole = is_rounded and [getattr(x, "target", None) for x in on_grid.args[:2]] == ["input", "input_step"]
-    return meta.choice if is_whole else None
+    return meta.choice if is_whole or meta.choice.prunes else None
 
 
 def _code(triple: "GemmTriple") -> object:

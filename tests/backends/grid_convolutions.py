@@ -48,10 +48,12 @@ def model(
     bits: int = 4,
     granularity: str = "tensor",
     clip: str = "mse",
+    prunes_inputs: bool = False,
 ) -> tuple[Convolutions, Tensor]:
     torch.manual_seed(0)
     net, x = kind().eval(), torch.randn(INPUTS[kind])
-    every = LayerConfig(nmcompile.presets["inference"].weight, weight_bits=bits, input_bits=4)
+    every = nmcompile.presets["inference"]
+    every = every if prunes_inputs else LayerConfig(every.weight, weight_bits=bits, input_bits=4)
     config = CompileConfig(layers={"_default": every}, ends="sparse", granularity=granularity, clip=clip)
     compiled = nmcompile.compile(net, "inference", args=(x,), config=config, calibration=[x], backend=backend)
     assert isinstance(compiled, kind)

@@ -66,6 +66,20 @@ def test_it_computes_what_the_graph_computes(mode: type, taken: list[str]) -> No
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", [Images, Signals])
+def test_it_prunes_inputs_as_the_graph_does(kind: type[Convolutions], taken: list[str]) -> None:
+    compiled, x = model(kind, prunes_inputs=True)
+    nmcompile.freeze(compiled)
+    unfrozen = copy.deepcopy(compiled)
+    for layout in (torch.contiguous_format, torch.channels_last)[: x.dim() - 2]:
+        for scale in (1, 1, 10, 0.3):
+            y = (scale * torch.randn_like(x)).to(memory_format=layout)
+            assert torch.equal(compiled(y), unfrozen(y))
+    layers = ["first", "grouped", "last"] if kind is Images else ["last"]
+    assert taken == layers * 3 * (x.dim() - 2)
+
+
+@torch.no_grad()
 def test_each_size_and_layout_takes_it_from_its_second_call_on(taken: list[str]) -> None:
     (compiled, x), (expected, _) = frozen(), model(backend="reference")
     last = torch.channels_last

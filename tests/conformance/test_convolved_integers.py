@@ -13,6 +13,7 @@ from nmcompile.native import INSTRUCTION_SETS, MISSING, kernels
 pytestmark = pytest.mark.skipif(bool(MISSING), reason="no native kernels")
 Two = tuple[int, int]
 STEP = 0.37
+LAST = INSTRUCTION_SETS[0] if INSTRUCTION_SETS else "", 1
 
 
 class Case(NamedTuple):
@@ -76,9 +77,27 @@ def test_it_equals_exact_arithmetic(case: Case, isa: str) -> None:
             found = laid_out(torch.full_like(expected, torch.nan), writes_last)
             for images, is_exact in ((input, False), (laid_out(q * STEP, reads_last), True)):
                 found.fill_(torch.nan)
-                grid = STEP, case.low, case.high, is_exact, case.padding
+                grid = STEP, case.low, case.high, is_exact, False, case.padding
                 assert kernels.convolve_integers(layer, images, *grid, steps, b, found, isa, 1 + 2 * number)
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_codes_are_pruned_as_the_graph_prunes(isa: str) -> None:
+    """Many equal codes, of which the first stay; the oracle orders them by value and place."""
+    for case in (case for case in CASES if case.low == 0 and case.size[1] % 8 == 0):
+        torch.manual_seed(0)
+        weights, x = case.weights(), 3 * torch.randn(case.size).abs()
+        layer, q = case.layer(weights), (x / STEP).round().clamp(0, case.high)
+        eights = q.movedim(1, -1).unflatten(-1, (-1, 8))
+        ranks = (-eights).argsort(dim=-1, stable=True).argsort(-1)
+        kept = (eights * (ranks < 4)).flatten(-2).movedim(-1, 1)
+        expected = case.sums(kept, weights).float()
+        for is_last in (False, True):
+            found, grid = torch.full_like(expected, torch.nan), (STEP, 0, case.high)
+            operands = *grid, False, True, case.padding, torch.ones(case.outs), None, found, isa, 2
+            assert kernels.convolve_integers(layer, laid_out(x, is_last), *operands)
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("is_last", [False, True])
@@ -92,7 +111,7 @@ def test_inputs_are_rounded_as_the_grid_rounds(isa: str, is_last: bool) -> None:
     layer = kernels.integer_layer(torch.eye(6, dtype=torch.int8).view(6, 1, 1, 6), 1, (1, 1), (1, 1), 15)
     for low, high in ((0, 15), (-7, 7)):
         found = torch.empty(x.shape)
-        operands = STEP, low, high, False, (0, 0), torch.ones(6), None, found, isa, 1
+        operands = STEP, low, high, False, False, (0, 0), torch.ones(6), None, found, isa, 1
         assert kernels.convolve_integers(layer, laid_out(x, is_last), *operands)
         assert torch.equal(found, torch.clamp(torch.round(x / STEP), low, high))
 
@@ -104,7 +123,7 @@ def test_a_value_that_is_no_integer_is_refused_wherever_it_is(isa: str) -> None:
     good = torch.randint(0, 16, case.size) * torch.tensor(STEP)
 
     def run(x: Tensor, exact: bool) -> bool:
-        operands = STEP, 0, 15, exact, (1, 1), torch.ones(32), None, y, isa, 2
+        operands = STEP, 0, 15, exact, False, (1, 1), torch.ones(32), None, y, isa, 2
         return kernels.convolve_integers(layer, x, *operands)
 
     for is_last in (False, True):
@@ -130,10 +149,11 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         padding: Two = (1, 1),
         steps: int = 32,
         bias: int = 32,
+        prunes: bool = False,
     ) -> bool:
         y = torch.empty(y) if isinstance(y, tuple) else y
         factors = torch.ones(steps), torch.ones(bias)
-        return kernels.convolve_integers(layer, x, step, low, high, False, padding, *factors, y, INSTRUCTION_SETS[0], 1)
+        return kernels.convolve_integers(layer, x, step, low, high, False, prunes, padding, *factors, y, *LAST)
 
     assert run()
     wrong: dict[str, list[Callable[[], bool]]] = {
@@ -163,6 +183,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
             lambda: run(low=-8, high=8),
             lambda: run(low=-(2**31), high=2**31 - 1),
         ],
+        "pruned are codes": [lambda: run(low=-7, high=7, prunes=True)],
     }
     for message, calls in wrong.items():
         for call in calls:
@@ -173,7 +194,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
             run(bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="instruction set"):
         kernels.convolve_integers(
-            layer, x, STEP, 0, 15, False, (1, 1), torch.ones(32), None, torch.empty(1, 32, 9, 7), "v9", 1
+            layer, x, STEP, 0, 15, False, False, (1, 1), torch.ones(32), None, torch.empty(1, 32, 9, 7), "v9", 1
         )
     with pytest.raises(ValueError, match="window is too large"):
         kernels.integer_layer(case.weights(), 1, (1, 1), (2**40, 1), 15)

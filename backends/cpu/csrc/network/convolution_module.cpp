@@ -54,12 +54,14 @@ Image image_of(const Four& x, Two padding, int fill) {
     return image;
 }
 
-bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, int high, bool exact, Two padding,
+bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, int high, bool exact, bool prunes, Two padding,
               const Column& steps, const Column& bias, const NewFloats& y, const char* isa, unsigned threads) {
     const int most = layer->form() == Form::sparse ? kMostSparseCode : kCodes - 1;
     require(step > 0 && low <= 0 && low > -kCodes && high >= 0 && high < kCodes && high - low <= most,
             "the grid is none of the layer's codes");
     const Image image = image_of(sizes(x), padding, -low);
+    require(!prunes || (low == 0 && high <= kMostSparseCode && image.channels % 8 == 0),
+            "pruned are codes of four bits from zero on, eight channels at a time");
     FloatLayer product;
     read_image(product, layer, image, -low, padding);
     require(sizes(y) == Four{image.samples, layer->outs(), product.height, product.width}, "the result has another size");
@@ -71,6 +73,7 @@ bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, in
     Encode code(0, image, step, low, high);
     code.last = is_channels_last(x);
     code.exact = exact;
+    code.prunes = prunes;
     const Kernels& kernels = network_kernels(instruction_set(isa));
     const std::vector<float*> slots{const_cast<float*>(x.data()), y.data()};  // the first is read
     nb::gil_scoped_release release;
@@ -83,7 +86,7 @@ bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, in
 
 void bind_convolution(nb::module_& m) {
     m.attr("INTEGER_LAYER_DEPTH") = kMostIntegers;
-    m.def("convolve_integers", &convolve, "layer"_a, "x"_a.noconvert(), "step"_a, "low"_a, "high"_a, "exact"_a, "padding"_a,
+    m.def("convolve_integers", &convolve, "layer"_a, "x"_a.noconvert(), "step"_a, "low"_a, "high"_a, "exact"_a, "prunes"_a, "padding"_a,
           "steps"_a.noconvert(), "bias"_a.noconvert().none(), "y"_a.noconvert(), "isa"_a, "threads"_a,
           "Write a convolution of images, coded on the grid of `step`, to `y`; False if a value is a NaN or, if `exact`, is"
           " no whole step in [low, high].");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "machine/lanes.h"
+#include "network/code_maps.h"
 #include "network/epilogue.h"
 #include "network/network_isa.h"
 
@@ -54,16 +55,24 @@ struct Encoded {
         Walk walk(first, to.height, to.width);
         for (std::int64_t p = 0; p < count; ++p, walk.next()) pixels[p] = job.output + to.at(sample, walk.y, walk.x);
     }
+
+    // Calls `work(first, pixels)` for runs of pixels with no gap between their codes.
+    template <class Work>
+    void for_runs(std::int64_t channels, const Work& work) const {
+        for (std::int64_t p = 0, next = 1; p < count; p = next++) {
+            while (next < count && pixels[next] == pixels[next - 1] + channels) ++next;
+            work(p, next - p);
+        }
+    }
 };
 
 template <bool kExact>
 bool encode_channels_last(const EncodeJob& job, const float* x, const Encoded& to) {
     const std::int64_t channels = job.to.channels;
     bool fits = true;
-    for (std::int64_t p = 0, next = 1; p < to.count; p = next++) {
-        while (next < to.count && to.pixels[next] == to.pixels[next - 1] + channels) ++next;  // no gap between them
-        fits &= encode_run<kExact>(job, x + p * channels, (next - p) * channels, to.pixels[p]);
-    }
+    to.for_runs(channels, [&](std::int64_t first, std::int64_t pixels) {
+        fits &= encode_run<kExact>(job, x + first * channels, pixels * channels, to.pixels[first]);
+    });
     return fits;
 }
 
@@ -98,8 +107,12 @@ bool encode_as(const EncodeJob& job, std::int64_t sample, std::int64_t first) {
     const Encoded to(job, sample, first);
     const std::int64_t channels = job.to.channels, area = job.to.height * job.to.width;
     const float* const x = job.x + sample * channels * area;
-    if (job.last) return encode_channels_last<kExact>(job, x + first * channels, to);
-    return encode_channels_first<kExact>(job, x + first, to);
+    const bool fits = job.last ? encode_channels_last<kExact>(job, x + first * channels, to)
+                               : encode_channels_first<kExact>(job, x + first, to);
+    if (job.prunes) {
+        to.for_runs(channels, [&](std::int64_t p, std::int64_t pixels) { prune(to.pixels[p], pixels * channels); });
+    }
+    return fits;
 }
 
 inline bool encode(const EncodeJob& job, std::int64_t sample, std::int64_t first) {

@@ -55,7 +55,8 @@ struct EncodeJob {
     Image to;
     float step;
     std::int32_t low, high;
-    bool exact;  // refuses what is not on the grid
+    bool exact;   // refuses what is not on the grid
+    bool prunes;  // keeps the four largest of eight channels, as `Finish` does
 };
 
 struct PoolJob {

@@ -54,7 +54,7 @@ std::uint8_t* scratch_of(std::int64_t bytes) {
 }  // namespace
 
 bool Encode::run(const Run& run) const {
-    const EncodeJob job{run.slots[slot], last, run.arena, to, step, low, high, exact};
+    const EncodeJob job{run.slots[slot], last, run.arena, to, step, low, high, exact, prunes};
     const std::int64_t parts = pieces(to.height * to.width, kEncoded);
     const std::int64_t piece = 1 + kRowsOfATask / (kEncoded * to.channels);
     std::atomic<bool> fits = true;

@@ -19,6 +19,7 @@ struct Encode : Step {
     int low, high;
     bool last = false;   // the floats are channels last
     bool exact = false;  // what is not on the grid already is refused as a NaN is
+    bool prunes = false;
     Encode(int slot, Image to, float step, int low, int high) : slot(slot), to(to), step(step), low(low), high(high) {}
     bool run(const Run&) const override;
 };
