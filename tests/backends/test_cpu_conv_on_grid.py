@@ -25,7 +25,7 @@ from nmcompile.custom_op import operator_of
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.operations import to_grid
 from nmcompile.native import kernels
-from nmcompile.quantization import Grid
+from nmcompile.quantization import Grid, sawb_scale
 from nmcompile.three_gemm import grid_steps
 from nmcompile.training import clips
 from nmcompile.training.find_masks import masks_of
@@ -297,11 +297,10 @@ def test_a_norm_reads_a_weight_at_rest_for_its_step_once(is_frozen: bool, monkey
         nmcompile.freeze(compiled)
     before = compiled(x)
     found: list[int] = []
-    scale = grid_steps.sawb_scale
 
     def counted(weight: Tensor, bits: int, dim: int | None = None) -> Tensor:
         found.append(1)
-        return scale(weight, bits, dim=dim)
+        return sawb_scale(weight, bits, dim=dim)
 
     monkeypatch.setattr(grid_steps, "sawb_scale", counted)
     assert torch.equal(compiled(x), before) and not found
