@@ -52,13 +52,15 @@ struct Encoded {
         const Image& to = job.to;
         const std::int64_t rest = to.height * to.width - first;
         count = rest < kEncoded ? rest : kEncoded;
-        Walk walk(first, to.height, to.width);
-        for (std::int64_t p = 0; p < count; ++p, walk.next()) pixels[p] = job.output + to.at(sample, walk.y, walk.x);
+        nmcompile::for_runs(first, count, to.height, to.width, [&](auto number, auto some, auto, auto y, auto x) {
+            std::uint8_t* const codes = job.output + to.at(sample, y, x);
+            for (std::int64_t i = 0; i < some; ++i) pixels[number + i] = codes + i * to.stride;
+        });
     }
 
     // Calls `work(first, pixels)` for runs of pixels with no gap between their codes.
     template <class Work>
-    void for_runs(std::int64_t channels, const Work& work) const {
+    void for_joined(std::int64_t channels, const Work& work) const {
         for (std::int64_t p = 0, next = 1; p < count; p = next++) {
             while (next < count && pixels[next] == pixels[next - 1] + channels) ++next;
             work(p, next - p);
@@ -70,7 +72,7 @@ template <bool kExact>
 bool encode_channels_last(const EncodeJob& job, const float* x, const Encoded& to) {
     const std::int64_t channels = job.to.channels;
     bool fits = true;
-    to.for_runs(channels, [&](std::int64_t first, std::int64_t pixels) {
+    to.for_joined(channels, [&](std::int64_t first, std::int64_t pixels) {
         fits &= encode_run<kExact>(job, x + first * channels, pixels * channels, to.pixels[first]);
     });
     return fits;
@@ -110,7 +112,7 @@ bool encode_as(const EncodeJob& job, std::int64_t sample, std::int64_t first) {
     const bool fits = job.last ? encode_channels_last<kExact>(job, x + first * channels, to)
                                : encode_channels_first<kExact>(job, x + first, to);
     if (job.prunes) {
-        to.for_runs(channels, [&](std::int64_t p, std::int64_t pixels) { prune(to.pixels[p], pixels * channels); });
+        to.for_joined(channels, [&](std::int64_t p, std::int64_t pixels) { prune(to.pixels[p], pixels * channels); });
     }
     return fits;
 }

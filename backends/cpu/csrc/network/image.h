@@ -36,20 +36,4 @@ inline void for_runs(std::int64_t pixel, std::int64_t pixels, std::int64_t heigh
     }
 }
 
-// The pixels of images one after the other: divides once, then counts.
-struct Walk {
-    std::int64_t height, width, sample, y, x;
-
-    Walk(std::int64_t pixel, std::int64_t height, std::int64_t width)
-        : height(height), width(width), sample(pixel / (height * width)), y(pixel / width % height), x(pixel % width) {}
-
-    void next() {
-        if (++x < width) return;
-        x = 0;
-        if (++y < height) return;
-        y = 0;
-        ++sample;
-    }
-};
-
 }  // namespace nmcompile
