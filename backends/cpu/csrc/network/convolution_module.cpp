@@ -54,8 +54,9 @@ Image image_of(const Four& x, Two padding, int fill) {
     return image;
 }
 
-bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, int high, bool exact, bool prunes, Two padding,
-              const Column& steps, const Column& bias, const NewFloats& y, const char* isa, unsigned threads) {
+bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, int high, bool exact, bool prunes,
+              Two padding, const Column& steps, const Column& bias, const NewFloats& y, const char* isa,
+              unsigned threads) {
     const int most = layer->form() == Form::sparse ? kMostSparseCode : kCodes - 1;
     require(step > 0 && low <= 0 && low > -kCodes && high >= 0 && high < kCodes && high - low <= most,
             "the grid is none of the layer's codes");
@@ -64,7 +65,8 @@ bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, in
             "pruned are codes of four bits from zero on, eight channels at a time");
     FloatLayer product;
     read_image(product, layer, image, -low, padding);
-    require(sizes(y) == Four{image.samples, layer->outs(), product.height, product.width}, "the result has another size");
+    require(sizes(y) == Four{image.samples, layer->outs(), product.height, product.width},
+            "the result has another size");
     require(steps.is_valid(), "a layer has steps");
     product.steps = factors(steps, layer->outs());
     product.bias = factors(bias, layer->outs());
@@ -86,10 +88,11 @@ bool convolve(const SharedLayer& layer, const Floats& x, float step, int low, in
 
 void bind_convolution(nb::module_& m) {
     m.attr("INTEGER_LAYER_DEPTH") = kMostIntegers;
-    m.def("convolve_integers", &convolve, "layer"_a, "x"_a.noconvert(), "step"_a, "low"_a, "high"_a, "exact"_a, "prunes"_a, "padding"_a,
-          "steps"_a.noconvert(), "bias"_a.noconvert().none(), "y"_a.noconvert(), "isa"_a, "threads"_a,
-          "Write a convolution of images, coded on the grid of `step`, to `y`; False if a value is a NaN or, if `exact`, is"
-          " no whole step in [low, high].");
+    m.def("convolve_integers", &convolve, "layer"_a, "x"_a.noconvert(), "step"_a, "low"_a, "high"_a, "exact"_a,
+          "prunes"_a, "padding"_a, "steps"_a.noconvert(), "bias"_a.noconvert().none(), "y"_a.noconvert(), "isa"_a,
+          "threads"_a,
+          "Write a convolution of images, coded on the grid of `step`, to `y`; False if a value is a NaN or, if `exact`,"
+          " is no whole step in [low, high].");
 }
 
 }  // namespace nmcompile

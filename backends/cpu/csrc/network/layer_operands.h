@@ -45,7 +45,8 @@ inline Factors factors(const Column& column, std::int64_t count) {
 // Makes a step read an image, in which `zero` is the code of zero; finds the size of the result.
 inline void read_image(Layer& step, const SharedLayer& layer, const Image& image, std::int32_t zero, Two padding) {
     const Window& window = layer->window();
-    const auto extent = [](std::int64_t size, std::int64_t pad, std::int64_t taps, std::int64_t stride, std::int64_t gap) {
+    const auto extent = [](std::int64_t size, std::int64_t pad, std::int64_t taps, std::int64_t stride,
+                           std::int64_t gap) {
         const std::int64_t rest = size + 2 * pad - 1 - gap * (taps - 1);
         require(rest >= 0, "the window is larger than the image");
         return rest / stride + 1;

@@ -26,8 +26,9 @@ struct Places {
         const Index outs = job.layer->outs(), next = job.last ? outs : 1;  // from a pixel to the next
         for_runs(extent.pixel, extent.pixels, job.height, job.width, [&](auto number, auto count, auto n, auto y, auto x) {
             if (job.floats) {
-                const Index place = job.last ? (extent.pixel + number) * outs : (n * outs * job.height + y) * job.width + x;
-                for (Index i = 0; i < count; ++i) floats[number + i] = job.floats + place + i * next;
+                const Index pixel = extent.pixel + number, first = (n * outs * job.height + y) * job.width + x;
+                float* const place = job.floats + (job.last ? pixel * outs : first);
+                for (Index i = 0; i < count; ++i) floats[number + i] = place + i * next;
             } else {
                 std::uint8_t* const first = job.output + job.to.at(n, y, x);
                 for (Index i = 0; i < count; ++i) codes[number + i] = first + i * job.to.stride;
