@@ -8,7 +8,8 @@ which turns queries and keys and appends to one buffer in place, and SkipSimplif
 
 All decode the same prompt for the same number of tokens, in turns, in one process; the time of the prompt is
 subtracted. Checked first: ONNX Runtime's graph in fp32 finds PyTorch's tokens, our logits are those of the reference
-backend, and they are finite. `--skip check` leaves out the first two, which a large model has no memory for.
+backend and the decoder's those of the module, and they are finite. `--skip check` leaves out the comparisons: a large
+model has no memory for them, and in one of random weights an input that rounds the other way changes all that follows.
 
 python benchmarks/decode.py                    # writes benchmarks/results/decode.json
 python benchmarks/decode.py --models smollm2 --tokens 32
@@ -164,17 +165,18 @@ def greedy(first: nn.Module, later: Callable[..., Any], prompt: Tensor, count: i
 def candidates(model: LlamaForCausalLM, length: int, threads: int, skipped: list[str]) -> dict[str, Decode]:
     """Return every way to decode, checked; ours share the parameters of the fp32 model."""
     prompt = prompt_of(model)
-    # First, since calibration takes the most memory; and each compilation of these parameters ends the promise of `freeze`.
+    # First, since calibration takes the most memory. Each compilation of these parameters ends the promise of `freeze`.
     reference = None if "check" in skipped else logits_of(sparse(model, "reference"), prompt)
     ours = sparse(model, "cpu")
     nmcompile.freeze(ours)
-    check(logits_of(ours, prompt), reference)
+    if reference is not None:
+        check(logits_of(ours, prompt), reference)
     found: dict[str, Decode] = {"fp32, eager": eager(model, prompt)}
     expected = found["fp32, eager"](8)
     if "check" not in skipped:
-        dense = llama_graph(model, length, Builder())
+        dense = llama_graph(model, length, Builder()).SerializeToString()
         assert OnnxDecoder(dense, model.config, prompt, length, threads)(8) == expected
-    graph = llama_graph(model, length, FourBitBuilder())
+    graph = llama_graph(model, length, FourBitBuilder()).SerializeToString()
     found[PEER] = OnnxDecoder(graph, model.config, prompt, length, threads)
     del graph
     half = in_half(model)
@@ -182,8 +184,11 @@ def candidates(model: LlamaForCausalLM, length: int, threads: int, skipped: list
     if "compile" not in skipped:
         found["bf16, torch.compile"] = compiled(half, prompt, length)
     found[OURS] = eager(ours, prompt)
+    logits = nmcompile.decoder(ours, PROMPT)(prompt)
+    assert logits.isfinite().all()
+    if "check" not in skipped:
+        check(logits, logits_of(ours, prompt)[0, -1])
     found[DECODER] = native(ours, prompt, length)
-    assert found[DECODER](8) == found[OURS](8)
     if "compile" not in skipped:
         found[OURS_COMPILED] = compiled(ours, prompt, length)
         assert found[OURS_COMPILED](8) == found[OURS](8)
@@ -196,14 +201,11 @@ def logits_of(model: LlamaForCausalLM, prompt: Tensor) -> Tensor:
     return found
 
 
-def check(found: Tensor, expected: Tensor | None) -> None:
-    """Compare with the reference backend: a sum that rounds otherwise may move an input of a later layer by a step."""
-    assert found.isfinite().all()
-    if expected is None:
-        return
+def check(found: Tensor, expected: Tensor) -> None:
+    """Compare logits: a sum that rounds otherwise may move an input of a later layer by a step."""
     error = float((found - expected).norm() / expected.norm())
-    print(f"relative error of the logits beside the reference backend's: {error:.1e}")
-    assert error <= MOST_ERROR
+    print(f"relative error of the logits: {error:.1e}")
+    assert found.isfinite().all() and error <= MOST_ERROR
 
 
 def measure(name: str, model: LlamaForCausalLM, options: argparse.Namespace, threads: int) -> Row:

@@ -123,11 +123,11 @@ def cache_names(config: LlamaConfig) -> list[str]:
 class OnnxDecoder:
     """A session and the buffer of keys and values, which each run reads and extends in place."""
 
-    def __init__(self, model: onnx.ModelProto, config: LlamaConfig, prompt: Tensor, length: int, threads: int) -> None:
+    def __init__(self, model: bytes, config: LlamaConfig, prompt: Tensor, length: int, threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.prompt, self.binding = prompt.numpy(), self.session.io_binding()
         self.logits = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, config.vocab_size), np.float32))
         self.binding.bind_ortvalue_output("logits", self.logits)

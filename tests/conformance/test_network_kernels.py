@@ -151,8 +151,7 @@ def codes_of_norms(
     """Return the codes of a layer, and those of float32 operations one by one on exact sums."""
     torch.manual_seed(0)
     weights, (step, low, high) = case.weights(), grid
-    one = 1, 1
-    layer = kernels.integer_layer(weights, case.groups, one, one, 15)
+    layer = kernels.integer_layer(weights, case.groups, (1, 1), (1, 1), 15)
     source, (n, _, height, width) = case.image(), x.shape
     result = 64 * x.numel(), n, height, width, case.outs, 0, 0, case.outs
     program, found = kernels.IntegerProgram(result[0] + bytes_of(result)), torch.empty(n, case.outs, height, width)
@@ -161,7 +160,7 @@ def codes_of_norms(
     program.decode(result, 1, torch.arange(256.0))
     program.run(0, 3, [x.data_ptr(), found.data_ptr()], isa, 1)
     sums = F.conv2d(x.double(), weights.permute(0, 3, 1, 2).double(), groups=case.groups).float()
-    steps, bias, gain, shift = (one.view(-1, 1, 1) for one in factors)
+    steps, bias, gain, shift = (factor.view(-1, 1, 1) for factor in factors)
     y = (sums * steps + bias) * gain + shift
     return found, (y / torch.tensor(step)).nan_to_num(low, high, low).round().clamp(low, high) - low
 
