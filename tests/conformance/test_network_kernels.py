@@ -145,8 +145,12 @@ def test_a_result_next_to_the_middle_of_two_codes_is_rounded_as_a_division_is(is
         assert torch.equal(found, (sums.flatten().float() * steps / step).round().clamp(-127, 127))
 
 
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Steps, bias, gain and shift of a norm, `(out,)`."""
+
+
 def codes_of_norms(
-    case: Case, x: Tensor, factors: list[Tensor], grid: tuple[float, int, int], isa: str
+    case: Case, x: Tensor, factors: Factors, grid: tuple[float, int, int], isa: str
 ) -> tuple[Tensor, Tensor]:
     """Return the codes of a layer, and those of float32 operations one by one on exact sums."""
     torch.manual_seed(0)
@@ -188,7 +192,7 @@ def test_every_norm_rounds_as_its_operations_do(case: Case, grid: tuple[float, i
         # The pixel whose sum is zero, if there is one, lies next to the middle of two codes.
         shift = middle * step - bias * gain + size[1] * torch.randint(-3, 4, (case.outs,)) * 1e-7
         found, wanted = codes_of_norms(
-            case, x * (torch.rand(x.shape[-2:]) < 0.8), [steps, bias, gain, shift], grid, isa
+            case, x * (torch.rand(x.shape[-2:]) < 0.8), (steps, bias, gain, shift), grid, isa
         )
         assert torch.equal(found, wanted)
 
@@ -197,9 +201,9 @@ def test_every_norm_rounds_as_its_operations_do(case: Case, grid: tuple[float, i
 @pytest.mark.parametrize("case", POINTWISE, ids=lambda case: case.form)
 def test_a_norm_that_is_no_number_gives_the_lowest_code(case: Case, isa: str) -> None:
     for size, bad in (1e30, 1.0), (1.0, torch.nan), (1.0, torch.inf), (1.0, -torch.inf):
-        x, factors = torch.randint(0, 16, case.size).float(), [*(torch.randn(4, case.outs) * size)]
-        factors[1][::3] = bad
-        found, wanted = codes_of_norms(case, x, factors, (0.37, -3, 12), isa)
+        x, (steps, bias, gain, shift) = torch.randint(0, 16, case.size).float(), torch.randn(4, case.outs) * size
+        bias[::3] = bad
+        found, wanted = codes_of_norms(case, x, (steps, bias, gain, shift), (0.37, -3, 12), isa)
         assert torch.equal(found, wanted)
 
 
