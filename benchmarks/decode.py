@@ -11,8 +11,8 @@ subtracted. Checked first: ONNX Runtime's graph in fp32 finds PyTorch's tokens, 
 backend and the decoder's those of the module, and they are finite. `--skip check` leaves out the comparisons: a large
 model has no memory for them, and in one of random weights an input that rounds the other way changes all that follows.
 
-python benchmarks/decode.py                    # writes benchmarks/results/decode.json
-python benchmarks/decode.py --models smollm2 --tokens 32
+python benchmarks/decode.py --models smollm2   # writes its rows of benchmarks/results/decode.json
+python benchmarks/decode.py --models llama-1b --tokens 16 --repeats 3 --skip compile check   # takes 24 GB
 """
 
 import argparse
@@ -248,17 +248,24 @@ def main() -> None:
             rows.append(measure(name, model, options, threads))
             print(table(rows), flush=True)
     setting = {
-        "command": f"python benchmarks/decode.py --models {' '.join(options.models)} --tokens {options.tokens}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "onnxruntime": ort.__version__,
         "machine": processor(),
         "prompt": PROMPT,
-        "repeats": options.repeats,
         "shapes": {"llama-1b": ONE_B},
     }
+    results = [asdict(row) | {"repeats": options.repeats, "skipped": options.skip} for row in rows]
+    results = others(options.out, rows) + results
     options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps({**setting, "results": [asdict(row) for row in rows]}, indent=2) + "\n")
+    options.out.write_text(json.dumps({**setting, "results": results}, indent=2) + "\n")
+
+
+def others(path: Path, rows: list[Row]) -> list[dict[str, Any]]:
+    """Return the results of earlier runs that these rows do not replace."""
+    earlier = json.loads(path.read_text())["results"] if path.exists() else []
+    new = {(row.model, row.threads) for row in rows}
+    return [one for one in earlier if (one["model"], one["threads"]) not in new]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Whole networks in integers on the CPU: `nmcompile.runtime` over ONNX Runtime's static INT8 of all layers.
 
+Beside it the compiled module itself, frozen, and dense fp32.
+
 All take turns in one process, so a busy machine slows all of them. Ratios are those of medians. Writing the peers'
 files takes minutes; `--files` keeps them for the next run.
 
@@ -40,6 +42,9 @@ def calls_of(model: nn.Module, x: Tensor, batches: list[Tensor], folder: Path) -
     for name in (UNPRUNED, PRUNED):
         compiled = nmcompile.compile(model, "inference", args=(x,), config=OURS[name], calibration=batches).eval()
         calls[f"{name}, runtime"] = partial(nmcompile.runtime(compiled, (x,)), x)
+    # Only now: each compilation of these parameters ends the promise.
+    nmcompile.freeze(compiled)
+    calls[f"{PRUNED}, module, frozen"] = partial(compiled, x)
     for name, path in ("fp32, dense", written["fp32, dense"]), (PEER, written[PEER]), (NATIVE, written[PRUNED]):
         one = session(path, native=name == NATIVE)
         calls[f"ONNX Runtime: {name}"] = partial(one.run, None, {one.get_inputs()[0].name: x.numpy()})
