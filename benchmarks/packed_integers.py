@@ -1,9 +1,10 @@
 """Linear layers with few tokens, whose time goes into reading the weight.
 
-The weight is 2:4 with 4-bit integers, packed to three bits for each weight. Its peers read the same weight in other
-forms: `F.linear` on the dense fp32 weight, the sparse kernel for fp32 values, and ONNX Runtime's MatMulNBits with the
-same integers in blocks of 32, which computes in fp32 (accuracy level 0) or in int8 (level 4). Every form exists in more
-copies, read in rotation, than a cache holds. Outputs are compared first.
+The weight is 2:4 with 4-bit integers, packed to three bits for each weight, and the kernel is that of a frozen layer:
+it rounds the input too, as ONNX Runtime's does. Its peers read the same weight in other forms: `F.linear` on the dense
+fp32 weight, the sparse kernel for fp32 values, and ONNX Runtime's MatMulNBits with the same integers in blocks of 32,
+which computes in fp32 (accuracy level 0) or in int8 (level 4). Every form exists in more copies, read in rotation, than
+a cache holds. Outputs are compared first.
 
 `layer` is what a user calls: a chain of layers compiled with mode "inference" beside dense ones in eager mode, before
 and after `nmcompile.freeze`. One thread is timed by its processor time, several by wall-clock time.
@@ -37,9 +38,7 @@ import nmcompile
 from nmcompile import CompileConfig, Phase, presets
 from nmcompile.backends.cpu.gemm import Geometry, sparse_forward
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.cpu.packed_integers import GridInput
 from nmcompile.native import INSTRUCTION_SETS, kernels
-from nmcompile.quantization import Grid
 
 SHAPES = (4096, 4096), (11008, 4096)  # out and in
 TOKENS = 1, 2, 4, 8, 16, 64, 256
@@ -81,13 +80,18 @@ def forms_of(integers: Tensor, step: float, x: Tensor, reach: int, threads: int)
     """Return every form of a weight, each in as many copies as exceed `reach` bytes."""
     isa, dense = INSTRUCTION_SETS[0], integers.float() * step
     rows, tokens = integers.shape[0], x.shape[0]
-    input = GridInput(x, torch.tensor(INPUT_STEP), Grid(4, signed=False))
     y, steps = x.new_empty(tokens, rows), torch.full((rows,), step * INPUT_STEP)
 
-    def packed_product(packed: Any) -> Tensor:
-        codes = input.codes()
-        assert codes is not None
-        kernels.multiply_integers(packed, codes, 0, steps, None, y, isa, threads)
+    def packed_layer() -> Any:
+        return kernels.FrozenLinear(pack(), INPUT_STEP, 0, 15, steps, None)
+
+    def pack() -> Any:
+        packed = kernels.pack_integers(integers, threads)
+        assert packed is not None
+        return packed
+
+    def packed_product(layer: Any) -> Tensor:
+        assert layer.run(x.data_ptr(), tokens, y.data_ptr(), isa, threads)
         return y
 
     def sparse_product(packs: list[Any]) -> Tensor:
@@ -101,7 +105,7 @@ def forms_of(integers: Tensor, step: float, x: Tensor, reach: int, threads: int)
 
     ours = partial(form, weights=integers.numel(), reach=reach)
     return {
-        OURS: ours(packed_product, lambda: kernels.pack_integers(integers, threads), lambda packed: packed.bytes),
+        OURS: ours(packed_product, packed_layer, lambda _: pack().bytes),
         "F.linear": ours(partial(F.linear, x), dense.clone, lambda weight: weight.numel() * 4),
         "sparse fp32": ours(sparse_product, packed_values, lambda packs: packs[0].bytes),
     } | {name: nbits_form(integers, step, x, reach, threads, level) for name, level in LEVELS.items()}

@@ -4,7 +4,7 @@
 
 #include "network/code_maps.h"
 #include "network/depthwise.h"
-#include "network/quick.h"
+#include "network/fixed_point.h"
 
 #if defined(__AVX512VNNI__)
 namespace nmcompile::NMCOMPILE_ISA {
@@ -89,16 +89,16 @@ inline void write_depthwise_codes(const LayerJob& job, std::int64_t channel, std
     Four start = side_by_side(job.affine.sums + channel);
     for (__m512i& one : start.of) one = _mm512_mullo_epi32(one, _mm512_set1_epi32(-job.affine.zero));
     const auto write = [&](auto window) {
-        Quick quick(job);
+        FixedPoint fixed(job);
         for (std::int64_t p = 0; p < pixels; ++p) {
             const Four sums = window.sums(inputs[p], start);
             FourIntegers found;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                found.of[i] = quick.of(std::bit_cast<Integers>(sums.of[i]), scale.of[i], offset.of[i]);
+                found.of[i] = fixed.of(std::bit_cast<Integers>(sums.of[i]), scale.of[i], offset.of[i]);
             }
-            const bool is_sure = quick.decides(found);
-            store_some(quick.clamped(channels_in_order(upper_bytes_in_turns(found))), count, to[p] + channel);
+            const bool is_sure = fixed.decides(found);
+            store_some(fixed.clamped(channels_in_order(upper_bytes_in_turns(found))), count, to[p] + channel);
             if (!is_sure) exact(p);
         }
     };

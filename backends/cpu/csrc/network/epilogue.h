@@ -2,7 +2,7 @@
 #pragma once
 
 #include "network/network_isa.h"
-#include "network/quick.h"
+#include "network/fixed_point.h"
 #include "network/widen.h"
 
 namespace nmcompile::NMCOMPILE_ISA {
@@ -82,9 +82,9 @@ void write_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std:
 
 // Writes the same codes by the scaling of the layer, and by `exact` those which it does not decide, of four pixels.
 template <class Exact>
-void write_quick_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
+void write_fixed_point_codes(const LayerJob& job, std::int64_t out, std::int64_t count, std::int64_t pixels,
                        const std::int32_t (*sums)[kOuts], std::uint8_t* const* to, const Exact& exact) {
-    Quick quick(job);
+    FixedPoint fixed(job);
     for (std::int64_t first = 0; first < pixels; first += 4) {
         const std::int64_t some = pixels - first < 4 ? pixels - first : 4;
         bool is_sure = true;
@@ -94,11 +94,11 @@ void write_quick_codes(const LayerJob& job, std::int64_t out, std::int64_t count
             FourIntegers found;
 #pragma GCC unroll 4
             for (int p = 0; p < 4; ++p) {
-                found.of[p] = quick.of(load<Integers>(sums[first + (p < some ? p : 0)] + i), scale, offset);
+                found.of[p] = fixed.of(load<Integers>(sums[first + (p < some ? p : 0)] + i), scale, offset);
             }
-            is_sure &= quick.decides(found);
+            is_sure &= fixed.decides(found);
             FewBytes codes[4];
-            store(quick.clamped(upper_bytes(found)), codes);
+            store(fixed.clamped(upper_bytes(found)), codes);
             for (std::int64_t p = 0; p < some; ++p) store_some(codes[p], count - i, to[first + p] + out + i);
         }
         if (!is_sure) exact(first, some);

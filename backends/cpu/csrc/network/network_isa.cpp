@@ -37,9 +37,10 @@ struct Places {
     }
 
     // Writes up to kOuts out-channels from `out` on of some pixels from `first` on.
-    void write(const LayerJob& job, Index out, Index count, Index first, Index pixels, const std::int32_t (*sums)[kOuts]) const {
-        if (job.floats || !Quick::is_there(job)) return write_exactly(job, out, count, first, pixels, sums);
-        write_quick_codes(job, out, count, pixels, sums, codes + first, [&](Index from, Index some) {
+    void write(const LayerJob& job, Index out, Index count, Index first, Index pixels,
+               const std::int32_t (*sums)[kOuts]) const {
+        if (job.floats || !FixedPoint::fits(job)) return write_exactly(job, out, count, first, pixels, sums);
+        write_fixed_point_codes(job, out, count, pixels, sums, codes + first, [&](Index from, Index some) {
             write_exactly(job, out, count, first + from, some, sums + from);
         });
     }
@@ -93,7 +94,7 @@ struct ProductLine {
 
     void write(Index pixels) const {
 #if defined(__AVX2__)
-        if (!job.floats && Quick::is_there(job)) {
+        if (!job.floats && FixedPoint::fits(job)) {
             StoreCodes codes{job, out, count, pixels, places.codes};
             compute(0, pixels, codes);
             for (; codes.unsure != 0; codes.unsure &= codes.unsure - 1) {
@@ -161,7 +162,7 @@ void depthwise_layer(const LayerJob& job, const Extent& extent, const Places& pl
     for (Index out = extent.line * kOuts; out < last; out += kChunk) {
         const DepthwiseChunk chunk{job, places, inputs, out, smaller(kChunk, last - out)};
 #if defined(__AVX512VNNI__)
-        if (!job.floats && Quick::is_there(job) && job.layer->window().taps() <= Taps::kMost) {
+        if (!job.floats && FixedPoint::fits(job) && job.layer->window().taps() <= Taps::kMost) {
             write_depthwise_codes(job, out, chunk.count, extent.pixels, inputs, places.codes,
                                   [&](Index pixel) { chunk.write(pixel, 1); });
             continue;

@@ -21,15 +21,15 @@ struct StoreCodes {
         const auto scale = load<Floats>(job.scaling->scale.data() + channel);
         const auto offset = load<Floats>(job.scaling->offset.data() + channel);
         const Floats scales[] = {scale * (1.0f / kFirst), scale * (1.0f / kSecond)};
-        Quick quick(job);
+        FixedPoint fixed(job);
         const auto four = [&]<int kFour, int... I>(std::integral_constant<int, kFour>, std::integer_sequence<int, I...>) {
             constexpr auto within = [](int p) { return p < kPixels ? p : kFour; };
-            FourIntegers found{{quick.of(sums[within(kFour + I)], scales[within(kFour + I) % 2], offset)...}};
-            unsure |= std::uint32_t{!quick.decides(found)} << (kFour / 4);
+            FourIntegers found{{fixed.of(sums[within(kFour + I)], scales[within(kFour + I) % 2], offset)...}};
+            unsure |= std::uint32_t{!fixed.decides(found)} << (kFour / 4);
             struct Parts {
                 FewBytes of[4];
             };
-            const auto codes = std::bit_cast<Parts>(quick.clamped(upper_bytes(found)));
+            const auto codes = std::bit_cast<Parts>(fixed.clamped(upper_bytes(found)));
             (store_pixel<kFour + I, kPixels>(codes.of[I], channel, rest), ...);
         };
         [&]<int... kFours>(std::integer_sequence<int, kFours...>) {

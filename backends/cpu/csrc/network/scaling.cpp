@@ -69,8 +69,9 @@ Scaling scaling_of(const IntegerLayer& layer, const Affine& affine, const Grid& 
     const double margin = std::ceil(largest);
     if (margin > kMostMargin) return {};
     const double most = channels.empty() ? 1 : channels[0].inside() - 1;
-    Scaling result{std::vector<float>(layer.outs() + kRead), std::vector<float>(layer.outs() + kRead, kOne / 2),
-                   static_cast<std::int32_t>(margin), static_cast<float>(least), static_cast<float>((largest - least) / most)};
+    const std::size_t count = layer.outs() + kRead;
+    Scaling result{std::vector<float>(count), std::vector<float>(count, kOne / 2), static_cast<std::int32_t>(margin),
+                   static_cast<float>(least), static_cast<float>((largest - least) / most)};
     for (std::int64_t out = 0; out < layer.outs(); ++out) {
         result.scale[out] = static_cast<float>(channels[out].scale * kOne);
         result.offset[out] = static_cast<float>((channels[out].offset + 0.5) * kOne + margin);

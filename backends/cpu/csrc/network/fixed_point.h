@@ -74,11 +74,11 @@ inline ManyBytes upper_bytes(const FourIntegers& x) {
 #endif
 
 // Codes in the fixed point of the scaling, and the lowest of their lower halves.
-class Quick {
+class FixedPoint {
 public:
-    static bool is_there(const LayerJob& job) { return job.scaling->margin != 0; }
+    static bool fits(const LayerJob& job) { return job.scaling->margin != 0; }
 
-    explicit Quick(const LayerJob& job)
+    explicit FixedPoint(const LayerJob& job)
         : job_(job),
           doubt_(Halves{} + static_cast<std::uint16_t>(2 * job.scaling->margin)),
           most_(ManyBytes{} + static_cast<std::uint8_t>(job.grid.high - job.grid.low)) {}
