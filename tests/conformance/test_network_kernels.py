@@ -110,6 +110,26 @@ def test_a_layer_equals_exact_arithmetic(case: Case, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("form", "weight", "low", "high"), [
+    ("sparse", 7, -8, 7), ("sparse", -7, -8, 7), ("sparse", 7, 0, 15),
+    ("dense", 127, -127, 127), ("dense", -127, -128, 127), ("dense", -127, 0, 255),
+])  # fmt: skip
+def test_the_largest_sums_fit(form: str, weight: int, low: int, high: int, isa: str) -> None:
+    depth = (1 << 16) - 8
+    weights = torch.full((16, 1, 1, depth), weight, dtype=torch.int8)
+    if form == "sparse":
+        weights[..., 2::4] = weights[..., 3::4] = 0
+    layer = kernels.integer_layer(weights, 1, (1, 1), (1, 1), high - low)
+    assert layer.form == form
+    x, y = torch.tensor([[high], [low]]).float().expand(2, depth).contiguous(), torch.empty(2, 16)
+    program, source = kernels.IntegerProgram(2 * depth), (0, 2, 1, 1, depth, 0, -low, depth)
+    program.encode(0, source, 1.0, low, high)
+    program.layer_to_floats(layer, source, 1, -low, (0, 0), torch.ones(16), None, None, None)
+    program.run(0, 2, [x.data_ptr(), y.data_ptr()], isa, 1)
+    assert torch.equal(y, (x.double() @ weights.view(16, -1).double().t()).float())
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_order_of_eight_codes_is_pruned_right(isa: str) -> None:
     """All 3^8 blocks of three codes, which have every pattern of ties, and random ones."""
     few = torch.cartesian_prod(*[torch.tensor([0.0, 7.0, 15.0])] * 8)
