@@ -18,6 +18,9 @@ from nmcompile.backends.cpu.packed_integers import BITS, GridInput, GridWeight
 from nmcompile.native import isa_and_threads, kernels, lend
 from nmcompile.spare_memory import empty
 
+SMALL = 2**24  # bytes of an image, whatever its padding
+MOST_PADDED = 16  # × an image without padding
+
 Grid = tuple[float, int, int]
 """Step, lowest and highest integer."""
 
@@ -100,13 +103,22 @@ def _convolve(
     is_rounded: bool,
     prunes: bool,
 ) -> bool:
-    """Write a convolution; return False for a NaN and, if the input is to be rounded already, where it is not."""
+    """Write a convolution; return False for a NaN, far more padding than image, or an input that is not rounded yet."""
     x, y = geometry.images(input.detach()), geometry.images(output)
+    if not _has_room(x, geometry.window.padding):
+        return False
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     shift = None if bias is None else lend(bias.detach().contiguous())
     operands = lend(x), *grid, is_rounded, prunes, geometry.window.padding, lend(steps), shift, lend(y)
     return kernels.convolve_integers(packed, *operands, *isa_and_threads())
+
+
+def _has_room(x: Tensor, padding: tuple[int, int]) -> bool:
+    """Return whether the codes of an image take about as much memory with their padding as without it."""
+    samples, channels, height, width = x.shape
+    padded = samples * channels * (height + 2 * padding[0]) * (width + 2 * padding[1])
+    return padded <= max(SMALL, MOST_PADDED * x.numel())
 
 
 def _is_step(step: float) -> bool:

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from nmcompile.backends.cpu.packed_integers import GridInput, GridWeight
 from nmcompile.backends.shared.known_choices import is_doubted
+from nmcompile.backends.shared.recent import Recent
 from nmcompile.ir.choice import Choice
 from nmcompile.ir.choice_slot import ChoiceSlot, settlement
+
+SHAPES = 1024  # of inputs whose choices a layer keeps, about a kilobyte each
 
 is_deterministic = torch._C._get_deterministic_algorithms
 
@@ -33,7 +36,7 @@ class FrozenLayer(ABC):
     def __init__(self, packed: object, steps: Tensor, input: GridInput, bias: Tensor | None) -> None:
         self.packed, self.steps, self.bias = packed, steps.clone(), None if bias is None else bias.detach().clone()
         self.grid = float(input.step), input.grid.low, input.grid.high
-        self.choices: dict[tuple[object, ...], Choice] = {}
+        self.choices: Recent[tuple[object, ...], Choice] = Recent(SHAPES)
 
     def equals(self, other: "FrozenLayer") -> bool:
         """Return whether both compute the same."""
@@ -54,7 +57,7 @@ class FrozenLayer(ABC):
     def note(self, input: Tensor, chosen: Choice, measured: Choice) -> None:
         """Note that integers were chosen for such an input, unless the measurement is doubted."""
         if not is_doubted(measured):
-            self.choices[_key(input)] = chosen
+            self.choices.put(_key(input), chosen)
 
     def run(self, input: Tensor, slot: ChoiceSlot) -> Tensor | None:
         """Return the result for an input that is not on its grid yet; None if the graph has to run."""

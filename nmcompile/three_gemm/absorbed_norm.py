@@ -5,6 +5,8 @@ steps of the layer's accumulator, as integer kernels add it. Its result is then 
 if the plan has one; the gradient passes straight through inside the grid.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ class AbsorbedNorm(Rewritten):
     running_mean: Tensor
     running_var: Tensor
     training: bool
+    _check_input_dim: Callable[[Tensor], None]
 
     def forward(self, input: Tensor) -> Tensor:
         observer = self.absorbing_layer.three_gemms[""].observer
@@ -33,6 +36,7 @@ class AbsorbedNorm(Rewritten):
 
     def run_absorbed(self, input: Tensor, is_rounded: bool = True) -> Tensor:
         """Return the norm of `input`: rounded to the layer's accumulator and output grid, or in full precision."""
+        self._check_input_dim(input)
         if self.training or not self._is_along_channels(input):
             output: Tensor = super().forward(input)  # type: ignore[misc]
         else:

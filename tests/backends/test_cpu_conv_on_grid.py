@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import nmcompile
-from nmcompile import Phase, weight_cache
+from nmcompile import CompileConfig, Phase, presets, weight_cache
 from nmcompile.backends.cpu import packed_integers
 from nmcompile.backends.cpu.conv import conv_forward
 from nmcompile.backends.cpu.conv_on_grid import conv_forward_on_grid
@@ -262,6 +262,27 @@ def test_the_smallest_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
         choice = layer.choices[Phase.FORWARD]
         assert choice.integers_seconds is not None
         assert choice.kernel == "integers" or choice.reason.startswith("small")
+
+
+@torch.no_grad()
+def test_padding_that_is_far_larger_than_the_image_takes_no_memory() -> None:
+    net, x = nn.Sequential(nn.Conv2d(8, 8, 3, stride=30_000, padding=30_000)).eval(), torch.randn(1, 8, 9, 9)
+    config = CompileConfig(layers={"_default": presets["inference"]}, ends="sparse")
+    found, expected = (
+        nmcompile.compile(net, "inference", args=(x,), config=config, calibration=[x], backend=backend).eval()
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(found(x), expected(x))
+    assert kernels_of(found) != ["integers"]
+    nmcompile.freeze(found)
+    torch.testing.assert_close(found(x), expected(x))
+
+
+@torch.no_grad()
+def test_an_absorbed_norm_refuses_the_images_that_its_module_refuses() -> None:
+    compiled, x = model()
+    with pytest.raises(ValueError, match="expected 4D input"):
+        compiled(x[0])
 
 
 def test_verify_looks_at_what_is_multiplied() -> None:

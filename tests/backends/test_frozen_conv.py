@@ -3,17 +3,19 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import nmcompile
-from nmcompile.backends.cpu import packed_integers
+from nmcompile.backends.cpu import frozen_layer, packed_integers
+from nmcompile.backends.cpu.convolved_integers import FrozenConv
 from nmcompile.backends.cpu.kernels import kernel_support
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
-from nmcompile.three_gemm.shortcut import Shortcut
+from nmcompile.three_gemm.shortcut import Shortcut, slot_of
 from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training import clips
 from nmcompile.training.find_masks import masks_of
@@ -91,6 +93,18 @@ def test_each_size_and_layout_takes_it_from_its_second_call_on(taken: list[str])
         torch.testing.assert_close(found, wanted)
         assert found.stride() == wanted.stride()
         assert taken == ["first", "grouped", "last"] or not any(y is one for one in dense)
+
+
+@torch.no_grad()
+def test_the_choices_of_few_sizes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_layer, "SHAPES", 2)
+    compiled, x = frozen()
+    for width in range(3, 8):
+        for _ in range(2):
+            compiled(x[..., :width].contiguous())
+    layer: Any = compiled.first
+    slot = slot_of(layer.three_gemms[""])
+    assert slot is not None and isinstance(slot.ready, FrozenConv) and len(slot.ready.choices) == 2
 
 
 @torch.no_grad()
