@@ -1,4 +1,4 @@
-"""Small ONNX models with 2:4 weights, and a cuSPARSELt that PyTorch computes."""
+"""Small ONNX models with 2:4 weights, a cuSPARSELt that PyTorch computes, and frozen layers that take shortcuts."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,9 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper
+from torch import Tensor
 
+from nmcompile.backends.cpu import packed_integers
 from nmcompile.backends.shared import choose_kernel as choices
 from nmcompile.ir.choice import Choice
+from nmcompile.three_gemm.shortcut import Shortcut
+from nmcompile.three_gemm.triple import GemmTriple
+from nmcompile.weight_cache import WeightCache
 from tests.backends.fake_cusparselt import FakeLibrary
 from tests.backends.on_triton import interpreter
 
@@ -83,3 +88,25 @@ def interpreted() -> Iterator[None]:
     """Request Triton's interpreter for a test: Triton asks again at the first launch."""
     with interpreter():
         yield
+
+
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Force every GEMM to the kernel that has a choice, and forget weights that were packed before."""
+    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
+    monkeypatch.setattr(packed_integers, "_kept", WeightCache())
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list with an entry for each layer that took its shortcut."""
+    calls: list[str] = []
+    run = Shortcut.run_unseen
+
+    def counted(self: Shortcut, triple: GemmTriple, *operands: Tensor) -> Tensor | None:
+        result = run(self, triple, *operands)
+        calls.extend([triple.layer.name] * (result is not None))
+        return result
+
+    monkeypatch.setattr(Shortcut, "run_unseen", counted)
+    return calls

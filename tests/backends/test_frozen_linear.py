@@ -11,39 +11,14 @@ from torch import Tensor, nn
 
 import nmcompile
 from nmcompile import CompileConfig, LayerConfig, Phase
-from nmcompile.backends.cpu import packed_integers
 from nmcompile.backends.cpu.kernels import kernel_support
-from nmcompile.backends.shared import choose_kernel as choices
-from nmcompile.ir.choice import Choice
-from nmcompile.three_gemm.shortcut import Shortcut
-from nmcompile.three_gemm.triple import GemmTriple
 from nmcompile.training import clips
 from nmcompile.training.find_masks import masks_of
-from nmcompile.weight_cache import WeightCache
 
-pytestmark = pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason)
-
-
-@pytest.fixture(autouse=True)
-def integers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Force every GEMM to the kernel that has a choice."""
-    monkeypatch.setattr(choices, "_choice", lambda *_: Choice("sparse", "the test asks for it"))
-    monkeypatch.setattr(packed_integers, "_kept", WeightCache())
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list with an entry for each layer that took its shortcut."""
-    calls: list[str] = []
-    run = Shortcut.run_unseen
-
-    def counted(self: Shortcut, triple: GemmTriple, *operands: Tensor) -> Tensor | None:
-        result = run(self, triple, *operands)
-        calls.extend([triple.layer.name] * (result is not None))
-        return result
-
-    monkeypatch.setattr(Shortcut, "run_unseen", counted)
-    return calls
+pytestmark = [
+    pytest.mark.skipif(not kernel_support().ok, reason=kernel_support().reason),
+    pytest.mark.usefixtures("integers"),
+]
 
 
 def model(backend: str = "cpu", clip: str = "mse") -> tuple[nn.Sequential, Tensor]:

@@ -24,6 +24,7 @@ struct Start {
 constexpr int kBytes = NMCOMPILE_VECTOR_BYTES;
 constexpr int kParts = static_cast<int>(kBlock) / kBytes;  // vectors of a block
 constexpr int kOutsOfPart = kBytes / 4;
+constexpr int kFirstTimes = 16;  // sums of the first of two pixels come times this, of the second times kSecondTimes
 using Bytes = Vector<std::uint8_t, kBytes>;
 using Words = Vector<std::int16_t, kBytes / 2>;
 using Sums = Vector<std::int32_t, kBytes / 4>;
@@ -60,7 +61,7 @@ inline void add_two(Bytes selected, Bytes integers, Sums& first, Sums& both) {
 }
 
 constexpr int kSecondTimes = 256;
-inline Sums second_start(Sums first) { return first * (kSecondTimes / 16 + 1); }
+inline Sums second_start(Sums first) { return first * (kSecondTimes / kFirstTimes + 1); }
 inline void separate(const Sums& first, Sums& second) { second -= first; }
 
 inline Sums with_dense_products(Sums sums, Bytes codes, Bytes integers) { return with_products(sums, codes, integers); }
@@ -92,7 +93,6 @@ inline Sums with_dense_products(Sums sums, Bytes codes, Bytes integers) {
 }
 #endif
 
-constexpr int kFirstTimes = 16;
 constexpr int kMostPairs = kBytes == 64 ? 13 : 5;
 constexpr int kMostDense = kBytes == 64 ? 26 : 10;
 
@@ -113,8 +113,7 @@ struct StoreSums {
     }
 };
 
-// Gives the sums of each part to `taker`, those of the first of two pixels times kFirstTimes, of the second times
-// kSecondTimes. `input` has a row of bytes for each pair of pixels.
+// Gives the sums of each part to `taker`. `input` has a row of bytes for each pair of pixels.
 template <int kPairs, class Taker>
 void sparse_products(const std::uint8_t* input, Index stride, const std::uint8_t* packed, Index blocks, Start start,
                      Taker& taker) {
